@@ -1,0 +1,78 @@
+"""NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class NumpyBackend:
+    """The protocol of :mod:`tnmoe.backends.protocol` in NumPy."""
+
+    name = "numpy"
+
+    def dtype_name(self, array: np.ndarray) -> str:
+        return array.dtype.name
+
+    def astype(self, array: np.ndarray, dtype: str) -> np.ndarray:
+        return array.astype(dtype, copy=False)
+
+    def to_numpy(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def from_numpy(self, array: np.ndarray, like: np.ndarray) -> np.ndarray:
+        return array.astype(like.dtype, copy=False)
+
+    def all_finite(self, array: np.ndarray) -> bool:
+        return bool(np.isfinite(array).all())
+
+    def max_abs(self, array: np.ndarray) -> float:
+        return float(np.abs(array).max(initial=0.0))
+
+    def norm(self, array: np.ndarray) -> np.ndarray:
+        scale = self.max_abs(array) or 1.0
+        wide = np.complex128 if np.iscomplexobj(array) else np.float64
+        norm = np.linalg.norm(array.astype(wide).ravel() / scale) * scale
+        return norm.astype(array.real.dtype)
+
+    def conj(self, array: np.ndarray) -> np.ndarray:
+        return array.conj() if np.iscomplexobj(array) else array
+
+    def permute(self, array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        return array.transpose(axes)
+
+    def pad(self, matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        padded = np.zeros((rows, columns), dtype=matrix.dtype)
+        padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+        return padded
+
+    def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack(arrays)
+
+    def normal(
+        self, shape: Sequence[int], rng: np.random.Generator, like: np.ndarray
+    ) -> np.ndarray:
+        numbers = rng.standard_normal(shape)
+        if np.iscomplexobj(like):
+            numbers = (numbers + 1j * rng.standard_normal(shape)) / np.sqrt(2)
+        return numbers.astype(like.dtype)
+
+    def qr(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.linalg.qr(matrix)
+
+    def svd(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        try:
+            return np.linalg.svd(matrix, full_matrices=False)
+        except np.linalg.LinAlgError:
+            # Divide and conquer (gesdd) can fail to converge where plain QR iteration does not.
+            from scipy.linalg import svd
+
+            return svd(matrix, full_matrices=False, lapack_driver="gesvd")
+
+    def eigh(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, vectors = np.linalg.eigh(matrix)
+        return values[::-1], vectors[:, ::-1]
+
+
+backend = NumpyBackend()

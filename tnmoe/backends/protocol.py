@@ -1,0 +1,82 @@
+"""What an array library must offer: the operations that libraries spell differently.
+
+Everything else (``+``, ``@``, ``reshape``, slicing, ``shape``) is the same method or operator in
+all of them and is used directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+# An array of any supported library.
+Array = Any
+
+REAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
+COMPLEX_DTYPES = ("complex64", "complex128")
+
+# Half precision has no linear algebra; it is computed in float32 and rounded at the end.
+COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32"}
+# The dtype in which sums of squares of a dtype lose nothing that it can hold.
+WIDE_DTYPE = {"float32": "float64", "complex64": "complex128"}
+EPSILON = {
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "float32": 2.0**-23,
+    "float64": 2.0**-52,
+    "complex64": 2.0**-23,
+    "complex128": 2.0**-52,
+}
+
+
+class Backend(Protocol):
+    """One array library. Arrays keep their device throughout."""
+
+    name: str
+
+    def dtype_name(self, array: Array) -> str:
+        """Name of the dtype, as NumPy spells it (plus ``bfloat16``)."""
+
+    def astype(self, array: Array, dtype: str) -> Array:
+        """The array in another dtype; itself where it has that dtype already."""
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """A NumPy copy or view, detached from any gradient."""
+
+    def from_numpy(self, array: np.ndarray, like: Array) -> Array:
+        """A NumPy array as one of this library, with the dtype and device of ``like``."""
+
+    def all_finite(self, array: Array) -> bool:
+        """Whether there is no NaN and no infinity."""
+
+    def max_abs(self, array: Array) -> float:
+        """Largest absolute value; 0 for an empty array."""
+
+    def norm(self, array: Array) -> Array:
+        """Euclidean norm of all entries, a real scalar; squares neither over- nor underflow."""
+
+    def conj(self, array: Array) -> Array:
+        """Complex conjugate; real arrays unchanged."""
+
+    def permute(self, array: Array, axes: Sequence[int]) -> Array:
+        """Axes in another order."""
+
+    def pad(self, matrix: Array, rows: int, columns: int) -> Array:
+        """The matrix with zero rows and columns added at its end, up to the given size."""
+
+    def stack(self, arrays: Sequence[Array]) -> Array:
+        """Arrays of one shape along a new first axis."""
+
+    def normal(self, shape: Sequence[int], rng: np.random.Generator, like: Array) -> Array:
+        """Standard normal numbers (complex ones of unit variance), dtype and device of ``like``."""
+
+    def qr(self, matrix: Array) -> tuple[Array, Array]:
+        """Reduced QR decomposition."""
+
+    def svd(self, matrix: Array) -> tuple[Array, Array, Array]:
+        """Reduced SVD (U, s, Vᴴ), s descending; falls back to slower, safer algorithms."""
+
+    def eigh(self, matrix: Array) -> tuple[Array, Array]:
+        """Eigenvalues of a Hermitian matrix, descending, and its eigenvectors in columns."""

@@ -1,0 +1,66 @@
+"""Gauge moves: orthogonality centres of a chain of cores.
+
+A core left of the centre is an isometry read as (left bond · legs) × right bond; one right of it
+read as left bond × (legs · right bond). All the weight is then in the central core (Schollwöck,
+Ann. Phys. 326, 96 (2011), section 4.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tnmoe.backends import Array, Backend
+
+
+def canonicalize(
+    xp: Backend, cores: Sequence[Array], current: int | None, center: int
+) -> tuple[Array, ...]:
+    """Move the orthogonality centre to a site by QR decompositions.
+
+    Parameters
+    ----------
+    xp : Backend
+        Library of the cores.
+    cores : sequence of array
+        Shapes (D, out, in, D'), in a dtype with linear algebra (not a half precision).
+    current : int or None
+        Present centre: only the sites between it and ``center`` are touched. None: no gauge is
+        known, and both ends are swept.
+    center : int
+        Site to move to.
+
+    Returns
+    -------
+    tuple of array
+        Cores of the same operator. A bond larger than its neighbours can use shrinks.
+    """
+    cores = list(cores)
+    first = 0 if current is None else current
+    last = len(cores) - 1 if current is None else current
+    for site in range(first, center):
+        cores[site], cores[site + 1] = shift_right(xp, cores[site], cores[site + 1])
+    for site in range(last, center, -1):
+        cores[site - 1], cores[site] = shift_left(xp, cores[site - 1], cores[site])
+    return tuple(cores)
+
+
+def shift_right(xp: Backend, core: Array, following: Array) -> tuple[Array, Array]:
+    """Make ``core`` a left isometry and push the rest into the core that follows."""
+    bond = core.shape[-1]
+    isometry, rest = xp.qr(core.reshape(-1, bond))
+    moved = rest @ following.reshape(bond, -1)
+    return (
+        isometry.reshape(*core.shape[:-1], -1),
+        moved.reshape(-1, *following.shape[1:]),
+    )
+
+
+def shift_left(xp: Backend, preceding: Array, core: Array) -> tuple[Array, Array]:
+    """Make ``core`` a right isometry and push the rest into the core that precedes."""
+    bond = core.shape[0]
+    isometry, rest = xp.qr(xp.permute(core.reshape(bond, -1), (1, 0)))
+    moved = preceding.reshape(-1, bond) @ xp.permute(rest, (1, 0))
+    return (
+        moved.reshape(*preceding.shape[:-1], -1),
+        xp.permute(isometry, (1, 0)).reshape(-1, *core.shape[1:]),
+    )

@@ -1,0 +1,226 @@
+"""Matrix product operators: immutable chains of cores with a tracked orthogonality centre."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from tnmoe import spectrum
+from tnmoe.backends import Array, Backend, get_backend
+from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
+from tnmoe.canonical import canonicalize
+from tnmoe.contraction import apply_cores, to_padded_matrix
+from tnmoe.errors import InputError
+from tnmoe.shapes import MPOShape
+
+
+class MPO:
+    """A matrix as a chain of cores: W[o₁…oₙ, i₁…iₙ] = A₁[o₁,i₁]·A₂[o₂,i₂]·…·Aₙ[oₙ,iₙ].
+
+    Parameters
+    ----------
+    cores : sequence of array
+        Core k has shape (D_k, out_k, in_k, D_{k+1}); the outermost bonds are 1.
+    shape : MPOShape, optional
+        Legs and matrix size; by default read from the cores, without padding.
+    center : int, optional
+        Site at which the cores are known to be canonical. It is not verified.
+
+    Raises
+    ------
+    InputError
+        If the cores do not chain, or do not fit ``shape``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mpo = MPO([np.ones((1, 2, 2, 3)), np.ones((3, 2, 1, 1))])
+    >>> mpo
+    MPO(4×2, sites=2, bond_dims=(3,), num_params=18, dtype=float64, center=None)
+    >>> mpo.apply(np.array([1.0, 2.0]))
+    array([9., 9., 9., 9.])
+    """
+
+    __slots__ = ("_backend", "center", "cores", "shape")
+
+    cores: tuple[Array, ...]
+    shape: MPOShape
+    center: int | None
+    _backend: Backend
+
+    def __init__(
+        self,
+        cores: Sequence[Array],
+        shape: MPOShape | None = None,
+        center: int | None = None,
+    ) -> None:
+        cores = tuple(cores)
+        xp = check_cores(cores)
+        dims = tuple((int(core.shape[1]), int(core.shape[2])) for core in cores)
+        if shape is None:
+            shape = MPOShape([out for out, _ in dims], [in_ for _, in_ in dims])
+        if dims != tuple(zip(shape.out_dims, shape.in_dims, strict=True)):
+            raise InputError(f"the cores have (out, in) legs {dims}, which do not fit {shape}")
+        if center is not None and not 0 <= center < len(cores):
+            raise InputError(f"center must be a site from 0 to {len(cores) - 1}, got {center}")
+        for name, value in (
+            ("cores", cores),
+            ("shape", shape),
+            ("center", center),
+            ("_backend", xp),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"an MPO is immutable: cannot set {name!r}")
+
+    def __reduce__(self) -> tuple:
+        return MPO, (self.cores, self.shape, self.center)
+
+    @property
+    def bond_dims(self) -> tuple[int, ...]:
+        """Inner bond dimensions, left to right."""
+        return tuple(int(core.shape[0]) for core in self.cores[1:])
+
+    @property
+    def num_params(self) -> int:
+        """Numbers held by all cores together."""
+        return sum(prod(core.shape) for core in self.cores)
+
+    @property
+    def dtype(self) -> object:
+        """Dtype of the cores, as their library gives it."""
+        return self.cores[0].dtype
+
+    def to_matrix(self) -> Array:
+        """The dense matrix, shape (out_features, in_features)."""
+        matrix = to_padded_matrix(self.cores)
+        return matrix[: self.shape.out_features, : self.shape.in_features]
+
+    def apply(self, x: Array) -> Array:
+        """Apply to vectors along the last axis: (..., in_features) → (..., out_features).
+
+        The vectors are contracted with the cores, or with the built matrix where
+        :func:`tnmoe.contraction_plan` finds that cheaper for this many vectors.
+
+        Raises
+        ------
+        InputError
+            If the last axis is not ``in_features`` long.
+        TypeError
+            If ``x`` belongs to another library than the cores.
+        """
+        shape, xp = self.shape, self._backend
+        if get_backend(x) is not xp:
+            raise TypeError(f"the cores are {xp.name} arrays, x is a {type(x).__qualname__}")
+        if x.ndim == 0 or x.shape[-1] != shape.in_features:
+            raise InputError(
+                f"x must have {shape.in_features} entries along its last axis, "
+                f"got shape {tuple(x.shape)}"
+            )
+        # Sizes are spelled out: -1 is ambiguous for an empty batch.
+        vectors = x.reshape(prod(x.shape[:-1]), shape.in_features)
+        if shape.padded_in != shape.in_features:
+            vectors = xp.pad(vectors, vectors.shape[0], shape.padded_in)
+        result = apply_cores(shape, self.cores, vectors)
+        return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)
+
+    def norm(self) -> Array:
+        """Frobenius norm, a real scalar of the cores' library.
+
+        With a known centre it is the norm of one core; otherwise the gauge is fixed first.
+        """
+        if self.center is not None:
+            return self._backend.norm(self.cores[self.center])
+        center = self.shape.center
+        return self._backend.norm(self.canonicalize(center).cores[center])
+
+    def canonicalize(self, center: int | None = None) -> MPO:
+        """The same operator with its orthogonality centre at a site.
+
+        Parameters
+        ----------
+        center : int, optional
+            Site to move to; by default the one of the central core, ``shape.center``.
+
+        Returns
+        -------
+        MPO
+            Cores left of ``center`` are isometries read as (left bond · legs) × right bond, those
+            right of it read as left bond × (legs · right bond). A bond larger than its
+            neighbours can use shrinks.
+
+        Raises
+        ------
+        InputError
+            If ``center`` is not a site.
+        """
+        center = check_center(self.shape, center)
+        cores = canonicalize(self._backend, self._computable_cores(), self.center, center)
+        name = self._backend.dtype_name(self.cores[0])
+        cores = tuple(self._backend.astype(core, name) for core in cores)
+        return MPO(cores, self.shape, center)
+
+    def schmidt_values(self, bond: int) -> Array:
+        """Schmidt values across ``bond`` (0 to sites − 2), descending.
+
+        Raises
+        ------
+        InputError
+            If there is no such bond.
+        """
+        bonds = self.shape.sites - 1
+        if not isinstance(bond, int) or not 0 <= bond < bonds:
+            raise InputError(f"bond must be an integer from 0 to {bonds - 1}, got {bond!r}")
+        return spectrum.schmidt_values(self._backend, self._computable_cores(), self.center, bond)
+
+    def entropy(self, bond: int) -> float:
+        """Entanglement entropy across ``bond``, in nats."""
+        values = self._backend.to_numpy(self.schmidt_values(bond))
+        return spectrum.entanglement_entropy(values)
+
+    def _computable_cores(self) -> tuple[Array, ...]:
+        xp = self._backend
+        name = xp.dtype_name(self.cores[0])
+        return tuple(xp.astype(core, COMPUTE_DTYPE.get(name, name)) for core in self.cores)
+
+    def __repr__(self) -> str:
+        return (
+            f"MPO({self.shape.out_features}×{self.shape.in_features}, sites={self.shape.sites}, "
+            f"bond_dims={self.bond_dims}, num_params={self.num_params}, "
+            f"dtype={self._backend.dtype_name(self.cores[0])}, center={self.center})"
+        )
+
+
+def check_center(shape: MPOShape, center: int | None) -> int:
+    """``center``, or the shape's own where it is None; an InputError unless it is a site."""
+    if center is None:
+        return shape.center
+    if not isinstance(center, int) or isinstance(center, bool) or not 0 <= center < shape.sites:
+        raise InputError(
+            f"center must be a site from 0 to {shape.sites - 1} of {shape}, got {center!r}"
+        )
+    return center
+
+
+def check_cores(cores: tuple[Array, ...]) -> Backend:
+    """Backend of cores that chain, share a library and a dtype; otherwise an InputError."""
+    if not cores:
+        raise InputError("an MPO needs at least one core, got none")
+    xp = get_backend(cores[0])
+    names = {xp.dtype_name(core) for core in cores if get_backend(core) is xp}
+    if any(get_backend(core) is not xp for core in cores) or len(names) > 1:
+        kinds = [f"{type(core).__module__}.{core.dtype}" for core in cores]
+        raise InputError(f"all cores need one library and one dtype, got {kinds}")
+    shapes = [tuple(core.shape) for core in cores]
+    if any(len(core) != 4 for core in shapes):
+        raise InputError(f"every core needs axes (left bond, out, in, right bond), got {shapes}")
+    lefts = [core[0] for core in shapes] + [1]
+    rights = [1] + [core[3] for core in shapes]
+    if lefts != rights:
+        raise InputError(
+            f"neighbouring cores need equal bonds and the outermost bonds must be 1, got {shapes}"
+        )
+    if not names <= {*REAL_DTYPES, *COMPLEX_DTYPES}:
+        raise InputError(f"cores must be floating-point or complex, got dtype {names.pop()}")
+    return xp

@@ -1,0 +1,322 @@
+"""Shapes of matrix product operators: how a matrix splits into sites, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import pairwise
+from math import isqrt, prod
+from numbers import Integral
+
+from tnmoe.errors import InputError
+
+# A size is padded when its largest factor exceeds the geometric mean of its factors by more than
+# this: 8 keeps 43 · 4⁴ (Llama's 11008) as it is and sends primes such as 50257 to a neighbour.
+_MAX_IMBALANCE = 8
+
+
+@cache
+def _divisors(n: int) -> tuple[int, ...]:
+    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*low, *(n // d for d in low)}))
+
+
+@lru_cache(maxsize=100_000)
+def _most_balanced(n: int, parts: int) -> tuple[int, ...]:
+    """Ascending factors of n with the smallest sum; for a fixed product that is the most even."""
+    if parts == 1:
+        return (n,)
+    candidates = (tuple(sorted((d, *_most_balanced(n // d, parts - 1)))) for d in _divisors(n))
+    return min(candidates, key=lambda factors: (sum(factors), factors[-1], factors))
+
+
+def factorize(n: int, sites: int) -> tuple[int, ...]:
+    """Split ``n`` into ``sites`` factors, as even as they can be, the largest in the middle.
+
+    Even factors spread the freedom of an MPO over its sites; a large middle factor puts the
+    parameters into the central core, which experts share.
+
+    Parameters
+    ----------
+    n : int
+        Size to split, at least 1.
+    sites : int
+        Number of factors, at least 1.
+
+    Returns
+    -------
+    tuple of int
+        ``sites`` positive factors whose product is ``n``.
+
+    Raises
+    ------
+    InputError
+        If ``n`` or ``sites`` is not a positive integer.
+
+    Examples
+    --------
+    >>> factorize(3072, 5), factorize(768, 5)
+    ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))
+    """
+    n, sites = positive_int("n", n), positive_int("sites", sites)
+    descending = _most_balanced(n, sites)[::-1]
+    middle = sites // 2
+    # The largest goes to the middle, the next ones alternately to its right and left.
+    places = sorted(range(sites), key=lambda site: (abs(site - middle), site < middle))
+    arranged = [0] * sites
+    for site, factor in zip(places, descending, strict=True):
+        arranged[site] = factor
+    return tuple(arranged)
+
+
+def _padded_size(n: int, sites: int) -> int:
+    """Smallest size from ``n`` up that splits into ``sites`` reasonably even factors."""
+    size = n
+    while max(_most_balanced(size, sites)) > _MAX_IMBALANCE * size ** (1 / sites):
+        size += 1
+    return size
+
+
+@dataclass(frozen=True)
+class MPOShape:
+    """How an (out_features × in_features) matrix splits over the sites of an MPO.
+
+    Site k carries an output leg of size ``out_dims[k]`` and an input leg of size ``in_dims[k]``.
+    Where the product of the legs exceeds the matrix, the matrix is padded with zeros.
+
+    Parameters
+    ----------
+    out_dims, in_dims : sequence of int
+        Leg sizes, one per site, each at least 1.
+    out_features, in_features : int, optional
+        Size of the matrix; by default the products of the legs.
+
+    Raises
+    ------
+    InputError
+        If the two sequences differ in length or are empty, a leg is not a positive integer, or a
+        size exceeds the product of its legs.
+
+    Examples
+    --------
+    >>> shape = MPOShape(out_dims=(4, 4, 8, 6, 4), in_dims=(3, 4, 4, 4, 4))
+    >>> shape.out_features, shape.in_features, shape.center
+    (3072, 768, 2)
+    >>> shape.bond_dims()
+    (12, 192, 384, 16)
+    >>> shape.num_params()
+    2544016
+    """
+
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    out_features: int
+    in_features: int
+
+    def __init__(
+        self,
+        out_dims: Sequence[int],
+        in_dims: Sequence[int],
+        out_features: int | None = None,
+        in_features: int | None = None,
+    ) -> None:
+        out_dims, in_dims = _as_dims("out_dims", out_dims), _as_dims("in_dims", in_dims)
+        if len(out_dims) != len(in_dims):
+            raise InputError(
+                f"out_dims and in_dims need one leg per site each: got out_dims={out_dims} "
+                f"({len(out_dims)} sites) and in_dims={in_dims} ({len(in_dims)} sites)"
+            )
+        set_field = object.__setattr__
+        set_field(self, "out_dims", out_dims)
+        set_field(self, "in_dims", in_dims)
+        set_field(self, "out_features", _check_size("out", out_features, out_dims))
+        set_field(self, "in_features", _check_size("in", in_features, in_dims))
+
+    @classmethod
+    def for_matrix(cls, out_features: int, in_features: int, sites: int = 5) -> MPOShape:
+        """Balanced, interleaved shape: every site has an output and an input leg.
+
+        Parameters
+        ----------
+        out_features, in_features : int
+            Size of the matrix. A size whose largest factor would exceed 8 times the geometric
+            mean of its factors (a large prime, say) is padded to the next size that does not.
+        sites : int
+            Number of sites.
+
+        Examples
+        --------
+        >>> MPOShape.for_matrix(1536, 384)
+        MPOShape(out_dims=(4, 4, 6, 4, 4), in_dims=(2, 4, 4, 4, 3))
+        >>> MPOShape.for_matrix(50257, 768, sites=3)
+        MPOShape(out_dims=(8, 103, 61), in_dims=(8, 12, 8), out_features=50257)
+        """
+        out_features = positive_int("out_features", out_features)
+        in_features = positive_int("in_features", in_features)
+        sites = positive_int("sites", sites)
+        return cls(
+            factorize(_padded_size(out_features, sites), sites),
+            factorize(_padded_size(in_features, sites), sites),
+            out_features,
+            in_features,
+        )
+
+    @classmethod
+    def split(
+        cls,
+        out_features: int,
+        in_features: int,
+        left: int | Sequence[int] = 64,
+        right: int | Sequence[int] = 64,
+    ) -> MPOShape:
+        """Output legs left of the centre, input legs right of it.
+
+        Experts of this shape never have to be built: the central core is one dense product for
+        the tokens of all experts.
+
+        Parameters
+        ----------
+        out_features, in_features : int
+            Size of the matrix.
+        left, right : int or sequence of int
+            Output legs of the sites left of the centre, input legs of those right of it. Their
+            products must divide ``out_features`` and ``in_features``.
+
+        Raises
+        ------
+        InputError
+            If a product of legs does not divide its size.
+
+        Examples
+        --------
+        >>> MPOShape.split(3072, 768, left=64, right=64)
+        MPOShape(out_dims=(64, 48, 1), in_dims=(1, 12, 64))
+        """
+        left_legs = _as_dims("left", left if isinstance(left, Sequence) else (left,))
+        right_legs = _as_dims("right", right if isinstance(right, Sequence) else (right,))
+        out_features = positive_int("out_features", out_features)
+        in_features = positive_int("in_features", in_features)
+        for side, legs, name, size in (
+            ("left", left_legs, "out_features", out_features),
+            ("right", right_legs, "in_features", in_features),
+        ):
+            if size % prod(legs):
+                raise InputError(
+                    f"the legs of a split shape must divide the matrix: {side}={legs} has product "
+                    f"{prod(legs)}, which does not divide {name}={size}"
+                )
+        return cls(
+            (*left_legs, out_features // prod(left_legs), *(1 for _ in right_legs)),
+            (*(1 for _ in left_legs), in_features // prod(right_legs), *right_legs),
+        )
+
+    @property
+    def sites(self) -> int:
+        """Number of sites."""
+        return len(self.out_dims)
+
+    @property
+    def padded_out(self) -> int:
+        """Product of the output legs: ``out_features`` plus padding."""
+        return prod(self.out_dims)
+
+    @property
+    def padded_in(self) -> int:
+        """Product of the input legs: ``in_features`` plus padding."""
+        return prod(self.in_dims)
+
+    @property
+    def center(self) -> int:
+        """Site of the central core: the largest at exact bonds; of equals, the middle-most."""
+        sizes = [prod(core) for core in self.core_shapes()]
+        middle = (self.sites - 1) / 2
+        return min(range(self.sites), key=lambda site: (-sizes[site], abs(site - middle), -site))
+
+    def bond_dims(self, max_bond: int | Sequence[int] | None = None) -> tuple[int, ...]:
+        """Inner bond dimensions, exact or limited.
+
+        Parameters
+        ----------
+        max_bond : int or sequence of int, optional
+            Largest bond dimension, for all bonds or one per bond. Without it the bonds are exact:
+            every matrix of this shape fits.
+
+        Returns
+        -------
+        tuple of int
+            ``sites - 1`` dimensions; no bond is larger than its neighbours can use.
+        """
+        legs = [out * in_ for out, in_ in zip(self.out_dims, self.in_dims, strict=True)]
+        caps = self._caps(max_bond)
+        bonds = [1]
+        for cap, leg in zip(caps, legs[:-1], strict=True):
+            bonds.append(min(cap, bonds[-1] * leg))
+        bonds.append(1)
+        for bond in range(self.sites - 1, 0, -1):
+            bonds[bond] = min(bonds[bond], bonds[bond + 1] * legs[bond])
+        return tuple(bonds[1:-1])
+
+    def core_shapes(
+        self, max_bond: int | Sequence[int] | None = None
+    ) -> tuple[tuple[int, int, int, int], ...]:
+        """Shapes (left bond, out, in, right bond) of all cores."""
+        bonds = (1, *self.bond_dims(max_bond), 1)
+        return tuple(
+            (left, out, in_, right)
+            for (left, right), out, in_ in zip(
+                pairwise(bonds), self.out_dims, self.in_dims, strict=True
+            )
+        )
+
+    def num_params(self, max_bond: int | Sequence[int] | None = None) -> int:
+        """Numbers held by all cores together."""
+        return sum(prod(core) for core in self.core_shapes(max_bond))
+
+    def _caps(self, max_bond: int | Sequence[int] | None) -> tuple[int, ...]:
+        bonds = self.sites - 1
+        if max_bond is None:
+            return (self.padded_out * self.padded_in,) * bonds
+        if not isinstance(max_bond, Sequence):
+            return (positive_int("max_bond", max_bond),) * bonds
+        if len(max_bond) != bonds:
+            raise InputError(
+                f"max_bond needs one value or one per bond: got {max_bond} for {bonds} bonds"
+            )
+        return tuple(positive_int("max_bond", cap) for cap in max_bond)
+
+    def __repr__(self) -> str:
+        padded = ""
+        if self.out_features != self.padded_out:
+            padded += f", out_features={self.out_features}"
+        if self.in_features != self.padded_in:
+            padded += f", in_features={self.in_features}"
+        return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
+
+
+def positive_int(name: str, value: object) -> int:
+    """``value`` as an int of at least 1, NumPy integers included; otherwise an InputError."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)
+
+
+def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:
+    try:
+        dims = tuple(dims)
+    except TypeError:
+        raise InputError(f"{name} must be a sequence of positive integers, got {dims!r}") from None
+    if not dims:
+        raise InputError(f"{name} needs at least one site, got {dims}")
+    return tuple(positive_int(f"every leg of {name}={dims}", dim) for dim in dims)
+
+
+def _check_size(side: str, size: int | None, dims: tuple[int, ...]) -> int:
+    if size is None:
+        return prod(dims)
+    size = positive_int(f"{side}_features", size)
+    if size > prod(dims):
+        raise InputError(
+            f"{side}_features={size} does not fit {side}_dims={dims}, whose product is {prod(dims)}"
+        )
+    return size

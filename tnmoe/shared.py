@@ -1,0 +1,180 @@
+"""Many matrices that share one central core: the weights of a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod, sqrt
+
+import numpy as np
+
+from tnmoe.backends import Array, get_backend
+from tnmoe.contraction import stacked_to_padded_matrices
+from tnmoe.errors import InputError
+from tnmoe.mpo import MPO, check_center
+from tnmoe.shapes import MPOShape, positive_int
+
+
+class SharedMPO:
+    """E matrices of one shape, each an MPO, that share the central core.
+
+    The central core holds nearly all the parameters and is stored once; each expert owns only its
+    auxiliary cores (MPOE: Gao et al., COLING 2022, arXiv:2203.01104, section 3.2).
+
+    Parameters
+    ----------
+    center_core : array, shape (D, out, in, D')
+        Core of site ``center``.
+    aux : sequence of array, shapes (E, D, out, in, D')
+        Stacked cores of every other site, left to right.
+    shape : MPOShape
+        Legs and size of the matrices; at least two sites.
+    center : int, optional
+        Site that is shared; by default ``shape.center``.
+
+    Raises
+    ------
+    InputError
+        If the cores do not chain or do not fit ``shape``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnmoe import MPOShape, SharedMPO, decompose
+    >>> matrix = np.arange(48.0).reshape(8, 6)
+    >>> shared = SharedMPO.replicate(decompose(matrix, MPOShape((2, 2, 2), (1, 3, 2))), 4)
+    >>> shared
+    SharedMPO(4 × 8×6, sites=3, bond_dims=(2, 4), num_params=128, center=1)
+    >>> bool(np.allclose(shared.to_matrices()[3], matrix))
+    True
+    """
+
+    __slots__ = ("aux", "center", "center_core", "shape")
+
+    center_core: Array
+    aux: tuple[Array, ...]
+    shape: MPOShape
+    center: int
+
+    def __init__(
+        self,
+        center_core: Array,
+        aux: Sequence[Array],
+        shape: MPOShape,
+        center: int | None = None,
+    ) -> None:
+        aux = tuple(aux)
+        center = check_center(shape, center)
+        if not aux or any(core.ndim != 5 for core in aux):
+            shapes = [tuple(core.shape) for core in aux]
+            raise InputError(
+                "auxiliary cores must be stacked as (experts, left bond, out, in, right bond), "
+                f"one array for each of {shape.sites - 1} sites and at least one; got {shapes}"
+            )
+        if len({core.shape[0] for core in aux}) > 1 or aux[0].shape[0] < 1:
+            counts = [core.shape[0] for core in aux]
+            raise InputError(f"every auxiliary site needs a core per expert, got {counts} experts")
+        for name, value in (
+            ("center_core", center_core),
+            ("aux", aux),
+            ("shape", shape),
+            ("center", center),
+        ):
+            object.__setattr__(self, name, value)
+        self.expert(0)  # an expert checks that its cores chain and fit the shape
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a SharedMPO is immutable: cannot set {name!r}")
+
+    def __reduce__(self) -> tuple:
+        return SharedMPO, (self.center_core, self.aux, self.shape, self.center)
+
+    @classmethod
+    def replicate(
+        cls,
+        mpo: MPO,
+        num_experts: int,
+        noise: float = 0.0,
+        rng: np.random.Generator | int | None = None,
+    ) -> SharedMPO:
+        """Experts that all start as one MPO: sparse upcycling of a pretrained matrix.
+
+        Parameters
+        ----------
+        mpo : MPO
+            The matrix, in canonical form or not; at least two sites.
+        num_experts : int
+            Number of experts.
+        noise : float
+            Standard deviation of Gaussian noise on every auxiliary core, as a fraction of that
+            core's root mean square. 0 keeps every expert's function exactly.
+        rng : numpy Generator or int, optional
+            Source of the noise.
+
+        Raises
+        ------
+        InputError
+            If the MPO has one site only, ``num_experts`` is not a positive integer or ``noise``
+            is negative.
+        """
+        num_experts = positive_int("num_experts", num_experts)
+        if not noise >= 0:
+            raise InputError(f"noise must be at least 0, got {noise!r}")
+        center = mpo.shape.center if mpo.center is None else mpo.center
+        rng = np.random.default_rng(rng)
+        xp = get_backend(mpo.cores[0])
+        aux = []
+        for site, core in enumerate(mpo.cores):
+            if site == center:
+                continue
+            stacked = xp.stack([core] * num_experts)
+            if noise:
+                rms = float(xp.norm(core)) / sqrt(prod(core.shape))
+                stacked = stacked + (noise * rms) * xp.normal(stacked.shape, rng, like=core)
+            aux.append(stacked)
+        return cls(mpo.cores[center], aux, mpo.shape, center)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts E."""
+        return int(self.aux[0].shape[0])
+
+    @property
+    def bond_dims(self) -> tuple[int, ...]:
+        """Inner bond dimensions, left to right."""
+        return self.expert(0).bond_dims
+
+    @property
+    def num_params(self) -> int:
+        """Numbers stored: the central core once, the auxiliary cores of every expert."""
+        return prod(self.center_core.shape) + sum(prod(core.shape) for core in self.aux)
+
+    def expert(self, index: int) -> MPO:
+        """One expert as an MPO that shares memory with this object.
+
+        Raises
+        ------
+        InputError
+            If there is no such expert.
+        """
+        if not -self.num_experts <= index < self.num_experts:
+            raise InputError(f"expert must be an index below {self.num_experts}, got {index}")
+        cores = [core[index] for core in self.aux]
+        cores.insert(self.center, self.center_core)
+        return MPO(cores, self.shape)
+
+    def to_matrices(self) -> Array:
+        """All dense matrices, shape (E, out_features, in_features)."""
+        matrices = stacked_to_padded_matrices(
+            get_backend(self.center_core),
+            self.center_core,
+            self.aux[: self.center],
+            self.aux[self.center :],
+        )
+        return matrices[:, : self.shape.out_features, : self.shape.in_features]
+
+    def __repr__(self) -> str:
+        return (
+            f"SharedMPO({self.num_experts} × {self.shape.out_features}×{self.shape.in_features}, "
+            f"sites={self.shape.sites}, bond_dims={self.bond_dims}, "
+            f"num_params={self.num_params}, center={self.center})"
+        )
