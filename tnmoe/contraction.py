@@ -105,7 +105,7 @@ def apply_cores(shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Arra
     if plan.route == "dense":
         return vectors @ to_padded_matrix(cores).T
     contract, _ = _contraction(_shapes(cores), batch)
-    return contract(vectors.reshape(batch, *shape.in_dims), *cores).reshape(batch, -1)
+    return contract(vectors.reshape(batch, *shape.in_dims), *cores).reshape(batch, shape.padded_out)
 
 
 def stacked_to_padded_matrices(

@@ -122,7 +122,7 @@ def decompose(
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
     rest, scale = _interleave(xp, xp.astype(matrix, COMPUTE_DTYPE.get(name, name)), shape)
-    budget = ErrorBudget(rtol, float(xp.norm(rest)), shape.sites - 1)
+    budget = ErrorBudget(rtol, float(xp.to_numpy(xp.norm(rest))), shape.sites - 1)
     cores, info = _sweep(xp, rest, shape, caps, budget, center, method)
     cores[center] = cores[center] * scale
     info = TruncationInfo(

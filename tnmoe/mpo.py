@@ -128,6 +128,9 @@ class MPO:
     def norm(self) -> Array:
         """Frobenius norm, a real scalar of the cores' library.
 
+        It is that of the whole chain: where the shape is padded and bonds were truncated, it
+        includes what the truncation left in the padding, which ``to_matrix`` cuts off.
+
         With a known centre it is the norm of one core; otherwise the gauge is fixed first.
         """
         if self.center is not None:

@@ -35,7 +35,8 @@ class TruncationInfo:
 
         Every cut is an orthogonal projection inside the range of the ones before it, so the
         errors add up as squares (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), theorem 2.2).
-        Rounding comes on top: a few units in the last place of ‖W‖.
+        The bound is reached, except where the shape is padded: what was cut may lie in the
+        padding. Rounding comes on top: a few units in the last place of ‖W‖.
         """
         return hypot(*self.discarded)
 

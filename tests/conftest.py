@@ -1,0 +1,13 @@
+"""Settings for the whole suite."""
+
+import os
+
+import hypothesis
+
+# Machines that run the suite are shared and noisy: an example is never judged by its time.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=150)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Nothing in the suite may reach for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"

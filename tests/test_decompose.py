@@ -1,0 +1,232 @@
+"""decompose: exact where asked, and never further off than its bound says."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnmoe as tn
+from tests.matrices import (
+    DTYPES,
+    LIBRARIES,
+    dense_norm,
+    libraries,
+    make_matrix,
+    matrices,
+    methods,
+    rounding,
+    to_library,
+    to_numpy,
+)
+
+max_bonds = st.one_of(st.none(), st.integers(1, 20))
+rtols = st.one_of(st.none(), st.sampled_from((0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 2.0)))
+
+
+def error_of(mpo: tn.MPO, matrix: np.ndarray) -> float:
+    return dense_norm(to_numpy(mpo.to_matrix()) - matrix)
+
+
+def error_with_padding(mpo: tn.MPO, matrix: np.ndarray) -> float:
+    """A truncated MPO need not vanish in the padding; what was cut may lie there."""
+    padded = to_numpy(tn.MPO(mpo.cores).to_matrix())
+    padded = padded - np.pad(
+        matrix, [(0, n - m) for n, m in zip(padded.shape, matrix.shape, strict=True)]
+    )
+    return dense_norm(padded)
+
+
+@given(matrices, libraries, methods)
+def test_exact_decomposition_reconstructs_to_machine_precision(case, library, method):
+    shape, matrix = case
+    mpo, info = tn.decompose(to_library(matrix, library), shape, method=method, return_info=True)
+    assert mpo.bond_dims == shape.bond_dims()
+    assert info.error_bound == 0
+    assert error_of(mpo, matrix) <= rounding(matrix)
+
+
+@given(matrices, libraries, methods, max_bonds, rtols)
+def test_truncated_error_obeys_the_bound(case, library, method, max_bond, rtol):
+    shape, matrix = case
+    mpo, info = tn.decompose(
+        to_library(matrix, library),
+        shape,
+        method=method,
+        max_bond=max_bond,
+        rtol=rtol,
+        return_info=True,
+    )
+    error, slack = error_with_padding(mpo, matrix), rounding(matrix)
+    assert error_of(mpo, matrix) <= error + slack
+    assert error <= info.error_bound + slack
+    assert error >= max(info.discarded, default=0) - slack
+    if max_bond is None and rtol is not None:
+        assert error <= rtol * dense_norm(matrix) + slack
+    if max_bond is not None:
+        assert max(mpo.bond_dims, default=1) <= max_bond
+
+
+@given(matrices, libraries, methods, max_bonds, st.data())
+def test_canonical_cores_are_isometries_on_their_side_of_the_centre(
+    case, library, method, max_bond, data
+):
+    shape, matrix = case
+    center = data.draw(st.integers(0, shape.sites - 1))
+    mpo = tn.decompose(
+        to_library(matrix, library), shape, max_bond=max_bond, center=center, method=method
+    )
+    assert mpo.center == center
+    assert_canonical(mpo, center)
+
+
+def assert_canonical(mpo: tn.MPO, center: int) -> None:
+    tolerance = 1e-4 if "32" in str(mpo.dtype) else 1e-11
+    for site, core in enumerate(map(to_numpy, mpo.cores)):
+        if site < center:
+            isometry = core.reshape(-1, core.shape[-1])
+        elif site > center:
+            isometry = core.reshape(core.shape[0], -1).conj().T
+        else:
+            continue
+        gram = isometry.conj().T @ isometry
+        np.testing.assert_allclose(gram, np.eye(len(gram)), atol=tolerance)
+
+
+@given(matrices, libraries)
+def test_result_keeps_library_and_dtype(case, library):
+    shape, matrix = case
+    given_array = to_library(matrix, library)
+    mpo = tn.decompose(given_array, shape, max_bond=3)
+    for core in (*mpo.cores, mpo.to_matrix()):
+        assert type(core) is type(given_array)
+        assert core.dtype == given_array.dtype
+
+
+@given(matrices)
+def test_both_libraries_choose_the_same_bonds(case):
+    shape, matrix = case
+    from_numpy, from_torch = (
+        tn.decompose(to_library(matrix, library), shape, rtol=1e-2) for library in LIBRARIES
+    )
+    # A Schmidt value may sit on the threshold within rounding, so a bond may differ by one.
+    differences = np.subtract(from_numpy.bond_dims, from_torch.bond_dims)
+    assert np.abs(differences).max(initial=0) <= 1
+
+
+@given(matrices, libraries)
+def test_methods_agree_on_schmidt_values(case, library):
+    shape, matrix = case
+    array = to_library(matrix, library)
+    _, by_svd = tn.decompose(array, shape, method="svd", return_info=True)
+    _, by_auto = tn.decompose(array, shape, method="auto", return_info=True)
+    for one, other in zip(by_svd.spectra, by_auto.spectra, strict=True):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=rounding(matrix))
+
+
+@given(matrices, libraries)
+def test_spectra_at_exact_bonds_are_the_singular_values_of_the_unfoldings(case, library):
+    shape, matrix = case
+    _, info = tn.decompose(to_library(matrix, library), shape, return_info=True)
+    padded = np.zeros((shape.padded_out, shape.padded_in), matrix.dtype)
+    padded[: shape.out_features, : shape.in_features] = matrix
+    axes = [axis for site in range(shape.sites) for axis in (site, shape.sites + site)]
+    tensor = padded.reshape(*shape.out_dims, *shape.in_dims).transpose(axes)
+    wide = np.complex128 if np.iscomplexobj(matrix) else np.float64
+    for bond, spectrum in enumerate(info.spectra):
+        rows = np.prod(tensor.shape[: 2 * (bond + 1)])
+        expected = np.linalg.svd(tensor.reshape(rows, -1).astype(wide), compute_uv=False)
+        np.testing.assert_allclose(to_numpy(spectrum), expected, atol=rounding(matrix))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+def test_extreme_scales_lose_no_digit(library, scale):
+    matrix = (np.random.default_rng(0).standard_normal((8, 8)) * scale).astype("float32")
+    shape = tn.MPOShape((2, 2, 2), (2, 2, 2))
+    mpo, info = tn.decompose(to_library(matrix, library), shape, max_bond=3, return_info=True)
+    relative = error_of(mpo, matrix) / dense_norm(matrix)
+    reference = tn.decompose(
+        to_library(matrix / np.float32(scale), library), shape, max_bond=3, return_info=True
+    )[1]
+    assert relative == pytest.approx(reference.error_bound / dense_norm(matrix / scale), rel=1e-4)
+    assert info.error_bound == pytest.approx(reference.error_bound * scale, rel=1e-4)
+
+
+def test_small_schmidt_values_survive_single_precision():
+    # A Gram matrix in single precision would get the last value 40 % wrong.
+    rng = np.random.default_rng(1)
+    values = 10.0 ** np.linspace(0, -4, 16)
+    left, _ = np.linalg.qr(rng.standard_normal((16, 16)))
+    right, _ = np.linalg.qr(rng.standard_normal((256, 16)))
+    unfolding = (left * values) @ right.T
+    matrix = unfolding.reshape(4, 4, 16, 16).transpose(0, 2, 1, 3).reshape(64, 64)
+    shape = tn.MPOShape((4, 16), (4, 16))
+    _, info = tn.decompose(matrix.astype("float32"), shape, return_info=True)
+    assert info.methods == ("eigh",)
+    np.testing.assert_allclose(info.spectra[0], values, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_single_and_rounded_once(dtype):
+    matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).to(
+        getattr(torch, dtype)
+    )
+    shape = tn.MPOShape((4, 4), (4, 4))
+    mpo = tn.decompose(matrix, shape)
+    assert mpo.dtype == matrix.dtype
+    single = tn.decompose(matrix.float(), shape)
+    for core, exact in zip(mpo.cores, single.cores, strict=True):
+        torch.testing.assert_close(core, exact.to(matrix.dtype))
+
+
+def test_rtol_needs_no_more_parameters_than_even_shares():
+    matrix = make_matrix("gaussian", 64, 64, "float64", 3) @ np.diag(0.8 ** np.arange(64))
+    shape = tn.MPOShape((4, 4, 4), (4, 4, 4))
+    mpo, info = tn.decompose(matrix, shape, rtol=0.1, return_info=True)
+    share = 0.1 * dense_norm(matrix) / np.sqrt(2)
+    even = [int(np.sum(np.sqrt(np.cumsum(s[::-1] ** 2))[::-1] > share)) for s in info.spectra]
+    assert all(bond <= limit for bond, limit in zip(mpo.bond_dims, even, strict=True))
+    assert error_of(mpo, matrix) <= 0.1 * dense_norm(matrix)
+
+
+def test_gradients_flow_through_an_exact_decomposition():
+    matrix = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    shape = tn.MPOShape((2, 2, 2), (2, 2, 2))
+    weights = torch.randn(8, 8, dtype=torch.float64)
+    (tn.decompose(matrix, shape).to_matrix() * weights).sum().backward()
+    torch.testing.assert_close(matrix.grad, weights)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_are_refused(library, value, dtype):
+    matrix = np.ones((4, 4), dtype)
+    matrix[2, 1] = value
+    with pytest.raises(tn.InputError, match=r"\(4, 4\) matrix contains NaN or infinity"):
+        tn.decompose(to_library(matrix, library), tn.MPOShape((2, 2), (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "arguments", "message"),
+    [
+        (np.ones((4, 5)), {}, r"for a \(4, 4\) matrix, got one of shape \(4, 5\)"),
+        (np.ones(4), {}, r"got one of shape \(4,\)"),
+        (np.ones((4, 4), int), {}, "floating-point or complex, got dtype int64"),
+        (np.ones((4, 4)), {"max_bond": 0}, "max_bond must be a positive integer, got 0"),
+        (np.ones((4, 4)), {"max_bond": (2, 2)}, r"got \(2, 2\) for 1 bonds"),
+        (np.ones((4, 4)), {"rtol": -1}, "rtol must be a finite number of at least 0, got -1"),
+        (np.ones((4, 4)), {"rtol": float("nan")}, "rtol must be"),
+        (np.ones((4, 4)), {"center": 2}, "center must be a site from 0 to 1"),
+        (np.ones((4, 4)), {"method": "magic"}, "method must be one of auto, svd, eigh"),
+    ],
+)
+def test_bad_arguments_are_named(matrix, arguments, message):
+    with pytest.raises(tn.InputError, match=message):
+        tn.decompose(matrix, tn.MPOShape((2, 2), (2, 2)), **arguments)
+
+
+def test_an_array_of_no_known_library_is_a_type_error():
+    with pytest.raises(TypeError, match=r"numpy, torch, got builtins\.list"):
+        tn.decompose([[1.0]], tn.MPOShape((1,), (1,)))

@@ -1,0 +1,177 @@
+"""MPO: applying, norms, gauges and spectra, against dense algebra."""
+
+import pickle
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnmoe as tn
+from tests.matrices import (
+    LIBRARIES,
+    dense_norm,
+    libraries,
+    matrices,
+    rounding,
+    to_library,
+    to_numpy,
+)
+from tests.test_decompose import assert_canonical
+
+max_bonds = st.one_of(st.none(), st.integers(1, 6))
+
+
+@given(matrices, libraries, max_bonds, st.sampled_from([(), (0,), (1,), (7,), (2, 0, 3), (2, 3)]))
+def test_apply_equals_the_dense_product_for_any_batch(case, library, max_bond, batch):
+    shape, matrix = case
+    mpo = tn.decompose(to_library(matrix, library), shape, max_bond=max_bond)
+    x = np.random.default_rng(0).standard_normal((*batch, shape.in_features)).astype(matrix.dtype)
+    result = mpo.apply(to_library(x, library))
+    assert result.dtype == mpo.dtype
+    expected = x @ to_numpy(mpo.to_matrix()).T
+    assert result.shape == expected.shape
+    tolerance = rounding(matrix) * max(1.0, dense_norm(x))
+    np.testing.assert_allclose(to_numpy(result), expected, atol=tolerance)
+
+
+@given(matrices, libraries, max_bonds)
+def test_norm_is_the_frobenius_norm_with_and_without_a_known_centre(case, library, max_bond):
+    shape, matrix = case
+    mpo = tn.decompose(to_library(matrix, library), shape, max_bond=max_bond)
+    # Without the shape there is no padding to crop: the norm is that of the whole chain.
+    expected = dense_norm(to_numpy(tn.MPO(mpo.cores).to_matrix()))
+    for operator in (mpo, tn.MPO(mpo.cores, mpo.shape)):
+        assert float(operator.norm()) == pytest.approx(expected, abs=rounding(matrix))
+
+
+@given(matrices, libraries, max_bonds, st.data())
+def test_canonicalize_moves_the_centre_and_keeps_the_operator(case, library, max_bond, data):
+    shape, matrix = case
+    mpo = tn.decompose(to_library(matrix, library), shape, max_bond=max_bond)
+    center = data.draw(st.integers(0, shape.sites - 1))
+    scrambled = tn.MPO(mpo.cores, mpo.shape)
+    for operator in (mpo, scrambled):
+        moved = operator.canonicalize(center)
+        assert moved.center == center
+        assert_canonical(moved, center)
+        assert all(new <= old for new, old in zip(moved.bond_dims, mpo.bond_dims, strict=True))
+        difference = to_numpy(moved.to_matrix()) - to_numpy(mpo.to_matrix())
+        assert dense_norm(difference) <= rounding(matrix)
+
+
+def test_moving_the_centre_leaves_the_sites_it_does_not_pass_untouched():
+    matrix = np.random.default_rng(0).standard_normal((32, 32))
+    mpo = tn.decompose(matrix, tn.MPOShape((2,) * 5, (2,) * 5), center=1)
+    moved = mpo.canonicalize(3)
+    for site in (0, 4):
+        assert moved.cores[site] is mpo.cores[site]
+
+
+@given(matrices, libraries, st.data())
+def test_schmidt_values_are_the_singular_values_across_the_bond(case, library, data):
+    shape, matrix = case
+    if shape.sites == 1:
+        return
+    bond = data.draw(st.integers(0, shape.sites - 2))
+    array = to_library(matrix, library)
+    mpo, info = tn.decompose(array, shape, method="svd", return_info=True)
+    values = to_numpy(mpo.schmidt_values(bond))
+    np.testing.assert_allclose(values, to_numpy(info.spectra[bond]), atol=rounding(matrix))
+    assert float(np.linalg.norm(values.astype("float64"))) == pytest.approx(
+        dense_norm(matrix), abs=rounding(matrix)
+    )
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_entropy_runs_from_zero_for_products_to_log_of_the_bond(library):
+    shape = tn.MPOShape((2, 2), (2, 2))
+    product = np.kron(np.array([[1.0, 2.0], [3.0, 4.0]]), np.eye(2))
+    swap = np.eye(4)[[0, 2, 1, 3]]  # all four Schmidt values equal
+    for matrix, expected in ((product, 0.0), (swap, log(4)), (np.zeros((4, 4)), 0.0)):
+        mpo = tn.decompose(to_library(matrix, library), shape)
+        assert mpo.entropy(0) == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_mpo_is_immutable_and_survives_pickling():
+    mpo = tn.decompose(np.arange(12.0).reshape(4, 3), tn.MPOShape((2, 2), (3, 1)))
+    with pytest.raises(AttributeError, match="immutable"):
+        mpo.center = 0
+    copy = pickle.loads(pickle.dumps(mpo))
+    assert copy.shape == mpo.shape
+    assert copy.center == mpo.center
+    np.testing.assert_array_equal(copy.to_matrix(), mpo.to_matrix())
+
+
+def test_gradients_reach_cores_and_vectors():
+    mpo = tn.decompose(torch.randn(8, 8, dtype=torch.float64), tn.MPOShape((2, 4), (4, 2)))
+    cores = [core.clone().requires_grad_() for core in mpo.cores]
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+
+    def applied(x, *cores):
+        operator = tn.MPO(cores, mpo.shape)
+        return operator.apply(x), operator.to_matrix(), operator.norm()
+
+    assert torch.autograd.gradcheck(applied, (x, *cores))
+
+
+def test_the_plan_takes_the_route_with_fewer_operations():
+    shape = tn.MPOShape((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))
+    few, many = tn.contraction_plan(shape, (4,) * 4), tn.contraction_plan(shape, batch=4096)
+    assert few.route == "chain"
+    assert few.flops < 2 * 3072 * 768  # less than the dense product alone
+    assert many.route == "dense"
+    assert 0 <= many.flops - 2 * 4096 * 3072 * 768 < 1e10  # the product, and building the matrix
+    assert "route chain" in str(few)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: tn.MPO([]), tn.InputError, "at least one core"),
+        (lambda: tn.MPO([np.ones((1, 2, 2))]), tn.InputError, "needs axes"),
+        (lambda: tn.MPO([np.ones((1, 2, 2, 2))]), tn.InputError, "outermost bonds must be 1"),
+        (
+            lambda: tn.MPO([np.ones((1, 2, 2, 2)), np.ones((3, 2, 2, 1))]),
+            tn.InputError,
+            "neighbouring cores need equal bonds",
+        ),
+        (
+            lambda: tn.MPO([np.ones((1, 2, 2, 2)), np.ones((2, 2, 2, 1), "float32")]),
+            tn.InputError,
+            "one library and one dtype",
+        ),
+        (
+            lambda: tn.MPO([np.ones((1, 2, 2, 2)), torch.ones(2, 2, 2, 1)]),
+            tn.InputError,
+            "one library and one dtype",
+        ),
+        (lambda: tn.MPO([np.ones((1, 2, 2, 1), int)]), tn.InputError, "got dtype int64"),
+        (
+            lambda: tn.MPO([np.ones((1, 2, 2, 1))], tn.MPOShape((2,), (3,))),
+            tn.InputError,
+            "do not fit",
+        ),
+        (lambda: tn.MPO([np.ones((1, 2, 2, 1))], center=1), tn.InputError, "center must be"),
+        (lambda: tn.MPO([[1.0]]), TypeError, "expected an array"),
+        (lambda: simple().apply(np.ones(3)), tn.InputError, r"2 entries .* got shape \(3,\)"),
+        (lambda: simple().apply(np.float64(3)), tn.InputError, r"got shape \(\)"),
+        (lambda: simple().apply(torch.ones(2)), TypeError, "numpy arrays, x is a Tensor"),
+        (lambda: simple().canonicalize(1), tn.InputError, "center must be a site from 0 to 0"),
+        (lambda: simple().schmidt_values(0), tn.InputError, "bond must be"),
+        (
+            lambda: tn.contraction_plan(tn.MPOShape((2, 2), (2, 2)), (1, 1)),
+            tn.InputError,
+            "1 bonds",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def simple() -> tn.MPO:
+    return tn.MPO([np.ones((1, 2, 2, 1))])

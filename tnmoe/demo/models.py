@@ -1,0 +1,76 @@
+"""The demo's pretrained model in its three forms: dense, ordinary mixture, MPOE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from tnmoe import hf
+from tnmoe.errors import InputError
+from tnmoe.truncation import TruncationInfo
+
+KINDS = ("dense", "MoE", "MPOE")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Tokenizer of a Hugging Face folder; an InputError where there is none."""
+    tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer", folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_dense(folder: Path, label_names: tuple[str, ...], seed: int) -> PreTrainedModel:
+    """Pretrained classifier in float32; whatever the folder lacks is drawn with the seed."""
+    torch.manual_seed(seed)
+    model = _load(
+        AutoModelForSequenceClassification.from_pretrained,
+        "model",
+        folder,
+        dtype=torch.float32,
+        use_safetensors=True,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+        ignore_mismatched_sizes=True,
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    return model
+
+
+def load_form(
+    kind: str,
+    folder: Path,
+    label_names: tuple[str, ...],
+    config: hf.MPOEConfig,
+    seed: int,
+    on_matrix: Callable[[str, TruncationInfo], None] | None = None,
+) -> PreTrainedModel:
+    """One of the three forms; all start from the same weights, the classifier's included."""
+    model = load_dense(folder, label_names, seed)
+    if kind == "MoE":
+        hf.upcycle(model, replace(config, layout="dense"))
+    elif kind == "MPOE":
+        hf.upcycle(model, config, on_matrix)
+    return model
+
+
+def _load(load: Callable[..., Any], what: str, folder: Path, **arguments: Any) -> Any:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a Hugging Face model folder: no config.json there")
+    # Neither progress bars over milliseconds nor the news that a classifier starts untrained.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return load(folder, local_files_only=True, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"cannot load a {what} from {folder}: {reason}") from error

@@ -1,0 +1,29 @@
+"""Hugging Face: pretrained models in, MPOE models out, saved and loaded as any other model.
+
+Importing this module teaches ``transformers`` to load MPOE checkpoints with ``from_pretrained``.
+"""
+
+import tnmoe.nn  # noqa: F401 - names the extra to install where torch is missing
+from tnmoe.errors import MissingExtraError
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("tnmoe.hf", "transformers", "hf") from error
+
+from tnmoe.hf.checkpoint import from_pretrained
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.families import FFN, find_ffns, register_family
+from tnmoe.hf.report import ParameterReport, parameter_report
+from tnmoe.hf.upcycle import upcycle
+
+__all__ = [
+    "FFN",
+    "MPOEConfig",
+    "ParameterReport",
+    "find_ffns",
+    "from_pretrained",
+    "parameter_report",
+    "register_family",
+    "upcycle",
+]

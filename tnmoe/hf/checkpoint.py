@@ -1,0 +1,113 @@
+"""MPOE checkpoints as ordinary Hugging Face folders: config.json and safetensors.
+
+The structure of an MPOE model is stored under ``quantization_config`` in its config.json. That is
+transformers' one public place for "rebuild the modules before the weights are loaded"; with
+``tnmoe.hf`` imported, every ``from_pretrained`` follows it, sharding, dtype and device maps
+included. Nothing is quantized, and a loaded model is not marked as if it were.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tnmoe.errors import InputError
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.structure import install_empty
+
+METHOD = "tnmoe"
+_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class StoredConfig(QuantizationConfigMixin):
+    """The entry of config.json that describes an MPOE model.
+
+    Parameters
+    ----------
+    mpoe : dict
+        What ``MPOEConfig.to_dict`` gave.
+    layout_version : int
+        Version of the layout of checkpoints.
+    quant_method : str
+        Name under which transformers finds this class.
+    """
+
+    def __init__(
+        self, mpoe: dict[str, Any], layout_version: int = _VERSION, quant_method: Any = METHOD
+    ) -> None:
+        if layout_version != _VERSION:
+            raise InputError(
+                f"this checkpoint has layout version {layout_version}, "
+                f"this version of tnmoe reads {_VERSION}"
+            )
+        self.quant_method = quant_method
+        self.layout_version = layout_version
+        self.mpoe = mpoe
+
+
+@register_quantizer(METHOD)
+class StructureLoader(HfQuantizer):
+    """Gives a model on the meta device its experts before the weights are read."""
+
+    quantization_config: StoredConfig
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        install_empty(model, MPOEConfig.from_dict(self.quantization_config.mpoe))
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        # The weights are ordinary floating-point ones: undo the marks that would keep Trainer,
+        # ``half`` and others from treating them so.
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+            delattr(model, mark)
+        return model
+
+
+def mark_as_mpoe(model: PreTrainedModel, config: MPOEConfig) -> None:
+    """Let ``save_pretrained`` write how to rebuild the model."""
+    model.config.quantization_config = StoredConfig(config.to_dict())
+
+
+def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Load an MPOE checkpoint as the class it was saved from.
+
+    With this module imported, ``AutoModelFor….from_pretrained`` loads it as well.
+
+    Parameters
+    ----------
+    folder : path
+        A folder that ``model.save_pretrained`` wrote.
+    **kwargs
+        For the ``from_pretrained`` of that class: ``dtype``, ``device_map`` and so on.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder, or it holds no MPOE checkpoint of a format this version reads.
+    """
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise InputError(f"{os.fspath(folder)} is not a Hugging Face folder: no config.json there")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") != METHOD:
+        raise InputError(f"{os.fspath(folder)} is not an MPOE checkpoint: its config.json has none")
+    model_class = getattr(transformers, config.architectures[0])
+    return model_class.from_pretrained(folder, local_files_only=True, **kwargs)

@@ -1,0 +1,120 @@
+"""How many parameters: dense, ordinary mixture, MPOE; counted, not estimated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig
+
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.families import find_ffns
+from tnmoe.hf.structure import empty_moe
+from tnmoe.tables import format_table
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one thing in its three forms."""
+
+    name: str
+    dense: int
+    moe: int
+    mpoe: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the ordinary mixture MPOE is."""
+        return self.moe / self.mpoe
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """Parameters of a model and of each of its feed-forward networks.
+
+    Attributes
+    ----------
+    num_experts : int
+    ffns : tuple of ParameterCount
+        Every converted network: dense, an ordinary mixture of as many experts with its router,
+        and MPOE with its router.
+    total : ParameterCount
+        The whole model; tied parameters count once.
+    """
+
+    num_experts: int
+    ffns: tuple[ParameterCount, ...]
+    total: ParameterCount
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"ratio": self.total.ratio}
+
+    def __str__(self) -> str:
+        rows = [
+            [count.name, count.dense, count.moe, count.mpoe, f"{count.ratio:.2f}"]
+            for count in (*self.ffns, self.total)
+        ]
+        headers = ["parameters", "dense", f"MoE of {self.num_experts}", "MPOE", "MoE/MPOE"]
+        return format_table(headers, rows)
+
+
+def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) -> ParameterReport:
+    """Count the parameters a model would have, without building it.
+
+    Parameters
+    ----------
+    model : Module or PreTrainedConfig
+        A dense model, or the configuration of one, which is then laid out on the meta device.
+    config : MPOEConfig
+        How it would be converted; the ordinary mixture has the same experts and routers.
+
+    Returns
+    -------
+    ParameterReport
+
+    Raises
+    ------
+    InputError
+        If there is no feed-forward network of a known family.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig
+    >>> report = parameter_report(BertConfig(num_hidden_layers=1), MPOEConfig(num_experts=8))
+    >>> report.ffns[0].dense, report.ffns[0].moe, report.ffns[0].mpoe
+    (4722432, 37785600, 7710976)
+    """
+    if not isinstance(model, nn.Module):
+        model = _on_meta(model)
+    ffns = tuple(
+        ParameterCount(
+            ffn.name,
+            ffn.num_params,
+            _count(empty_moe(ffn, replace(config, layout="dense"))),
+            _count(empty_moe(ffn, config)),
+        )
+        for ffn in find_ffns(model, config.layers)
+    )
+    dense = _count(model)
+    rest = dense - sum(count.dense for count in ffns)
+    total = ParameterCount(
+        "whole model",
+        dense,
+        rest + sum(count.moe for count in ffns),
+        rest + sum(count.mpoe for count in ffns),
+    )
+    return ParameterReport(config.num_experts, ffns, total)
+
+
+def _on_meta(config: PreTrainedConfig) -> nn.Module:
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return AutoModel.from_config(config) if model_class is None else model_class(config)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,107 @@
+"""Dense feed-forward networks → mixtures of experts, without changing the model's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tnmoe.errors import InputError
+from tnmoe.hf.checkpoint import mark_as_mpoe
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.families import FFN, find_ffns
+from tnmoe.hf.structure import make_router
+from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.moe import MPOMoE
+from tnmoe.truncation import TruncationInfo
+
+
+def upcycle(
+    model: PreTrainedModel,
+    config: MPOEConfig,
+    on_matrix: Callable[[str, TruncationInfo], None] | None = None,
+) -> PreTrainedModel:
+    """Turn the dense feed-forward networks of a pretrained model into mixtures of experts.
+
+    Every expert starts as the pretrained network. With exact bonds, no expert noise and a
+    normalised router the model computes what it did, to rounding.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Converted in place: the networks of a known family (:func:`find_ffns`) give way to
+        :class:`tnmoe.nn.MPOMoE` modules on their device and in their dtype.
+    config : MPOEConfig
+        Experts, routing, shapes and which layers.
+    on_matrix : callable, optional
+        Called as ``on_matrix(name, info)`` after every decomposition, for progress and spectra.
+        With ``max_bond`` set, ``info.error_bound`` tells what the truncation cost.
+
+    Returns
+    -------
+    PreTrainedModel
+        ``model``; ``save_pretrained`` and ``from_pretrained`` work on it as on any other.
+
+    Raises
+    ------
+    InputError
+        If the model has no known feed-forward network, is already converted or quantized, or
+        holds NaN or infinity.
+
+    Notes
+    -----
+    Routers and expert noise are drawn from torch's global generator: seed it to reproduce them.
+    Sparse upcycling: Komatsuzaki et al., arXiv:2212.05055.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError(f"{type(model).__name__} is already converted or quantized")
+    # Everything is built before anything is replaced: an error leaves the model as it was.
+    ffns = find_ffns(model, config.layers)
+    layers = [_upcycled(ffn, config, on_matrix) for ffn in ffns]
+    for ffn, layer in zip(ffns, layers, strict=True):
+        ffn.install(layer.train(model.training))
+    mark_as_mpoe(model, config)
+    return model
+
+
+def _upcycled(
+    ffn: FFN, config: MPOEConfig, on_matrix: Callable[[str, TruncationInfo], None] | None
+) -> MPOMoE:
+    weight = ffn.up.weight
+    router = make_router(ffn, config, device=weight.device, dtype=weight.dtype)
+    return MPOMoE(router, _experts(ffn, config, on_matrix))
+
+
+def _experts(
+    ffn: FFN, config: MPOEConfig, on_matrix: Callable[[str, TruncationInfo], None] | None
+) -> Experts:
+    def bias_of(linear: nn.Linear | None) -> Tensor | None:
+        return None if linear is None else linear.bias
+
+    up, down = ffn.up.weight, ffn.down.weight
+    gate = None if ffn.gate is None else ffn.gate.weight
+    common: dict[str, Any] = {
+        "up_bias": bias_of(ffn.up),
+        "down_bias": bias_of(ffn.down),
+        "gate_bias": bias_of(ffn.gate),
+        "num_experts": config.num_experts,
+        "activation": ffn.activation,
+    }
+    if config.layout == "dense":
+        return DenseExperts.from_dense(up, down, gate, **common)
+    return MPOExperts.from_dense(
+        up,
+        down,
+        gate,
+        **common,
+        up_shape=config.shape_for(*up.shape),
+        down_shape=config.shape_for(*down.shape),
+        max_bond=config.max_bond,
+        noise=config.expert_noise,
+        rng=np.random.default_rng(int(torch.randint(2**62, ()))),
+        on_matrix=on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info)),
+    )

@@ -1,0 +1,212 @@
+"""One linear projection of all experts of a layer: a stack of matrices, shared or not."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import prod, sqrt
+
+import torch
+from torch import Tensor, nn
+
+from tnmoe.backends import backend_named
+from tnmoe.contraction import stacked_to_padded_matrices
+from tnmoe.errors import InputError
+from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.shared import SharedMPO
+
+
+class Projection(nn.Module, ABC):
+    """E matrices (out, in), one per expert, and optionally a bias each.
+
+    Attributes
+    ----------
+    bias : Parameter, shape (E, out), or None
+    """
+
+    num_experts: int
+    out_features: int
+    in_features: int
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = positive_int("num_experts", num_experts)
+        self.out_features = positive_int("out_features", out_features)
+        self.in_features = positive_int("in_features", in_features)
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
+            if bias
+            else None
+        )
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """All matrices, shape (E, out, in)."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw new weights with the variance of ``torch.nn.Linear``'s, 1 / (3·in)."""
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Start every expert with one bias (out,), or take a stack (E, out) or none as it is."""
+        if bias is None:
+            self.bias = None
+            return
+        stacked = bias.detach().expand(self.num_experts, self.out_features).clone()
+        self.bias = nn.Parameter(stacked)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, out_features={self.out_features}, "
+            f"in_features={self.in_features}, bias={self.bias is not None}"
+        )
+
+
+class StackedProjection(Projection):
+    """Every expert owns its whole matrix: an ordinary mixture of experts.
+
+    Parameters
+    ----------
+    num_experts, out_features, in_features : int
+        Sizes.
+    bias : bool
+        Whether every expert has a bias.
+    """
+
+    stacked: nn.Parameter
+
+    def __init__(
+        self,
+        num_experts: int,
+        out_features: int,
+        in_features: int,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_experts, out_features, in_features, bias, device, dtype)
+        self.stacked = nn.Parameter(
+            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None, num_experts: int) -> StackedProjection:
+        """Experts that all start as one matrix (out, in)."""
+        projection = cls(num_experts, *weight.shape, device="meta", dtype=weight.dtype)
+        projection.stacked = nn.Parameter(weight.detach().expand(num_experts, -1, -1).clone())
+        projection.set_bias(bias)
+        return projection
+
+    def weight(self) -> Tensor:
+        return self.stacked
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = 1 / sqrt(self.in_features)
+        self.stacked.uniform_(-bound, bound)
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound)
+
+
+class SharedProjection(Projection):
+    """All experts share one central tensor; each owns only its auxiliary cores.
+
+    Parameters
+    ----------
+    num_experts : int
+        Number of experts E.
+    shape : MPOShape
+        Legs and size of every expert's matrix; at least two sites.
+    bias : bool
+        Whether every expert has a bias.
+    max_bond : int, optional
+        Largest bond dimension; exact bonds by default.
+
+    Attributes
+    ----------
+    center : Parameter, shape (D, out, in, D')
+        The shared central tensor.
+    aux : ParameterList of shapes (E, D, out, in, D')
+        The other sites, left to right.
+    """
+
+    center: nn.Parameter
+    aux: nn.ParameterList
+
+    def __init__(
+        self,
+        num_experts: int,
+        shape: MPOShape,
+        bias: bool = False,
+        max_bond: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_experts, shape.out_features, shape.in_features, bias, device, dtype)
+        if shape.sites < 2:
+            raise InputError(
+                f"experts that share a central core need a shape of at least 2 sites, got {shape}"
+            )
+        self.shape = shape
+        self.site = shape.center
+        cores = [
+            torch.empty(core, device=device, dtype=dtype) for core in shape.core_shapes(max_bond)
+        ]
+        self.center = nn.Parameter(cores.pop(self.site))
+        self.aux = nn.ParameterList(
+            nn.Parameter(core.new_empty(num_experts, *core.shape)) for core in cores
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_shared(cls, shared: SharedMPO, bias: Tensor | None = None) -> SharedProjection:
+        """Take over the cores of a SharedMPO of torch tensors, with any bonds and centre."""
+        projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
+        projection.site = shared.center
+        projection.center = nn.Parameter(shared.center_core.detach().contiguous())
+        projection.aux = nn.ParameterList(
+            nn.Parameter(core.detach().contiguous()) for core in shared.aux
+        )
+        projection.set_bias(bias)
+        return projection
+
+    def to_shared(self) -> SharedMPO:
+        """The cores as a SharedMPO that shares memory and gradients with this module."""
+        return SharedMPO(self.center, tuple(self.aux), self.shape, self.site)
+
+    def weight(self) -> Tensor:
+        aux = tuple(self.aux)
+        matrices = stacked_to_padded_matrices(
+            backend_named("torch"), self.center, aux[: self.site], aux[self.site :]
+        )
+        return matrices[:, : self.out_features, : self.in_features]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Isometric auxiliary cores and a Gaussian central one: the centre carries the scale."""
+        for index, stack in enumerate(self.aux):
+            left_of_center = index < self.site
+            for core in stack:
+                rows = core.shape[0] if not left_of_center else prod(core.shape[:-1])
+                if not core.is_meta:
+                    nn.init.orthogonal_(core.view(rows, -1))
+        variance = self.shape.padded_out / (3 * self.center.numel())
+        self.center.normal_(std=sqrt(variance))
+        if self.bias is not None:
+            bound = 1 / sqrt(self.in_features)
+            self.bias.uniform_(-bound, bound)
+
+    def extra_repr(self) -> str:
+        bonds = tuple(core.shape[1] for core in self.aux)
+        return f"{super().extra_repr()}, shape={self.shape}, aux_left_bonds={bonds}"

@@ -1,0 +1,29 @@
+"""Plain-text tables, for reports that people read in a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Align columns: the first to the left, numbers to the right, integers with thousands marks.
+
+    Examples
+    --------
+    >>> print(format_table(["model", "parameters"], [["dense", 1234], ["MPOE", "n/a"]]))
+    model  parameters
+    -----  ----------
+    dense       1,234
+    MPOE          n/a
+    """
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    table = [list(headers), *cells]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headers))]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    )
