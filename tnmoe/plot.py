@@ -56,9 +56,10 @@ def expert_load(load: Any, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     load = np.asarray(load, dtype=float)
     balanced = 1 / load.shape[1]
-    image = ax.imshow(load, vmin=0, vmax=max(2 * balanced, load.max()), cmap="viridis")
+    brightest = max(2 * balanced, float(load.max()))
+    ax.imshow(load, vmin=0, vmax=brightest, cmap="viridis", aspect="auto")
     for (layer, expert), share in np.ndenumerate(load):
-        dark = share < image.norm.vmax / 2
+        dark = share < brightest / 2
         ax.text(
             expert, layer, f"{share:.0%}", ha="center", va="center", fontsize=7,
             color="white" if dark else "black",

@@ -15,7 +15,7 @@ class TopKRouter(nn.Module):
 
     Shazeer et al., arXiv:1701.06538, section 2.1, without noise; with ``top_k=1`` the router of
     the Switch transformer (Fedus et al., arXiv:2101.03961, section 2.1). Scores are computed in
-    float32 whatever the model's precision, autocast included.
+    float32 at least, whatever the model's precision, autocast included.
 
     Parameters
     ----------
@@ -80,17 +80,17 @@ class TopKRouter(nn.Module):
 
         Returns
         -------
-        router_logits : Tensor of float32, shape (T, E)
+        router_logits : Tensor of float32 (float64 for float64 inputs), shape (T, E)
         top_k_weights : Tensor, shape (T, k)
             In the dtype of ``x``.
         top_k_index : Tensor of int64, shape (T, k)
         """
         with torch.autocast(x.device.type, enabled=False):
-            scored = x.float()
+            scored = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.training and self.jitter_noise:
                 low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
                 scored = scored * torch.empty_like(scored).uniform_(low, high)
-            logits = F.linear(scored, self.weight.float())
+            logits = F.linear(scored, self.weight.to(scored.dtype))
             weights, index = logits.softmax(-1).topk(self.top_k)
             if self.normalize:
                 total = weights.sum(-1, keepdim=True)

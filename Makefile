@@ -1,0 +1,41 @@
+# Everything runs in .venv, which `make env` creates; nothing else needs to be installed by hand.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help env demo test lint clean
+
+help:
+	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 8 minutes)"
+	@echo "make test   run all tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make env    only create the environment in $(VENV)"
+	@echo "make clean  remove the environment and what the demo wrote"
+
+env: $(READY)
+
+# Made anew only when what it is made from changes.
+$(READY): pyproject.toml requirements/constraints.txt requirements/data.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tnmoe needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[all,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --requirement requirements/data.txt
+	touch $@
+
+demo: env
+	$(BIN)/tnmoe demo --output demo-output --overwrite $(ARGS)
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-output

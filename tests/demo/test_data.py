@@ -1,0 +1,119 @@
+"""Sentences and output folders of the demo."""
+
+import os
+
+import pytest
+
+import tnmoe as tn
+from tnmoe.demo.data import packaged_model, packaged_reviews, read_sentences, split
+from tnmoe.demo.output import whole_folder
+
+
+def write_csv(path, rows, header="text,label"):
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+ROWS = [f'"sentence, number {n}",{"good" if n % 2 else "bad"}' for n in range(30)]
+
+
+def test_the_packaged_reviews_are_the_8530_rotten_tomatoes_sentences():
+    sentences = read_sentences(packaged_reviews(), source="rotten_tomatoes")
+    assert len(sentences) == len(set(sentences.texts)) == 8530
+    assert sum(sentences.labels) == 4265
+    train, held_out = split(sentences, seed=0)
+    assert (len(train), len(held_out)) == (7677, 853)
+
+
+def test_the_packaged_model_is_found_without_running_its_package():
+    assert (packaged_model() / "model.safetensors").is_file()
+
+
+def test_duplicates_are_dropped_and_parts_do_not_overlap(tmp_path):
+    path = write_csv(tmp_path / "d.csv", ROWS + ROWS)
+    sentences = read_sentences(path)
+    assert len(sentences) == 30
+    assert sentences.label_names == ("bad", "good")
+    train, held_out = split(sentences, seed=1)
+    assert not set(train.texts) & set(held_out.texts)
+    assert set(train.texts) | set(held_out.texts) == set(sentences.texts)
+    assert split(sentences, seed=1) == (train, held_out)
+    assert split(sentences, seed=2) != (train, held_out)
+    truth = dict(zip(sentences.texts, sentences.labels, strict=True))
+    assert all(truth[text] == label for text, label in zip(train.texts, train.labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "none.csv", "cannot read .*none.csv: No such file"),
+        (lambda p: p, "cannot read .*: Is a directory"),
+        (
+            lambda p: write_csv(p / "d", ROWS, "sentence,label"),
+            "text missing, found sentence, label",
+        ),
+        (lambda p: write_csv(p / "d", [], ""), "text and label missing"),
+        (lambda p: write_csv(p / "d", ROWS[:5]), "5 different texts with 2 labels"),
+        (lambda p: write_csv(p / "d", [f"t{n},same" for n in range(30)]), "30 .* with 1 labels"),
+        (lambda p: write_csv(p / "d", [*ROWS, "lonely"]), "line 32: text or label is empty"),
+        (lambda p: binary(p / "d"), "is not UTF-8 text"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, make, message):
+    with pytest.raises(tn.InputError, match=message):
+        read_sentences(make(tmp_path))
+
+
+def binary(path):
+    path.write_bytes(b"text,label\n\xff\xfe\x00,1\n")
+    return path
+
+
+def test_a_folder_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with whole_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    assert os.listdir(target.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_new_and_the_old_untouched(tmp_path, error):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("kept")
+
+    def fail():
+        with whole_folder(target, overwrite=True) as folder:
+            (folder / "new").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(target) == ["old"]
+
+
+def test_overwriting_replaces_everything(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("")
+    with pytest.raises(tn.InputError, match="is not empty"), whole_folder(target):
+        pass
+    with whole_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(target) == ["new"]
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for target, message in (
+        (file, "is a file, not a folder"),
+        (file / "out", "cannot write to .*: (Not a directory|File exists)"),
+    ):
+        with pytest.raises(tn.InputError, match=message), whole_folder(target):
+            pass
+    assert file.read_text() == ""

@@ -1,0 +1,312 @@
+"""upcycle and its checkpoints on real transformers classes built from small configurations."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import tnmoe as tn
+from tnmoe import hf, nn
+from tnmoe.demo.data import packaged_model
+
+ENCODER = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+}
+DECODER = ENCODER | {"num_key_value_heads": 1, "head_dim": 12}
+
+MODELS = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**ENCODER)),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**ENCODER)),
+    "electra": lambda: transformers.ElectraModel(transformers.ElectraConfig(**ENCODER)),
+    "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**ENCODER)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
+    "llama with biases": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**DECODER, mlp_bias=True)
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**DECODER)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER)),
+    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**DECODER)),
+}
+IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
+
+
+def make(name: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():  # biases start at zero, where mistakes do not show
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@torch.no_grad()
+def outputs(model: transformers.PreTrainedModel) -> torch.Tensor:
+    mask = torch.ones_like(IDS)
+    mask[1, 5:] = 0
+    return model(input_ids=IDS, attention_mask=mask)[0]
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
+    model = make(name)
+    expected = outputs(model)
+    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=top_k, layout=layout, sites=3)
+    assert hf.upcycle(model, config) is model
+    assert sum(isinstance(module, nn.MPOMoE) for module in model.modules()) == 3
+    assert relative(outputs(model), expected) < 1e-5
+
+
+def test_greedy_generation_with_a_cache_is_unchanged():
+    model = make("llama")
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(IDS, **arguments)
+    assert (hf.upcycle(model, CONFIG).generate(IDS, **arguments) == expected).all()
+
+
+def test_only_the_chosen_layers_are_converted():
+    model = make("bert")
+    expected = outputs(model)
+    hf.upcycle(model, hf.MPOEConfig(num_experts=2, sites=2, layers=[2, 0]))
+    converted = [isinstance(layer.intermediate, nn.MPOMoE) for layer in model.encoder.layer]
+    assert converted == [True, False, True]
+    assert relative(outputs(model), expected) < 1e-5
+
+
+def test_given_shapes_win_over_the_layout():
+    shapes = {(40, 24): tn.MPOShape((10, 4), (4, 6)), (24, 40): tn.MPOShape((4, 6), (10, 4))}
+    model = hf.upcycle(make("bert"), hf.MPOEConfig(num_experts=2, shapes=shapes))
+    experts = model.encoder.layer[0].intermediate.experts
+    assert experts.up.shape == shapes[40, 24]
+    assert experts.down.shape == shapes[24, 40]
+
+
+def test_truncation_is_told_per_matrix():
+    seen = {}
+    model = make("bert")
+    dense = model.encoder.layer[1].intermediate.dense.weight.detach().clone()
+    hf.upcycle(model, hf.MPOEConfig(num_experts=2, sites=3, max_bond=4), seen.__setitem__)
+    assert set(seen) == {f"encoder.layer.{n}.{m}" for n in range(3) for m in ("up", "down")}
+    experts = model.encoder.layer[1].intermediate.experts
+    error = float((experts.up.weight()[0].detach() - dense).norm())
+    assert 0 < error <= seen["encoder.layer.1.up"].error_bound * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "llama with biases"])
+@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+def test_a_saved_model_loads_to_the_same_outputs(tmp_path, name, layout):
+    model = hf.upcycle(make(name), hf.MPOEConfig(num_experts=3, layout=layout, sites=3))
+    with torch.no_grad():
+        for parameter in model.parameters():  # as after training: experts differ
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
+    loaded = hf.from_pretrained(tmp_path / "saved")
+    assert type(loaded) is type(model)
+    assert (outputs(loaded.eval()) == outputs(model)).all()
+    for (name_, mine), (other, theirs) in zip(
+        sorted(model.state_dict().items()), sorted(loaded.state_dict().items()), strict=True
+    ):
+        assert name_ == other
+        assert (mine == theirs).all()
+    # And once more from the loaded model, which must be an ordinary one.
+    loaded.save_pretrained(tmp_path / "again")
+    assert (outputs(hf.from_pretrained(tmp_path / "again").eval()) == outputs(model)).all()
+
+
+def test_each_central_core_is_stored_once(tmp_path):
+    model = hf.upcycle(make("bert"), CONFIG)
+    model.save_pretrained(tmp_path)
+    numbers = sum(array.numel() for array in load_file(tmp_path / "model.safetensors").values())
+    assert numbers == sum(p.numel() for p in model.parameters())
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_auto_classes_load_a_checkpoint_in_a_new_process(tmp_path):
+    model = hf.upcycle(make("bert"), CONFIG)
+    model.save_pretrained(tmp_path)
+    code = f"""
+import numpy as np, torch, tnmoe.hf, transformers
+model = transformers.AutoModel.from_pretrained({str(tmp_path)!r}).eval()
+ids = torch.tensor({IDS.tolist()})
+mask = torch.ones_like(ids); mask[1, 5:] = 0
+with torch.no_grad():
+    np.save({str(tmp_path / "out.npy")!r}, model(input_ids=ids, attention_mask=mask)[0].numpy())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), outputs(model).numpy())
+
+
+def test_a_loaded_model_is_not_taken_for_a_quantized_one(tmp_path):
+    hf.upcycle(make("bert"), CONFIG).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert not getattr(model, "is_quantized", False)
+    assert model.half().dtype == torch.float16
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_configurations_survive_json():
+    config = hf.MPOEConfig(
+        num_experts=4,
+        layers=(0, 2),
+        max_bond=7,
+        shapes={(40, 24): tn.MPOShape((10, 4), (4, 7), in_features=24)},
+        mask_probability=0.5,
+    )
+    again = hf.MPOEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.shapes == config.shapes
+
+
+@pytest.mark.parametrize("name", ["bert", "llama with biases"])
+@pytest.mark.parametrize("options", [{}, {"layout": "split"}, {"max_bond": 3}, {"layers": [1]}])
+def test_the_report_counts_what_really_built_models_hold(name, options):
+    config = hf.MPOEConfig(num_experts=3, sites=3, **options)
+    report = hf.parameter_report(MODELS[name]().config, config)
+    from_model = hf.parameter_report(make(name), config)
+    # The configuration alone is laid out as the bare model, whose layers have shorter names.
+    assert [(c.dense, c.moe, c.mpoe) for c in report.ffns] == [
+        (c.dense, c.moe, c.mpoe) for c in from_model.ffns
+    ]
+    assert from_model.total.dense == sum(p.numel() for p in make(name).parameters())
+    mpoe = hf.upcycle(make(name), config)
+    assert from_model.total.mpoe == sum(p.numel() for p in mpoe.parameters())
+    moe = hf.upcycle(
+        make(name), hf.MPOEConfig(**{**config.to_dict(), "layout": "dense", "shapes": {}})
+    )
+    assert from_model.total.moe == sum(p.numel() for p in moe.parameters())
+    layers = [m for m in mpoe.modules() if isinstance(m, nn.MPOMoE)]
+    assert [c.mpoe for c in from_model.ffns] == [
+        sum(p.numel() for p in layer.parameters()) for layer in layers
+    ]
+    assert json.loads(json.dumps(from_model.to_dict()))["total"]["mpoe"] == from_model.total.mpoe
+    assert f"{from_model.total.mpoe:,}" in str(from_model)
+
+
+def test_the_report_of_a_huge_configuration_takes_no_memory():
+    config = transformers.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=2, architectures=["LlamaModel"]
+    )
+    report = hf.parameter_report(config, hf.MPOEConfig(num_experts=64))
+    assert report.ffns[0].dense == 3 * 8192 * 28672
+    assert report.ffns[0].moe == 64 * report.ffns[0].dense + 64 * 8192
+
+
+def test_the_real_minilm_keeps_its_outputs_and_trains(tmp_path):
+    folder = packaged_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dense = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = ["A quiet triumph.", "Two hours I will never get back, and a ticket I would return."]
+    inputs = tokenizer(text, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = dense(**inputs)[0]
+        hf.upcycle(dense, hf.MPOEConfig(num_experts=8))
+        assert relative(dense(**inputs)[0], expected) <= 1e-4
+    dense.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        with nn.record_routing(model) as routing:
+            loss = model(**inputs, labels=torch.tensor([1, 0])).loss
+        loss = loss + 0.01 * routing.balance_loss(inputs["attention_mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(center.grad is not None for center in nn.central_parameters(model))
+
+
+def test_a_failed_conversion_leaves_the_model_as_it_was():
+    model = make("bert")
+    model.encoder.layer[2].intermediate.dense.weight.data[0, 0] = torch.nan
+    with pytest.raises(tn.InputError, match="NaN"):
+        hf.upcycle(model, CONFIG)
+    assert len(hf.find_ffns(model)) == 3
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+def test_a_family_of_ones_own_can_be_registered(monkeypatch):
+    monkeypatch.setattr("tnmoe.hf.families._FAMILIES", {})
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+            self.ffn = None
+
+        def forward(self, x):
+            return self.ffn(x) if self.ffn else self.narrow(torch.relu(self.wide(x)))
+
+    @hf.register_family("mine")
+    def find(module):
+        if isinstance(module, Block):
+            return hf.FFN(
+                module.wide, module.narrow, None, torch.relu, lambda m: setattr(module, "ffn", m)
+            )
+
+    block = torch.nn.Sequential(Block())
+    assert [ffn.name for ffn in hf.find_ffns(block)] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("make_error", "message"),
+    [
+        (
+            lambda _: hf.find_ffns(torch.nn.Linear(2, 2)),
+            "Linear has no feed-forward network of a known",
+        ),
+        (
+            lambda _: hf.upcycle(make("bert"), hf.MPOEConfig(layers=[3])),
+            r"from 0 to 2 .* got \[3\]",
+        ),
+        (lambda _: hf.upcycle(hf.upcycle(make("bert"), CONFIG), CONFIG), "already converted"),
+        (lambda _: hf.MPOEConfig(num_experts=2, num_experts_per_tok=3), "exceeds num_experts=2"),
+        (lambda _: hf.MPOEConfig(layout="magic"), "layout must be one of"),
+        (lambda _: hf.MPOEConfig(mask_probability=2), "mask_probability must be in"),
+        (
+            lambda _: hf.MPOEConfig(shapes={(3, 3): tn.MPOShape((2,), (2,))}),
+            "is for another matrix",
+        ),
+        (lambda _: hf.MPOEConfig.from_dict({"magic": 1}), r"unknown entries .* \['magic'\]"),
+        (lambda path: hf.from_pretrained(path / "none"), "no config.json there"),
+        (lambda path: hf.from_pretrained(saved_dense(path)), "is not an MPOE checkpoint"),
+        (lambda path: hf.from_pretrained(saved_future(path)), "layout version 99"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, make_error, message):
+    with pytest.raises(tn.InputError, match=message):
+        make_error(tmp_path)
+
+
+def saved_dense(path):
+    make("bert").save_pretrained(path)
+    return path
+
+
+def saved_future(path):
+    hf.upcycle(make("bert"), CONFIG).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["layout_version"] = 99
+    (path / "config.json").write_text(json.dumps(config))
+    return path

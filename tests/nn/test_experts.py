@@ -1,0 +1,239 @@
+"""Experts and MoE layers against a plain loop over experts and the dense network they start as."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnmoe as tn
+from tnmoe import nn
+
+H, F_, E = 16, 24, 4
+
+
+def dense_ffn(gated=False, bias=True, dtype=torch.float64, seed=0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype) / 4
+
+    ffn = {"up": draw(F_, H), "down": draw(H, F_)}
+    if gated:
+        ffn["gate"] = draw(F_, H)
+    if bias:
+        ffn |= {"up_bias": draw(F_), "down_bias": draw(H)}
+        ffn |= {"gate_bias": draw(F_)} if gated else {}
+    return ffn
+
+
+def run_dense(ffn: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    inner = F.linear(x, ffn["up"], ffn.get("up_bias"))
+    if "gate" in ffn:
+        inner = F.silu(F.linear(x, ffn["gate"], ffn.get("gate_bias"))) * inner
+    else:
+        inner = F.silu(inner)
+    return F.linear(inner, ffn["down"], ffn.get("down_bias"))
+
+
+def loop_over_tokens(experts: nn.Experts, x, index, weights) -> torch.Tensor:
+    """The definition: every token, every choice, one matrix at a time."""
+
+    def project(projection, expert, vector):
+        bias = None if projection.bias is None else projection.bias[expert]
+        if isinstance(projection, nn.SharedProjection):
+            matrix = projection.to_shared().expert(expert).to_matrix()
+        else:
+            matrix = projection.stacked[expert]
+        return F.linear(vector, matrix, bias)
+
+    rows = []
+    for token, choices, shares in zip(x, index, weights, strict=True):
+        total = torch.zeros(x.shape[1], dtype=x.dtype)
+        for expert, share in zip(choices.tolist(), shares, strict=True):
+            inner = project(experts.up, expert, token)
+            if experts.gate is not None:
+                inner = experts.activation(project(experts.gate, expert, token)) * inner
+            else:
+                inner = experts.activation(inner)
+            total = total + share * project(experts.down, expert, inner)
+        rows.append(total)
+    return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1])
+
+
+def make_experts(kind, gated, bias) -> nn.Experts:
+    common = {"activation": "silu", "gated": gated, "bias": bias, "dtype": torch.float64}
+    torch.manual_seed(0)
+    if kind == "dense":
+        return nn.DenseExperts(E, H, F_, **common)
+    return nn.MPOExperts(E, H, F_, layout=kind, sites=3, **common)
+
+
+@given(
+    st.sampled_from(["dense", "interleaved", "split"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 12),
+    st.integers(1, E),
+    st.integers(0, 1000),
+)
+def test_layer_equals_a_loop_over_tokens_and_experts(kind, gated, bias, tokens, top_k, seed):
+    experts = make_experts(kind, gated, bias)
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, H, dtype=torch.float64)
+    index = torch.rand(tokens, E).argsort(-1)[:, :top_k]
+    weights = torch.rand(tokens, top_k, dtype=torch.float64)
+    torch.testing.assert_close(
+        experts(x, index, weights), loop_over_tokens(experts, x, index, weights)
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "interleaved", "split"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_equal_those_of_the_loop(kind, gated):
+    experts = make_experts(kind, gated, bias=True)
+    x = torch.randn(7, H, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[0, 1]] * 7)  # experts 2 and 3 receive nothing
+    weights = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    inputs = [x, weights, *experts.parameters()]
+    probe = torch.randn(7, H, dtype=torch.float64)
+    ours = torch.autograd.grad((experts(x, index, weights) * probe).sum(), inputs)
+    loop = torch.autograd.grad(
+        (loop_over_tokens(experts, x, index, weights) * probe).sum(), inputs, allow_unused=True
+    )
+    for one, other in zip(ours, loop, strict=True):
+        torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
+
+
+def test_experts_without_tokens_get_zero_gradients_and_not_none():
+    experts = make_experts("interleaved", gated=False, bias=True)
+    index = torch.zeros(5, 1, dtype=torch.int64)
+    experts(torch.randn(5, H, dtype=torch.float64), index, torch.ones(5, 1)).sum().backward()
+    for stack in (*experts.up.aux, *experts.down.aux, experts.up.bias):
+        assert (stack.grad[1:] == 0).all()
+        assert (stack.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+@pytest.mark.parametrize("top_k", [1, 2, E])
+def test_upcycled_layer_computes_the_dense_network(dtype, gated, bias, layout, top_k):
+    ffn = dense_ffn(gated, bias, dtype)
+    if layout == "dense":
+        experts = nn.DenseExperts.from_dense(**ffn, num_experts=E, activation="silu")
+    else:
+        experts = nn.MPOExperts.from_dense(
+            **ffn, num_experts=E, activation="silu", layout=layout, sites=3
+        )
+    layer = nn.MPOMoE(nn.TopKRouter(H, E, top_k, dtype=dtype), experts)
+    x = torch.randn(2, 5, H, dtype=dtype)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(layer(x), run_dense(ffn, x), rtol=tolerance, atol=tolerance)
+
+
+def test_an_unnormalised_router_scales_the_layer_by_the_chosen_probability():
+    ffn = dense_ffn(bias=False)
+    experts = nn.MPOExperts.from_dense(**ffn, num_experts=E, activation="silu", sites=3)
+    layer = nn.MPOMoE(nn.TopKRouter(H, E, normalize=False, dtype=torch.float64), experts)
+    x = torch.randn(6, H, dtype=torch.float64)
+    probability = F.linear(x, layer.router.weight).softmax(-1).max(-1, keepdim=True).values
+    torch.testing.assert_close(layer(x), probability * run_dense(ffn, x), rtol=1e-5, atol=1e-6)
+
+
+def test_truncated_experts_hold_what_the_shape_says():
+    ffn = dense_ffn()
+    seen = {}
+    experts = nn.MPOExperts.from_dense(
+        **ffn, num_experts=E, sites=3, max_bond=5, on_matrix=seen.__setitem__
+    )
+    fresh = nn.MPOExperts(E, H, F_, bias=True, sites=3, max_bond=5, device="meta")
+    shapes, fresh_shapes = (
+        {name: parameter.shape for name, parameter in module.named_parameters()}
+        for module in (experts, fresh)
+    )
+    assert shapes == fresh_shapes
+    assert set(seen) == {"up", "down"}
+    error = (experts.up.weight()[0] - ffn["up"]).norm()
+    assert float(error) == pytest.approx(seen["up"].error_bound)
+
+
+def test_parameter_names_are_one_center_and_stacked_aux_per_projection():
+    experts = make_experts("interleaved", gated=True, bias=True)
+    names = {name for name, _ in experts.named_parameters()}
+    assert names == {
+        f"{projection}.{part}"
+        for projection in ("up", "gate", "down")
+        for part in ("center", "aux.0", "aux.1", "bias")
+    }
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+def test_fresh_weights_have_the_variance_of_a_linear_layer(layout):
+    torch.manual_seed(0)
+    experts = nn.MPOExperts(E, 128, 256, layout=layout, sites=3)
+    for projection in (experts.up, experts.down):
+        expected = 1 / (3 * projection.in_features)
+        for matrix in projection.weight():
+            assert float(matrix.detach().var()) == pytest.approx(expected, rel=0.1)
+
+
+def test_copies_pickles_and_state_dicts_keep_the_function(tmp_path):
+    experts = make_experts("interleaved", gated=True, bias=True)
+    x = torch.randn(3, H, dtype=torch.float64)
+    index, weights = torch.tensor([[0], [3], [1]]), torch.ones(3, 1, dtype=torch.float64)
+    expected = experts(x, index, weights)
+    loaded = nn.MPOExperts(E, H, F_, "silu", gated=True, bias=True, sites=3, dtype=torch.float64)
+    loaded.load_state_dict(experts.state_dict())
+    for twin in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts)), loaded):
+        torch.testing.assert_close(twin(x, index, weights), expected, rtol=0, atol=0)
+
+
+def test_noise_makes_experts_differ_around_the_pretrained_network():
+    ffn = dense_ffn(bias=False)
+    experts = nn.MPOExperts.from_dense(**ffn, num_experts=E, sites=3, noise=0.01, rng=0)
+    matrices = experts.up.weight()
+    deviations = (matrices - ffn["up"]).flatten(1).norm(dim=1) / ffn["up"].norm()
+    assert ((deviations > 1e-3) & (deviations < 0.1)).all()
+    assert (matrices[0] != matrices[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.MPOExperts(0, H, F_), "num_experts must be a positive integer"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, layout="magic"),
+            "layout must be one of interleaved, split",
+        ),
+        (lambda: nn.MPOExperts(E, H, F_, activation="magic"), "unknown activation 'magic'"),
+        (lambda: nn.MPOExperts(E, H, F_, sites=1), "at least 2 sites"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, up_shape=tn.MPOShape((4, 4), (4, 4))),
+            "does not fit up",
+        ),
+        (
+            lambda: nn.MPOExperts.from_dense(torch.ones(4, 3), torch.ones(4, 3)),
+            r"down \(H, F\), got up \(4, 3\), down \(4, 3\)",
+        ),
+        (
+            lambda: nn.MPOExperts.from_dense(
+                torch.full((4, 4), torch.nan), torch.ones(4, 4), sites=2
+            ),
+            "contains NaN or infinity",
+        ),
+        (
+            lambda: nn.MPOMoE(nn.TopKRouter(H, 3), nn.DenseExperts(E, H, F_)),
+            "router is for 3 experts of hidden size 16, the experts are 4",
+        ),
+        (lambda: nn.TopKRouter(H, 3, top_k=4), "top_k=4 exceeds num_experts=3"),
+        (lambda: nn.TopKRouter(H, 3, jitter_noise=1.0), r"jitter_noise must be in \[0, 1\)"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(tn.InputError, match=message):
+        make()

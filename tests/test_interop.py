@@ -1,0 +1,73 @@
+"""Independent oracles: the same operator in tensorly and quimb is the same matrix."""
+
+import numpy as np
+import pytest
+import quimb.tensor as qtn
+import tensorly as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorly.decomposition import tensor_train_matrix
+
+import tnmoe as tn
+from tests.matrices import dense_norm, make_matrix, matrices, rounding
+from tnmoe import interop
+
+unpadded = matrices.filter(
+    lambda case: (
+        case[1].shape == (case[0].padded_out, case[0].padded_in)
+        # tensorly's own reconstruction knows real numbers and more than one site only
+        and case[0].sites > 1
+    )
+)
+max_bonds = st.one_of(st.none(), st.integers(1, 8))
+
+
+@settings(max_examples=60)
+@given(unpadded, max_bonds)
+def test_tensorly_reconstructs_the_same_matrix_and_round_trips(case, max_bond):
+    shape, matrix = case
+    mpo = tn.decompose(matrix, shape, max_bond=max_bond)
+    theirs = interop.to_tensorly(mpo)
+    assert dense_norm(theirs.to_matrix() - mpo.to_matrix()) <= rounding(matrix)
+    back = interop.from_tensorly(theirs)
+    assert back.shape == shape
+    for old, new in zip(mpo.cores, back.cores, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@settings(max_examples=60)
+@given(unpadded, max_bonds)
+def test_quimb_gives_the_same_matrix_and_round_trips(case, max_bond):
+    shape, matrix = case
+    mpo = tn.decompose(matrix, shape, max_bond=max_bond)
+    theirs = interop.to_quimb(mpo)
+    dense = theirs.to_dense()
+    assert dense_norm(dense - mpo.to_matrix()) <= rounding(matrix)
+    back = interop.from_quimb(theirs)
+    assert back.shape == shape
+    for old, new in zip(mpo.cores, back.cores, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("bond", [2, 4, 8])
+def test_truncation_is_no_worse_than_tensorlys(bond):
+    matrix = make_matrix("gaussian", 64, 64, "float64", 5) @ np.diag(0.9 ** np.arange(64))
+    ours = tn.decompose(matrix, tn.MPOShape((4, 4, 4), (4, 4, 4)), max_bond=bond)
+    theirs = tensor_train_matrix(tl.tensor(matrix.reshape((4,) * 6)), rank=[1, bond, bond, 1])
+    error = dense_norm(theirs.to_matrix() - matrix)
+    assert dense_norm(ours.to_matrix() - matrix) <= error * (1 + 1e-9)
+
+
+def test_an_operator_built_by_quimb_comes_over():
+    theirs = qtn.MPO_rand(5, bond_dim=3, phys_dim=2, seed=1)
+    mpo = interop.from_quimb(theirs)
+    np.testing.assert_allclose(mpo.to_matrix(), theirs.to_dense(), atol=1e-12)
+
+
+def test_what_others_cannot_express_is_refused():
+    padded = tn.decompose(np.ones((3, 4)), tn.MPOShape((2, 2), (2, 2), out_features=3))
+    for convert in (interop.to_tensorly, interop.to_quimb):
+        with pytest.raises(tn.InputError, match="padded shapes"):
+            convert(padded)
+    with pytest.raises(tn.InputError, match="cyclic"):
+        interop.from_quimb(qtn.MPO_rand(4, bond_dim=2, cyclic=True, seed=0))

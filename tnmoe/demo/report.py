@@ -1,0 +1,167 @@
+"""The demo's results as a table, a verdict, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import tnmoe
+from tnmoe import plot
+from tnmoe.demo.training import Evaluation, Result
+from tnmoe.tables import format_table
+
+# Two-sided 95 % of a normal distribution.
+_Z95 = 1.96
+
+
+def result_table(results: list[Result]) -> str:
+    """One line per model: size, held-out results before and after, cost."""
+    headers = [
+        "model",
+        "parameters",
+        "loss before",
+        "loss after",
+        "accuracy before",
+        "accuracy after",
+        "s/step",
+        "peak GiB",
+    ]
+    return format_table(headers, [_row(result) for result in results])
+
+
+def _row(result: Result) -> list[Any]:
+    return [
+        result.kind,
+        result.parameters,
+        f"{result.before.loss:.4f}",
+        f"{result.after.loss:.4f}",
+        f"{result.before.accuracy:.1%}",
+        f"{result.after.accuracy:.1%}",
+        f"{result.seconds_per_step:.2f}",
+        f"{result.peak_bytes / 2**30:.2f}",
+    ]
+
+
+def compare(one: Evaluation, other: Evaluation) -> tuple[float, float]:
+    """Mean difference of held-out losses, sentence by sentence, and its 95 % half-width."""
+    differences = (one.losses - other.losses).astype(np.float64)
+    return float(differences.mean()), float(
+        _Z95 * differences.std(ddof=1) / np.sqrt(len(differences))
+    )
+
+
+def verdict(results: list[Result]) -> str:
+    """Plain words on which model is better, and what the comparison cannot tell."""
+    by_kind = {result.kind: result for result in results}
+    best = min(results, key=lambda result: result.after.loss)
+    mpoe = by_kind["MPOE"]
+    lines = [f"Lowest held-out loss: {best.kind} ({best.after.loss:.4f})."]
+    for kind in ("dense", "MoE"):
+        difference, width = compare(mpoe.after, by_kind[kind].after)
+        if abs(difference) <= width:
+            word = f"shows no clear difference from {kind}"
+        else:
+            word = f"is {'better' if difference < 0 else 'worse'} than {kind}"
+        accuracy = mpoe.after.accuracy - by_kind[kind].after.accuracy
+        lines.append(
+            f"MPOE {word}: held-out loss {difference:+.4f} ± {width:.4f}, "
+            f"accuracy {100 * accuracy:+.1f} points, "
+            f"{by_kind[kind].parameters / mpoe.parameters:.2f} times its parameters."
+        )
+    lines.append(
+        "One seed and a short run: ± is the 95 % interval over the held-out sentences and says "
+        "nothing about other seeds or longer training."
+    )
+    return "\n".join(lines)
+
+
+def report_data(
+    options: dict[str, Any],
+    parameters: dict[str, Any],
+    preservation: dict[str, float],
+    results: list[Result],
+) -> dict[str, Any]:
+    """Everything the demo found, as plain data."""
+    return {
+        "options": options,
+        "environment": {
+            "tnmoe": tnmoe.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "parameters": parameters,
+        "function_preservation": preservation,
+        "results": [_result_data(result) for result in results],
+        "verdict": verdict(results).splitlines(),
+    }
+
+
+def _result_data(result: Result) -> dict[str, Any]:
+    return {
+        "model": result.kind,
+        "parameters": result.parameters,
+        "before": {"loss": _finite(result.before.loss), "accuracy": result.before.accuracy},
+        "after": {"loss": _finite(result.after.loss), "accuracy": result.after.accuracy},
+        "seconds_per_step": _finite(result.seconds_per_step),
+        "peak_bytes": result.peak_bytes,
+        "masked_steps": result.masked_steps,
+        "training_losses": [_finite(loss) for loss in result.losses],
+        "expert_load": None if result.after.expert_counts is None else load_of(result).tolist(),
+    }
+
+
+def _finite(number: float) -> float | None:
+    """The number, or None where JSON has no word for it: a diverged loss, say."""
+    return number if isfinite(number) else None
+
+
+def load_of(result: Result) -> np.ndarray:
+    """Share of the held-out tokens per layer and expert after fine-tuning."""
+    counts = result.after.expert_counts
+    assert counts is not None
+    return counts / counts.sum(-1, keepdims=True)
+
+
+def write_report(folder: Path, data: dict[str, Any]) -> None:
+    """Write ``report.json``."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+
+
+def draw_pictures(folder: Path, results: list[Result], spectra: dict[str, np.ndarray]) -> None:
+    """Write loss curves, expert loads and Schmidt spectra as PNG files."""
+    losses = {result.kind: result.losses for result in results if result.losses}
+    if losses:
+        figure = _figure(1)
+        plot.loss_curves(losses, figure.axes[0])
+        figure.savefig(folder / "loss_curves.png", dpi=120)
+    mixtures = [result for result in results if result.after.expert_counts is not None]
+    figure = _figure(len(mixtures))
+    for axes, result in zip(figure.axes, mixtures, strict=True):
+        plot.expert_load(load_of(result), axes)
+        axes.set_title(f"{result.kind}: {axes.get_title()}")
+    figure.savefig(folder / "expert_load.png", dpi=120)
+    figure = _figure(1)
+    plot.schmidt_spectra(spectra, figure.axes[0])
+    figure.savefig(folder / "schmidt_spectra.png", dpi=120)
+
+
+def _figure(columns: int) -> Figure:
+    """A figure that needs no display."""
+    figure = Figure(figsize=(6.4 * columns, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.subplots(1, columns)
+    return figure

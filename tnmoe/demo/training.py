@@ -1,0 +1,242 @@
+"""Fine-tuning one form of the model, in a process of its own, and measuring it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from tnmoe import hf
+from tnmoe.demo.data import Sentences
+from tnmoe.demo.models import load_form, load_tokenizer
+from tnmoe.nn import GradientMask, record_routing
+
+MAX_TOKENS = 128
+# Held-out sentences on which a converted or reloaded model is checked.
+CHECKED = 64
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a fine-tuning run depends on."""
+
+    kind: str
+    model: Path
+    train: Sentences
+    held_out: Sentences
+    config: hf.MPOEConfig
+    steps: int
+    batch_size: int
+    learning_rate: float
+    balance_weight: float
+    z_weight: float
+    seed: int
+    device: str
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out results, sentence by sentence."""
+
+    losses: np.ndarray
+    correct: np.ndarray
+    expert_counts: np.ndarray | None
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a fine-tuning run gave and cost."""
+
+    kind: str
+    parameters: int
+    before: Evaluation
+    after: Evaluation
+    losses: list[float]
+    step_seconds: list[float]
+    peak_bytes: int
+    masked_steps: int
+    checkpoint_logits: np.ndarray | None = None
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over the steps."""
+        return float(np.median(self.step_seconds)) if self.step_seconds else float("nan")
+
+
+def run_apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a new process: its memory is its own, and nothing is left behind."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise MemoryError("a process of the demo was killed, probably for memory") from error
+
+
+def fine_tune(job: Job) -> Result:
+    """Evaluate, fine-tune, evaluate again; save the model where the job names a checkpoint."""
+    tokenizer = load_tokenizer(job.model)
+    model = load_form(job.kind, job.model, job.train.label_names, job.config, job.seed)
+    torch.nn.Module.to(model, job.device)
+    before = evaluate(model, tokenizer, job.held_out, job.batch_size, f"{job.kind}: before")
+    losses, seconds, masked_steps = _train(model, tokenizer, job)
+    after = evaluate(model, tokenizer, job.held_out, job.batch_size, f"{job.kind}: after")
+    peak = _peak_bytes(job.device)
+    checkpoint_logits = None
+    if job.checkpoint is not None:
+        model.save_pretrained(job.checkpoint)
+        tokenizer.save_pretrained(job.checkpoint)
+        checkpoint_logits = predict(model.cpu(), tokenizer, job.held_out.texts[:CHECKED])
+    return Result(
+        kind=job.kind,
+        parameters=model.num_parameters(),
+        before=before,
+        after=after,
+        losses=losses,
+        step_seconds=seconds,
+        peak_bytes=peak,
+        masked_steps=masked_steps,
+        checkpoint_logits=checkpoint_logits,
+    )
+
+
+def _train(
+    model: PreTrainedModel, tokenizer: Any, job: Job
+) -> tuple[list[float], list[float], int]:
+    """Losses and seconds of every step, and how many of them spared the central tensors."""
+    torch.manual_seed(job.seed)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.learning_rate, weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, job.steps // 10, job.steps)
+    losses, seconds = [], []
+    mask = None
+    with ExitStack() as stack:
+        if job.kind == "MPOE":
+            probability = job.config.mask_probability
+            mask = stack.enter_context(GradientMask(optimizer, model, probability, job.seed))
+        batches = _batches(len(job.train), job.batch_size, job.seed)
+        for _ in (progress := tqdm(range(job.steps), desc=f"{job.kind}: fine-tuning", unit="step")):
+            start = time.perf_counter()
+            inputs, labels = _encode(tokenizer, job.train, next(batches), job.device)
+            loss = _step_loss(model, inputs, labels, job)
+            optimizer.zero_grad()
+            loss["total"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss["task"].detach()))
+            seconds.append(time.perf_counter() - start)
+            progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+    return losses, seconds, 0 if mask is None else mask.masked_steps
+
+
+def _step_loss(
+    model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor, job: Job
+) -> dict[str, Tensor]:
+    """The task's loss, and with the routers' losses for mixtures."""
+    with record_routing(model) as routing:
+        task = F.cross_entropy(model(**inputs).logits, labels)
+    if job.kind == "dense":
+        return {"task": task, "total": task}
+    mask = inputs["attention_mask"]
+    auxiliary = job.balance_weight * routing.balance_loss(mask) + job.z_weight * routing.z_loss(
+        mask
+    )
+    return {"task": task, "total": task + auxiliary}
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, tokenizer: Any, sentences: Sentences, batch_size: int, title: str
+) -> Evaluation:
+    """Loss, correctness and expert load on sentences, without dropout."""
+    training = model.training
+    model.eval()
+    losses, correct, counts = [], [], []
+    starts = range(0, len(sentences), batch_size)
+    for start in tqdm(starts, desc=title, unit="batch", leave=False):
+        indices = range(start, min(start + batch_size, len(sentences)))
+        inputs, labels = _encode(tokenizer, sentences, list(indices), str(model.device))
+        with record_routing(model) as routing:
+            logits = model(**inputs).logits
+        losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
+        correct.append((logits.argmax(-1) == labels).cpu())
+        if routing.index:
+            counts.append(routing.counts(inputs["attention_mask"]).cpu())
+    model.train(training)
+    return Evaluation(
+        torch.cat(losses).numpy(),
+        torch.cat(correct).numpy(),
+        torch.stack(counts).sum(0).numpy() if counts else None,
+    )
+
+
+def logits_of(folder: Path, texts: tuple[str, ...]) -> np.ndarray:
+    """What a saved model says of texts."""
+    return predict(hf.from_pretrained(folder), load_tokenizer(folder), texts)
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, tokenizer: Any, texts: tuple[str, ...]) -> np.ndarray:
+    """Logits of texts in evaluation mode."""
+    inputs = _tokenize(tokenizer, texts, str(model.device))
+    return model.eval()(**inputs).logits.cpu().numpy()
+
+
+def _tokenize(tokenizer: Any, texts: Any, device: str) -> dict[str, Tensor]:
+    encoded = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    )
+    return dict(encoded.to(device))
+
+
+def _encode(
+    tokenizer: Any, sentences: Sentences, indices: list[int], device: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    labels = torch.tensor([sentences.labels[i] for i in indices], device=device)
+    return _tokenize(tokenizer, [sentences.texts[i] for i in indices], device), labels
+
+
+def _batches(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices, every epoch in a new seeded order."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while True:
+        while len(order) < batch_size:
+            order += torch.randperm(size, generator=generator).tolist()
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def _peak_bytes(device: str) -> int:
+    """Largest memory so far: of the device where it has its own, else of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,101 @@
+"""Operators to and from tensorly (``TTMatrix``) and quimb (``MatrixProductOperator``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tnmoe.backends import get_backend
+from tnmoe.errors import InputError, MissingExtraError
+from tnmoe.mpo import MPO
+
+
+def to_tensorly(mpo: MPO) -> Any:
+    """The operator as a ``tensorly.tt_matrix.TTMatrix``, whose cores are laid out as ours.
+
+    Parameters
+    ----------
+    mpo : MPO
+        A shape without padding; tensorly's backend must be the library of its cores.
+
+    Raises
+    ------
+    InputError
+        If the shape is padded, which tensorly cannot express.
+    MissingExtraError
+        If tensorly is not installed.
+    """
+    try:
+        from tensorly.tt_matrix import TTMatrix
+    except ImportError as error:
+        raise MissingExtraError("to_tensorly", "tensorly", "interop") from error
+    _refuse_padding(mpo)
+    return TTMatrix(list(mpo.cores))
+
+
+def from_tensorly(operator: Any) -> MPO:
+    """A ``tensorly.tt_matrix.TTMatrix`` as an MPO; no gauge is assumed."""
+    return MPO(list(operator))
+
+
+def to_quimb(mpo: MPO) -> Any:
+    """The operator as a ``quimb.tensor.MatrixProductOperator``.
+
+    Its upper indices (rows of ``to_dense``) are the output legs, the lower ones the input legs.
+
+    Parameters
+    ----------
+    mpo : MPO
+        A shape without padding.
+
+    Raises
+    ------
+    InputError
+        If the shape is padded, which quimb cannot express.
+    MissingExtraError
+        If quimb is not installed.
+    """
+    try:
+        from quimb.tensor import MatrixProductOperator
+    except ImportError as error:
+        raise MissingExtraError("to_quimb", "quimb", "interop") from error
+    _refuse_padding(mpo)
+    xp = get_backend(mpo.cores[0])
+    arrays = [xp.permute(core, (0, 3, 1, 2)) for core in mpo.cores]
+    # quimb leaves out the outermost bonds.
+    arrays[0] = arrays[0][0]
+    arrays[-1] = arrays[-1][0] if mpo.shape.sites == 1 else arrays[-1][:, 0]
+    return MatrixProductOperator(arrays, shape="lrud")
+
+
+def from_quimb(operator: Any) -> MPO:
+    """A ``quimb.tensor.MatrixProductOperator`` with open ends as an MPO; no gauge is assumed.
+
+    Raises
+    ------
+    InputError
+        If the operator is cyclic.
+    """
+    if operator.cyclic:
+        raise InputError("a cyclic MatrixProductOperator has no MPO with outermost bonds of 1")
+    sites = list(operator.gen_sites_present())
+    cores = []
+    for position, site in enumerate(sites):
+        legs = [operator.upper_ind(site), operator.lower_ind(site)]
+        left = [operator.bond(sites[position - 1], site)] if position else []
+        right = [operator.bond(site, sites[position + 1])] if site != sites[-1] else []
+        array = operator[site].transpose(*left, *legs, *right).data
+        sizes = list(array.shape)
+        cores.append(
+            array.reshape(
+                *(sizes[:1] if left else [1]),
+                *sizes[len(left) : len(left) + 2],
+                *(sizes[-1:] if right else [1]),
+            )
+        )
+    return MPO(cores)
+
+
+def _refuse_padding(mpo: MPO) -> None:
+    shape = mpo.shape
+    if (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features):
+        raise InputError(f"only tnmoe knows padded shapes: {shape}")
