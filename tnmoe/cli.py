@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -84,6 +85,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_demo(options: argparse.Namespace) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # results appear as they come, in a pipe too
+        sys.stdout.reconfigure(line_buffering=True)
     # Nothing may reach for a network, whatever a model's configuration asks for.
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Imported late: the command must answer --help at once, without torch.

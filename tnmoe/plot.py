@@ -44,7 +44,7 @@ def loss_curves(
     return ax
 
 
-def expert_load(load: Any, ax: Axes | None = None) -> Axes:
+def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = None) -> Axes:
     """Heat map of the share of tokens per layer and expert.
 
     Parameters
@@ -52,11 +52,14 @@ def expert_load(load: Any, ax: Axes | None = None) -> Axes:
     load : array, shape (layers, E)
         Shares; every row sums to 1.
     ax : Axes, optional
+    brightest : float, optional
+        Share at the bright end of the colours, for pictures that are to be compared; by default
+        the largest, but at least twice the balanced one.
     """
     ax = _axes(ax)
     load = np.asarray(load, dtype=float)
     balanced = 1 / load.shape[1]
-    brightest = max(2 * balanced, float(load.max()))
+    brightest = brightest or max(2 * balanced, float(load.max()))
     ax.imshow(load, vmin=0, vmax=brightest, cmap="viridis", aspect="auto")
     for (layer, expert), share in np.ndenumerate(load):
         dark = share < brightest / 2

@@ -197,7 +197,17 @@ def test_a_command_is_required():
     assert "COMMAND" in done.stderr
 
 
-def test_interrupting_leaves_no_folder_and_no_traceback(tmp_path, tiny_model, sentences):
+@pytest.mark.parametrize(
+    ("delay", "send"),
+    [
+        (1, os.killpg),  # Ctrl-C in a terminal, while the fine-tuning process is starting
+        (8, os.killpg),  # … while it trains
+        (8, os.kill),  # a signal to the command alone
+    ],
+)
+def test_interrupting_leaves_no_folder_and_no_traceback(
+    tmp_path, tiny_model, sentences, delay, send
+):
     output = tmp_path / "out"
     process = subprocess.Popen(
         [TNMOE, "demo", "--model", tiny_model, "--data", sentences, "--output", output,
@@ -206,9 +216,9 @@ def test_interrupting_leaves_no_folder_and_no_traceback(tmp_path, tiny_model, se
     )  # fmt: skip
     # The parameter report is printed once the first fine-tuning is about to start.
     assert any("whole model" in line for line in process.stdout)
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    time.sleep(delay)
+    send(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted; nothing was written" in errors
     assert "Traceback" not in errors

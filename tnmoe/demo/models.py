@@ -63,12 +63,16 @@ def load_form(
     return model
 
 
+def quiet_transformers() -> None:
+    """Neither progress bars over milliseconds nor the news that a classifier starts untrained."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def _load(load: Callable[..., Any], what: str, folder: Path, **arguments: Any) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a Hugging Face model folder: no config.json there")
-    # Neither progress bars over milliseconds nor the news that a classifier starts untrained.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     try:
         return load(folder, local_files_only=True, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

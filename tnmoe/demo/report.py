@@ -66,16 +66,17 @@ def verdict(results: list[Result]) -> str:
     mpoe = by_kind["MPOE"]
     lines = [f"Lowest held-out loss: {best.kind} ({best.after.loss:.4f})."]
     for kind in ("dense", "MoE"):
-        difference, width = compare(mpoe.after, by_kind[kind].after)
+        other = by_kind[kind]
+        difference, width = compare(mpoe.after, other.after)
         if abs(difference) <= width:
             word = f"shows no clear difference from {kind}"
         else:
             word = f"is {'better' if difference < 0 else 'worse'} than {kind}"
-        accuracy = mpoe.after.accuracy - by_kind[kind].after.accuracy
+        accuracy = mpoe.after.accuracy - other.after.accuracy
         lines.append(
-            f"MPOE {word}: held-out loss {difference:+.4f} ± {width:.4f}, "
-            f"accuracy {100 * accuracy:+.1f} points, "
-            f"{by_kind[kind].parameters / mpoe.parameters:.2f} times its parameters."
+            f"MPOE {word}: held-out loss {difference:+.4f} ± {width:.4f}, accuracy "
+            f"{100 * accuracy:+.1f} points, with {mpoe.parameters / other.parameters:.2f} times "
+            "its parameters."
         )
     lines.append(
         "One seed and a short run: ± is the 95 % interval over the held-out sentences and says "
@@ -150,12 +151,13 @@ def draw_pictures(folder: Path, results: list[Result], spectra: dict[str, np.nda
         figure.savefig(folder / "loss_curves.png", dpi=120)
     mixtures = [result for result in results if result.after.expert_counts is not None]
     figure = _figure(len(mixtures))
+    brightest = max(float(load_of(result).max()) for result in mixtures)
     for axes, result in zip(figure.axes, mixtures, strict=True):
-        plot.expert_load(load_of(result), axes)
+        plot.expert_load(load_of(result), axes, brightest)
         axes.set_title(f"{result.kind}: {axes.get_title()}")
     figure.savefig(folder / "expert_load.png", dpi=120)
     figure = _figure(1)
-    plot.schmidt_spectra(spectra, figure.axes[0])
+    plot.schmidt_spectra(spectra, figure.axes[0]).set_title("Schmidt spectra of the first FFN's up")
     figure.savefig(folder / "schmidt_spectra.png", dpi=120)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from tnmoe import hf
 from tnmoe.demo.data import Sentences
-from tnmoe.demo.models import load_form, load_tokenizer
+from tnmoe.demo.models import load_form, load_tokenizer, quiet_transformers
 from tnmoe.nn import GradientMask, record_routing
 
 MAX_TOKENS = 128
@@ -90,13 +92,41 @@ class Result:
 
 
 def run_apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a new process: its memory is its own, and nothing is left behind."""
+    """Call a function in a new process: its memory is its own, and nothing is left behind.
+
+    Ctrl-C is this process's to handle: the new one never sees it, and is ended from here.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
-            return pool.submit(function, *arguments).result()
+            with _interrupts_held():
+                future = pool.submit(function, *arguments)
+            return future.result()
         except BrokenProcessPool as error:
             raise MemoryError("a process of the demo was killed, probably for memory") from error
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Put off Ctrl-C until the block ends; a process that starts in it never gets one."""
+    # multiprocessing unblocks signals when it starts its tracker: that has to come first.
+    resource_tracker.ensure_running()
+    seen: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    # The handler keeps this process from stopping half-way through starting another; the blocked
+    # signal is what the other inherits.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def fine_tune(job: Job) -> Result:
@@ -199,6 +229,7 @@ def evaluate(
 
 def logits_of(folder: Path, texts: tuple[str, ...]) -> np.ndarray:
     """What a saved model says of texts."""
+    quiet_transformers()
     return predict(hf.from_pretrained(folder), load_tokenizer(folder), texts)
 
 
