@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: help env demo test lint clean
 
 help:
-	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 8 minutes)"
+	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
 	@echo "make test   run all tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make env    only create the environment in $(VENV)"

@@ -77,3 +77,23 @@ except ImportError as error:
     print(error)
 """
     assert run(BLOCK.format(blocked={blocked}) + code).strip() == message
+
+
+@pytest.mark.parametrize(
+    ("blocked", "extra"), [("torch", "torch"), ("transformers", "hf"), ("matplotlib", "plot")]
+)
+def test_the_demo_names_a_missing_extra_and_exits_with_2(blocked, extra, tmp_path):
+    code = f"""
+from tnmoe.cli import main
+print(main(["demo", "--output", {str(tmp_path / "out")!r}]))
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", BLOCK.format(blocked={blocked}) + code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stdout.strip() == "2"
+    assert f"pip install 'tnmoe[{extra}]'" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not list(tmp_path.iterdir())

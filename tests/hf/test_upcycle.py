@@ -291,7 +291,14 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
         (lambda _: hf.MPOEConfig.from_dict({"magic": 1}), r"unknown entries .* \['magic'\]"),
         (lambda path: hf.from_pretrained(path / "none"), "no config.json there"),
         (lambda path: hf.from_pretrained(saved_dense(path)), "is not an MPOE checkpoint"),
-        (lambda path: hf.from_pretrained(saved_future(path)), "layout version 99"),
+        (
+            lambda path: hf.from_pretrained(saved_with(path, layout_version=99)),
+            "layout version 99",
+        ),
+        (
+            lambda path: hf.from_pretrained(saved_with(path, architectures=["Magic"])),
+            "names no class of transformers: got 'Magic'",
+        ),
     ],
 )
 def test_bad_input_is_named(tmp_path, make_error, message):
@@ -304,9 +311,10 @@ def saved_dense(path):
     return path
 
 
-def saved_future(path):
+def saved_with(path, layout_version=1, architectures=("BertModel",)):
     hf.upcycle(make("bert"), CONFIG).save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"]["layout_version"] = 99
+    config["quantization_config"]["layout_version"] = layout_version
+    config["architectures"] = list(architectures)
     (path / "config.json").write_text(json.dumps(config))
     return path

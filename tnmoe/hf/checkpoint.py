@@ -109,5 +109,8 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     stored = getattr(config, "quantization_config", None) or {}
     if stored.get("quant_method") != METHOD:
         raise InputError(f"{os.fspath(folder)} is not an MPOE checkpoint: its config.json has none")
-    model_class = getattr(transformers, config.architectures[0])
+    names = config.architectures or ["none"]
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
+        raise InputError(f"{os.fspath(folder)} names no class of transformers: got {names[0]!r}")
     return model_class.from_pretrained(folder, local_files_only=True, **kwargs)
