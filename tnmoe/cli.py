@@ -90,8 +90,11 @@ def _run_demo(options: argparse.Namespace) -> None:
     # Nothing may reach for a network, whatever a model's configuration asks for.
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Imported late: the command must answer --help at once, without torch.
-    import tnmoe.hf
-    import tnmoe.plot  # noqa: F401 - both name the extra to install where something is missing
+    try:
+        import tnmoe.hf
+        import tnmoe.plot  # noqa: F401 - before any work is done
+    except MissingExtraError as error:
+        raise MissingExtraError("tnmoe demo", error.package, "demo") from error
     from tnmoe.demo.run import run_demo
 
     run_demo(DemoOptions(**{k: v for k, v in vars(options).items() if k != "run"}))

@@ -15,6 +15,7 @@ class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
+        self.package = package
         super().__init__(
             f"{feature} needs {package}, which is not installed: pip install 'tnmoe[{extra}]'"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -191,6 +192,20 @@ def test_bad_input_gets_one_message_exit_code_2_and_writes_nothing(
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "none") == before
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, tiny_model, sentences):
+    def no_room():  # a limit on the size of files acts where a full disk would
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    done = tnmoe(
+        "demo", "--model", tiny_model, "--data", sentences, "--output", tmp_path / "out",
+        "--steps", 1, preexec_fn=no_room,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot write the checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_command_is_required():
     done = tnmoe()
     assert done.returncode == 2
@@ -222,4 +237,5 @@ def test_interrupting_leaves_no_folder_and_no_traceback(
     assert process.returncode == 130
     assert "interrupted; nothing was written" in errors
     assert "Traceback" not in errors
+    assert "leaked" not in errors
     assert os.listdir(tmp_path) == []

@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
@@ -97,17 +99,22 @@ def run_apart(function: Callable[..., T], *arguments: Any) -> T:
     Ctrl-C is this process's to handle: the new one never sees it, and is ended from here.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, context, initializer=_keep_progress_private) as pool:
         try:
             with _interrupts_held():
                 future = pool.submit(function, *arguments)
             return future.result()
         except BrokenProcessPool as error:
             raise MemoryError("a process of the demo was killed, probably for memory") from error
-        except BaseException:
+        except (KeyboardInterrupt, SystemExit):
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def _keep_progress_private() -> None:
+    """Give progress bars a lock of this process's own; one shared by all would outlive it."""
+    tqdm.set_lock(threading.RLock())
 
 
 @contextmanager
@@ -140,8 +147,11 @@ def fine_tune(job: Job) -> Result:
     peak = _peak_bytes(job.device)
     checkpoint_logits = None
     if job.checkpoint is not None:
-        model.save_pretrained(job.checkpoint)
-        tokenizer.save_pretrained(job.checkpoint)
+        try:
+            model.save_pretrained(job.checkpoint)
+            tokenizer.save_pretrained(job.checkpoint)
+        except SafetensorError as error:  # a full disk, say, as Rust words it
+            raise OSError(f"cannot write the checkpoint: {error}") from error
         checkpoint_logits = predict(model.cpu(), tokenizer, job.held_out.texts[:CHECKED])
     return Result(
         kind=job.kind,
