@@ -211,9 +211,9 @@ def _split(
     elif wide:
         # A = (Q R)ᴴ has the left singular vectors and the singular values of Rᴴ.
         triangle = xp.qr(xp.permute(xp.conj(unfolding), (1, 0)))[1]
-        vectors, spectrum, _ = xp.svd(xp.permute(xp.conj(triangle), (1, 0)))
+        vectors, spectrum = xp.left_svd(xp.permute(xp.conj(triangle), (1, 0)))
     else:
-        vectors, spectrum, _ = xp.svd(unfolding)
+        vectors, spectrum = xp.left_svd(unfolding)
     rank, discarded = budget.choose_rank(xp.to_numpy(spectrum), cap)
     isometry = vectors[:, :rank]
     rest = xp.permute(xp.conj(isometry), (1, 0)) @ unfolding

@@ -17,7 +17,7 @@ def schmidt_values(xp: Backend, cores: Sequence[Array], current: int | None, bon
     right of it as columns.
     """
     centered = canonicalize(xp, cores, current, bond)[bond]
-    return xp.svd(centered.reshape(-1, centered.shape[-1]))[1]
+    return xp.left_svd(centered.reshape(-1, centered.shape[-1]))[1]
 
 
 def entanglement_entropy(values: np.ndarray) -> float:

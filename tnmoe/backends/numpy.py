@@ -42,13 +42,25 @@ class NumpyBackend:
     def permute(self, array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         return array.transpose(axes)
 
+    def adjoint(self, matrix: np.ndarray) -> np.ndarray:
+        return self.conj(matrix).swapaxes(-1, -2)
+
     def pad(self, matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        padded = np.zeros((rows, columns), dtype=matrix.dtype)
-        padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+        padded = np.zeros((*matrix.shape[:-2], rows, columns), dtype=matrix.dtype)
+        padded[..., : matrix.shape[-2], : matrix.shape[-1]] = matrix
         return padded
 
     def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         return np.stack(arrays)
+
+    def concatenate(self, arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
+        return np.concatenate(arrays, axis)
+
+    def zeros(self, shape: Sequence[int], like: np.ndarray) -> np.ndarray:
+        return np.zeros(tuple(shape), like.dtype)
+
+    def eye(self, size: int, like: np.ndarray) -> np.ndarray:
+        return np.eye(size, dtype=like.dtype)
 
     def normal(
         self, shape: Sequence[int], rng: np.random.Generator, like: np.ndarray
@@ -61,18 +73,24 @@ class NumpyBackend:
     def qr(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.linalg.qr(matrix)
 
-    def svd(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def left_svd(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return np.linalg.svd(matrix, full_matrices=False)
+            return np.linalg.svd(matrix, full_matrices=False)[:2]
         except np.linalg.LinAlgError:
+            if matrix.ndim > 2:
+                pairs = [self.left_svd(one) for one in matrix]
+                return np.stack([u for u, _ in pairs]), np.stack([s for _, s in pairs])
             # Divide and conquer (gesdd) can fail to converge where plain QR iteration does not.
             from scipy.linalg import svd
 
-            return svd(matrix, full_matrices=False, lapack_driver="gesvd")
+            return svd(matrix, full_matrices=False, lapack_driver="gesvd")[:2]
 
     def eigh(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, vectors = np.linalg.eigh(matrix)
-        return values[::-1], vectors[:, ::-1]
+        return values[..., ::-1], vectors[..., ::-1]
+
+    def triangle(self, matrix: np.ndarray) -> np.ndarray:
+        return self.adjoint(np.linalg.qr(self.adjoint(matrix), mode="r"))
 
 
 backend = NumpyBackend()

@@ -63,20 +63,40 @@ class Backend(Protocol):
     def permute(self, array: Array, axes: Sequence[int]) -> Array:
         """Axes in another order."""
 
+    def adjoint(self, matrix: Array) -> Array:
+        """Conjugate transpose of the last two axes; leading axes are a batch."""
+
     def pad(self, matrix: Array, rows: int, columns: int) -> Array:
-        """The matrix with zero rows and columns added at its end, up to the given size."""
+        """The matrix with zero rows and columns added at its end; leading axes are a batch."""
 
     def stack(self, arrays: Sequence[Array]) -> Array:
         """Arrays of one shape along a new first axis."""
 
+    def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
+        """Arrays joined along an axis."""
+
+    def zeros(self, shape: Sequence[int], like: Array) -> Array:
+        """Zeros with the dtype and device of ``like``."""
+
+    def eye(self, size: int, like: Array) -> Array:
+        """Identity matrix with the dtype and device of ``like``."""
+
     def normal(self, shape: Sequence[int], rng: np.random.Generator, like: Array) -> Array:
         """Standard normal numbers (complex ones of unit variance), dtype and device of ``like``."""
+
+    # Matrix decompositions take matrices along the last two axes; leading axes are a batch. Where
+    # a library has gradients, those of qr, left_svd and eigh stay finite for singular matrices and for
+    # equal singular values, and are right for every function of the result that does not depend
+    # on the arbitrary choices inside it (signs, phases, bases of equal singular values).
 
     def qr(self, matrix: Array) -> tuple[Array, Array]:
         """Reduced QR decomposition."""
 
-    def svd(self, matrix: Array) -> tuple[Array, Array, Array]:
-        """Reduced SVD (U, s, Vᴴ), s descending; falls back to slower, safer algorithms."""
+    def left_svd(self, matrix: Array) -> tuple[Array, Array]:
+        """U and s of a reduced SVD, s descending; falls back to slower, safer algorithms."""
 
     def eigh(self, matrix: Array) -> tuple[Array, Array]:
         """Eigenvalues of a Hermitian matrix, descending, and its eigenvectors in columns."""
+
+    def triangle(self, matrix: Array) -> Array:
+        """The small factor T of A = T Q, for A wider than tall: T Tᴴ = A Aᴴ without squaring."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +46,25 @@ class TorchBackend:
     def permute(self, array: Tensor, axes: Sequence[int]) -> Tensor:
         return array.permute(*axes)
 
+    def adjoint(self, matrix: Tensor) -> Tensor:
+        return self.conj(matrix).transpose(-1, -2)
+
     def pad(self, matrix: Tensor, rows: int, columns: int) -> Tensor:
         return torch.nn.functional.pad(
-            matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])
+            matrix, (0, columns - matrix.shape[-1], 0, rows - matrix.shape[-2])
         )
 
     def stack(self, arrays: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(arrays))
+
+    def concatenate(self, arrays: Sequence[Tensor], axis: int) -> Tensor:
+        return torch.cat(list(arrays), axis)
+
+    def zeros(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+
+    def eye(self, size: int, like: Tensor) -> Tensor:
+        return torch.eye(size, dtype=like.dtype, device=like.device)
 
     def normal(self, shape: Sequence[int], rng: np.random.Generator, like: Tensor) -> Tensor:
         # Drawn by NumPy so that one seed gives the same numbers on every library and device.
@@ -61,28 +74,123 @@ class TorchBackend:
         return self.from_numpy(numbers, like)
 
     def qr(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.linalg.qr(matrix)
+        if not _tracked(matrix):
+            return torch.linalg.qr(matrix)
+        if matrix.shape[-2] > matrix.shape[-1]:
+            return _QR.apply(matrix)
+        # A square unitary Q is a change of basis: Q Qᴴ A = A whatever Q is, so Q is constant.
+        unitary = torch.linalg.qr(matrix.detach())[0]
+        return unitary, unitary.mH @ matrix
 
-    def svd(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        try:
-            return torch.linalg.svd(matrix, full_matrices=False)
-        except torch.linalg.LinAlgError:
-            return self._safe_svd(matrix)
-
-    def _safe_svd(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The slow ways: QR iteration on the GPU, then double precision on the CPU."""
-        if matrix.is_cuda:
-            try:
-                return torch.linalg.svd(matrix, full_matrices=False, driver="gesvd")
-            except torch.linalg.LinAlgError:
-                pass
-        wide = torch.complex128 if matrix.is_complex() else torch.float64
-        u, s, vh = torch.linalg.svd(matrix.to("cpu", wide), full_matrices=False)
-        return u.to(matrix), s.to(matrix.device, matrix.real.dtype), vh.to(matrix)
+    def left_svd(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return _LeftSVD.apply(matrix) if _tracked(matrix) else _svd(matrix)[:2]
 
     def eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(matrix)
-        return values.flip(0), vectors.flip(1)
+        return _Eigh.apply(matrix) if _tracked(matrix) else _eigh(matrix)
+
+    def triangle(self, matrix: Tensor) -> Tensor:
+        if not _tracked(matrix):
+            return self.adjoint(torch.linalg.qr(self.adjoint(matrix), mode="r")[1])
+        # A = T Q: turning Q leaves T Tᴴ alone, so Q counts as constant.
+        return matrix @ torch.linalg.qr(matrix.detach().mH)[0]
 
 
 backend = TorchBackend()
+
+
+def _tracked(matrix: Tensor) -> bool:
+    return matrix.requires_grad and torch.is_grad_enabled()
+
+
+def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD with slower, safer ways behind it: QR iteration on the GPU, then float64 on the CPU."""
+    try:
+        return torch.linalg.svd(matrix, full_matrices=full)
+    except torch.linalg.LinAlgError:
+        pass
+    if matrix.is_cuda:
+        try:
+            return torch.linalg.svd(matrix, full_matrices=full, driver="gesvd")
+        except torch.linalg.LinAlgError:
+            pass
+    wide = torch.complex128 if matrix.is_complex() else torch.float64
+    u, s, vh = torch.linalg.svd(matrix.to("cpu", wide), full_matrices=full)
+    return u.to(matrix), s.to(matrix.device, matrix.real.dtype), vh.to(matrix)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(-1), vectors.flip(-1)
+
+
+def _rotation_gradient(values: Tensor, vectors: Tensor, grad: Tensor) -> Tensor:
+    """Gradient with respect to a Hermitian matrix, in its own eigenbasis, from its eigenvectors.
+
+    The reciprocals of the gaps between eigenvalues are smoothed over gaps of the order of
+    rounding (Liao, Liu, Wang, Xiang, Phys. Rev. X 9, 031041 (2019), section III.A.2). Where two
+    values are equal, a function of the space they span does not ask for more.
+    """
+    inner = vectors.mH @ grad
+    gaps = values[..., None, :] - values[..., :, None]
+    limits = torch.finfo(values.dtype)
+    width = 16 * limits.eps * values.abs().amax(-1)[..., None, None]
+    reciprocals = gaps / (gaps**2 + width**2).clamp_min(limits.tiny)
+    return reciprocals * (inner - inner.mH) / 2
+
+
+class _Eigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = _eigh(matrix)
+        ctx.save_for_backward(values, vectors)
+        return values, vectors
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor, grad_vectors: Tensor) -> Tensor:
+        values, vectors = ctx.saved_tensors
+        inner = _rotation_gradient(values, vectors, grad_vectors) + torch.diag_embed(grad_values)
+        return vectors @ inner @ vectors.mH
+
+
+class _LeftSVD(torch.autograd.Function):
+    """Left singular vectors and singular values: the eigenvectors of A Aᴴ, without squaring."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = matrix.shape[-2:]
+        # The left vectors beyond the rank take part: a kept space can turn into their directions.
+        u, s, vh = _svd(matrix, full=rows > columns)
+        ctx.save_for_backward(matrix, u, s, vh[..., : min(rows, columns), :])
+        return u[..., : s.shape[-1]].contiguous(), s
+
+    @staticmethod
+    def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor) -> Tensor:
+        matrix, u, s, vh = ctx.saved_tensors
+        missing = u.shape[-1] - s.shape[-1]
+        squares = torch.nn.functional.pad(s**2, (0, missing))
+        grad_u = torch.nn.functional.pad(grad_u, (0, missing))
+        grad = 2 * u @ _rotation_gradient(squares, u, grad_u) @ (u.mH @ matrix)
+        return grad + (u[..., : s.shape[-1]] * grad_s[..., None, :]) @ vh
+
+
+class _QR(torch.autograd.Function):
+    """QR of a tall matrix; the inverse of R in its gradient is a pseudo-inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        q, r = torch.linalg.qr(matrix)
+        ctx.save_for_backward(q, r)
+        return q, r
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
+        # Walter, Lehmann, Lamour, Opt. Methods Softw. 27, 341 (2012).
+        q, r = ctx.saved_tensors
+        inner = (grad_r @ r.mH - q.mH @ grad_q).triu()
+        inner = inner + inner.triu(1).mH
+        inner = inner - 1j * torch.diag_embed(_diagonal(inner).imag) if q.is_complex() else inner
+        return (q @ inner + grad_q) @ torch.linalg.pinv(r).mH
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)
