@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import frexp, prod
-from typing import Literal, overload
+from itertools import accumulate
+from math import frexp, isfinite, prod
+from operator import mul
+from typing import Any, Literal, overload
+
+import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES, WIDE_DTYPE
+from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
+from tnmoe.canonical import canonicalize
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO, check_center
+from tnmoe.plan import Selection
 from tnmoe.shapes import MPOShape
-from tnmoe.truncation import ErrorBudget, TruncationInfo, check_rtol
+from tnmoe.sweep import Sweep
+from tnmoe.truncation import TruncationInfo
 
-METHODS = ("auto", "svd", "eigh")
+METHODS = ("auto", "svd", "qr", "eigh", "randomized")
 
-# An unfolding this many times wider than tall is first reduced to a small square one.
-_WIDE = 2
-# Columns of an unfolding are widened to double precision this many numbers at a time.
-_GRAM_BLOCK = 1 << 22
+# Entries between these can be squared and summed in every dtype as they are.
+_SAFE = (2.0**-30, 2.0**30)
 
 
+# An array's type does not say whether it is one matrix or a batch: these are for one matrix.
 @overload
 def decompose(
     matrix: Array,
     shape: MPOShape,
     *,
     max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
+    max_params: int | None = ...,
     center: int | None = ...,
     method: str = ...,
+    rng: np.random.Generator | int = ...,
     return_info: Literal[False] = ...,
 ) -> MPO: ...
 
@@ -40,9 +49,12 @@ def decompose(
     shape: MPOShape,
     *,
     max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
+    max_params: int | None = ...,
     center: int | None = ...,
     method: str = ...,
+    rng: np.random.Generator | int = ...,
     return_info: Literal[True],
 ) -> tuple[MPO, TruncationInfo]: ...
 
@@ -52,56 +64,76 @@ def decompose(
     shape: MPOShape,
     *,
     max_bond: int | Sequence[int] | None = None,
+    bonds: Sequence[int] | None = None,
     rtol: float | None = None,
+    max_params: int | None = None,
     center: int | None = None,
     method: str = "auto",
+    rng: np.random.Generator | int = 0,
     return_info: bool = False,
-) -> MPO | tuple[MPO, TruncationInfo]:
+) -> Any:
     """Decompose a matrix into an MPO, exactly or truncated.
 
-    Truncated decompositions sweep from both ends into the centre, each pushing its singular
-    values forward, so the centre ends up holding all the weight and every other core is an
-    isometry: TT-SVD (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), algorithm 1) met in the
-    middle.
+    Cores are split off from both ends, each pushing its singular values inwards, so the centre
+    ends up holding all the weight and every other core is an isometry: TT-SVD (Oseledets, SIAM
+    J. Sci. Comput. 33, 2295 (2011), algorithm 1) met in the middle.
 
     Parameters
     ----------
-    matrix : array, shape (out_features, in_features)
-        NumPy array or torch tensor, floating-point or complex. Half precisions are computed in
-        float32.
+    matrix : array, shape (out_features, in_features) or (B, out_features, in_features)
+        NumPy array or torch tensor, floating-point or complex: one matrix, or a batch that is
+        decomposed together. Half precisions are computed in float32.
     shape : MPOShape
         Legs of the MPO.
     max_bond : int or sequence of int, optional
         Largest bond dimension, for all bonds or one per bond.
+    bonds : sequence of int, optional
+        Exact bond dimensions, one per bond; zeros fill up what the matrix does not need.
     rtol : float, optional
-        Guaranteed relative Frobenius error of the whole (up to rounding in the matrix's dtype);
-        every bond is as small as its even share of it allows. Where ``max_bond`` is smaller
-        still, ``max_bond`` wins.
+        Guaranteed relative Frobenius error of the whole (up to rounding in the matrix's dtype).
+        The error is spent where it saves most parameters; see :func:`tnmoe.select_bonds`.
+    max_params : int, optional
+        Most numbers that all cores may hold together; the bonds of least predicted error within
+        it are taken.
     center : int, optional
         Site of the orthogonality centre; by default ``shape.center``.
-    method : {"auto", "svd", "eigh"}
-        ``svd`` decomposes every unfolding, after a QR where it is much wider than tall. ``eigh``
-        diagonalises its Gram matrix, accumulated in double precision: faster, and for single
-        precision as accurate. ``auto`` takes ``eigh`` for wide unfoldings in single precision
-        and ``svd`` otherwise.
+    method : {"auto", "qr", "eigh", "svd", "randomized"}
+        How isometries are found. ``eigh`` diagonalises the Gram matrix of an unfolding,
+        accumulated in double precision: fast, and for single precision as accurate as ``svd``,
+        which takes the SVD of the unfolding's triangular factor. ``qr`` finds no Schmidt values
+        and only serves where nothing is cut; its isometries are identity matrices as long as the
+        unfolding is wider than tall. ``randomized`` finds the range of an unfolding by random
+        projection with subspace iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011),
+        algorithms 4.3 and 4.4), measures what it missed, and is repeated until that is within
+        the tolerance or no longer shrinks. ``auto`` takes, bond by bond, ``qr`` where nothing can
+        be cut, otherwise ``eigh`` for single and half precision and ``svd`` for double.
+    rng : numpy Generator or int
+        Source of the randomized method's numbers.
     return_info : bool
-        Also return what was cut.
+        Also return what was cut. The Schmidt values of bonds at which nothing is cut are then
+        computed as well, which costs time but changes no core.
 
     Returns
     -------
     MPO
         In canonical form around ``center``, with the matrix's library, dtype and device. Without
-        ``max_bond`` and ``rtol`` the bonds are exact: ``shape.bond_dims()``.
+        any limit the bonds are exact: ``shape.bond_dims()``. For a batch: a tuple of B MPOs with
+        common bond dimensions, those that the most demanding matrix needs.
     TruncationInfo
-        Only with ``return_info``.
+        Only with ``return_info``. For a batch: a tuple of B.
 
     Raises
     ------
     InputError
         If the matrix is not of the shape's size, is not floating-point or complex, or holds NaN
-        or infinity; if an argument is out of range.
+        or infinity; if an argument is out of range or contradicts another.
     TypeError
         If the matrix belongs to no supported library.
+
+    Notes
+    -----
+    Limits hold together: where ``rtol`` asks for more than ``max_bond`` or ``max_params`` allow,
+    the latter win.
 
     Examples
     --------
@@ -115,125 +147,115 @@ def decompose(
     """
     xp = get_backend(matrix)
     name = _check_matrix(xp, matrix, shape)
-    caps = shape.bond_dims(max_bond)
-    check_rtol(rtol)
+    selection = Selection(shape, max_bond, bonds, rtol, max_params)
     center = check_center(shape, center)
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
-    rest, scale = _interleave(xp, xp.astype(matrix, COMPUTE_DTYPE.get(name, name)), shape)
-    budget = ErrorBudget(rtol, float(xp.to_numpy(xp.norm(rest))), shape.sites - 1)
-    cores, info = _sweep(xp, rest, shape, caps, budget, center, method)
-    cores[center] = cores[center] * scale
-    info = TruncationInfo(
-        tuple(cut * scale for cut in info.discarded),
-        tuple(spectrum * scale for spectrum in info.spectra),
-        info.methods,
+    computed = xp.astype(matrix, COMPUTE_DTYPE.get(name, name))
+    scales = _scales(xp, computed, shape)
+    sweep_center = _sweep_center(shape, center)
+    sweep = Sweep(
+        xp,
+        _interleave(xp, computed, shape, scales, sweep_center),
+        shape.legs,
+        sweep_center,
+        selection,
+        method,
+        np.random.default_rng(rng),
+        return_info,
     )
-    mpo = MPO([xp.astype(core, name) for core in cores], shape, center)
-    return (mpo, info) if return_info else mpo
+    sweep.run()
+    results = [_result(xp, sweep, index, scale, name, center) for index, scale in enumerate(scales)]
+    if matrix.ndim == 2:
+        return results[0] if return_info else results[0][0]
+    mpos, infos = zip(*results, strict=True)
+    return (mpos, infos) if return_info else mpos
 
 
 def _check_matrix(xp: Backend, matrix: Array, shape: MPOShape) -> str:
-    """Dtype name of a matrix that fits the shape; an InputError otherwise."""
+    """Dtype name of a matrix, or a batch of them, that fits the shape; an InputError otherwise."""
     size = (shape.out_features, shape.in_features)
-    if tuple(matrix.shape) != size:
-        raise InputError(f"{shape} is for a {size} matrix, got one of shape {tuple(matrix.shape)}")
+    given = tuple(matrix.shape)
+    if len(given) not in (2, 3) or given[-2:] != size or 0 in given:
+        raise InputError(
+            f"{shape} is for a {size} matrix or a batch of them, got one of shape {given}"
+        )
     name = xp.dtype_name(matrix)
     if name not in (*REAL_DTYPES, *COMPLEX_DTYPES):
         raise InputError(f"the matrix must be floating-point or complex, got dtype {name}")
-    if not xp.all_finite(matrix):
-        raise InputError(f"the {size} matrix contains NaN or infinity")
     return name
 
 
-def _interleave(xp: Backend, matrix: Array, shape: MPOShape) -> tuple[Array, float]:
-    """The matrix with axes (o₁, i₁, o₂, i₂, …), divided by a power of two; that power.
+def _scales(xp: Backend, matrix: Array, shape: MPOShape) -> list[float]:
+    """Per matrix the power of two that brings its largest entry near 1; 1 where it is near.
 
-    The division brings the largest entry near 1, so that no square over- or underflows, and is
-    exact.
+    Dividing by it is exact, and then no square over- or underflows.
     """
-    largest = xp.max_abs(matrix)
-    scale = 2.0 ** (frexp(largest)[1] - 1) if largest else 1.0
+    scales = []
+    for one in matrix if matrix.ndim == 3 else [matrix]:
+        largest = xp.max_abs(one)
+        if not isfinite(largest):
+            size = (shape.out_features, shape.in_features)
+            raise InputError(f"the {size} matrix contains NaN or infinity")
+        near_one = not largest or _SAFE[0] < largest < _SAFE[1]
+        scales.append(1.0 if near_one else 2.0 ** (frexp(largest)[1] - 1))
+    return scales
+
+
+def _interleave(
+    xp: Backend, matrix: Array, shape: MPOShape, scales: Sequence[float], center: int
+) -> Array:
+    """The matrix divided by the scales, with axes (..., left legs, those of center, right legs)."""
+    if any(scale != 1 for scale in scales):
+        divisors = np.reshape(scales, (-1, 1, 1) if matrix.ndim == 3 else ())
+        matrix = matrix / xp.from_numpy(divisors, like=matrix)
     padded = (shape.padded_out, shape.padded_in)
-    matrix = matrix / scale
-    if tuple(matrix.shape) != padded:
+    if tuple(matrix.shape[-2:]) != padded:
         matrix = xp.pad(matrix, *padded)
+    batch = matrix.shape[:-2]
     axes = [axis for site in range(shape.sites) for axis in (site, shape.sites + site)]
-    return xp.permute(matrix.reshape(*shape.out_dims, *shape.in_dims), axes), scale
+    legs = matrix.reshape(*batch, *shape.out_dims, *shape.in_dims)
+    tensor = xp.permute(legs, [*range(len(batch)), *(len(batch) + axis for axis in axes)])
+    left, right = prod(shape.legs[:center]), prod(shape.legs[center + 1 :])
+    return tensor.reshape(*batch, left, shape.legs[center], right)
 
 
-def _sweep(
-    xp: Backend,
-    rest: Array,
-    shape: MPOShape,
-    caps: tuple[int, ...],
-    budget: ErrorBudget,
-    center: int,
-    method: str,
-) -> tuple[list[Array], TruncationInfo]:
-    """Split off the cores left of the centre, then those right of it; the rest is the centre."""
-    legs = list(zip(shape.out_dims, shape.in_dims, strict=True))
-    cores: list[Array] = [None] * shape.sites
-    cuts: dict[int, tuple[float, Array, str]] = {}
-    bond_l = bond_r = 1
-    for site in range(center):
-        unfolding = rest.reshape(bond_l * prod(legs[site]), -1)
-        isometry, rest, cuts[site] = _split(xp, unfolding, caps[site], budget, method)
-        cores[site] = isometry.reshape(bond_l, *legs[site], -1)
-        bond_l = isometry.shape[1]
-    for site in range(shape.sites - 1, center, -1):
-        # A = (Aᵀ)ᵀ: the transpose splits into U (Uᴴ Aᵀ), so A = (A Ū) Uᵀ with Uᵀ the right core.
-        unfolding = xp.permute(rest.reshape(-1, prod(legs[site]) * bond_r), (1, 0))
-        isometry, rest, cuts[site - 1] = _split(xp, unfolding, caps[site - 1], budget, method)
-        rest = xp.permute(rest, (1, 0))
-        cores[site] = xp.permute(isometry, (1, 0)).reshape(-1, *legs[site], bond_r)
-        bond_r = isometry.shape[1]
-    cores[center] = rest.reshape(bond_l, *legs[center], bond_r)
-    ordered = [cuts[bond] for bond in sorted(cuts)]
-    return cores, TruncationInfo(
-        discarded=tuple(cut[0] for cut in ordered),
-        spectra=tuple(cut[1] for cut in ordered),
-        methods=tuple(cut[2] for cut in ordered),
+def _sweep_center(shape: MPOShape, wanted: int) -> int:
+    """Site to sweep into, so that no unfolding is taller than wide; the nearest to the wanted."""
+    left = list(accumulate(shape.legs, mul))
+    fits = [
+        site
+        for site in range(shape.sites)
+        if (site == 0 or left[site - 1] ** 2 <= left[-1]) and left[site] ** 2 >= left[-1]
+    ]
+    return min(fits, key=lambda site: abs(site - wanted))
+
+
+def _result(
+    xp: Backend, sweep: Sweep, index: int, scale: float, dtype: str, center: int
+) -> tuple[MPO, TruncationInfo]:
+    """One matrix of the batch, out of a finished sweep."""
+    shape = sweep.selection.shape
+    cores = {site: _pick(core, index, 3) for site, core in sweep.cores.items()}
+    cores[sweep.center] = _pick(sweep.tensor, index, 3) * scale
+    legs = zip(shape.out_dims, shape.in_dims, strict=True)
+    chain = [
+        cores[site].reshape(cores[site].shape[0], *leg, cores[site].shape[-1])
+        for site, leg in enumerate(legs)
+    ]
+    moved = canonicalize(xp, chain, sweep.center, center)
+    cuts = [sweep.cuts[bond] for bond in sorted(sweep.cuts)]
+    info = TruncationInfo(
+        discarded=tuple(float(cut.discarded[index]) * scale for cut in cuts),
+        spectra=tuple(
+            _pick(cut.spectrum, index, 1) * scale for cut in cuts if cut.spectrum is not None
+        ),
+        methods=tuple(cut.method for cut in cuts),
     )
+    return MPO([xp.astype(core, dtype) for core in moved], shape, center), info
 
 
-def _split(
-    xp: Backend, unfolding: Array, cap: int, budget: ErrorBudget, method: str
-) -> tuple[Array, Array, tuple[float, Array, str]]:
-    """Truncated split A ≈ U (Uᴴ A) with U an isometry; also (discarded, spectrum, method)."""
-    rows, columns = unfolding.shape
-    wide = columns >= _WIDE * rows
-    if method == "auto":
-        method = "eigh" if wide and xp.dtype_name(unfolding) in WIDE_DTYPE else "svd"
-    if method == "eigh":
-        vectors, spectrum = _gram_eigh(xp, unfolding)
-    elif wide:
-        # A = (Q R)ᴴ has the left singular vectors and the singular values of Rᴴ.
-        triangle = xp.qr(xp.permute(xp.conj(unfolding), (1, 0)))[1]
-        vectors, spectrum = xp.left_svd(xp.permute(xp.conj(triangle), (1, 0)))
-    else:
-        vectors, spectrum = xp.left_svd(unfolding)
-    rank, discarded = budget.choose_rank(xp.to_numpy(spectrum), cap)
-    isometry = vectors[:, :rank]
-    rest = xp.permute(xp.conj(isometry), (1, 0)) @ unfolding
-    return isometry, rest, (discarded, spectrum, method)
-
-
-def _gram_eigh(xp: Backend, unfolding: Array) -> tuple[Array, Array]:
-    """Left singular vectors and singular values from the Gram matrix A Aᴴ in double precision.
-
-    Squaring halves the digits: in double precision enough are left for a single-precision
-    result, in single precision a value 10⁻⁴ of the largest would be 40 % wrong.
-    """
-    name = xp.dtype_name(unfolding)
-    rows, columns = unfolding.shape
-    step = max(1, _GRAM_BLOCK // rows)
-    gram = None
-    for start in range(0, columns, step):
-        block = xp.astype(unfolding[:, start : start + step], WIDE_DTYPE.get(name, name))
-        product = block @ xp.permute(xp.conj(block), (1, 0))
-        gram = product if gram is None else gram + product
-    values, vectors = xp.eigh(gram)
-    keep = min(rows, columns)
-    return xp.astype(vectors[:, :keep], name), values[:keep].clip(0) ** 0.5
+def _pick(array: Array, index: int, ndim: int) -> Array:
+    """One of a batch; an array without a batch axis is common to all."""
+    return array[index] if array.ndim > ndim else array

@@ -217,6 +217,11 @@ class MPOShape:
         return len(self.out_dims)
 
     @property
+    def legs(self) -> tuple[int, ...]:
+        """Size of every site: its output leg times its input leg."""
+        return tuple(out * in_ for out, in_ in zip(self.out_dims, self.in_dims, strict=True))
+
+    @property
     def padded_out(self) -> int:
         """Product of the output legs: ``out_features`` plus padding."""
         return prod(self.out_dims)
@@ -247,7 +252,7 @@ class MPOShape:
         tuple of int
             ``sites - 1`` dimensions; no bond is larger than its neighbours can use.
         """
-        legs = [out * in_ for out, in_ in zip(self.out_dims, self.in_dims, strict=True)]
+        legs = self.legs
         caps = self._caps(max_bond)
         bonds = [1]
         for cap, leg in zip(caps, legs[:-1], strict=True):

@@ -1,9 +1,9 @@
-"""Choosing bond dimensions from Schmidt spectra, and what a choice discards."""
+"""What a caller may ask of a truncation, and what a truncation reports."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import hypot, isfinite, sqrt
+from math import hypot, isfinite
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class TruncationInfo:
     spectra : tuple of array
         Per bond: the Schmidt values seen when the bond was cut, descending, before cutting.
     methods : tuple of str
-        Per bond: the algorithm used (``"eigh"`` or ``"svd"``).
+        Per bond: the algorithm used (``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``).
     """
 
     discarded: tuple[float, ...]
@@ -41,40 +41,11 @@ class TruncationInfo:
         return hypot(*self.discarded)
 
 
-class ErrorBudget:
-    """A relative error to spend over the bonds, evenly over those that are still to be cut.
-
-    Parameters
-    ----------
-    rtol : float or None
-        Largest relative Frobenius error of the whole; None allows none.
-    norm : float
-        Frobenius norm of what is decomposed.
-    bonds : int
-        Number of bonds that will be cut.
-    """
-
-    def __init__(self, rtol: float | None, norm: float, bonds: int) -> None:
-        self._remaining = 0.0 if rtol is None else (rtol * norm) ** 2
-        self._bonds = bonds
-        self._cuts_zeros = rtol is not None
-
-    def choose_rank(self, spectrum: np.ndarray, cap: int) -> tuple[int, float]:
-        """Rank to keep of a descending spectrum, and the 2-norm of what that cuts.
-
-        What an earlier bond did not need is left for the later ones. ``cap`` wins over the
-        budget: a bond dimension the caller asked for is never exceeded.
-        """
-        squares = np.asarray(spectrum, dtype=np.float64) ** 2
-        tails = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-        rank = len(squares)
-        if self._cuts_zeros:
-            fitting = np.nonzero(tails <= self._remaining / self._bonds)[0]
-            rank = max(1, int(fitting[0]))
-        rank = min(rank, cap)
-        self._remaining = max(0.0, self._remaining - tails[rank])
-        self._bonds -= 1
-        return rank, sqrt(tails[rank])
+def squared_tails(spectra: np.ndarray) -> np.ndarray:
+    """Squared weight lost by keeping r = 0, 1, … of descending values along the last axis."""
+    squares = np.asarray(spectra, dtype=np.float64) ** 2
+    tails = np.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
+    return np.concatenate([tails, np.zeros_like(tails[..., :1])], axis=-1)
 
 
 def check_rtol(rtol: float | None) -> None:

@@ -24,11 +24,11 @@ class NumpyBackend:
     def from_numpy(self, array: np.ndarray, like: np.ndarray) -> np.ndarray:
         return array.astype(like.dtype, copy=False)
 
-    def all_finite(self, array: np.ndarray) -> bool:
-        return bool(np.isfinite(array).all())
-
     def max_abs(self, array: np.ndarray) -> float:
-        return float(np.abs(array).max(initial=0.0))
+        if np.iscomplexobj(array):
+            return float(np.maximum(self.max_abs(array.real), self.max_abs(array.imag)))
+        # Two passes without a copy; both NaN if there is one.
+        return float(max(array.max(), -array.min())) if array.size else 0.0
 
     def norm(self, array: np.ndarray) -> np.ndarray:
         scale = self.max_abs(array) or 1.0
@@ -41,6 +41,9 @@ class NumpyBackend:
 
     def permute(self, array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         return array.transpose(axes)
+
+    def transpose(self, matrix: np.ndarray) -> np.ndarray:
+        return matrix.swapaxes(-1, -2)
 
     def adjoint(self, matrix: np.ndarray) -> np.ndarray:
         return self.conj(matrix).swapaxes(-1, -2)
@@ -89,8 +92,11 @@ class NumpyBackend:
         values, vectors = np.linalg.eigh(matrix)
         return values[..., ::-1], vectors[..., ::-1]
 
+    def eigvalsh(self, matrix: np.ndarray) -> np.ndarray:
+        return np.linalg.eigvalsh(matrix)[..., ::-1]
+
     def triangle(self, matrix: np.ndarray) -> np.ndarray:
-        return self.adjoint(np.linalg.qr(self.adjoint(matrix), mode="r"))
+        return self.adjoint(np.asarray(np.linalg.qr(self.adjoint(matrix), mode="r")))
 
 
 backend = NumpyBackend()

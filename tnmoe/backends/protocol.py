@@ -48,11 +48,8 @@ class Backend(Protocol):
     def from_numpy(self, array: np.ndarray, like: Array) -> Array:
         """A NumPy array as one of this library, with the dtype and device of ``like``."""
 
-    def all_finite(self, array: Array) -> bool:
-        """Whether there is no NaN and no infinity."""
-
     def max_abs(self, array: Array) -> float:
-        """Largest absolute value; 0 for an empty array."""
+        """Largest absolute real or imaginary part; NaN if there is one, 0 for an empty array."""
 
     def norm(self, array: Array) -> Array:
         """Euclidean norm of all entries, a real scalar; squares neither over- nor underflow."""
@@ -62,6 +59,9 @@ class Backend(Protocol):
 
     def permute(self, array: Array, axes: Sequence[int]) -> Array:
         """Axes in another order."""
+
+    def transpose(self, matrix: Array) -> Array:
+        """The last two axes swapped; leading axes are a batch."""
 
     def adjoint(self, matrix: Array) -> Array:
         """Conjugate transpose of the last two axes; leading axes are a batch."""
@@ -85,8 +85,8 @@ class Backend(Protocol):
         """Standard normal numbers (complex ones of unit variance), dtype and device of ``like``."""
 
     # Matrix decompositions take matrices along the last two axes; leading axes are a batch. Where
-    # a library has gradients, those of qr, left_svd and eigh stay finite for singular matrices and for
-    # equal singular values, and are right for every function of the result that does not depend
+    # a library has gradients, those of qr, left_svd and eigh stay finite for singular matrices and
+    # equal singular values; they are right for every function of the result that does not depend
     # on the arbitrary choices inside it (signs, phases, bases of equal singular values).
 
     def qr(self, matrix: Array) -> tuple[Array, Array]:
@@ -97,6 +97,9 @@ class Backend(Protocol):
 
     def eigh(self, matrix: Array) -> tuple[Array, Array]:
         """Eigenvalues of a Hermitian matrix, descending, and its eigenvectors in columns."""
+
+    def eigvalsh(self, matrix: Array) -> Array:
+        """Only the eigenvalues of a Hermitian matrix, descending."""
 
     def triangle(self, matrix: Array) -> Array:
         """The small factor T of A = T Q, for A wider than tall: T Tᴴ = A Aᴴ without squaring."""

@@ -28,11 +28,13 @@ class TorchBackend:
     def from_numpy(self, array: np.ndarray, like: Tensor) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, like.dtype)
 
-    def all_finite(self, array: Tensor) -> bool:
-        return bool(torch.isfinite(array).all())
-
     def max_abs(self, array: Tensor) -> float:
-        return float(array.detach().abs().max()) if array.numel() else 0.0
+        if array.is_complex():
+            array = torch.view_as_real(array.detach().resolve_conj())
+        if not array.numel():
+            return 0.0
+        least, most = torch.aminmax(array.detach())
+        return float(torch.maximum(most, -least))
 
     def norm(self, array: Tensor) -> Tensor:
         scale = self.max_abs(array) or 1.0
@@ -45,6 +47,9 @@ class TorchBackend:
 
     def permute(self, array: Tensor, axes: Sequence[int]) -> Tensor:
         return array.permute(*axes)
+
+    def transpose(self, matrix: Tensor) -> Tensor:
+        return matrix.transpose(-1, -2)
 
     def adjoint(self, matrix: Tensor) -> Tensor:
         return self.conj(matrix).transpose(-1, -2)
@@ -87,6 +92,11 @@ class TorchBackend:
 
     def eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         return _Eigh.apply(matrix) if _tracked(matrix) else _eigh(matrix)
+
+    def eigvalsh(self, matrix: Tensor) -> Tensor:
+        if _tracked(matrix):
+            return self.eigh(matrix)[0]
+        return torch.linalg.eigvalsh(matrix).flip(-1)
 
     def triangle(self, matrix: Tensor) -> Tensor:
         if not _tracked(matrix):

@@ -1,0 +1,155 @@
+"""From what a caller asks of a truncation to how much is cut at each bond."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tnmoe.errors import InputError
+from tnmoe.selection import choose_bonds
+from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.truncation import check_rtol, squared_tails
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The bond dimensions a caller asks for, checked against a shape.
+
+    Parameters
+    ----------
+    shape : MPOShape
+        Legs of the operator.
+    max_bond : int or sequence of int, optional
+        Largest bond dimension, for all bonds or one per bond.
+    bonds : sequence of int, optional
+        Exact bond dimensions, one per bond.
+    rtol : float, optional
+        Largest relative Frobenius error of the whole.
+    max_params : int, optional
+        Most numbers that all cores may hold together.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range, or two of them contradict each other.
+    """
+
+    shape: MPOShape
+    max_bond: int | Sequence[int] | None = None
+    bonds: Sequence[int] | None = None
+    rtol: float | None = None
+    max_params: int | None = None
+
+    def __post_init__(self) -> None:
+        check_rtol(self.rtol)
+        caps = self.shape.bond_dims(self.max_bond)
+        if self.max_params is not None:
+            positive_int("max_params", self.max_params)
+            fewest = self.shape.num_params(1)
+            if self.max_params < fewest:
+                raise InputError(
+                    f"max_params={self.max_params} is too few for {self.shape}: "
+                    f"with all bonds 1 it has {fewest} parameters"
+                )
+        if self.bonds is None:
+            return
+        if self.shape.bond_dims(self.bonds) != tuple(self.bonds):
+            raise InputError(
+                f"bonds={tuple(self.bonds)} do not fit {self.shape}: the largest that each can "
+                f"be beside the others are {self.shape.bond_dims(self.bonds)}"
+            )
+        if any(bond > cap for bond, cap in zip(self.bonds, caps, strict=True)):
+            raise InputError(f"bonds={tuple(self.bonds)} exceed max_bond={self.max_bond}")
+        params = self.shape.num_params(self.bonds)
+        if self.max_params is not None and params > self.max_params:
+            raise InputError(
+                f"bonds={tuple(self.bonds)} have {params} parameters, "
+                f"more than max_params={self.max_params}"
+            )
+
+    @property
+    def caps(self) -> tuple[int, ...]:
+        """Largest dimension of every bond."""
+        return self.shape.bond_dims(self.max_bond if self.bonds is None else self.bonds)
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether the bonds depend on the Schmidt values."""
+        if self.rtol is not None:
+            return True
+        return self.max_params is not None and self.shape.num_params(self.caps) > self.max_params
+
+    def plan(self, spectra: Sequence[np.ndarray] | None = None) -> CutPlan:
+        """Ranks from the Schmidt values (batch, D) of all bonds, where they are needed."""
+        if not self.needs_spectra or spectra is None or not spectra:
+            return CutPlan(self.caps)
+        tails = [squared_tails(values) for values in spectra]
+        squared_norms = np.max([tail[:, 0] for tail in tails], axis=0)
+        # One set of bonds for the whole batch: good enough for its worst matrix at every bond.
+        relative = [
+            (tail / np.where(squared_norms > 0, squared_norms, 1.0)[:, None]).max(axis=0)
+            for tail in tails
+        ]
+        if self.bonds is not None:
+            return self._checked(relative)
+        allowed = None if self.rtol is None else self.rtol**2
+        ranks = choose_bonds(relative, self.shape, self.caps, allowed, self.max_params)
+        if allowed is None:
+            return CutPlan(ranks)
+        planned = [tail[:, rank] for tail, rank in zip(tails, ranks, strict=True)]
+        spare = np.maximum(0.0, allowed * squared_norms - np.sum(planned, axis=0))
+        return CutPlan(ranks, planned, spare)
+
+    def _checked(self, relative: Sequence[np.ndarray]) -> CutPlan:
+        ranks = self.caps
+        error = sum(float(tail[rank]) for tail, rank in zip(relative, ranks, strict=True)) ** 0.5
+        if self.rtol is not None and error > self.rtol:
+            raise InputError(
+                f"bonds={ranks} may leave a relative error of {error:.3g}, "
+                f"more than rtol={self.rtol}"
+            )
+        return CutPlan(ranks)
+
+
+class CutPlan:
+    """How many Schmidt values to keep at each bond, decided while the bonds are being cut.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+        Most that is kept, per bond.
+    allowed : sequence of array, shape (batch,), optional
+        Squared weight that each matrix may lose at each bond. What one bond does not need is
+        left to those after it. Without it exactly ``ranks`` values are kept.
+    spare : array, shape (batch,), optional
+        Squared weight that may be lost on top, wherever it saves something first.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        allowed: Sequence[np.ndarray] | None = None,
+        spare: np.ndarray | float = 0.0,
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.adaptive = allowed is not None
+        self._allowed = allowed
+        self._spare = spare
+
+    def budget(self, bond: int) -> np.ndarray | None:
+        """Squared weight that may be lost at the bond that is cut next; None if that is fixed."""
+        return None if self._allowed is None else self._allowed[bond] + self._spare
+
+    def choose(self, bond: int, spectra: np.ndarray, limit: int) -> tuple[int, np.ndarray]:
+        """Values to keep of spectra (batch, D), at most ``limit``; the 2-norm each loses."""
+        rank = min(self.ranks[bond], limit)
+        tails = squared_tails(spectra)
+        budget = self.budget(bond)
+        if budget is not None:
+            fits = np.all(tails <= budget[:, None], axis=0)
+            if fits[: rank + 1].any():
+                rank = max(1, int(np.argmax(fits)))
+            self._spare = np.maximum(0.0, budget - tails[:, rank])
+        return rank, np.sqrt(tails[:, rank])
