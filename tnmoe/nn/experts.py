@@ -325,7 +325,11 @@ class MPOExperts(Experts):
         def share(
             name: str, matrix: Tensor, bias: Tensor | None, shape: MPOShape
         ) -> SharedProjection:
-            mpo, info = decompose(matrix.detach(), shape, max_bond=max_bond, return_info=True)
+            # The Schmidt gauge spreads every auxiliary core over all its entries; the identity
+            # matrices of method="qr" would leave nearly all of them zero, and noise without scale.
+            mpo, info = decompose(
+                matrix.detach(), shape, max_bond=max_bond, method="eigh", return_info=True
+            )
             if on_matrix is not None:
                 on_matrix(name, info)
             shared = SharedMPO.replicate(mpo, num_experts, noise, rng)
