@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Literal, overload
 
 from tnmoe import spectrum
 from tnmoe.backends import Array, Backend, get_backend
@@ -11,7 +12,10 @@ from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
 from tnmoe.canonical import canonicalize
 from tnmoe.contraction import apply_cores, to_padded_matrix
 from tnmoe.errors import InputError
+from tnmoe.plan import Selection
+from tnmoe.rounding import round_chain
 from tnmoe.shapes import MPOShape
+from tnmoe.truncation import TruncationInfo
 
 
 class MPO:
@@ -163,6 +167,88 @@ class MPO:
         name = self._backend.dtype_name(self.cores[0])
         cores = tuple(self._backend.astype(core, name) for core in cores)
         return MPO(cores, self.shape, center)
+
+    @overload
+    def compress(
+        self,
+        *,
+        max_bond: int | Sequence[int] | None = ...,
+        bonds: Sequence[int] | None = ...,
+        rtol: float | None = ...,
+        max_params: int | None = ...,
+        center: int | None = ...,
+        return_info: Literal[False] = ...,
+    ) -> MPO: ...
+
+    @overload
+    def compress(
+        self,
+        *,
+        max_bond: int | Sequence[int] | None = ...,
+        bonds: Sequence[int] | None = ...,
+        rtol: float | None = ...,
+        max_params: int | None = ...,
+        center: int | None = ...,
+        return_info: Literal[True],
+    ) -> tuple[MPO, TruncationInfo]: ...
+
+    def compress(
+        self,
+        *,
+        max_bond: int | Sequence[int] | None = None,
+        bonds: Sequence[int] | None = None,
+        rtol: float | None = None,
+        max_params: int | None = None,
+        center: int | None = None,
+        return_info: bool = False,
+    ) -> MPO | tuple[MPO, TruncationInfo]:
+        """Round to smaller bonds.
+
+        Without arguments nothing is lost but what is rounding noise, so that every bond gets its
+        exact rank. No bond ever grows. See :mod:`tnmoe.rounding` for the algorithm.
+
+        Parameters
+        ----------
+        max_bond : int or sequence of int, optional
+            Largest bond dimension, for all bonds or one per bond.
+        bonds : sequence of int, optional
+            Exact bond dimensions, one per bond.
+        rtol : float, optional
+            Guaranteed relative Frobenius error of the whole chain, padding included.
+        max_params : int, optional
+            Most numbers that all cores may hold together.
+        center : int, optional
+            Site of the orthogonality centre; by default ``shape.center``.
+        return_info : bool
+            Also return what was cut.
+
+        Returns
+        -------
+        MPO
+            In canonical form around ``center``.
+        TruncationInfo
+            Only with ``return_info``; its ``error_bound`` is the Frobenius error of the chain.
+
+        Raises
+        ------
+        InputError
+            If an argument is out of range or contradicts another, or if ``bonds`` exceed the
+            bonds that are there.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> mpo = MPO([np.ones((1, 2, 2, 3)), np.ones((3, 2, 1, 1))])
+        >>> mpo.compress().bond_dims
+        (1,)
+        """
+        center = check_center(self.shape, center)
+        selection = Selection(self.shape, max_bond, bonds, rtol, max_params)
+        xp, name = self._backend, self._backend.dtype_name(self.cores[0])
+        rounded, info = round_chain(xp, self._computable_cores(), selection)
+        cores = canonicalize(xp, rounded, self.shape.sites - 1, center)
+        mpo = MPO([xp.astype(core, name) for core in cores], self.shape, center)
+        return (mpo, info) if return_info else mpo
 
     def schmidt_values(self, bond: int) -> Array:
         """Schmidt values across ``bond`` (0 to sites − 2), descending.

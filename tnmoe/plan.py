@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import gt
 
 import numpy as np
 
@@ -81,10 +82,24 @@ class Selection:
             return True
         return self.max_params is not None and self.shape.num_params(self.caps) > self.max_params
 
-    def plan(self, spectra: Sequence[np.ndarray] | None = None) -> CutPlan:
-        """Ranks from the Schmidt values (batch, D) of all bonds, where they are needed."""
+    def plan(
+        self,
+        spectra: Sequence[np.ndarray] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> CutPlan:
+        """Decide from the Schmidt values (batch, D) of all bonds, where they are needed.
+
+        ``limits`` are the bonds that are there, where they may be smaller than what would fit.
+        """
+        caps = self.caps
+        if limits is not None:
+            if self.bonds is not None and any(map(gt, self.bonds, limits)):
+                raise InputError(
+                    f"bonds={tuple(self.bonds)} exceed the bonds that are there: {tuple(limits)}"
+                )
+            caps = self.shape.bond_dims([min(pair) for pair in zip(caps, limits, strict=True)])
         if not self.needs_spectra or spectra is None or not spectra:
-            return CutPlan(self.caps)
+            return CutPlan(caps)
         tails = [squared_tails(values) for values in spectra]
         squared_norms = np.max([tail[:, 0] for tail in tails], axis=0)
         # One set of bonds for the whole batch: good enough for its worst matrix at every bond.
@@ -95,7 +110,7 @@ class Selection:
         if self.bonds is not None:
             return self._checked(relative)
         allowed = None if self.rtol is None else self.rtol**2
-        ranks = choose_bonds(relative, self.shape, self.caps, allowed, self.max_params)
+        ranks = choose_bonds(relative, self.shape, caps, allowed, self.max_params)
         if allowed is None:
             return CutPlan(ranks)
         planned = [tail[:, rank] for tail, rank in zip(tails, ranks, strict=True)]

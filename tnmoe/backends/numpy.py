@@ -73,6 +73,9 @@ class NumpyBackend:
             numbers = (numbers + 1j * rng.standard_normal(shape)) / np.sqrt(2)
         return numbers.astype(like.dtype)
 
+    def tracked(self, array: np.ndarray) -> bool:
+        return False
+
     def qr(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.linalg.qr(matrix)
 

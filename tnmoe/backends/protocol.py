@@ -48,6 +48,9 @@ class Backend(Protocol):
     def from_numpy(self, array: np.ndarray, like: Array) -> Array:
         """A NumPy array as one of this library, with the dtype and device of ``like``."""
 
+    def tracked(self, array: Array) -> bool:
+        """Whether gradients flow through what is computed from the array."""
+
     def max_abs(self, array: Array) -> float:
         """Largest absolute real or imaginary part; NaN if there is one, 0 for an empty array."""
 

@@ -78,6 +78,9 @@ class TorchBackend:
             numbers = (numbers + 1j * rng.standard_normal(shape)) / np.sqrt(2)
         return self.from_numpy(numbers, like)
 
+    def tracked(self, array: Tensor) -> bool:
+        return _tracked(array)
+
     def qr(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not _tracked(matrix):
             return torch.linalg.qr(matrix)
