@@ -134,10 +134,10 @@ def _sweep(
         vectors, values = _singular_vectors(xp, weighted)
         values = times_power(values, exponent + shift)
         seen = xp.to_numpy(values).astype(np.float64)
-        real = int((seen > np.ldexp(noise, exponent + shift)).sum())
-        rank, cut = plan.choose(
-            bond, seen[None], limit if keeps_noise else max(1, min(limit, real))
-        )
+        if not keeps_noise:
+            noise = np.ldexp(_noise(xp, merged, factor), exponent + shift)
+            limit = max(1, min(limit, int((seen > noise).sum())))
+        rank, cut = plan.choose(bond, seen[None], limit)
         isometry = vectors[:, :rank]
         if merged.shape[0] > weighted.shape[1]:
             isometry = xp.qr(weighted @ isometry)[0]
