@@ -219,7 +219,11 @@ def test_nan_and_infinity_are_refused(library, value, dtype):
         (np.ones((4, 4)), {"rtol": -1}, "rtol must be a finite number of at least 0, got -1"),
         (np.ones((4, 4)), {"rtol": float("nan")}, "rtol must be"),
         (np.ones((4, 4)), {"center": 2}, "center must be a site from 0 to 1"),
-        (np.ones((4, 4)), {"method": "magic"}, "method must be one of auto, svd, qr, eigh, randomized, got 'magic'"),
+        (
+            np.ones((4, 4)),
+            {"method": "magic"},
+            "method must be one of auto, svd, qr, .* got 'magic'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(matrix, arguments, message):

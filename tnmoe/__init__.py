@@ -4,7 +4,7 @@ from tnmoe.contraction import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.io import load, save
-from tnmoe.mpo import MPO
+from tnmoe.mpo import MPO, kron
 from tnmoe.shapes import MPOShape, factorize
 from tnmoe.shared import SharedMPO
 from tnmoe.truncation import TruncationInfo
@@ -20,6 +20,7 @@ __all__ = [
     "contraction_plan",
     "decompose",
     "factorize",
+    "kron",
     "load",
     "save",
 ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal, overload
+from numbers import Number
+from typing import Any, Literal, overload
 
-from tnmoe import spectrum
+import numpy as np
+
+from tnmoe import algebra, spectrum
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
 from tnmoe.canonical import canonicalize
@@ -52,6 +55,9 @@ class MPO:
     center: int | None
     _backend: Backend
 
+    # NumPy scalars and arrays leave ``2.0 * mpo`` to the MPO.
+    __array_ufunc__ = None
+
     def __init__(
         self,
         cores: Sequence[Array],
@@ -80,6 +86,70 @@ class MPO:
 
     def __reduce__(self) -> tuple:
         return MPO, (self.cores, self.shape, self.center)
+
+    @classmethod
+    def identity(cls, shape: MPOShape, like: Array | None = None) -> MPO:
+        """The identity matrix; all bonds are 1, or 2 where the shape is padded.
+
+        Parameters
+        ----------
+        shape : MPOShape
+            Square legs: ``out_dims == in_dims`` and equal sizes.
+        like : array, optional
+            Gives library, dtype and device; by default NumPy's float64.
+
+        Raises
+        ------
+        InputError
+            If the shape is not square, site by site.
+
+        Examples
+        --------
+        >>> MPO.identity(MPOShape((2, 2), (2, 2))).to_matrix()
+        array([[1., 0., 0., 0.],
+               [0., 1., 0., 0.],
+               [0., 0., 1., 0.],
+               [0., 0., 0., 1.]])
+        """
+        _check_square(shape, "the identity")
+        like = np.zeros(()) if like is None else like
+        xp = get_backend(like)
+        if shape.padded_out == shape.out_features:
+            return cls(algebra.identity(xp, shape.out_dims, like), shape)
+        return cls(algebra.mask(xp, shape.out_dims, shape.out_features, like), shape)
+
+    @classmethod
+    def zeros(cls, shape: MPOShape, like: Array | None = None) -> MPO:
+        """The zero matrix; all bonds are 1. ``like`` gives library, dtype and device."""
+        like = np.zeros(()) if like is None else like
+        xp = get_backend(like)
+        return cls([xp.zeros(core, like) for core in shape.core_shapes(1)], shape)
+
+    @classmethod
+    def random(
+        cls,
+        shape: MPOShape,
+        max_bond: int | Sequence[int] | None = None,
+        rng: np.random.Generator | int | None = None,
+        like: Array | None = None,
+    ) -> MPO:
+        """Independent normal cores, so scaled that every entry of the matrix has variance 1.
+
+        Parameters
+        ----------
+        shape : MPOShape
+            Legs.
+        max_bond : int or sequence of int, optional
+            Largest bond dimension; exact bonds by default.
+        rng : numpy Generator or int, optional
+            Source of random numbers; one seed gives the same numbers in every library.
+        like : array, optional
+            Gives library, dtype and device; by default NumPy's float64.
+        """
+        like = np.zeros(()) if like is None else like
+        shapes = shape.core_shapes(max_bond)
+        cores = algebra.random(get_backend(like), shapes, np.random.default_rng(rng), like)
+        return cls(cores, shape)
 
     @property
     def bond_dims(self) -> tuple[int, ...]:
@@ -128,6 +198,136 @@ class MPO:
             vectors = xp.pad(vectors, vectors.shape[0], shape.padded_in)
         result = apply_cores(shape, self.cores, vectors)
         return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)
+
+    def __add__(self, other: MPO) -> MPO:
+        if not isinstance(other, MPO):
+            return NotImplemented
+        self._check_operand(other)
+        if self.shape != other.shape:
+            raise InputError(f"cannot add {self.shape} and {other.shape}: they must be equal")
+        return MPO(algebra.add(self._backend, [self.cores, other.cores]), self.shape)
+
+    def __neg__(self) -> MPO:
+        return self * -1
+
+    def __sub__(self, other: MPO) -> MPO:
+        return self + -other if isinstance(other, MPO) else NotImplemented
+
+    def __mul__(self, factor: Any) -> MPO:
+        """Multiply by a number, or by an array of one number."""
+        if isinstance(factor, np.ndarray | np.generic) and factor.ndim == 0:
+            factor = factor.item()
+        is_array = getattr(factor, "ndim", None) == 0
+        if not is_array and not isinstance(factor, Number):
+            return NotImplemented
+        complex_factor = factor.is_complex() if is_array else isinstance(factor, complex)
+        if complex_factor and self._backend.dtype_name(self.cores[0]) not in COMPLEX_DTYPES:
+            raise InputError(f"cannot multiply real cores ({self.dtype}) by a complex {factor!r}")
+        site = self.shape.center if self.center is None else self.center
+        cores = [core * factor if k == site else core for k, core in enumerate(self.cores)]
+        return MPO(cores, self.shape, self.center)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> MPO:
+        return self * (1 / divisor)
+
+    def __matmul__(self, other: Any) -> Any:
+        """Compose with an operator, or apply to a vector (in,) or to columns (in, m).
+
+        The bonds of a product multiply; :func:`tnmoe.multiply` keeps them small.
+        """
+        if isinstance(other, MPO):
+            return self._compose(other)
+        if getattr(other, "ndim", None) == 1:
+            return self.apply(other)
+        if getattr(other, "ndim", None) == 2:
+            return self._backend.transpose(self.apply(get_backend(other).transpose(other)))
+        if hasattr(other, "ndim"):
+            raise InputError(
+                f"mpo @ x takes a vector or a matrix, got shape {tuple(other.shape)}: "
+                "use mpo.apply(x) for vectors along the last axis"
+            )
+        return NotImplemented
+
+    def _compose(self, other: MPO) -> MPO:
+        self._check_operand(other)
+        a, b = self.shape, other.shape
+        if a.in_dims != b.out_dims or a.in_features != b.out_features:
+            raise InputError(
+                f"cannot compose: the input legs of {a} are not the output legs of {b}"
+            )
+        xp, name = self._backend, self._backend.dtype_name(self.cores[0])
+        right = other._computable_cores()
+        if a.padded_in != a.in_features:
+            # What truncations left in the padding must not meet.
+            inside = algebra.mask(xp, a.in_dims, a.in_features, right[0])
+            right = algebra.compose(inside, right)
+        cores = algebra.compose(self._computable_cores(), right)
+        shape = MPOShape(a.out_dims, b.in_dims, a.out_features, b.in_features)
+        return MPO([xp.astype(core, name) for core in cores], shape)
+
+    @property
+    def T(self) -> MPO:  # noqa: N802
+        """The transpose."""
+        shape = self.shape
+        flipped = MPOShape(shape.in_dims, shape.out_dims, shape.in_features, shape.out_features)
+        return MPO(algebra.transpose(self._backend, self.cores), flipped, self.center)
+
+    @property
+    def H(self) -> MPO:  # noqa: N802
+        """The adjoint: conjugate transpose."""
+        return self.conj().T
+
+    def conj(self) -> MPO:
+        """The complex conjugate; a real MPO itself."""
+        cores = [self._backend.conj(core) for core in self.cores]
+        return MPO(cores, self.shape, self.center)
+
+    def trace(self) -> Array:
+        """Sum of the diagonal, a scalar of the cores' library.
+
+        Raises
+        ------
+        InputError
+            If the output legs are not the input legs, site by site.
+        """
+        _check_square(self.shape, "a trace")
+        cores = self._computable_cores()
+        if self.shape.padded_out != self.shape.out_features:
+            legs, size = self.shape.out_dims, self.shape.out_features
+            cores = algebra.compose(algebra.mask(self._backend, legs, size, cores[0]), cores)
+        return self._in_own_dtype(algebra.trace(self._backend, cores))
+
+    def inner(self, other: MPO) -> Array:
+        """Frobenius inner product ⟨self, other⟩ = Σ conj(self) · other, a scalar.
+
+        Like ``norm``, it is that of the whole chains, padding included.
+
+        Raises
+        ------
+        InputError
+            If shapes or dtypes differ.
+        """
+        self._check_operand(other)
+        if self.shape != other.shape:
+            raise InputError(f"{self.shape} and {other.shape} must be equal for an inner product")
+        bra, ket = self._computable_cores(), other._computable_cores()
+        return self._in_own_dtype(algebra.inner(self._backend, bra, ket))
+
+    def _in_own_dtype(self, array: Array) -> Array:
+        return self._backend.astype(array, self._backend.dtype_name(self.cores[0]))
+
+    def _check_operand(self, other: MPO) -> None:
+        if not isinstance(other, MPO):
+            raise TypeError(f"expected an MPO, got {type(other).__qualname__}")
+        if other._backend is not self._backend:
+            raise TypeError(
+                f"both operands need one library, got {self._backend.name} "
+                f"and {other._backend.name}"
+            )
+        if self.dtype != other.dtype:
+            raise InputError(f"both operands need one dtype, got {self.dtype} and {other.dtype}")
 
     def norm(self) -> Array:
         """Frobenius norm, a real scalar of the cores' library.
@@ -279,6 +479,38 @@ class MPO:
             f"bond_dims={self.bond_dims}, num_params={self.num_params}, "
             f"dtype={self._backend.dtype_name(self.cores[0])}, center={self.center})"
         )
+
+
+def kron(a: MPO, b: MPO) -> MPO:
+    """Kronecker product: the sites of ``a`` followed by those of ``b``.
+
+    Raises
+    ------
+    InputError
+        If dtypes differ, or the shape of ``b`` is padded: its padding would end up inside.
+
+    Examples
+    --------
+    >>> one = MPO.identity(MPOShape((2,), (2,)))
+    >>> kron(one, 3 * one).to_matrix().diagonal()
+    array([3., 3., 3., 3.])
+    """
+    a._check_operand(b)
+    left, right = a.shape, b.shape
+    if (right.padded_out, right.padded_in) != (right.out_features, right.in_features):
+        raise InputError(f"the second factor of kron must not be padded, got {right}")
+    shape = MPOShape(
+        left.out_dims + right.out_dims,
+        left.in_dims + right.in_dims,
+        left.out_features * right.out_features,
+        left.in_features * right.in_features,
+    )
+    return MPO(a.cores + b.cores, shape)
+
+
+def _check_square(shape: MPOShape, what: str) -> None:
+    if shape.out_dims != shape.in_dims or shape.out_features != shape.in_features:
+        raise InputError(f"{what} needs equal output and input legs at every site, got {shape}")
 
 
 def check_center(shape: MPOShape, center: int | None) -> int:
