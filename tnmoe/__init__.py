@@ -1,28 +1,41 @@
 """tnmoe: tensor-network mixtures of experts."""
 
+from tnmoe.combine import add, matmul
 from tnmoe.contraction import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose
 from tnmoe.errors import InputError, MissingExtraError
+from tnmoe.fit import FitInfo, fit
 from tnmoe.io import load, save
 from tnmoe.mpo import MPO, kron
+from tnmoe.selection import bonds_by_entropy, select_bonds
 from tnmoe.shapes import MPOShape, factorize
 from tnmoe.shared import SharedMPO
+from tnmoe.squeeze import SqueezeResult, SqueezeStep, squeeze
 from tnmoe.truncation import TruncationInfo
 
 __all__ = [
     "MPO",
     "ContractionPlan",
+    "FitInfo",
     "InputError",
     "MPOShape",
     "MissingExtraError",
     "SharedMPO",
+    "SqueezeResult",
+    "SqueezeStep",
     "TruncationInfo",
+    "add",
+    "bonds_by_entropy",
     "contraction_plan",
     "decompose",
     "factorize",
+    "fit",
     "kron",
     "load",
+    "matmul",
     "save",
+    "select_bonds",
+    "squeeze",
 ]
 
 __version__ = "0.1.0"

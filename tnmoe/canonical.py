@@ -44,6 +44,39 @@ def canonicalize(
     return tuple(cores)
 
 
+def vidal(xp: Backend, cores: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """Symmetric form Γ₁ λ₁ Γ₂ … λ Γₙ: cores Γ and the Schmidt values λ between them.
+
+    The chain is Γ₁·diag(λ₁)·Γ₂·…; λΓ is a left isometry at every site, and Γλ a right one (Vidal,
+    Phys. Rev. Lett. 91, 147902 (2003)).
+
+    Parameters
+    ----------
+    xp : Backend
+        Library of the cores.
+    cores : sequence of array
+        Canonical around the first site, with bonds of their exact rank: the form divides by the
+        Schmidt values.
+    """
+    gammas: list[Array] = []
+    spectra: list[Array] = []
+    rest = cores[0]
+    for following in cores[1:]:
+        bond = rest.shape[-1]
+        unfolding = rest.reshape(-1, bond)
+        isometry, values = xp.left_svd(unfolding)
+        gamma = isometry.reshape(*rest.shape[:-1], -1)
+        if spectra:
+            gamma = gamma / spectra[-1].reshape(-1, 1, 1, 1)
+        gammas.append(gamma)
+        spectra.append(values)
+        moved = xp.adjoint(isometry) @ unfolding @ following.reshape(bond, -1)
+        rest = moved.reshape(-1, *following.shape[1:])
+    if spectra:
+        rest = rest / spectra[-1].reshape(-1, 1, 1, 1)
+    return [*gammas, rest], spectra
+
+
 def shift_right(xp: Backend, core: Array, following: Array) -> tuple[Array, Array]:
     """Make ``core`` a left isometry and push the rest into the core that follows."""
     bond = core.shape[-1]

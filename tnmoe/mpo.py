@@ -12,7 +12,7 @@ import numpy as np
 from tnmoe import algebra, spectrum
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
-from tnmoe.canonical import canonicalize
+from tnmoe.canonical import canonicalize, vidal
 from tnmoe.contraction import apply_cores, to_padded_matrix
 from tnmoe.errors import InputError
 from tnmoe.plan import Selection
@@ -235,7 +235,7 @@ class MPO:
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector (in,) or to columns (in, m).
 
-        The bonds of a product multiply; :func:`tnmoe.multiply` keeps them small.
+        The bonds of a product multiply; :func:`tnmoe.matmul` keeps them small.
         """
         if isinstance(other, MPO):
             return self._compose(other)
@@ -251,21 +251,24 @@ class MPO:
         return NotImplemented
 
     def _compose(self, other: MPO) -> MPO:
+        shape, factors = self._factors(other)
+        return MPO([self._in_own_dtype(core) for core in algebra.compose(*factors)], shape)
+
+    def _factors(self, other: MPO) -> tuple[MPOShape, tuple[Sequence[Array], Sequence[Array]]]:
+        """Shape of the product with another operator, and the two chains to multiply for it."""
         self._check_operand(other)
         a, b = self.shape, other.shape
         if a.in_dims != b.out_dims or a.in_features != b.out_features:
             raise InputError(
                 f"cannot compose: the input legs of {a} are not the output legs of {b}"
             )
-        xp, name = self._backend, self._backend.dtype_name(self.cores[0])
         right = other._computable_cores()
         if a.padded_in != a.in_features:
             # What truncations left in the padding must not meet.
-            inside = algebra.mask(xp, a.in_dims, a.in_features, right[0])
+            inside = algebra.mask(self._backend, a.in_dims, a.in_features, right[0])
             right = algebra.compose(inside, right)
-        cores = algebra.compose(self._computable_cores(), right)
         shape = MPOShape(a.out_dims, b.in_dims, a.out_features, b.in_features)
-        return MPO([xp.astype(core, name) for core in cores], shape)
+        return shape, (self._computable_cores(), right)
 
     @property
     def T(self) -> MPO:  # noqa: N802
@@ -367,6 +370,31 @@ class MPO:
         name = self._backend.dtype_name(self.cores[0])
         cores = tuple(self._backend.astype(core, name) for core in cores)
         return MPO(cores, self.shape, center)
+
+    def vidal(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Symmetric (Vidal) form: cores Γ and the Schmidt values λ of the bonds between them.
+
+        The operator is the chain Γ₁·diag(λ₁)·Γ₂·diag(λ₂)·…·Γₙ; λΓ is a left isometry at every
+        site but the last, Γλ a right one at every site but the first. Schmidt values that are
+        rounding noise are dropped, because the form divides by them.
+
+        Returns
+        -------
+        gammas : tuple of array, shapes (D, out, in, D')
+        schmidt_values : tuple of array, shapes (D,)
+            One per bond, descending.
+
+        Examples
+        --------
+        >>> from tnmoe import MPOShape
+        >>> gammas, values = MPO.random(MPOShape((2, 2), (2, 2)), max_bond=3, rng=0).vidal()
+        >>> [gamma.shape for gamma in gammas], values[0].shape
+        ([(1, 2, 2, 3), (3, 2, 2, 1)], (3,))
+        """
+        exact = self.compress(center=0)
+        gammas, values = vidal(self._backend, exact._computable_cores())
+        own = self._in_own_dtype
+        return tuple(own(gamma) for gamma in gammas), tuple(values)
 
     @overload
     def compress(

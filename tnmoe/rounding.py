@@ -19,7 +19,7 @@ import numpy as np
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON, WIDE_DTYPE
 from tnmoe.plan import CutPlan, Selection
-from tnmoe.truncation import TruncationInfo
+from tnmoe.truncation import TruncationInfo, squared_tails
 from tnmoe.weights import FactorWeights, GramWeights
 
 # Schmidt values below this many units in the last place of what they were made from are rounding.
@@ -150,6 +150,16 @@ def _sweep(
     return rounded, discarded, spectra
 
 
+def truncated_isometry(xp: Backend, matrix: Array, cap: float, rtol: float) -> Array:
+    """Leading left singular vectors of a matrix: at most ``cap``, error at most ``rtol``."""
+    vectors, values = _singular_vectors(xp, matrix)
+    tails = squared_tails(xp.to_numpy(values))
+    rank = int(np.argmax(tails <= rtol**2 * tails[0]))
+    rank = max(1, int(min(rank, cap, min(matrix.shape))))
+    kept = vectors[:, :rank]
+    return xp.qr(matrix @ kept)[0] if matrix.shape[0] > matrix.shape[1] else kept
+
+
 def _singular_vectors(xp: Backend, matrix: Array) -> tuple[Array, Array]:
     """Singular vectors of a matrix on its shorter side, left ones if square; Schmidt values."""
     rows, columns = matrix.shape
@@ -169,7 +179,7 @@ def _method(xp: Backend, array: Array) -> str:
 def _noise(xp: Backend, left: Array, right: Array) -> float:
     """What rounding may leave of a Schmidt value that cancels, given the factors it came from."""
     epsilon = EPSILON[xp.dtype_name(left)]
-    return _NOISE * epsilon * float(xp.norm(left)) * float(xp.norm(right))
+    return _NOISE * epsilon * float(xp.to_numpy(xp.norm(left))) * float(xp.to_numpy(xp.norm(right)))
 
 
 def normalized(xp: Backend, array: Array) -> tuple[Array, int]:

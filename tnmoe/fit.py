@@ -1,0 +1,236 @@
+"""Variational fit: the operator of given bonds that is nearest to a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import numpy as np
+
+from tnmoe.algebra import contract
+from tnmoe.backends import Array, Backend
+from tnmoe.canonical import canonicalize, shift_left, shift_right
+from tnmoe.errors import InputError
+from tnmoe.mpo import MPO
+from tnmoe.plan import Selection
+from tnmoe.shapes import positive_int
+
+
+@dataclass(frozen=True)
+class FitInfo:
+    """How a variational fit went.
+
+    Attributes
+    ----------
+    errors : tuple of float
+        Relative Frobenius error after every sweep. It never grows, but for rounding: it is a
+        difference of norms, so values below the square root of the precision are not meaningful.
+    converged : bool
+        Whether the last sweep changed the error by less than the tolerance.
+    """
+
+    errors: tuple[float, ...]
+    converged: bool
+
+
+@overload
+def fit(
+    target: MPO | Sequence[MPO],
+    *,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    initial: MPO | None = ...,
+    max_sweeps: int = ...,
+    tol: float = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[False] = ...,
+) -> MPO: ...
+
+
+@overload
+def fit(
+    target: MPO | Sequence[MPO],
+    *,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    initial: MPO | None = ...,
+    max_sweeps: int = ...,
+    tol: float = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[True],
+) -> tuple[MPO, FitInfo]: ...
+
+
+def fit(
+    target: MPO | Sequence[MPO],
+    *,
+    max_bond: int | Sequence[int] | None = None,
+    bonds: Sequence[int] | None = None,
+    initial: MPO | None = None,
+    max_sweeps: int = 20,
+    tol: float = 1e-6,
+    rng: np.random.Generator | int = 0,
+    return_info: bool = False,
+) -> MPO | tuple[MPO, FitInfo]:
+    """Fit an operator of given bonds to a target by alternating least squares.
+
+    One core after the other is replaced by the best one, the others held fixed (Schollwöck, Ann.
+    Phys. 326, 96 (2011), section 4.5.2). In canonical form the best core is the target contracted
+    with all other cores, so no system of equations is solved, and a sum of targets is never
+    formed.
+
+    Parameters
+    ----------
+    target : MPO or sequence of MPO
+        What to fit; of a sequence, the sum.
+    max_bond : int or sequence of int, optional
+        Bond dimension, for all bonds or one per bond.
+    bonds : sequence of int, optional
+        Exact bond dimensions, one per bond.
+    initial : MPO, optional
+        Where to start, with its bonds; by default a random operator. A rounded target is a
+        better start, and the fit then never is worse than it.
+    max_sweeps : int
+        Most sweeps to the right and back.
+    tol : float
+        Stop when a sweep changes the relative error by less than this.
+    rng : numpy Generator or int
+        Source of the random start.
+    return_info : bool
+        Also return the error after every sweep.
+
+    Returns
+    -------
+    MPO
+        In canonical form around the first site.
+    FitInfo
+        Only with ``return_info``.
+
+    Raises
+    ------
+    InputError
+        If the targets do not fit together, no bonds are given, or ``initial`` comes with them.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> target = MPO.random(MPOShape((2, 2, 2), (2, 2, 2)), max_bond=2, rng=0)
+    >>> mpo, info = fit([target, target], max_bond=2, return_info=True)
+    >>> round(float((mpo - 2 * target).norm() / target.norm()), 6)
+    0.0
+    """
+    targets = [target] if isinstance(target, MPO) else list(target)
+    if not targets:
+        raise InputError("a fit needs at least one target, got none")
+    for other in targets:
+        targets[0]._check_operand(other)
+        if other.shape != targets[0].shape:
+            raise InputError(f"targets must have one shape, got {targets[0].shape}, {other.shape}")
+    max_sweeps = positive_int("max_sweeps", max_sweeps)
+    start = _start(targets[0], initial, max_bond, bonds, rng)
+    xp, name = start._backend, start._backend.dtype_name(start.cores[0])
+    chains = [mpo._computable_cores() for mpo in targets]
+    cores, info = _alternate(xp, chains, start._computable_cores(), max_sweeps, tol)
+    mpo = MPO([xp.astype(core, name) for core in cores], start.shape, 0)
+    return (mpo, info) if return_info else mpo
+
+
+def _start(
+    target: MPO,
+    initial: MPO | None,
+    max_bond: int | Sequence[int] | None,
+    bonds: Sequence[int] | None,
+    rng: np.random.Generator | int,
+) -> MPO:
+    if initial is None:
+        if max_bond is None and bonds is None:
+            raise InputError("a fit needs max_bond, bonds or an initial operator")
+        caps = Selection(target.shape, max_bond, bonds).caps
+        return MPO.random(target.shape, caps, rng, like=target.cores[0])
+    if max_bond is not None or bonds is not None:
+        raise InputError("initial brings its own bonds: give no max_bond or bonds beside it")
+    target._check_operand(initial)
+    if initial.shape != target.shape:
+        raise InputError(f"initial has {initial.shape}, the target {target.shape}")
+    return initial
+
+
+def _alternate(
+    xp: Backend,
+    chains: Sequence[Sequence[Array]],
+    start: Sequence[Array],
+    max_sweeps: int,
+    tol: float,
+) -> tuple[list[Array], FitInfo]:
+    cores = list(canonicalize(xp, start, None, 0))
+    last = len(cores) - 1
+    squared = _squared_norm(xp, chains)
+    one = xp.eye(1, like=cores[0])
+    # Environments of every target: left[k] (D_target, D) left of site k, right[k] right of it.
+    left = [[one] * len(chains)] + [[] for _ in range(last)]
+    right = [[] for _ in range(last)] + [[one] * len(chains)]
+    for site in range(last, 0, -1):
+        right[site - 1] = _grow_right(xp, chains, cores[site], right[site], site)
+    errors: list[float] = []
+    for _ in range(max_sweeps):
+        for site in range(last):
+            cores[site] = _best(chains, left[site], right[site], site)
+            cores[site], cores[site + 1] = shift_right(xp, cores[site], cores[site + 1])
+            left[site + 1] = _grow_left(xp, chains, cores[site], left[site], site)
+        for site in range(last, 0, -1):
+            cores[site] = _best(chains, left[site], right[site], site)
+            cores[site - 1], cores[site] = shift_left(xp, cores[site - 1], cores[site])
+            right[site - 1] = _grow_right(xp, chains, cores[site], right[site], site)
+        cores[0] = _best(chains, left[0], right[0], 0)
+        missed = max(0.0, squared - _number(xp, xp.norm(cores[0])) ** 2)
+        errors.append((missed / squared) ** 0.5 if squared else 0.0)
+        if len(errors) > 1 and errors[-2] - errors[-1] < tol:
+            return cores, FitInfo(tuple(errors), True)
+    return cores, FitInfo(tuple(errors), last == 0)
+
+
+def _best(
+    chains: Sequence[Sequence[Array]], left: Sequence[Array], right: Sequence[Array], site: int
+) -> Array:
+    """The core that minimises the error, the others being isometries."""
+    parts = [
+        contract("ax,aoib,by->xoiy", before, chain[site], after)
+        for chain, before, after in zip(chains, left, right, strict=True)
+    ]
+    return sum(parts[1:], start=parts[0])
+
+
+def _grow_left(
+    xp: Backend, chains: Sequence[Sequence[Array]], core: Array, left: Sequence[Array], site: int
+) -> list[Array]:
+    bra = xp.conj(core)
+    return [
+        contract("ax,aoib,xoiy->by", before, chain[site], bra)
+        for chain, before in zip(chains, left, strict=True)
+    ]
+
+
+def _grow_right(
+    xp: Backend, chains: Sequence[Sequence[Array]], core: Array, right: Sequence[Array], site: int
+) -> list[Array]:
+    bra = xp.conj(core)
+    return [
+        contract("by,aoib,xoiy->ax", after, chain[site], bra)
+        for chain, after in zip(chains, right, strict=True)
+    ]
+
+
+def _squared_norm(xp: Backend, chains: Sequence[Sequence[Array]]) -> float:
+    """Squared norm of the sum of chains, from their inner products."""
+    environments = [[xp.eye(1, like=chains[0][0]) for _ in chains] for _ in chains]
+    for site in range(len(chains[0])):
+        environments = [
+            _grow_left(xp, chains, chains[row][site], environments[row], site)
+            for row in range(len(chains))
+        ]
+    return sum(_number(xp, each.real) for row in environments for each in row)
+
+
+def _number(xp: Backend, array: Array) -> float:
+    return float(xp.to_numpy(array).item())
