@@ -12,7 +12,7 @@ from tnmoe import MPOShape
 from tnmoe.backends.protocol import EPSILON
 
 KINDS = ("gaussian", "low rank", "zero", "identity", "badly scaled", "zero rows")
-DTYPES = ("float32", "float64", "complex128")
+DTYPES = ("float32", "float64", "complex64", "complex128")
 LIBRARIES = ("numpy", "torch")
 
 
@@ -87,4 +87,4 @@ matrices = st.builds(
     st.integers(0, 2**32 - 1),
 )
 libraries = st.sampled_from(LIBRARIES)
-methods = st.sampled_from(("auto", "svd"))
+methods = st.sampled_from(("auto", "svd", "randomized"))

@@ -67,14 +67,19 @@ def vidal(xp: Backend, cores: Sequence[Array]) -> tuple[list[Array], list[Array]
         isometry, values = xp.left_svd(unfolding)
         gamma = isometry.reshape(*rest.shape[:-1], -1)
         if spectra:
-            gamma = gamma / spectra[-1].reshape(-1, 1, 1, 1)
+            gamma = gamma / _divisors(spectra[-1])
         gammas.append(gamma)
         spectra.append(values)
         moved = xp.adjoint(isometry) @ unfolding @ following.reshape(bond, -1)
         rest = moved.reshape(-1, *following.shape[1:])
     if spectra:
-        rest = rest / spectra[-1].reshape(-1, 1, 1, 1)
+        rest = rest / _divisors(spectra[-1])
     return [*gammas, rest], spectra
+
+
+def _divisors(values: Array) -> Array:
+    """Schmidt values to divide cores by on the left; 1 for the 0 of the zero operator."""
+    return (values + (values == 0)).reshape(-1, 1, 1, 1)
 
 
 def shift_right(xp: Backend, core: Array, following: Array) -> tuple[Array, Array]:

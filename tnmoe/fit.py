@@ -168,8 +168,8 @@ def _alternate(
     squared = _squared_norm(xp, chains)
     one = xp.eye(1, like=cores[0])
     # Environments of every target: left[k] (D_target, D) left of site k, right[k] right of it.
-    left = [[one] * len(chains)] + [[] for _ in range(last)]
-    right = [[] for _ in range(last)] + [[one] * len(chains)]
+    left: list[list[Array]] = [[one] * len(chains)] + [[] for _ in range(last)]
+    right: list[list[Array]] = [[] for _ in range(last)] + [[one] * len(chains)]
     for site in range(last, 0, -1):
         right[site - 1] = _grow_right(xp, chains, cores[site], right[site], site)
     errors: list[float] = []

@@ -1,0 +1,186 @@
+"""Sums and products rounded as they are formed, fits and squeezing, against dense algebra."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnmoe as tn
+from tests.matrices import LIBRARIES, dense_norm, libraries, to_library, to_numpy
+
+SHAPE = tn.MPOShape((3, 2, 2, 3), (2, 3, 3, 2))
+SQUARE = tn.MPOShape((3, 2, 2, 3), (3, 2, 2, 3))
+PADDED = tn.MPOShape((3, 2, 2, 3), (3, 2, 2, 3), 31, 29)
+dtypes = st.sampled_from(("float32", "float64", "complex64", "complex128"))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_mpo(shape, dtype, library, seed, max_bond):
+    return tn.MPO.random(shape, max_bond, seed, to_library(np.zeros((), dtype), library))
+
+
+def dense(mpo):
+    return to_numpy(mpo.to_matrix()).astype(complex)
+
+
+def similar(shape, dtype, library, seed, count=4):
+    """Operators that differ little, so that their sum has small bonds."""
+    base = random_mpo(shape, dtype, library, seed, 3)
+    return [base + 1e-2 * random_mpo(shape, dtype, library, seed + k, 2) for k in range(count)]
+
+
+@settings(max_examples=40)
+@given(dtypes, libraries, seeds, st.sampled_from((0.3, 1e-2, 1e-4)))
+@pytest.mark.parametrize("method", ["direct", "successive", "randomized"])
+def test_sums_stay_within_the_tolerance(method, dtype, library, seed, rtol):
+    mpos = similar(SHAPE, dtype, library, seed)
+    total = tn.add(mpos, method=method, rtol=rtol)
+    expected = sum(map(dense, mpos))
+    assert dense_norm(dense(total) - expected) <= (rtol + 1e-5) * dense_norm(expected)
+    assert total.dtype == mpos[0].dtype
+    assert all(new <= 20 for new in total.bond_dims)
+
+
+@settings(max_examples=40)
+@given(dtypes, libraries, seeds, st.integers(1, 12))
+@pytest.mark.parametrize("method", ["direct", "successive", "randomized"])
+def test_sums_with_bounded_bonds_are_near_the_best(method, dtype, library, seed, max_bond):
+    mpos = similar(SHAPE, dtype, library, seed)
+    expected = sum(map(dense, mpos))
+    total = tn.add(mpos, method=method, max_bond=max_bond)
+    assert max(total.bond_dims) <= max_bond
+    whole = tn.add(mpos)
+    _, best = whole.compress(max_bond=max_bond, return_info=True)
+    slack = 1e-4 * dense_norm(expected)
+    assert dense_norm(dense(total) - expected) <= 3 * best.error_bound + slack
+
+
+@settings(max_examples=40)
+@given(
+    dtypes, libraries, seeds, st.sampled_from((0.3, 1e-2, 1e-5)), st.sampled_from((SQUARE, PADDED))
+)
+@pytest.mark.parametrize("method", ["direct", "randomized"])
+def test_products_stay_within_the_tolerance(method, dtype, library, seed, rtol, shape):
+    a = random_mpo(SQUARE, dtype, library, seed, 3)
+    a = tn.MPO(a.cores, tn.MPOShape(SQUARE.out_dims, SQUARE.in_dims, None, shape.out_features))
+    b = random_mpo(shape, dtype, library, seed + 1, 3)
+    product = tn.matmul(a, b, method=method, rtol=rtol)
+    # The tolerance is that of the whole chain, of which a padded product shows a part.
+    whole = dense_norm(dense(tn.MPO((a @ b).cores)))
+    assert dense_norm(dense(product) - dense(a) @ dense(b)) <= (rtol + 1e-5) * whole
+    assert product.dtype == a.dtype
+
+
+@settings(max_examples=40)
+@given(dtypes, libraries, seeds)
+@pytest.mark.parametrize("method", ["direct", "zipup", "randomized"])
+def test_products_with_room_are_exact_and_without_it_near_the_best(method, dtype, library, seed):
+    a, b = (random_mpo(SQUARE, dtype, library, seed + k, 3) for k in range(2))
+    expected = dense(a) @ dense(b)
+    exact = tn.matmul(a, b, method=method, max_bond=9)
+    assert dense_norm(dense(exact) - expected) <= 1e-5 * dense_norm(expected)
+    small = tn.matmul(a, b, method=method, max_bond=4)
+    _, best = exact.compress(max_bond=4, return_info=True)
+    assert max(small.bond_dims) <= 4
+    assert dense_norm(dense(small) - expected) <= 3 * best.error_bound + 1e-4 * dense_norm(expected)
+
+
+@pytest.mark.parametrize("sites", [1, 2])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_short_chains_work_in_every_scheme(sites, library):
+    shape = tn.MPOShape((3,) * sites, (3,) * sites)
+    a, b = (random_mpo(shape, "float64", library, seed, 2) for seed in range(2))
+    for method in ("direct", "successive", "randomized"):
+        total = tn.add([a, b], method=method, max_bond=4)
+        np.testing.assert_allclose(dense(total), dense(a) + dense(b), atol=1e-12)
+    for method in ("direct", "zipup", "randomized"):
+        product = tn.matmul(a, b, method=method, max_bond=4)
+        np.testing.assert_allclose(dense(product), dense(a) @ dense(b), atol=1e-12)
+
+
+@settings(max_examples=40)
+@given(dtypes, libraries, seeds)
+def test_a_fit_finds_an_operator_that_has_the_bonds(dtype, library, seed):
+    targets = [random_mpo(SHAPE, dtype, library, seed, 2), random_mpo(SHAPE, dtype, library, 1, 1)]
+    fitted, info = tn.fit(targets, bonds=(3, 3, 3), return_info=True)
+    expected = sum(map(dense, targets))
+    assert dense_norm(dense(fitted) - expected) <= 1e-2 * dense_norm(expected)
+    assert fitted.bond_dims == (3, 3, 3)
+    assert fitted.center == 0
+    slack = 1e-3 if ("64" in dtype and "complex" in dtype) or dtype == "float32" else 1e-7
+    assert all(new <= old + slack for old, new in zip(info.errors, info.errors[1:], strict=False))
+
+
+@settings(max_examples=40)
+@given(dtypes, libraries, seeds)
+def test_a_fit_is_never_worse_than_the_rounding_it_starts_from(dtype, library, seed):
+    target = random_mpo(SHAPE, dtype, library, seed, 5)
+    start, info = target.compress(max_bond=2, return_info=True)
+    fitted = tn.fit(target, initial=start)
+    error = dense_norm(dense(fitted) - dense(target))
+    assert error <= info.error_bound + 1e-5 * dense_norm(dense(target))
+
+
+def test_squeezing_shrinks_the_cheapest_bond_until_the_score_falls():
+    matrix = np.random.default_rng(0).standard_normal((36, 36))
+    mpos = {"big": tn.decompose(matrix, SHAPE), "small": tn.decompose(0 * matrix, SHAPE)}
+    scores = []
+
+    def score(candidates):
+        error = np.linalg.norm(candidates["big"].to_matrix() - matrix) / np.linalg.norm(matrix)
+        scores.append(1 - error)
+        return 1 - error
+
+    result = tn.squeeze(mpos, score, threshold=0.7)
+    assert result.score >= 0.7 > scores[-1]
+    assert result.mpos["small"].bond_dims == (1, 1, 1)
+    assert result.mpos["big"].num_params < mpos["big"].num_params
+    assert [step.score for step in result.steps] == scores[1:-1]
+    # Step by step the cheapest: no bond could have been shrunk at a smaller error.
+    first = result.steps[0]
+    for bond, dim in enumerate(mpos["big"].bond_dims):
+        values = mpos["big"].schmidt_values(bond)
+        tail = np.linalg.norm(values[int(0.9 * dim) :]) / np.linalg.norm(values)
+        assert first.error <= tail + 1e-12
+
+
+def test_squeezing_stops_at_the_smallest_bond_and_at_the_step_limit():
+    mpos = {"w": tn.MPO.random(SHAPE, 4, rng=0)}
+    assert tn.squeeze(mpos, lambda _: 1.0, 0.0, min_bond=3).mpos["w"].bond_dims == (3, 3, 3)
+    assert len(tn.squeeze(mpos, lambda _: 1.0, 0.0, max_steps=2).steps) == 2
+
+
+def a_mpo():
+    return tn.MPO.random(SQUARE, 2, rng=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: tn.add([]), tn.InputError, "at least one operator"),
+        (lambda: tn.add([a_mpo(), 1]), TypeError, "expected an MPO, got int"),
+        (lambda: tn.add([a_mpo(), tn.MPO.zeros(SHAPE)]), tn.InputError, "cannot add"),
+        (lambda: tn.add([a_mpo()], method="magic"), tn.InputError, "method must be one of direct"),
+        (lambda: tn.add([a_mpo()], method="randomized"), tn.InputError, "needs max_bond, bonds or"),
+        (
+            lambda: tn.matmul(tn.MPO.zeros(SHAPE), a_mpo()),
+            tn.InputError,
+            "compose",
+        ),
+        (
+            lambda: tn.matmul(a_mpo(), a_mpo(), method="x"),
+            tn.InputError,
+            "direct, zipup",
+        ),
+        (lambda: tn.fit([], max_bond=1), tn.InputError, "at least one target"),
+        (lambda: tn.fit(a_mpo()), tn.InputError, "needs max_bond, bonds or an initial"),
+        (lambda: tn.fit(a_mpo(), max_bond=1, initial=a_mpo()), tn.InputError, "brings its own"),
+        (lambda: tn.fit(a_mpo(), initial=tn.MPO.zeros(SHAPE)), tn.InputError, "initial has"),
+        (lambda: tn.squeeze({"w": a_mpo()}, lambda _: 0.0, 1.0), tn.InputError, "from the start"),
+        (lambda: tn.squeeze({"w": a_mpo()}, lambda _: np.nan, 1.0), tn.InputError, "finite number"),
+        (lambda: tn.squeeze({}, lambda _: 1.0, 0.0, factor=1), tn.InputError, "between 0 and 1"),
+    ],
+)
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
