@@ -1,31 +1,41 @@
-"""ErrorBudget: an error spent evenly over the bonds, what one does not need left to the next."""
+"""CutPlan: how much is cut at each bond; what one bond does not need is left to the next."""
 
 import numpy as np
 import pytest
 
 import tnmoe as tn
-from tnmoe.truncation import ErrorBudget
+from tnmoe.plan import CutPlan, Selection
 
-FLAT = np.ones(100)  # norm 10; a relative error of 0.5 allows to cut squares of 25 in all
-
-
-def test_the_first_bond_takes_its_even_share_and_the_last_what_is_left():
-    budget = ErrorBudget(rtol=0.5, norm=10.0, bonds=2)
-    assert budget.choose_rank(FLAT, cap=100) == (88, pytest.approx(np.sqrt(12)))
-    assert budget.choose_rank(FLAT, cap=100) == (87, pytest.approx(np.sqrt(13)))
+FLAT = np.ones((1, 100))  # squares of 100 in all
 
 
-def test_a_cap_wins_over_the_budget_and_uses_it_up():
-    budget = ErrorBudget(rtol=0.5, norm=10.0, bonds=2)
-    assert budget.choose_rank(FLAT, cap=10)[0] == 10
-    assert budget.choose_rank(FLAT, cap=100) == (100, 0.0)
+def test_a_bond_that_needs_less_than_planned_leaves_the_rest_to_the_next():
+    plan = CutPlan((90, 90), [np.array([10.0]), np.array([10.0])])
+    weak = np.concatenate([np.ones((1, 90)), np.zeros((1, 10))], axis=1)
+    assert plan.choose(0, weak, 100) == (80, pytest.approx(np.sqrt(10)))
+    assert plan.choose(1, FLAT, 100) == (90, pytest.approx(np.sqrt(10)))
+    plan = CutPlan((90, 90), [np.array([10.0]), np.array([10.0])])
+    assert plan.choose(0, np.array([[3.0, 2.0, 0.0]]), 3) == (1, 2.0)
+    assert plan.choose(1, FLAT, 100)[0] == 84
 
 
-def test_without_a_tolerance_nothing_is_cut_and_with_one_at_least_one_value_stays():
-    zeros = np.zeros(5)
-    assert ErrorBudget(None, 0.0, 1).choose_rank(zeros, cap=5) == (5, 0.0)
-    assert ErrorBudget(0.0, 0.0, 1).choose_rank(zeros, cap=5) == (1, 0.0)
-    assert ErrorBudget(2.0, 10.0, 1).choose_rank(FLAT, cap=100)[0] == 1
+def test_a_batch_keeps_what_its_most_demanding_matrix_needs():
+    plan = CutPlan((3,), [np.array([1.0, 1.0])])
+    spectra = np.array([[5.0, 1.0, 0.0], [5.0, 4.0, 0.5]])
+    rank, cut = plan.choose(0, spectra, 3)
+    assert rank == 2
+    np.testing.assert_allclose(cut, [0.0, 0.5])
+
+
+def test_without_a_tolerance_the_ranks_are_kept_and_a_limit_wins():
+    assert CutPlan((5,)).choose(0, np.zeros((1, 9)), 9)[0] == 5
+    assert CutPlan((5,)).choose(0, np.zeros((1, 9)), 4)[0] == 4
+
+
+def test_a_selection_of_zeros_plans_bonds_of_one():
+    shape = tn.MPOShape((2, 2), (2, 2))
+    plan = Selection(shape, rtol=0.0).plan([np.zeros((1, 4))])
+    assert plan.ranks == (1,)
 
 
 def test_the_error_bound_adds_squares():
