@@ -11,7 +11,7 @@ import numpy as np
 
 from tnmoe import algebra, spectrum
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
+from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES, WIDE_DTYPE
 from tnmoe.canonical import canonicalize, vidal
 from tnmoe.contraction import apply_cores, to_padded_matrix
 from tnmoe.errors import InputError
@@ -19,6 +19,9 @@ from tnmoe.plan import Selection
 from tnmoe.rounding import round_chain
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
+
+# A squared norm between these lost nothing to over- or underflow.
+_SQUARABLE = (1e-200, 1e200)
 
 
 class MPO:
@@ -338,12 +341,21 @@ class MPO:
         It is that of the whole chain: where the shape is padded and bonds were truncated, it
         includes what the truncation left in the padding, which ``to_matrix`` cuts off.
 
-        With a known centre it is the norm of one core; otherwise the gauge is fixed first.
+        With a known centre it is the norm of one core, otherwise the root of ⟨self, self⟩,
+        computed in double precision.
         """
+        xp = self._backend
         if self.center is not None:
-            return self._backend.norm(self.cores[self.center])
+            return xp.norm(self.cores[self.center])
+        name = xp.dtype_name(self.cores[0])
+        wide = WIDE_DTYPE.get(COMPUTE_DTYPE.get(name, name), name)
+        cores = [xp.astype(core, wide) for core in self.cores]
+        squared = algebra.inner(xp, cores, cores).real
+        if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
+            return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
+        # Squares over- or underflow: a gauge move keeps to the numbers themselves.
         center = self.shape.center
-        return self._backend.norm(self.canonicalize(center).cores[center])
+        return xp.norm(self.canonicalize(center).cores[center])
 
     def canonicalize(self, center: int | None = None) -> MPO:
         """The same operator with its orthogonality centre at a site.
