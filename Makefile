@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test lint bench clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
 	@echo "make test   run all tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make bench  the algebra beside tensorly, quimb, torchTT and tntorch (ARGS=--quick: a minute)"
 	@echo "make env    only create the environment in $(VENV)"
 	@echo "make clean  remove the environment and what the demo wrote"
 
@@ -31,6 +32,16 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -W ignore benchmarks/algebra.py $(ARGS)
+
+$(VENV)/.bench: $(READY) requirements/bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --requirement requirements/bench.txt
+	touch $@
 
 lint: env
 	$(BIN)/ruff check .

@@ -1,0 +1,241 @@
+"""tnmoe beside tensorly, quimb, torchTT and tntorch: times, errors, and what each cannot do.
+
+    python benchmarks/algebra.py --quick
+    python benchmarks/algebra.py --cases 'decompose*' --repeats 9
+    python benchmarks/algebra.py --large --cases 'decompose 14336*' --limit 300
+
+All libraries take turns within one run (machine.py says what a turn is); medians are reported
+beside the error against the dense answer in double precision. See README.md for the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cases import Case, all_cases, assess
+from isolated import run_isolated
+from machine import (
+    copy_rate,
+    environment,
+    gemm_rate,
+    hardware_slug,
+    set_threads,
+    timed,
+    timed_turn,
+)
+from peers import Library, Unsupported, libraries
+
+from tnmoe.tables import format_table
+
+HEADERS = ("library", "median ms", "rel. error", "parameters", "/ tnmoe", "/ floor", "")
+
+
+def main() -> None:
+    options = parse_arguments()
+    threads = set_threads()
+    libs = libraries(options.device)
+    rates = {
+        "gemm flops/s": gemm_rate(options.dtype, options.device),
+        "copy bytes/s": copy_rate(options.dtype, options.device),
+    }
+    report: dict[str, Any] = {
+        "environment": environment(libs, options.device, threads),
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "rates": rates,
+        "cases": [],
+    }
+    print(json.dumps(report["environment"], indent=1))
+    print(
+        f"matrix products at {rates['gemm flops/s'] / 1e9:.0f} GFLOP/s, "
+        f"copies at {rates['copy bytes/s'] / 1e9:.1f} GB/s ({options.dtype}, {options.device})\n"
+    )
+    output = options.output or default_output(options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for case in selected(options):
+        rows = run_isolated(case, libs, options) if case.large else run_case(case, libs, options)
+        report["cases"].append(finish(case, rows, rates, options))
+        print(as_text(report["cases"][-1]), flush=True)
+        # After every case, so that an interrupted run leaves what it has.
+        output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    parser.add_argument("--large", action="store_true", help="also 14336x4096: minutes per peer")
+    parser.add_argument("--cases", nargs="*", default=["*"], help="patterns of case names")
+    parser.add_argument("--libraries", nargs="*", default=["*"], help="patterns of library names")
+    parser.add_argument("--repeats", type=int, help="timed calls (default 7; 3 if quick or large)")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds one call may take")
+    parser.add_argument("--memory", type=float, default=16.0, help="GiB for one large case")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--matrix", choices=("structured", "gaussian"), default="structured")
+    parser.add_argument("--list", action="store_true", help="print the case names and stop")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    if options.list:
+        parser.exit(message="".join(f"{case.name}\n" for case in selected(options)))
+    return options
+
+
+def selected(options: argparse.Namespace) -> list[Case]:
+    cases = all_cases(options.quick, options.dtype, options.matrix)
+    return [
+        case
+        for case in cases
+        if any(fnmatch(case.name, pattern) for pattern in options.cases)
+        and (options.large or not case.large)
+    ]
+
+
+def default_output(options: argparse.Namespace) -> Path:
+    name = f"algebra-{hardware_slug(options.device)}{'-quick' * options.quick}.json"
+    return Path(__file__).parent / "results" / name
+
+
+def run_case(case: Case, libs: list[Library], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per library: a first call for its error, then turns by all that were in time."""
+    inputs = case.make()
+    calls, rows = {}, []
+    for library in libs:
+        if not any(fnmatch(library.name, pattern) for pattern in options.libraries):
+            continue
+        row, call = first_call(case, library, inputs, options.limit)
+        rows.append(row)
+        if call is not None:
+            calls[library] = (row, call)
+    for _ in range(options.repeats or (3 if options.quick else 7)):
+        for library, (row, call) in calls.items():
+            row["seconds"].append(timed_turn(call, library, row["first call s"]))
+    return rows
+
+
+def first_call(
+    case: Case, library: Library, inputs: list[Any], limit: float
+) -> tuple[dict[str, Any], Any]:
+    """A row with the error or the reason why there is none, and the call if it may be repeated."""
+    row: dict[str, Any] = {"library": library.name, "seconds": []}
+    try:
+        arguments = case.arguments(library, inputs)
+        call = partial(getattr(library, case.operation), *arguments, **case.options)
+        seconds, result = timed(call, library)
+        outcome = assess(case, library, inputs, result)
+    except Unsupported as reason:
+        return {**row, "note": str(reason)}, None
+    except MemoryError:
+        return {**row, "note": "out of memory"}, None
+    except Exception as error:
+        # A peer's failure is a result like any other and must not end the run.
+        lines = str(error).splitlines() or [""]
+        return {**row, "note": f"fails: {type(error).__name__}: {lines[0][:80]}"}, None
+    row |= {"first call s": seconds, **vars(outcome)}
+    if seconds > limit:
+        row |= {"seconds": [seconds], "note": "one call, no warm-up"}
+        return row, None
+    return row, call
+
+
+def finish(
+    case: Case, rows: list[dict[str, Any]], rates: dict[str, float], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Medians, which results are as good as asked, the floor, and tnmoe against the best peer."""
+    done = [row for row in rows if row["seconds"]]
+    for row in done:
+        row["median s"] = median(row["seconds"])
+    bar = acceptable_error(case, done, options.dtype)
+    for row in done:
+        # The comparison is written so that a NaN does not pass.
+        row["good"] = row["error"] <= bar
+        if not row["good"]:
+            row["note"] = "too inaccurate to compare"
+    good = [row for row in done if row["good"]]
+    ours = [row for row in good if row["library"].startswith("tnmoe")]
+    peers = [row for row in good if row not in ours]
+    best = min(ours, key=lambda row: row["median s"], default=None)
+    peer = min(peers, key=lambda row: row["median s"], default=None)
+    floor = floor_seconds(case, best, rates, 4 if options.dtype == "float32" else 8)
+    for row in done:
+        row["/ tnmoe"] = row["median s"] / best["median s"] if best else None
+        row["/ floor"] = row["median s"] / floor if floor else None
+    speedups = {row["library"]: peer["median s"] / row["median s"] for row in ours if peer}
+    return {
+        "case": case.name,
+        "acceptable error": bar,
+        "floor s": floor,
+        "fastest peer": peer["library"] if peer else None,
+        "fastest peer / tnmoe": speedups,
+        "rows": rows,
+    }
+
+
+def acceptable_error(case: Case, rows: list[dict[str, Any]], dtype: str) -> float:
+    """What counts as the same answer: the tolerance asked for, rounding, or near the best."""
+    rounding = 1e-5 if dtype == "float32" else 1e-13
+    if "rtol" in case.options:
+        return case.options["rtol"] * 1.001 + rounding
+    if "max_bond" in case.options:
+        return 1.01 * min((row["error"] for row in rows), default=0.0) + rounding
+    return rounding
+
+
+def floor_seconds(
+    case: Case, best: dict[str, Any] | None, rates: dict[str, float], itemsize: int
+) -> float | None:
+    """The unavoidable products, or reading the inputs and writing the result; see cases.py."""
+    if best is None:
+        return None
+    products = case.flops(best["bonds"]) / rates["gemm flops/s"]
+    moved = sum(map(_numbers, case.make())) + (best["params"] or 0)
+    return max(products, moved * itemsize / rates["copy bytes/s"])
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The table of one case with its verdict."""
+    table = []
+    for row in result["rows"]:
+        if not row["seconds"]:
+            table.append([row["library"], "-", "-", "-", "-", "-", row.get("note", "")])
+            continue
+        table.append(
+            [
+                row["library"],
+                f"{row['median s'] * 1e3:.3f}",
+                f"{row['error']:.2e}",
+                "" if row["params"] is None else row["params"],
+                _ratio(row["/ tnmoe"]),
+                _ratio(row["/ floor"]),
+                row.get("note", ""),
+            ]
+        )
+    lines = [result["case"], format_table(HEADERS, table)]
+    if result["fastest peer / tnmoe"]:
+        speedups = ", ".join(
+            f"{name} {ratio:.2f}x" for name, ratio in result["fastest peer / tnmoe"].items()
+        )
+        lines.append(
+            f"against the fastest peer of that accuracy, {result['fastest peer']}: {speedups}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _numbers(value: Any) -> int:
+    """Numbers held by an input, at any depth."""
+    if hasattr(value, "nbytes"):
+        return value.size
+    return sum(map(_numbers, value)) if isinstance(value, (list, tuple)) else 0
+
+
+if __name__ == "__main__":
+    main()

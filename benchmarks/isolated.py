@@ -1,0 +1,64 @@
+"""Large cases, one process per library: it can run out of time or memory without harm to others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from cases import Case
+from peers import Library
+
+
+def run_isolated(
+    case: Case, libs: list[Library], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row per library; they run one after another, so there are no turns here."""
+    return [
+        _run_one(case, library, options)
+        for library in libs
+        if any(fnmatch(library.name, pattern) for pattern in options.libraries)
+    ]
+
+
+def _run_one(case: Case, library: Library, options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "row.json"
+        request = {
+            "case": case.name,
+            "library": library.name,
+            "answer": str(answer),
+            "device": options.device,
+            "dtype": options.dtype,
+            "matrix": options.matrix,
+            "repeats": options.repeats or 3,
+            "limit": options.limit,
+            "memory": options.memory,
+        }
+        worker = Path(__file__).with_name("worker.py")
+        done = subprocess.run(
+            [sys.executable, str(worker), json.dumps(request)], capture_output=True, text=True
+        )
+        # The worker writes after every call, so whatever it managed counts.
+        row = {"library": library.name, "seconds": []}
+        if answer.exists():
+            row = json.loads(answer.read_text())
+        else:
+            row["note"] = _reason(done, options.limit)
+        return row
+
+
+def _reason(done: subprocess.CompletedProcess[str], limit: float) -> str:
+    """Why a worker ended without an answer, in a few words."""
+    if done.returncode == -signal.SIGALRM:
+        return f"over {limit:.0f} s"
+    if done.returncode in (-9, 137) or "memory" in done.stderr.lower():
+        return "out of memory"
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return f"fails: {lines[-1][:90]}"

@@ -1,0 +1,427 @@
+"""One small class per library: the best documented call for each operation of the benchmark.
+
+An operation that a library does not have raises :class:`Unsupported` with the reason, which ends
+up in the table. Arguments arrive in the library's own types, made by ``array`` and ``operator``
+before any clock runs; results go back to NumPy through ``cores`` and ``to_numpy`` afterwards.
+
+Libraries with faster but less accurate algorithms appear again: "… fast" takes Gram matrices in
+place of SVDs (quimb, tntorch) and zip-up products (quimb); "… random" takes randomized SVDs
+(tensorly, quimb) and successive randomized compression (quimb), for fixed bonds only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import reduce
+from importlib.metadata import version
+from operator import add
+from typing import Any
+
+import numpy as np
+import quimb.tensor as qtn
+import tensorly as tl
+import tntorch
+import torch
+from tensorly.decomposition import tensor_train_matrix
+from tensorly.tt_matrix import TTMatrix
+
+import tnmoe as tn
+from tnmoe import interop
+
+with warnings.catch_warnings():
+    # torchTT says five times that its C++ solvers, which are not measured here, were not built.
+    warnings.simplefilter("ignore")
+    import torchtt
+
+Cores = Sequence[np.ndarray]
+
+
+class Unsupported(Exception):  # noqa: N818 - it is an answer, not an error
+    """The library lacks the operation."""
+
+
+class Library:
+    """What the benchmark asks of a library; the defaults say that it is missing."""
+
+    name: str
+    package: str
+
+    @property
+    def version(self) -> str:
+        return version(self.package)
+
+    def array(self, array: np.ndarray) -> Any:
+        return array
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+    def synchronize(self) -> None:
+        """Wait for a device; nothing to do on the CPU."""
+
+    def operator(self, cores: Cores) -> Any:
+        raise Unsupported("no operators")
+
+    def cores(self, operator: Any, shape: tn.MPOShape) -> list[np.ndarray]:
+        """Cores (left bond, out, in, right bond)."""
+        return [
+            self.to_numpy(core).reshape(core.shape[0], out, in_, core.shape[-1])
+            for core, out, in_ in zip(operator.cores, shape.out_dims, shape.in_dims, strict=True)
+        ]
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> Any:
+        raise Unsupported("no decomposition")
+
+    def round_sum(
+        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
+    ) -> Any:
+        raise Unsupported("no sums or rounding")
+
+    def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
+        raise Unsupported("no products of operators")
+
+    def apply(self, operator: Any, x: Any) -> Any:
+        """Vectors (batch, in) to (batch, out)."""
+        raise Unsupported("no products with vectors")
+
+    def norm(self, operator: Any) -> Any:
+        raise Unsupported("no norm")
+
+    def inner(self, a: Any, b: Any) -> Any:
+        raise Unsupported("no inner product")
+
+
+class OnTorch(Library):
+    """A library of torch tensors on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def array(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return array.cpu().numpy()
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+class Tnmoe(Library):
+    name, package = "tnmoe numpy", "tnmoe"
+
+    def operator(self, cores: Cores) -> tn.MPO:
+        return tn.MPO([self.array(core) for core in cores])
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> tn.MPO:
+        return tn.decompose(matrix, shape, max_bond=max_bond, rtol=rtol)
+
+    def round_sum(
+        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
+    ) -> tn.MPO:
+        return reduce(add, operators).compress(max_bond=max_bond, rtol=rtol)
+
+    def round_product(self, a: Any, b: Any, max_bond: int) -> tn.MPO:
+        return (a @ b).compress(max_bond=max_bond)
+
+    def apply(self, operator: tn.MPO, x: Any) -> Any:
+        return operator.apply(x)
+
+    def norm(self, operator: tn.MPO) -> Any:
+        return operator.norm()
+
+    def inner(self, a: Any, b: Any) -> Any:
+        return a.inner(b)
+
+
+class TnmoeTorch(OnTorch, Tnmoe):
+    name = "tnmoe torch"
+
+
+class Tensorly(Library):
+    """Fixed ranks only; operators are decomposed and rebuilt, nothing else."""
+
+    name, package, svd = "tensorly", "tensorly", "truncated_svd"
+
+    def operator(self, cores: Cores) -> TTMatrix:
+        return TTMatrix(list(cores))
+
+    def cores(self, operator: Any, shape: tn.MPOShape) -> list[np.ndarray]:
+        return list(operator)
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> TTMatrix:
+        if rtol is not None:
+            raise Unsupported("no rtol")
+        tensor = matrix.reshape(*shape.out_dims, *shape.in_dims)
+        ranks = (1, *shape.bond_dims(max_bond), 1)
+        return tensor_train_matrix(tensor, rank=ranks, svd=self.svd)
+
+    def apply(self, operator: TTMatrix, x: Any) -> Any:
+        # The only way it has: build the matrix.
+        return tl.dot(x, tl.transpose(operator.to_matrix()))
+
+
+class TensorlyRandom(Tensorly):
+    """Not ``symeig_svd``: it forms the Gram matrix of the longer side, minutes for these shapes."""
+
+    name, svd = "tensorly random", "randomized_svd"
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> TTMatrix:
+        if max_bond is None:
+            raise Unsupported("needs a fixed bond")
+        return super().decompose(matrix, shape, max_bond)
+
+
+class Quimb(Library):
+    """``MatrixProductOperator.from_dense`` needs equal legs, so a paired ``MatrixProductState``."""
+
+    name, package, split, product = "quimb", "quimb", "svd", "direct"
+
+    def operator(self, cores: Cores) -> qtn.MatrixProductOperator:
+        return interop.to_quimb(tn.MPO([self.array(core) for core in cores]))
+
+    def cores(self, operator: Any, shape: tn.MPOShape) -> list[np.ndarray]:
+        if isinstance(operator, qtn.MatrixProductOperator):
+            return [self.to_numpy(core) for core in interop.from_quimb(operator).cores]
+        arrays = []
+        for site, (out, in_) in enumerate(zip(shape.out_dims, shape.in_dims, strict=True)):
+            left = [operator.bond(site - 1, site)] if site else []
+            right = [operator.bond(site, site + 1)] if site < shape.sites - 1 else []
+            tensor = operator[site].transpose(*left, operator.site_ind(site), *right)
+            array = self.to_numpy(tensor.data)
+            sizes = array.shape
+            arrays.append(
+                array.reshape(sizes[0] if left else 1, out, in_, sizes[-1] if right else 1)
+            )
+        return arrays
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> qtn.MatrixProductState:
+        tensor = pair_legs(matrix, shape)
+        if max_bond is None and rtol is None and self.split == "svd":
+            # Nothing is cut, so the cheaper QR decomposition does.
+            options: dict[str, Any] = {"method": "qr"}
+        else:
+            options = {"method": self.split, **_quimb_limits(shape.sites, max_bond, rtol)}
+        return qtn.MatrixProductState.from_dense(tensor, tensor.shape, **options)
+
+    def round_sum(
+        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
+    ) -> Any:
+        total = reduce(lambda a, b: a.add_MPO(b), operators)
+        total.compress(method=self.split, **_quimb_limits(total.L, max_bond, rtol))
+        return total
+
+    def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
+        if self.product == "direct":
+            return a.apply(b, compress=True, max_bond=max_bond, cutoff=0.0)
+        layers = a.apply(b, contract=False)
+        return qtn.tensor_network_1d_compress(
+            layers, max_bond=max_bond, cutoff=0.0, method=self.product
+        )
+
+    def apply(self, operator: Any, x: Any) -> Any:
+        sites = range(operator.L)
+        lower = [operator.lower_ind(site) for site in sites]
+        sizes = [operator.ind_size(index) for index in lower]
+        vectors = qtn.Tensor(x.reshape(len(x), *sizes), inds=["batch", *lower])
+        upper = [operator.upper_ind(site) for site in sites]
+        network = operator | vectors
+        result = network.contract(output_inds=["batch", *upper], optimize="auto-hq")
+        return result.data.reshape(len(x), -1)
+
+    def norm(self, operator: Any) -> Any:
+        return operator.norm()
+
+    def inner(self, a: Any, b: Any) -> Any:
+        return b.overlap(a)
+
+
+class QuimbFast(OnTorch, Quimb):
+    """On torch tensors: quimb 1.15 cannot compile ``svd:eig`` for NumPy's float32."""
+
+    name, split, product = "quimb fast", "svd:eig", "zipup"
+
+
+class QuimbRandom(Quimb):
+    name, split, product = "quimb random", "svd:rand", "src"
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> qtn.MatrixProductState:
+        if max_bond is None:
+            raise Unsupported("needs a fixed bond")
+        return super().decompose(matrix, shape, max_bond)
+
+    def round_sum(
+        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
+    ) -> Any:
+        if max_bond is None:
+            raise Unsupported("needs a fixed bond")
+        return super().round_sum(operators, max_bond)
+
+
+class TorchTT(OnTorch):
+    name, package = "torchTT", "torchTT"
+
+    def operator(self, cores: Cores) -> Any:
+        return torchtt.TT([self.array(core) for core in cores])
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> Any:
+        legs = list(zip(shape.out_dims, shape.in_dims, strict=True))
+        return torchtt.TT(matrix, shape=legs, **_torchtt_limits(max_bond, rtol))
+
+    def round_sum(
+        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
+    ) -> Any:
+        return reduce(add, operators).round(**_torchtt_limits(max_bond, rtol))
+
+    def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
+        return (a @ b).round(**_torchtt_limits(max_bond, None))
+
+    def apply(self, operator: Any, x: Any) -> Any:
+        return (operator @ x.reshape(len(x), *operator.N)).reshape(len(x), -1)
+
+    def norm(self, operator: Any) -> Any:
+        return operator.norm()
+
+    def inner(self, a: Any, b: Any) -> Any:
+        # Its dot knows tensors only, so each core's two legs are read as one.
+        return torchtt.dot(_as_tensor(a), _as_tensor(b))
+
+
+class Tntorch(OnTorch):
+    """Tensors with paired legs do all but ``apply``; its operators have no product."""
+
+    name, package, algorithm = "tntorch", "tntorch", "svd"
+
+    def operator(self, cores: Cores) -> Any:
+        # It multiplies rows of inputs from the left: its operator is our transpose.
+        swapped = [self.array(np.ascontiguousarray(core.swapaxes(1, 2))) for core in cores]
+        ranks = [core.shape[-1] for core in cores[:-1]]
+        legs = [[core.shape[axis] for core in cores] for axis in (2, 1)]
+        return tntorch.TTMatrix(swapped, ranks, *legs)
+
+    def cores(self, operator: Any, shape: tn.MPOShape) -> list[np.ndarray]:
+        if operator.transposed:
+            swapped = tn.MPOShape(shape.in_dims, shape.out_dims)
+            return [core.swapaxes(1, 2) for core in super().cores(operator, swapped)]
+        return super().cores(operator, shape)
+
+    def decompose(
+        self,
+        matrix: Any,
+        shape: tn.MPOShape,
+        max_bond: int | None = None,
+        rtol: float | None = None,
+    ) -> Any:
+        tensor = pair_legs(matrix, shape)
+        result = tntorch.Tensor(tensor)
+        ranks = list(shape.bond_dims(max_bond))
+        eps = 1e-14 if rtol is None else rtol
+        result.round_tt(eps=eps, rmax=ranks, algorithm=self.algorithm)
+        result.transposed = False
+        return result
+
+    def round_sum(
+        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
+    ) -> Any:
+        total = reduce(add, [operator.flatten() for operator in operators])
+        eps = 1e-14 if rtol is None else rtol
+        total.round_tt(eps=eps, rmax=max_bond, algorithm=self.algorithm)
+        total.transposed = True
+        return total
+
+    def apply(self, operator: Any, x: Any) -> Any:
+        return tntorch.tt_multiply(operator, x)
+
+    def norm(self, operator: Any) -> Any:
+        return tntorch.norm(operator.flatten())
+
+    def inner(self, a: Any, b: Any) -> Any:
+        return tntorch.dot(a.flatten(), b.flatten())
+
+
+class TntorchFast(Tntorch):
+    name, algorithm = "tntorch fast", "eig"
+
+
+def libraries(device: str) -> list[Library]:
+    """All libraries, tnmoe first; those of torch on ``device``, the others on the CPU."""
+    return [
+        Tnmoe(),
+        TnmoeTorch(device),
+        Tensorly(),
+        TensorlyRandom(),
+        Quimb(),
+        QuimbFast(device),
+        QuimbRandom(),
+        TorchTT(device),
+        Tntorch(device),
+        TntorchFast(device),
+    ]
+
+
+def pair_legs(matrix: Any, shape: tn.MPOShape) -> Any:
+    """The matrix as a tensor with one axis (out_k, in_k) per site."""
+    tensor = matrix.reshape(*shape.out_dims, *shape.in_dims)
+    axes = [axis for site in range(shape.sites) for axis in (site, shape.sites + site)]
+    permute = tensor.permute if isinstance(tensor, torch.Tensor) else tensor.transpose
+    return permute(axes).reshape(shape.legs)
+
+
+def _quimb_limits(sites: int, max_bond: int | None, rtol: float | None) -> dict[str, Any]:
+    """``rsum2`` discards less than the share ``cutoff`` of the squared norm, per bond."""
+    cutoff = 0.0 if rtol is None else rtol**2 / (sites - 1)
+    return {"max_bond": max_bond, "cutoff": cutoff, "cutoff_mode": "rsum2"}
+
+
+def _torchtt_limits(max_bond: int | None, rtol: float | None) -> dict[str, Any]:
+    """``eps`` bounds the relative error of the whole; 0 cuts nothing."""
+    limits: dict[str, Any] = {"eps": 0.0 if rtol is None else rtol}
+    return limits if max_bond is None else {**limits, "rmax": max_bond}
+
+
+def _as_tensor(operator: Any) -> Any:
+    return torchtt.TT([core.flatten(1, 2) for core in operator.cores])

@@ -1,0 +1,49 @@
+"""One library on one large case, in a process of its own; started by isolated.py."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from algebra import first_call
+from cases import all_cases
+from machine import set_threads, timed
+from peers import libraries
+
+# What checking a result in double precision may add to the first call.
+CHECK_S = 60
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    if request["device"] == "cpu":
+        # CUDA reserves far more addresses than it uses, so there the device itself is the limit.
+        size = int(request["memory"] * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    set_threads()
+    cases = all_cases(False, request["dtype"], request["matrix"])
+    case = next(case for case in cases if case.name == request["case"])
+    library = next(one for one in libraries(request["device"]) if one.name == request["library"])
+    inputs = case.make()
+    # An alarm without a handler ends the process even in the middle of a LAPACK call.
+    signal.alarm(ceil(request["limit"]) + CHECK_S)
+    row, call = first_call(case, library, inputs, request["limit"])
+    answer = Path(request["answer"])
+    _write(answer, row)
+    for _ in range(request["repeats"] if call is not None else 0):
+        signal.alarm(ceil(request["limit"]))
+        row["seconds"].append(timed(call, library)[0])
+        _write(answer, row)
+
+
+def _write(path: Path, row: dict[str, Any]) -> None:
+    path.write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
