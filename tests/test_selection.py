@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import tnmoe.selection as selection
 from tnmoe.errors import InputError
-from tnmoe.selection import bonds_by_entropy, choose_bonds, select_bonds, tails_of
+from tnmoe.selection import bonds_by_entropy, choose_bonds, select_bonds
 from tnmoe.shapes import MPOShape
+from tnmoe.truncation import squared_tails
 
 SHAPE = MPOShape((4, 4, 4), (4, 4, 4))
 SPECTRA = [2.0 ** -np.arange(16), 4.0 ** -np.arange(16)]
@@ -50,7 +51,7 @@ def small_cases(draw: st.DrawFn) -> tuple[list[np.ndarray], MPOShape, tuple[int,
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kinds = st.sampled_from((*DECAYS, "equal", "with zeros"))
     exact = shape.bond_dims()
-    tails = [tails_of(make_spectrum(draw(kinds), size, rng)) for size in exact]
+    tails = [squared_tails(make_spectrum(draw(kinds), size, rng)) for size in exact]
     caps = shape.bond_dims([draw(st.integers(1, min(6, size))) for size in exact])
     return tails, shape, caps
 
@@ -163,7 +164,7 @@ def test_large_operators_do_better_than_with_equal_shares(shape, decay):
     rng = np.random.default_rng(0)
     caps = shape.bond_dims()
     spectra = [make_spectrum(decay, size, rng) for size in caps]
-    tails = [tails_of(spectrum / np.linalg.norm(spectrum)) for spectrum in spectra]
+    tails = [squared_tails(spectrum / np.linalg.norm(spectrum)) for spectrum in spectra]
     allowed = 0.3**2
     uniform = uniform_split(tails, shape, caps, allowed)
     chosen = choose_bonds(tails, shape, caps, allowed)
@@ -218,7 +219,7 @@ def test_exact_bonds_are_returned_when_nothing_contradicts_them():
         ({"bonds": (6, 5), "rtol": 0.01}, r"bonds=\(6, 5\) cut more than rtol=0.01"),
         ({"rtol": -0.1}, "rtol must be a finite number"),
         ({"max_params": 2.5}, "max_params must be a positive integer, got 2.5"),
-        ({"max_params": 47}, r"max_params=47 is too small.* at least 48 parameters"),
+        ({"max_params": 47}, r"max_params=47 is too few .* all bonds 1 it has 48 parameters"),
         ({"max_bond": 0}, "max_bond must be a positive integer"),
     ],
 )

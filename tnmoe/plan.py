@@ -9,9 +9,9 @@ from operator import gt
 import numpy as np
 
 from tnmoe.errors import InputError
-from tnmoe.selection import choose_bonds
-from tnmoe.shapes import MPOShape, positive_int
-from tnmoe.truncation import check_rtol, squared_tails
+from tnmoe.selection import check_limits, choose_bonds
+from tnmoe.shapes import MPOShape
+from tnmoe.truncation import squared_tails
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,7 @@ class Selection:
     max_params: int | None = None
 
     def __post_init__(self) -> None:
-        check_rtol(self.rtol)
-        caps = self.shape.bond_dims(self.max_bond)
-        if self.max_params is not None:
-            positive_int("max_params", self.max_params)
-            fewest = self.shape.num_params(1)
-            if self.max_params < fewest:
-                raise InputError(
-                    f"max_params={self.max_params} is too few for {self.shape}: "
-                    f"with all bonds 1 it has {fewest} parameters"
-                )
-        if self.bonds is None:
-            return
-        if self.shape.bond_dims(self.bonds) != tuple(self.bonds):
-            raise InputError(
-                f"bonds={tuple(self.bonds)} do not fit {self.shape}: the largest that each can "
-                f"be beside the others are {self.shape.bond_dims(self.bonds)}"
-            )
-        if any(bond > cap for bond, cap in zip(self.bonds, caps, strict=True)):
-            raise InputError(f"bonds={tuple(self.bonds)} exceed max_bond={self.max_bond}")
-        params = self.shape.num_params(self.bonds)
-        if self.max_params is not None and params > self.max_params:
-            raise InputError(
-                f"bonds={tuple(self.bonds)} have {params} parameters, "
-                f"more than max_params={self.max_params}"
-            )
+        check_limits(self.shape, self.max_bond, self.bonds, self.rtol, self.max_params)
 
     @property
     def caps(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from tnmoe.backends.protocol import EPSILON, REAL_DTYPES
 from tnmoe.errors import InputError
 from tnmoe.shapes import MPOShape, positive_int
 from tnmoe.spectrum import entanglement_entropy
-from tnmoe.truncation import check_rtol
+from tnmoe.truncation import check_rtol, squared_tails
 
 # Combinations of ranks looked at in one go; up to here the search is exhaustive. It takes tens of
 # milliseconds, and covers five sites of a 3072 × 768 matrix at all ranks.
@@ -86,15 +86,42 @@ def select_bonds(
     >>> select_bonds(spectra, shape, max_params=500)
     (7, 3)
     """
-    check_rtol(rtol)
-    if max_params is not None:
-        max_params = positive_int("max_params", max_params)
-    caps = shape.bond_dims(max_bond)
+    caps = check_limits(shape, max_bond, bonds, rtol, max_params)
     values = _scaled(_check_spectra(spectra, shape))
-    tails = [tails_of(spectrum) for spectrum in values]
+    tails = [squared_tails(spectrum) for spectrum in values]
     allowed = None if rtol is None else _allowed_square(rtol, tails)
     if bonds is None:
         return choose_bonds(tails, shape, caps, allowed, max_params)
+    cut = sum(tail[min(bond, len(tail) - 1)] for bond, tail in zip(caps, tails, strict=True))
+    if allowed is not None and cut > allowed:
+        raise InputError(f"bonds={caps} cut more than rtol={rtol} allows")
+    return caps
+
+
+def check_limits(
+    shape: MPOShape,
+    max_bond: int | Sequence[int] | None,
+    bonds: Sequence[int] | None,
+    rtol: float | None,
+    max_params: int | None,
+) -> tuple[int, ...]:
+    """The largest dimension that each bond may have; ``bonds`` themselves where they are given.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range, or two of them contradict each other whatever the spectra.
+    """
+    check_rtol(rtol)
+    caps = shape.bond_dims(max_bond)
+    fewest = shape.num_params(1)
+    if max_params is not None and positive_int("max_params", max_params) < fewest:
+        raise InputError(
+            f"max_params={max_params} is too few for {shape}: "
+            f"with all bonds 1 it has {fewest} parameters"
+        )
+    if bonds is None:
+        return caps
     chosen = _check_bonds(bonds, shape)
     if any(bond > cap for bond, cap in zip(chosen, caps, strict=True)):
         raise InputError(f"bonds={chosen} exceed max_bond={max_bond}")
@@ -103,9 +130,6 @@ def select_bonds(
             f"bonds={chosen} have {shape.num_params(chosen)} parameters, "
             f"more than max_params={max_params}"
         )
-    cut = sum(tail[min(bond, len(tail) - 1)] for bond, tail in zip(chosen, tails, strict=True))
-    if allowed is not None and cut > allowed:
-        raise InputError(f"bonds={chosen} cut more than rtol={rtol} allows")
     return chosen
 
 
@@ -162,12 +186,6 @@ def bonds_by_entropy(
     return shape.bond_dims(wanted)
 
 
-def tails_of(spectrum: np.ndarray) -> np.ndarray:
-    """Squared weight lost by keeping the first r of n Schmidt values, for r = 0, …, n."""
-    squares = np.asarray(spectrum, dtype=np.float64) ** 2
-    return np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-
-
 def choose_bonds(
     tails: Sequence[np.ndarray],
     shape: MPOShape,
@@ -180,7 +198,7 @@ def choose_bonds(
     Parameters
     ----------
     tails : sequence of array
-        Per bond: squared weight lost by keeping r Schmidt values, as :func:`tails_of` gives it.
+        Per bond: squared weight lost by keeping r Schmidt values (``squared_tails``).
     shape : MPOShape
         What the bonds belong to.
     caps : sequence of int
