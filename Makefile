@@ -11,7 +11,7 @@ help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
 	@echo "make test   run all tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  the algebra beside tensorly, quimb, torchTT and tntorch (ARGS=--quick: a minute)"
+	@echo "make bench  the algebra beside its peers (ARGS=--quick: minutes)"
 	@echo "make env    only create the environment in $(VENV)"
 	@echo "make clean  remove the environment and what the demo wrote"
 

@@ -18,13 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cases import Case, all_cases, assess
+from cases import Case, all_cases, assess, taking_part
 from isolated import run_isolated
 from machine import (
     copy_rate,
     environment,
     gemm_rate,
     hardware_slug,
+    keep_freed_memory,
+    limit_memory,
     set_threads,
     timed,
     timed_turn,
@@ -38,6 +40,8 @@ HEADERS = ("library", "median ms", "rel. error", "parameters", "/ tnmoe", "/ flo
 
 def main() -> None:
     options = parse_arguments()
+    limit_memory(options.memory, options.device)
+    keep_freed_memory()
     threads = set_threads()
     libs = libraries(options.device)
     rates = {
@@ -68,13 +72,13 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    parser.add_argument("--quick", action="store_true", help="small sizes, a few minutes")
     parser.add_argument("--large", action="store_true", help="also 14336x4096: minutes per peer")
     parser.add_argument("--cases", nargs="*", default=["*"], help="patterns of case names")
     parser.add_argument("--libraries", nargs="*", default=["*"], help="patterns of library names")
     parser.add_argument("--repeats", type=int, help="timed calls (default 7; 3 if quick or large)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds one call may take")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB for one large case")
+    parser.add_argument("--memory", type=float, default=16.0, help="GiB of addresses, on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--matrix", choices=("structured", "gaussian"), default="structured")
@@ -105,9 +109,7 @@ def run_case(case: Case, libs: list[Library], options: argparse.Namespace) -> li
     """One row per library: a first call for its error, then turns by all that were in time."""
     inputs = case.make()
     calls, rows = {}, []
-    for library in libs:
-        if not any(fnmatch(library.name, pattern) for pattern in options.libraries):
-            continue
+    for library in taking_part(case, libs, options.libraries):
         row, call = first_call(case, library, inputs, options.limit)
         rows.append(row)
         if call is not None:
@@ -130,10 +132,10 @@ def first_call(
         outcome = assess(case, library, inputs, result)
     except Unsupported as reason:
         return {**row, "note": str(reason)}, None
-    except MemoryError:
-        return {**row, "note": "out of memory"}, None
     except Exception as error:
         # A peer's failure is a result like any other and must not end the run.
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return {**row, "note": "out of memory"}, None
         lines = str(error).splitlines() or [""]
         return {**row, "note": f"fails: {type(error).__name__}: {lines[0][:80]}"}, None
     row |= {"first call s": seconds, **vars(outcome)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import partial
 from math import prod
 from typing import Any
@@ -48,6 +49,16 @@ class Outcome:
     error: float
     bonds: tuple[int, ...] | None = None
     params: int | None = None
+
+
+def taking_part(case: Case, libraries: Sequence[Library], patterns: Sequence[str]) -> list[Library]:
+    """Libraries whose names fit a pattern and that have their own way of doing the case."""
+    return [
+        library
+        for library in libraries
+        if any(fnmatch(library.name, pattern) for pattern in patterns)
+        and (library.only is None or case.operation in library.only)
+    ]
 
 
 def assess(case: Case, library: Library, inputs: Sequence[Any], result: Any) -> Outcome:

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from cases import Case
+from cases import Case, taking_part
 from peers import Library
 
 
@@ -21,9 +20,7 @@ def run_isolated(
 ) -> list[dict[str, Any]]:
     """One row per library; they run one after another, so there are no turns here."""
     return [
-        _run_one(case, library, options)
-        for library in libs
-        if any(fnmatch(library.name, pattern) for pattern in options.libraries)
+        _run_one(case, library, options) for library in taking_part(case, libs, options.libraries)
     ]
 
 

@@ -46,6 +46,8 @@ class Library:
 
     name: str
     package: str
+    # The operations a variant does in its own way; the others would only be measured twice.
+    only: tuple[str, ...] | None = None
 
     @property
     def version(self) -> str:
@@ -185,6 +187,7 @@ class TensorlyRandom(Tensorly):
     """Not ``symeig_svd``: it forms the Gram matrix of the longer side, minutes for these shapes."""
 
     name, svd = "tensorly random", "randomized_svd"
+    only = ("decompose",)
 
     def decompose(
         self,
@@ -276,6 +279,7 @@ class QuimbFast(OnTorch, Quimb):
 
 class QuimbRandom(Quimb):
     name, split, product = "quimb random", "svd:rand", "src"
+    only = ("decompose", "round_sum", "round_product")
 
     def decompose(
         self,
@@ -385,6 +389,7 @@ class Tntorch(OnTorch):
 
 class TntorchFast(Tntorch):
     name, algorithm = "tntorch fast", "eig"
+    only = ("decompose", "round_sum")
 
 
 def libraries(device: str) -> list[Library]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import sys
 from math import ceil
@@ -12,7 +11,7 @@ from typing import Any
 
 from algebra import first_call
 from cases import all_cases
-from machine import set_threads, timed
+from machine import keep_freed_memory, limit_memory, set_threads, timed
 from peers import libraries
 
 # What checking a result in double precision may add to the first call.
@@ -21,10 +20,8 @@ CHECK_S = 60
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    if request["device"] == "cpu":
-        # CUDA reserves far more addresses than it uses, so there the device itself is the limit.
-        size = int(request["memory"] * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    limit_memory(request["memory"], request["device"])
+    keep_freed_memory()
     set_threads()
     cases = all_cases(False, request["dtype"], request["matrix"])
     case = next(case for case in cases if case.name == request["case"])

@@ -71,3 +71,59 @@ def test_what_others_cannot_express_is_refused():
             convert(padded)
     with pytest.raises(tn.InputError, match="cyclic"):
         interop.from_quimb(qtn.MPO_rand(4, bond_dim=2, cyclic=True, seed=0))
+
+
+operators = st.builds(
+    lambda sites, dims, seed: tuple(
+        tn.MPO.random(tn.MPOShape(dims[:sites], dims[:sites]), 4, rng=seed + k) for k in range(2)
+    ),
+    st.integers(2, 5),
+    st.lists(st.integers(2, 3), min_size=5, max_size=5),
+    st.integers(0, 2**32 - 1),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(operators, st.integers(1, 5))
+def test_quimb_rounds_sums_and_products_to_the_same_error(pair, max_bond):
+    a, b = pair
+    for ours, theirs in (
+        (tn.add([a, b], max_bond=max_bond), interop.to_quimb(a) + interop.to_quimb(b)),
+        (tn.matmul(a, b, max_bond=max_bond), interop.to_quimb(a).apply(interop.to_quimb(b))),
+    ):
+        exact = theirs.to_dense()
+        theirs.compress(max_bond=max_bond, cutoff=0.0)
+        error = dense_norm(ours.to_matrix() - exact)
+        # Both are TT rounding; ours sweeps the other way, so that neither is always the better.
+        assert error <= 1.5 * dense_norm(theirs.to_dense() - exact) + 1e-10 * dense_norm(exact)
+
+
+@settings(max_examples=40, deadline=None)
+@given(operators)
+def test_quimb_finds_the_same_schmidt_values_and_norm(pair):
+    operator, _ = pair
+    # As a state of paired legs: the operator's Schmidt values are those of that state.
+    arrays = [core.reshape(core.shape[0], -1, core.shape[-1]) for core in operator.cores]
+    arrays[0], arrays[-1] = arrays[0][0], arrays[-1][..., 0]
+    state = qtn.MatrixProductState(arrays, shape="lpr")
+    np.testing.assert_allclose(float(operator.norm()), state.norm())
+    for bond in range(operator.shape.sites - 1):
+        theirs = state.schmidt_values(bond + 1) ** 0.5
+        ours = operator.compress().schmidt_values(bond)
+        np.testing.assert_allclose(ours, theirs[: len(ours)], atol=1e-9 * theirs[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(operators)
+def test_tensorly_reconstructs_sums_products_transposes_and_kronecker_products(pair):
+    a, b = pair
+    x, y = (interop.to_tensorly(each).to_matrix() for each in pair)
+    for ours, expected in (
+        (a + b, x + y),
+        (a @ b, x @ y),
+        (a.T, x.T),
+        (2 * a - b, 2 * x - y),
+        (tn.kron(a, b), np.kron(x, y)),
+    ):
+        theirs = interop.to_tensorly(ours).to_matrix()
+        np.testing.assert_allclose(theirs, expected, atol=1e-10 * dense_norm(expected))

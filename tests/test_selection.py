@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tnmoe.selection as selection
+from tnmoe import bond_search
+from tnmoe.bond_search import choose_bonds
 from tnmoe.errors import InputError
-from tnmoe.selection import bonds_by_entropy, choose_bonds, select_bonds
+from tnmoe.selection import bonds_by_entropy, select_bonds
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import squared_tails
 
@@ -147,7 +148,7 @@ def test_the_local_search_meets_the_goal_and_is_no_worse_than_a_common_error(cas
     allowed = max(allowed, error_of(tails, caps))
     uniform = uniform_split(tails, shape, caps, allowed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_MAX_EXHAUSTIVE", 0)
+        patch.setattr(bond_search, "_MAX_EXHAUSTIVE", 0)
         chosen = choose_bonds(tails, shape, caps, allowed)
         best = choose_bonds(tails, shape, caps, max_params=shape.num_params(uniform))
     assert shape.bond_dims(chosen) == chosen

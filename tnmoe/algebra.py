@@ -76,7 +76,10 @@ def inner(xp: Backend, bra: Cores, ket: Cores) -> Array:
     """Σ conj(bra) · ket over all entries, a scalar array."""
     environment = xp.eye(1, like=bra[0])
     for a, b in zip(bra, ket, strict=True):
-        environment = contract("ac,aoib,coid->bd", environment, xp.conj(a), b)
+        # Two products of matrices as they lie in memory, without a permutation.
+        carried = environment @ b.reshape(b.shape[0], -1)
+        bra_rows = a.reshape(-1, a.shape[-1])
+        environment = xp.adjoint(bra_rows) @ carried.reshape(-1, b.shape[-1])
     return environment.reshape(())
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from tnmoe import algebra
 from tnmoe.algebra import contract
 from tnmoe.backends import Array, Backend
-from tnmoe.backends.protocol import COMPUTE_DTYPE, WIDE_DTYPE
 from tnmoe.canonical import canonicalize
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
+from tnmoe.precision import narrowed, widened
 from tnmoe.rounding import truncated_isometry
 from tnmoe.shapes import MPOShape
 
@@ -84,7 +84,7 @@ def add(
     _check_method(method, ("direct", "successive", "randomized"))
     xp = first._backend
     if method == "randomized":
-        terms = [_Term((_wide_cores(mpo),)) for mpo in mpos]
+        terms = [_wide_term(xp, mpo.cores) for mpo in mpos]
         found = _randomized(xp, terms, selection, np.random.default_rng(rng))
         if found is not None:
             return _finish(first, found, first.shape, selection)
@@ -145,7 +145,7 @@ def matmul(
     _check_method(method, ("direct", "zipup", "randomized"))
     xp = a._backend
     if method == "randomized":
-        term = _Term(tuple(_widened(xp, cores) for cores in factors))
+        term = _wide_term(xp, *factors)
         found = _randomized(xp, [term], selection, np.random.default_rng(rng))
         if found is not None:
             return _finish(a, found, shape, selection)
@@ -204,7 +204,7 @@ def _randomized(
         if selection.rtol is None or limited:
             return cores
         squared = _squared_norm(xp, terms)
-        missed = max(0.0, squared - float(xp.norm(cores[-1])) ** 2)
+        missed = max(0.0, squared - float(xp.to_numpy(xp.norm(cores[-1]))) ** 2)
         # A tenth of the squared tolerance here, the rest for rounding afterwards.
         if missed <= 0.1 * selection.rtol**2 * squared:
             return cores
@@ -288,16 +288,15 @@ def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Select
 
 def _successive(mpos: Sequence[MPO], selection: Selection) -> MPO:
     """Sum with a rounding after every addition, a tolerance shared between the roundings."""
-    allowed = None
+    xp, allowed = mpos[0]._backend, None
     if selection.rtol is not None:
-        xp = mpos[0]._backend
-        squared = _squared_norm(xp, [_Term((_wide_cores(mpo),)) for mpo in mpos])
+        squared = _squared_norm(xp, [_wide_term(xp, mpo.cores) for mpo in mpos])
         allowed = selection.rtol * max(0.0, squared) ** 0.5 / len(mpos)
     total = mpos[0]
     for position, mpo in enumerate(mpos[1:], start=2):
         total = total + mpo
         last = position == len(mpos)
-        norm = float(total.norm())
+        norm = float(xp.to_numpy(total.norm()))
         rtol = None if allowed is None or not norm else min(1.0, allowed / norm)
         # An exact list is for the end: on the way a bond may not be that large yet.
         cap = selection.caps if selection.bonds is not None else selection.max_bond
@@ -332,18 +331,12 @@ def _finish(like: MPO, cores: Sequence[Array], shape: MPOShape, selection: Selec
 def _as(like: MPO, mpo: MPO) -> MPO:
     xp = like._backend
     name = xp.dtype_name(like.cores[0])
-    return MPO([xp.astype(core, name) for core in mpo.cores], mpo.shape, mpo.center)
+    return MPO(narrowed(xp, mpo.cores, name), mpo.shape, mpo.center)
 
 
-def _wide_cores(mpo: MPO) -> Sequence[Array]:
-    return _widened(mpo._backend, mpo.cores)
-
-
-def _widened(xp: Backend, cores: Sequence[Array]) -> list[Array]:
-    """Cores in double precision, in which an error can be measured as a difference of norms."""
-    name = xp.dtype_name(cores[0])
-    name = COMPUTE_DTYPE.get(name, name)
-    return [xp.astype(core, WIDE_DTYPE.get(name, name)) for core in cores]
+def _wide_term(xp: Backend, *chains: Sequence[Array]) -> _Term:
+    """Chains in double precision, in which an error can be measured as a difference of norms."""
+    return _Term(tuple([widened(xp, core) for core in chain] for chain in chains))
 
 
 def _check_method(method: str, known: Sequence[str]) -> None:

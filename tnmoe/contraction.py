@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from typing import Any
 
 import opt_einsum
 
 from tnmoe.backends import Array, Backend
+from tnmoe.costs import get_rates
 from tnmoe.errors import InputError
+from tnmoe.routes import ContractionPlan, Work, expert_routes
 from tnmoe.shapes import MPOShape
 
-# Going through the cores in order needs no permutations of large arrays, which makes up for this
-# many times the operations of the best order.
+# Going through the cores in order permutes nothing but small states, which makes up for this many
+# times the operations of the best order.
 _IN_ORDER = 1.5
 
-Path = tuple[tuple[int, ...], ...]
+# A segment of a chain with this many times fewer numbers than the matrix is small.
+_SMALL_SEGMENT = 8
 
 
-@dataclass(frozen=True)
-class ContractionPlan:
-    """How to apply an MPO to a batch of vectors, and what it costs.
-
-    Attributes
-    ----------
-    route : {"chain", "dense"}
-        ``chain`` contracts the vectors with the cores; ``dense`` builds the matrix first.
-    flops : int
-        Floating-point operations (a multiply-add counts as two).
-    peak_elements : int
-        Numbers in the largest intermediate array.
-    path : tuple of tuple of int
-        Pairwise contractions in opt_einsum's form: of (vectors, cores…) on the chain route, of
-        (cores…) on the dense one.
-    """
-
-    route: str
-    flops: int
-    peak_elements: int
-    path: Path
-
-    def __str__(self) -> str:
-        steps = " ".join("·".join(map(str, step)) for step in self.path)
-        return (
-            f"route {self.route}: {self.flops:.3g} flops, "
-            f"largest intermediate {self.peak_elements:.3g} numbers, path {steps or 'none'}"
-        )
-
-
-@lru_cache(maxsize=4096)
 def contraction_plan(
-    shape: MPOShape, bond_dims: tuple[int, ...] | None = None, batch: int = 1
+    shape: MPOShape,
+    bond_dims: tuple[int, ...] | None = None,
+    batch: int = 1,
+    *,
+    experts: int | None = None,
+    center: int | None = None,
+    training: bool = False,
+    cached: bool = False,
+    device: str = "cpu",
+    itemsize: int = 4,
 ) -> ContractionPlan:
-    """Cheapest way to apply an MPO to ``batch`` vectors, by number of operations.
+    """Cheapest way to apply an MPO, or experts that share its centre, to ``batch`` vectors.
+
+    For one MPO that is the way of fewest operations. For experts it is the one that a model of
+    operations, bytes and launches (:mod:`tnmoe.costs`) expects to be fastest on a device.
 
     Parameters
     ----------
@@ -64,7 +48,19 @@ def contraction_plan(
     bond_dims : tuple of int, optional
         Inner bond dimensions; exact ones by default.
     batch : int
-        Number of vectors.
+        Number of vectors; of all experts together.
+    experts : int, optional
+        Number of experts that share the central core; without it the plan is for one MPO.
+    center : int, optional
+        Site that they share; ``shape.center`` by default.
+    training : bool
+        Whether gradients will be asked for.
+    cached : bool
+        Whether the experts' matrices are at hand, or may be kept once they are built.
+    device : str
+        Kind of device, ``"cpu"`` or ``"cuda"``.
+    itemsize : int
+        Bytes of a number.
 
     Returns
     -------
@@ -79,60 +75,111 @@ def contraction_plan(
     'chain'
     >>> contraction_plan(shape, batch=64).route
     'dense'
+    >>> split = MPOShape.split(3072, 768, 64, 64)
+    >>> contraction_plan(split, batch=64, experts=8, training=True).route
+    'shared'
     """
     bonds = shape.bond_dims() if bond_dims is None else tuple(bond_dims)
     if len(bonds) != shape.sites - 1:
         raise InputError(
             f"bond_dims needs one value per bond: got {bonds} for {shape.sites - 1} bonds"
         )
+    if experts is None:
+        return _plan_of_one(shape, bonds, batch)
+    center = shape.center if center is None else center
+    work = Work(shape, bonds, center, batch, experts, training, itemsize)
+    chain = _plan_of_one(shape, bonds, max(1, round(batch / work.active)))
+    return expert_routes(work, get_rates(device), chain, cached)
+
+
+@lru_cache(maxsize=4096)
+def _plan_of_one(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> ContractionPlan:
     padded = (1, *bonds, 1)
     cores = tuple(zip(padded[:-1], shape.out_dims, shape.in_dims, padded[1:], strict=True))
-    chain = _plan("chain", _contraction(cores, batch)[1])
+    direct = _plan("chain", _contraction(cores, batch)[1])
     build = _plan("dense", _contraction(cores, None)[1])
     product = 2 * batch * shape.padded_out * shape.padded_in
     dense = ContractionPlan("dense", build.flops + product, build.peak_elements, build.path)
     # The best chain path may itself build the matrix first; then it is called what it is.
-    return min(dense, chain, key=lambda plan: plan.flops)
+    return min(dense, direct, key=lambda plan: plan.flops)
 
 
-def to_padded_matrix(cores: Sequence[Array]) -> Array:
+def to_padded_matrix(xp: Backend, cores: Sequence[Array]) -> Array:
     """Product of all cores as a (padded out, padded in) matrix."""
-    contract, _ = _contraction(_shapes(cores), None)
-    rows = prod(core.shape[1] for core in cores)
-    return contract(*cores).reshape(rows, -1)
+    segments = [(core, [core.shape[1:3]]) for core in cores]
+    rows, columns = (prod(core.shape[axis] for core in cores) for axis in (1, 2))
+    for site in _merges(_shapes(cores)):
+        (left, left_legs), (right, right_legs) = segments[site : site + 2]
+        product = left.reshape(-1, left.shape[-1]) @ right.reshape(right.shape[0], -1)
+        ends = (left.shape[0], right.shape[-1])
+        merged = product.reshape(ends[0], -1, ends[1]), [*left_legs, *right_legs]
+        # Putting legs in order is cheap as long as a segment is small, and makes the last
+        # permutation, the one of the whole matrix, move larger pieces.
+        if prod(product.shape) * _SMALL_SEGMENT <= rows * columns:
+            merged = _gather_legs(xp, *merged)
+        segments[site : site + 2] = [merged]
+    return _gather_legs(xp, *segments[0])[0].reshape(rows, columns)
 
 
-def apply_cores(shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Array:
+def _gather_legs(
+    xp: Backend, segment: Array, legs: Sequence[tuple[int, int]]
+) -> tuple[Array, list[tuple[int, int]]]:
+    """A segment (D, out · in · out · in …, D') with its outputs before its inputs."""
+    left, right = segment.shape[0], segment.shape[-1]
+    count = len(legs)
+    axes = [0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2), 2 * count + 1]
+    ordered = xp.permute(segment.reshape(left, *chain.from_iterable(legs), right), axes)
+    out, in_ = (prod(leg[axis] for leg in legs) for axis in (0, 1))
+    return ordered.reshape(left, out * in_, right), [(out, in_)]
+
+
+@lru_cache(maxsize=4096)
+def _merges(cores: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """The best order to merge a chain in: which segment is merged with its right neighbour."""
+    segments = [(site, site + 1) for site in range(len(cores))]
+    merges, remaining = [], list(segments)
+    for step in _contraction(cores, None)[1].path:
+        merged = [remaining.pop(term) for term in sorted(step, reverse=True)]
+        start, stop = min(merged)[0], max(merged)[1]
+        remaining.append((start, stop))
+        if len(merged) == 2:
+            site = segments.index(min(merged))
+            segments[site : site + 2] = [(start, stop)]
+            merges.append(site)
+    return tuple(merges)
+
+
+def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Array:
     """Apply a chain of cores to vectors (batch, padded in) → (batch, padded out)."""
     batch = vectors.shape[0]
     plan = contraction_plan(shape, tuple(core.shape[0] for core in cores[1:]), batch)
     if plan.route == "dense":
-        return vectors @ to_padded_matrix(cores).T
+        return vectors @ to_padded_matrix(xp, cores).T
     if _in_order_flops(_shapes(cores), batch) <= _IN_ORDER * plan.flops:
-        return _apply_in_order(cores, vectors)
+        return _apply_in_order(xp, cores, vectors)
     contract, _ = _contraction(_shapes(cores), batch)
     return contract(vectors.reshape(batch, *shape.in_dims), *cores).reshape(batch, shape.padded_out)
 
 
-def _apply_in_order(cores: Sequence[Array], vectors: Array) -> Array:
+def _apply_in_order(xp: Backend, cores: Sequence[Array], vectors: Array) -> Array:
     """Contract vectors (batch, padded in) with one core after the other, right to left.
 
-    The state is (batch · earlier inputs, next input · bond, outputs so far) and a core is the
-    matrix (left bond · output, input · right bond): every product leaves the state in the layout
-    of the next one, and nothing is ever permuted.
+    A core is the matrix (left bond · output, input · right bond) as it lies. The state has axes
+    (bond, last output, inputs to come, outputs before), batch among the inputs, so that every
+    step is one large product and one copy of the state, which is much smaller than the cores.
     """
     batch, rest = vectors.shape
-    state, outs = vectors, 1
+    rest *= batch
+    state, last, outs = vectors.reshape(1, 1, rest, 1), 1, 1
     for core in reversed(cores):
         bond, out, in_, following = core.shape
         rest //= in_
-        matrix = core.reshape(bond * out, in_ * following)
-        if outs == 1:
-            state = state.reshape(batch * rest, in_ * following) @ matrix.T
-        else:
-            state = matrix @ state.reshape(batch * rest, in_ * following, outs)
-        outs *= out
-    return state.reshape(batch, outs)
+        # (bond, last, rest, in, outs) -> (in · bond, rest · last · outs)
+        columns = xp.permute(state.reshape(following, last, rest, in_, outs), (3, 0, 2, 1, 4))
+        columns = columns.reshape(in_ * following, rest * last * outs)
+        outs *= last
+        state, last = core.reshape(bond * out, in_ * following) @ columns, out
+    return xp.permute(state.reshape(last, batch, outs), (1, 0, 2)).reshape(batch, last * outs)
 
 
 @lru_cache(maxsize=4096)
@@ -167,8 +214,8 @@ def stacked_to_padded_matrices(
     """
     experts = (*left, *right)[0].shape[0]
     bond_l, out_c, in_c, bond_r = center_core.shape
-    env_l, out_l, in_l = _left_environment(xp, left)
-    env_r, out_r, in_r = _right_environment(xp, right)
+    env_l, out_l, in_l = left_environment(xp, left)
+    env_r, out_r, in_r = right_environment(xp, right)
     # A side without auxiliary cores has the environment 1, the same for all experts.
     product = center_core.reshape(1, -1, bond_r)
     if env_l is not None:
@@ -183,7 +230,7 @@ def stacked_to_padded_matrices(
     )
 
 
-def _left_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None, int, int]:
+def left_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None, int, int]:
     """Product of stacked cores left of the centre, (E, out·in, D), and its legs."""
     if not cores:
         return None, 1, 1
@@ -198,7 +245,7 @@ def _left_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None
     return env, out, in_
 
 
-def _right_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None, int, int]:
+def right_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None, int, int]:
     """Product of stacked cores right of the centre, (E, D, out·in), and its legs."""
     if not cores:
         return None, 1, 1

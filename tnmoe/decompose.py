@@ -11,11 +11,12 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
+from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO, check_center
 from tnmoe.plan import Selection
+from tnmoe.precision import check_range, computable, narrowed
 from tnmoe.shapes import MPOShape
 from tnmoe.sweep import Sweep
 from tnmoe.truncation import TruncationInfo
@@ -152,7 +153,7 @@ def decompose(
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
-    computed = xp.astype(matrix, COMPUTE_DTYPE.get(name, name))
+    computed = computable(xp, matrix)
     scales = _scales(xp, computed, shape)
     sweep_center = _sweep_center(shape, center)
     sweep = Sweep(
@@ -238,13 +239,16 @@ def _result(
     """One matrix of the batch, out of a finished sweep."""
     shape = sweep.selection.shape
     cores = {site: _pick(core, index, 3) for site, core in sweep.cores.items()}
-    cores[sweep.center] = _pick(sweep.tensor, index, 3) * scale
+    cores[sweep.center] = _pick(sweep.tensor, index, 3)
     legs = zip(shape.out_dims, shape.in_dims, strict=True)
     chain = [
         cores[site].reshape(cores[site].shape[0], *leg, cores[site].shape[-1])
         for site, leg in enumerate(legs)
     ]
-    moved = canonicalize(xp, chain, sweep.center, center)
+    moved = list(canonicalize(xp, chain, sweep.center, center))
+    if scale != 1:
+        check_range(xp, moved[center], dtype, scale)
+        moved[center] = moved[center] * scale
     cuts = [sweep.cuts[bond] for bond in sorted(sweep.cuts)]
     info = TruncationInfo(
         discarded=tuple(float(cut.discarded[index]) * scale for cut in cuts),
@@ -253,7 +257,7 @@ def _result(
         ),
         methods=tuple(cut.method for cut in cuts),
     )
-    return MPO([xp.astype(core, dtype) for core in moved], shape, center), info
+    return MPO(narrowed(xp, moved, dtype), shape, center), info
 
 
 def _pick(array: Array, index: int, ndim: int) -> Array:

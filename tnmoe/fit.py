@@ -14,6 +14,7 @@ from tnmoe.canonical import canonicalize, shift_left, shift_right
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
+from tnmoe.precision import narrowed
 from tnmoe.shapes import positive_int
 
 
@@ -132,7 +133,7 @@ def fit(
     xp, name = start._backend, start._backend.dtype_name(start.cores[0])
     chains = [mpo._computable_cores() for mpo in targets]
     cores, info = _alternate(xp, chains, start._computable_cores(), max_sweeps, tol)
-    mpo = MPO([xp.astype(core, name) for core in cores], start.shape, 0)
+    mpo = MPO(narrowed(xp, cores, name), start.shape, 0)
     return (mpo, info) if return_info else mpo
 
 

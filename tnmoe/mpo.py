@@ -11,11 +11,12 @@ import numpy as np
 
 from tnmoe import algebra, spectrum
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES, WIDE_DTYPE
+from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize, vidal
 from tnmoe.contraction import apply_cores, to_padded_matrix
 from tnmoe.errors import InputError
 from tnmoe.plan import Selection
+from tnmoe.precision import computable, narrowed, widened
 from tnmoe.rounding import round_chain
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
@@ -171,8 +172,8 @@ class MPO:
 
     def to_matrix(self) -> Array:
         """The dense matrix, shape (out_features, in_features)."""
-        matrix = to_padded_matrix(self.cores)
-        return matrix[: self.shape.out_features, : self.shape.in_features]
+        matrix = to_padded_matrix(self._backend, self._computable_cores())
+        return self._in_own_dtype(matrix)[: self.shape.out_features, : self.shape.in_features]
 
     def apply(self, x: Array) -> Array:
         """Apply to vectors along the last axis: (..., in_features) → (..., out_features).
@@ -199,7 +200,9 @@ class MPO:
         vectors = x.reshape(prod(x.shape[:-1]), shape.in_features)
         if shape.padded_in != shape.in_features:
             vectors = xp.pad(vectors, vectors.shape[0], shape.padded_in)
-        result = apply_cores(shape, self.cores, vectors)
+        result = apply_cores(xp, shape, self._computable_cores(), computable(xp, vectors))
+        if xp.dtype_name(x) == xp.dtype_name(self.cores[0]):
+            result = self._in_own_dtype(result)
         return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)
 
     def __add__(self, other: MPO) -> MPO:
@@ -347,9 +350,7 @@ class MPO:
         xp = self._backend
         if self.center is not None:
             return xp.norm(self.cores[self.center])
-        name = xp.dtype_name(self.cores[0])
-        wide = WIDE_DTYPE.get(COMPUTE_DTYPE.get(name, name), name)
-        cores = [xp.astype(core, wide) for core in self.cores]
+        cores = [widened(xp, core) for core in self.cores]
         squared = algebra.inner(xp, cores, cores).real
         if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
             return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
@@ -380,8 +381,7 @@ class MPO:
         center = check_center(self.shape, center)
         cores = canonicalize(self._backend, self._computable_cores(), self.center, center)
         name = self._backend.dtype_name(self.cores[0])
-        cores = tuple(self._backend.astype(core, name) for core in cores)
-        return MPO(cores, self.shape, center)
+        return MPO(narrowed(self._backend, cores, name), self.shape, center)
 
     def vidal(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Symmetric (Vidal) form: cores Γ and the Schmidt values λ of the bonds between them.
@@ -405,8 +405,8 @@ class MPO:
         """
         exact = self.compress(center=0)
         gammas, values = vidal(self._backend, exact._computable_cores())
-        own = self._in_own_dtype
-        return tuple(own(gamma) for gamma in gammas), tuple(values)
+        name = self._backend.dtype_name(self.cores[0])
+        return tuple(narrowed(self._backend, gammas, name)), tuple(values)
 
     @overload
     def compress(
@@ -487,7 +487,7 @@ class MPO:
         xp, name = self._backend, self._backend.dtype_name(self.cores[0])
         rounded, info = round_chain(xp, self._computable_cores(), selection)
         cores = canonicalize(xp, rounded, self.shape.sites - 1, center)
-        mpo = MPO([xp.astype(core, name) for core in cores], self.shape, center)
+        mpo = MPO(narrowed(xp, cores, name), self.shape, center)
         return (mpo, info) if return_info else mpo
 
     def schmidt_values(self, bond: int) -> Array:
@@ -509,9 +509,7 @@ class MPO:
         return spectrum.entanglement_entropy(values)
 
     def _computable_cores(self) -> tuple[Array, ...]:
-        xp = self._backend
-        name = xp.dtype_name(self.cores[0])
-        return tuple(xp.astype(core, COMPUTE_DTYPE.get(name, name)) for core in self.cores)
+        return tuple(computable(self._backend, core) for core in self.cores)
 
     def __repr__(self) -> str:
         return (

@@ -8,8 +8,9 @@ from operator import gt
 
 import numpy as np
 
+from tnmoe.bond_search import choose_bonds
 from tnmoe.errors import InputError
-from tnmoe.selection import check_limits, choose_bonds
+from tnmoe.selection import check_limits
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import squared_tails
 

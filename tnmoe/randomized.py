@@ -109,7 +109,7 @@ def _missed(xp: Backend, unfolding: Array, basis: Array, inside: Array) -> np.nd
         block = slice(start, start + step)
         rest = unfolding[..., block] - basis @ inside[..., block]
         rest = rest.reshape(-1, rows, rest.shape[-1])
-        missed = missed + np.array([float(xp.norm(one)) ** 2 for one in rest])
+        missed = missed + np.array([float(xp.to_numpy(xp.norm(one))) ** 2 for one in rest])
     return np.asarray(missed)
 
 

@@ -245,7 +245,7 @@ class Sweep:
 
     def _norms(self) -> np.ndarray:
         tensors = self.tensor.reshape(self._batch_size, *self.tensor.shape[-3:])
-        return np.array([float(self.xp.norm(tensor)) for tensor in tensors])
+        return np.array([float(self.xp.to_numpy(self.xp.norm(tensor))) for tensor in tensors])
 
 
 def _environment(cores: Sequence[Array], from_left: bool) -> Array:

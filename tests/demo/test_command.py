@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -228,12 +229,18 @@ def test_interrupting_leaves_no_folder_and_no_traceback(
         [TNMOE, "demo", "--model", tiny_model, "--data", sentences, "--output", output,
          "--steps", "100000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A test run in the background ignores SIGINT, and its children would too.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    # The parameter report is printed once the first fine-tuning is about to start.
-    assert any("whole model" in line for line in process.stdout)
-    time.sleep(delay)
-    send(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        # The parameter report is printed once the first fine-tuning is about to start.
+        assert any("whole model" in line for line in process.stdout)
+        time.sleep(delay)
+        send(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert "interrupted; nothing was written" in errors
     assert "Traceback" not in errors

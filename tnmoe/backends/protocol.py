@@ -21,6 +21,14 @@ COMPLEX_DTYPES = ("complex64", "complex128")
 COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32"}
 # The dtype in which sums of squares of a dtype lose nothing that it can hold.
 WIDE_DTYPE = {"float32": "float64", "complex64": "complex128"}
+LARGEST = {
+    "float16": 65504.0,
+    "bfloat16": (2 - 2.0**-7) * 2.0**127,
+    "float32": (2 - 2.0**-23) * 2.0**127,
+    "float64": (2 - 2.0**-52) * 2.0**1023,
+    "complex64": (2 - 2.0**-23) * 2.0**127,
+    "complex128": (2 - 2.0**-52) * 2.0**1023,
+}
 EPSILON = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,

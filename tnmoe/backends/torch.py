@@ -43,7 +43,8 @@ class TorchBackend:
         return norm.to(array.real.dtype)
 
     def conj(self, array: Tensor) -> Tensor:
-        return array.conj() if array.is_complex() else array
+        # In memory, because what is only marked as conjugate has no .numpy().
+        return array.conj_physical() if array.is_complex() else array
 
     def permute(self, array: Tensor, axes: Sequence[int]) -> Tensor:
         return array.permute(*axes)
@@ -52,7 +53,7 @@ class TorchBackend:
         return matrix.transpose(-1, -2)
 
     def adjoint(self, matrix: Tensor) -> Tensor:
-        return self.conj(matrix).transpose(-1, -2)
+        return matrix.mH
 
     def pad(self, matrix: Tensor, rows: int, columns: int) -> Tensor:
         return torch.nn.functional.pad(

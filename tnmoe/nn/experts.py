@@ -9,11 +9,11 @@ from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.decompose import decompose
 from tnmoe.errors import InputError
+from tnmoe.nn.grouped import Groups
 from tnmoe.nn.projection import Projection, SharedProjection, StackedProjection
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO
@@ -126,27 +126,49 @@ class Experts(nn.Module):
         Tensor, shape (T, H)
             In the dtype of ``hidden_states``.
         """
+        if _is_transformed():
+            return self._all_on_all(hidden_states, top_k_index, top_k_weights)
         tokens, choices = top_k_index.shape
-        expert_of_slot = top_k_index.reshape(-1)
-        # Slots sorted by expert, so that every expert sees one contiguous block of tokens.
-        order = expert_of_slot.argsort(stable=True)
-        counts = torch.bincount(expert_of_slot, minlength=self.num_experts).tolist()
-        states = hidden_states[order // choices]
-        inner = self.activation(self._project(self.gate or self.up, states, counts))
+        groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        states = hidden_states[groups.order // choices].to(dtype or hidden_states.dtype)
+        inner = self.activation((self.gate or self.up)(states, groups))
         if self.gate is not None:
-            inner = inner * self._project(self.up, states, counts)
-        outputs = self._project(self.down, inner, counts)
-        outputs = outputs * top_k_weights.reshape(-1)[order, None]
+            inner = inner * self.up(states, groups)
+        outputs = self.down(inner, groups)
+        outputs = outputs * top_k_weights.reshape(-1)[groups.order, None]
         # The inverse permutation brings slots back to tokens without scattered additions.
-        outputs = outputs[order.argsort()].view(tokens, choices, self.hidden_size).sum(1)
+        outputs = outputs[groups.inverse].view(tokens, choices, self.hidden_size).sum(1)
         return outputs.to(hidden_states.dtype)
 
-    @staticmethod
-    def _project(projection: Projection, states: Tensor, counts: list[int]) -> Tensor:
-        """Every expert's matrix on its own block of tokens."""
-        biases = [None] * len(counts) if projection.bias is None else projection.bias.unbind(0)
-        blocks = zip(states.split(counts), projection.weight().unbind(0), biases, strict=True)
-        return torch.cat([F.linear(block, weight, bias) for block, weight, bias in blocks])
+    def _all_on_all(self, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Every expert on every token, unchosen ones weighted 0.
+
+        Under ``torch.func`` how many tokens an expert gets is not a number that code may depend
+        on, so this costs E times as much there.
+        """
+        experts = torch.arange(self.num_experts, device=states.device)
+        chosen = top_k_index[..., None] == experts
+        weights = (chosen * top_k_weights[..., None]).sum(-2)
+
+        def project(projection: Projection, equation: str, states: Tensor) -> Tensor:
+            result = torch.einsum(equation, states, projection.weight())
+            return result if projection.bias is None else result + projection.bias
+
+        inner = self.activation(project(self.gate or self.up, "th,efh->tef", states))
+        if self.gate is not None:
+            inner = inner * project(self.up, "th,efh->tef", states)
+        outputs = project(self.down, "tef,ehf->teh", inner)
+        return torch.einsum("teh,te->th", outputs, weights.to(outputs.dtype)).to(states.dtype)
+
+
+def _is_transformed() -> bool:
+    """Whether a transformation of ``torch.func`` is under way."""
+    # Tracing cannot look inside, and compiles the transformed function as it is.
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 class DenseExperts(Experts):

@@ -6,13 +6,21 @@ from abc import ABC, abstractmethod
 from math import prod, sqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction import stacked_to_padded_matrices
+from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
 from tnmoe.errors import InputError
+from tnmoe.nn.grouped import Groups, grouped_linear
+from tnmoe.nn.in_order import chain_linear
+from tnmoe.nn.materialize import Legs, environments, shared_linear
+from tnmoe.nn.weight_cache import weight_cache
+from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape, positive_int
 from tnmoe.shared import SharedMPO
+
+_TORCH = backend_named("torch")
 
 
 class Projection(nn.Module, ABC):
@@ -50,6 +58,19 @@ class Projection(nn.Module, ABC):
     @abstractmethod
     def weight(self) -> Tensor:
         """All matrices, shape (E, out, in)."""
+
+    @abstractmethod
+    def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Rows (T, in), sorted by expert, times their experts' matrices: (T, out)."""
+
+    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Every expert's matrix, and its bias, on its own rows: (T, in) → (T, out)."""
+        result = self.multiply(rows, groups)
+        if self.bias is None:
+            return result
+        # A product with the experts' indicators: its gradient, too, is one, not a scatter.
+        mine = groups.experts[:, None] == torch.arange(self.num_experts, device=rows.device)
+        return torch.addmm(result, mine.to(rows.dtype), self.bias.to(rows.dtype))
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -110,6 +131,9 @@ class StackedProjection(Projection):
     def weight(self) -> Tensor:
         return self.stacked
 
+    def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        return grouped_linear(rows, self.stacked.to(rows.dtype), groups.offsets)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         bound = 1 / sqrt(self.in_features)
@@ -142,6 +166,8 @@ class SharedProjection(Projection):
 
     center: nn.Parameter
     aux: nn.ParameterList
+    # One of "shared", "chain", "dense", "cached" to fix the route; by default it is planned.
+    route: str | None = None
 
     def __init__(
         self,
@@ -188,9 +214,80 @@ class SharedProjection(Projection):
     def weight(self) -> Tensor:
         aux = tuple(self.aux)
         matrices = stacked_to_padded_matrices(
-            backend_named("torch"), self.center, aux[: self.site], aux[self.site :]
+            _TORCH, self.center, aux[: self.site], aux[self.site :]
         )
         return matrices[:, : self.out_features, : self.in_features]
+
+    def plan(self, rows: int, training: bool) -> ContractionPlan:
+        """How so many rows go through; ``print`` it to see what every route would cost."""
+        return contraction_plan(
+            self.shape,
+            self._bond_dims,
+            rows,
+            experts=self.num_experts,
+            center=self.site,
+            training=training,
+            cached=not training and weight_cache.has_room(self),
+            device=self.center.device.type,
+            itemsize=self.center.element_size(),
+        )
+
+    def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        if torch.compiler.is_compiling():
+            return grouped_linear(rows, self.weight().to(rows.dtype), groups.offsets)
+        route = self.route or self.plan(groups.rows, self._in_training(rows)).route
+        if route == "cached":
+            return grouped_linear(rows, weight_cache.get(self, rows.dtype), groups.offsets)
+        if self.shape.padded_in != self.in_features:
+            rows = F.pad(rows, (0, self.shape.padded_in - self.in_features))
+        multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}[route]
+        return multiply(rows, groups)[:, : self.out_features]
+
+    def _in_training(self, rows: Tensor) -> bool:
+        tensors = (rows, self.center, *self.aux)
+        return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+
+    def _cores(self, dtype: torch.dtype) -> list[Tensor]:
+        """Cores of all sites, in one dtype; those that experts own have an expert axis."""
+        cores = [core.to(dtype) for core in self.aux]
+        cores.insert(self.site, self.center.to(dtype))
+        return cores
+
+    def _dense(self, rows: Tensor, groups: Groups) -> Tensor:
+        aux = [core.to(rows.dtype) for core in self.aux]
+        left, right = environments(aux[: self.site], aux[self.site :])
+        return shared_linear(rows, self.center.to(rows.dtype), left, right, self.legs, groups)
+
+    def _shared(self, rows: Tensor, groups: Groups) -> Tensor:
+        return chain_linear(rows, self._cores(rows.dtype), groups)
+
+    def _chain(self, rows: Tensor, groups: Groups) -> Tensor:
+        cores = self._cores(rows.dtype)
+        blocks = [
+            apply_cores(
+                _TORCH,
+                self.shape,
+                [core if core.ndim == 4 else core[expert] for core in cores],
+                rows[start:stop],
+            )
+            for expert, start, stop in groups.spans
+        ]
+        return torch.cat(blocks) if blocks else rows.new_zeros(0, self.shape.padded_out)
+
+    @property
+    def _bond_dims(self) -> tuple[int, ...]:
+        shapes = [core.shape[-4:] for core in self.aux]
+        shapes.insert(self.site, self.center.shape)
+        return tuple(shape[0] for shape in shapes[1:])
+
+    @property
+    def legs(self) -> Legs:
+        """Legs of the sites on either side of the shared one, taken together."""
+
+        def split(dims: tuple[int, ...]) -> tuple[int, int, int]:
+            return prod(dims[: self.site]), dims[self.site], prod(dims[self.site + 1 :])
+
+        return Legs(split(self.shape.out_dims), split(self.shape.in_dims))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,0 +1,261 @@
+"""Layers of experts side by side: forward, and forward with backward, of the same tokens.
+
+    python benchmarks/experts.py --experts 8 --tokens 512 4096
+    python benchmarks/experts.py --layers 'tnmoe*' grouped_mm --modes train
+    python benchmarks/experts.py --check-plan      # every route beside the one that is planned
+    python benchmarks/experts.py --building        # building matrices beside the machine's rate
+
+Layers take turns within a run (machine.py says what a turn is); medians are over turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import expert_layers
+import torch
+from machine import (
+    environment,
+    gemm_rate,
+    hardware_slug,
+    keep_freed_memory,
+    limit_memory,
+    set_threads,
+    timed,
+    timed_turn,
+)
+from peers import OnTorch, Unsupported
+
+import tnmoe as tn
+from tnmoe.nn import SharedProjection
+from tnmoe.nn.grouped import Groups
+from tnmoe.nn.materialize import Legs, build, environments
+from tnmoe.tables import format_table
+
+FFNS = {"768x3072": (768, 3072), "1024x4096": (1024, 4096)}
+BASELINES = ("Switch loop", "grouped_mm")
+ROUTES = ("shared", "chain", "dense", "cached")
+
+
+def main() -> None:
+    options = parse_arguments()
+    limit_memory(options.memory, options.device)
+    keep_freed_memory()
+    threads = set_threads()
+    library = OnTorch(options.device)
+    torch.set_default_device(options.device)
+    report: dict[str, Any] = {
+        "environment": environment([], options.device, threads),
+        "gemm flops/s": gemm_rate("float32", options.device),
+        "cases": [],
+    }
+    output = options.output or default_output(options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(report["environment"], indent=1))
+    measure = check_plan if options.check_plan else compare
+    if options.building:
+        report["building"] = building(library, report["gemm flops/s"])
+    else:
+        for ffn, gate, experts, tokens in product(
+            options.ffn, options.gates, options.experts, options.tokens
+        ):
+            case = {"ffn": ffn, "gated": gate == "gated", "experts": experts, "tokens": tokens}
+            report["cases"].append(case | measure(case, library, options))
+            output.write_text(json.dumps(report, indent=1) + "\n")
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ffn", nargs="*", default=["768x3072"], choices=FFNS)
+    parser.add_argument("--gates", nargs="*", default=["relu"], choices=("relu", "gated"))
+    parser.add_argument("--experts", nargs="*", type=int, default=[8])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 8, 64, 512, 4096])
+    parser.add_argument("--modes", nargs="*", default=["infer", "train"])
+    parser.add_argument("--layers", nargs="*", default=["*"], help="patterns of layer names")
+    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--check-plan", action="store_true")
+    parser.add_argument("--building", action="store_true")
+    parser.add_argument("--memory", type=float, default=18.0, help="GiB of addresses, on the CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args()
+
+
+def default_output(options: argparse.Namespace) -> Path:
+    kind = "-plan" * options.check_plan + "-building" * options.building
+    name = f"experts{kind}-{hardware_slug(options.device)}.json"
+    return Path(__file__).parent / "results" / name
+
+
+def call_of(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], mode: str) -> Callable:
+    """What is timed: a forward pass, or one with its backward."""
+    states, index, weights = inputs
+
+    def infer() -> torch.Tensor:
+        with torch.no_grad():
+            return layer(states, index, weights)
+
+    def train() -> None:
+        layer.zero_grad(set_to_none=True)
+        leaf = states.detach().requires_grad_()
+        result = layer(leaf, index, weights)
+        result.backward(torch.ones_like(result))
+
+    return train if mode == "train" else infer
+
+
+def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) -> dict[str, Any]:
+    """All layers in both modes."""
+    hidden, inner = FFNS[case["ffn"]]
+    inputs = expert_layers.inputs(case["tokens"], case["experts"], hidden)
+    makers = [
+        (name, make)
+        for name, make in expert_layers.layers(case["experts"], hidden, inner, case["gated"])
+        if any(fnmatch(name, pattern) for pattern in options.layers)
+    ]
+    rows: dict[str, dict[str, Any]] = {name: {} for name, _ in makers}
+    for mode in options.modes:
+        calls = {}
+        for name, make in makers:
+            try:
+                layer = make()
+                call = call_of(layer, inputs, mode)
+                call()
+                calls[name] = call, timed(call, library)[0]
+            except (Unsupported, RuntimeError, MemoryError) as reason:
+                rows[name][mode] = {"note": str(reason).split("\n")[0][:60]}
+        seconds = take_turns(calls, library, options.repeats)
+        for name, values in seconds.items():
+            rows[name][mode] = {"seconds": values, "median s": median(values)}
+        calls.clear()
+        gc.collect()
+    print(as_text(case, rows, options.modes), flush=True)
+    return {"layers": rows}
+
+
+def take_turns(
+    calls: dict[str, tuple[Callable, float]], library: OnTorch, repeats: int
+) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, (call, expected) in calls.items():
+            seconds[name].append(timed_turn(call, library, expected))
+    return seconds
+
+
+def as_text(case: dict[str, Any], rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
+    headers, table = ["layer"], []
+    for mode in modes:
+        headers += [f"{mode} ms", "/ best MoE"]
+    best = {
+        mode: min(
+            (rows[name][mode].get("median s", float("inf")) for name in BASELINES if name in rows),
+            default=float("inf"),
+        )
+        for mode in modes
+    }
+    for name, row in rows.items():
+        cells = [name]
+        for mode in modes:
+            value = row[mode].get("median s")
+            if value is None:
+                cells += [row[mode]["note"][:24], "-"]
+            else:
+                cells += [f"{1e3 * value:.2f}", f"{value / best[mode]:.2f}"]
+        table.append(cells)
+    title = ", ".join(f"{key} {value}" for key, value in case.items())
+    return f"{title}\n{format_table(headers, table)}\n"
+
+
+def check_plan(
+    case: dict[str, Any], library: OnTorch, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One projection by every route: is the planned one the fastest, and by how much not?"""
+    hidden, inner = FFNS[case["ffn"]]
+    states, index, _ = expert_layers.inputs(case["tokens"], case["experts"], hidden)
+    groups = Groups.of(index.reshape(-1), case["experts"])
+    states = states[groups.order]
+    shapes: list[tuple[str, tn.MPOShape, int | None]] = [
+        (f"bond {bond or 'exact'}", tn.MPOShape.for_matrix(inner, hidden, 5), bond)
+        for bond in expert_layers.BONDS
+    ] + [
+        (f"split {group}", tn.MPOShape.split(inner, hidden, group, group), None)
+        for group in expert_layers.GROUPS
+    ]
+    found, table = [], []
+    for (name, shape, bond), mode in product(shapes, options.modes):
+        projection = SharedProjection(case["experts"], shape, max_bond=bond)
+        planned = projection.plan(case["tokens"], mode == "train")
+        medians = {}
+        for route in ROUTES if mode == "infer" else ROUTES[:3]:
+            if planned.seconds[route] > 30 * min(planned.seconds.values()):
+                continue
+            call = partial(_one_route, projection, route, states, groups, mode == "train")
+            call()
+            turns = take_turns({route: (call, timed(call, library)[0])}, library, options.repeats)
+            medians[route] = median(turns[route])
+        fastest = min(medians, key=lambda route: medians[route])
+        excess = medians[planned.route] / medians[fastest] - 1
+        found.append({"shape": name, "mode": mode, "planned": planned.route, "excess": excess,
+                      "seconds": medians, "predicted": planned.seconds})  # fmt: skip
+        table.append([name, mode, planned.route, fastest, f"{excess:.0%}",
+                      *(f"{1e3 * medians[r]:.2f}" if r in medians else "-" for r in ROUTES),
+                      *(f"{1e3 * planned.seconds[r]:.2f}" if r in medians else "-"
+                        for r in ROUTES)])  # fmt: skip
+    headers = ["shape", "mode", "planned", "fastest", "excess", *ROUTES, *(f"~{r}" for r in ROUTES)]
+    print(f"{case}\n{format_table(headers, table)}\n", flush=True)
+    return {"routes": found}
+
+
+def _one_route(
+    projection: SharedProjection, route: str, states: torch.Tensor, groups: Any, training: bool
+) -> None:
+    projection.route = route
+    if not training:
+        with torch.no_grad():
+            projection(states, groups)
+        return
+    projection.zero_grad(set_to_none=True)
+    result = projection(states.detach().requires_grad_(), groups)
+    result.backward(torch.ones_like(result))
+
+
+@torch.no_grad()
+def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
+    """Building 8 experts' matrices one by one, as a share of the rate of large products."""
+    found, table = [], []
+    for bond in expert_layers.BONDS:
+        projection = SharedProjection(8, tn.MPOShape.for_matrix(3072, 768, 5), max_bond=bond)
+        center, aux, site = projection.center, list(projection.aux), projection.site
+        left, right = environments(aux[:site], aux[site:])
+        call = partial(_build_each, center, left, right, projection.legs)
+        call()
+        seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 5)[""])
+        rows = projection.legs.half_rows // projection.legs.in_[1] // projection.legs.out[1]
+        depth, columns = center.shape[0], center[0].numel()
+        whole = projection.legs.half_rows * right[0].numel()
+        share = 8 * 2 * (rows * depth * columns + whole) / seconds / rate
+        found.append({"bond": bond, "seconds": seconds, "share": share})
+        table.append([bond or "exact", f"{1e3 * seconds:.1f}", f"{share:.0%}"])
+    print(format_table(["bond", "ms", "of the rate"], table))
+    return found
+
+
+def _build_each(center: torch.Tensor, left: torch.Tensor, right: torch.Tensor, legs: Legs) -> None:
+    for expert in range(len(left)):
+        build(center, left[expert : expert + 1], right[expert : expert + 1], legs)
+
+
+if __name__ == "__main__":
+    main()

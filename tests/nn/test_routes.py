@@ -1,0 +1,292 @@
+"""Every route computes what the experts' dense matrices do, forwards and backwards."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import tnmoe as tn
+from tnmoe import nn
+from tnmoe.nn.grouped import Groups, grouped_linear, grouped_outer
+from tnmoe.nn.projection import SharedProjection
+from tnmoe.nn.weight_cache import weight_cache
+
+ROUTES = ("dense", "shared", "chain", "cached")
+SHAPES = {
+    "interleaved": tn.MPOShape((2, 3, 2), (3, 2, 2)),
+    "five sites": tn.MPOShape((2, 1, 3, 2, 2), (1, 2, 2, 3, 2)),
+    "padded": tn.MPOShape((2, 3, 2), (3, 2, 2), 11, 10),
+    "split": tn.MPOShape.split(12, 8, 4, 2),
+    "two sites a side": tn.MPOShape((2, 2, 3, 1, 1), (1, 1, 2, 2, 2)),
+    "centre first": tn.MPOShape((6, 2), (4, 2)),
+    "centre last": tn.MPOShape((2, 6), (2, 4)),
+}
+
+
+def projection(name="interleaved", experts=3, max_bond=None, bias=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    made = SharedProjection(experts, SHAPES[name], bias, max_bond, dtype=dtype)
+    if bias:
+        torch.nn.init.normal_(made.bias)
+    return made
+
+
+def grouped(index, experts):
+    return Groups.of(torch.as_tensor(index, dtype=torch.int64), experts)
+
+
+def one_by_one(projection, rows, index):
+    """The definition: every row times its own expert's dense matrix."""
+    matrices = torch.stack(
+        [projection.to_shared().expert(e).to_matrix() for e in range(projection.num_experts)]
+    )
+    result = torch.einsum("toi,ti->to", matrices[index], rows)
+    return result if projection.bias is None else result + projection.bias[index]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=12), st.sampled_from((None, 1, 2)), st.booleans())
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_route_gives_every_row_its_own_experts_product(route, name, index, max_bond, bias):
+    made = projection(name, max_bond=max_bond, bias=bias)
+    made.route = route
+    index = torch.tensor(sorted(index), dtype=torch.int64)
+    rows = torch.randn(len(index), made.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        result = made(rows, grouped(index, 3))
+        torch.testing.assert_close(result, one_by_one(made, rows, index))
+
+
+@pytest.mark.parametrize("route", ["dense", "shared", "chain"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("index", [[0, 0, 2, 2, 2], [1, 1, 1, 1, 1]])
+def test_gradients_of_a_route_agree_with_finite_differences(route, name, index):
+    made = projection(name, max_bond=2, bias=True)
+    made.route = route
+    rows = torch.randn(5, made.in_features, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in made.named_parameters()]
+
+    def function(rows, *cores):
+        cores = dict(zip(names, cores, strict=True))
+        for core, value in cores.items():
+            holder, _, last = core.rpartition(".")
+            module = made.get_submodule(holder)
+            module._parameters[last] = value
+        return made(rows, grouped(index, 3))
+
+    cores = [core.detach().clone().requires_grad_() for core in made.parameters()]
+    assert torch.autograd.gradcheck(function, (rows, *cores))
+
+
+@pytest.mark.parametrize("route", ["dense", "shared"])
+def test_gradients_are_those_of_the_dense_matrices_where_only_some_are_wanted(route):
+    for frozen in ("center", "aux.0", "rows"):
+        gradients = []
+        for way in (route, None):
+            made = projection(dtype=torch.float32)
+            made.route = route
+            rows = torch.randn(
+                4, made.in_features, generator=torch.Generator().manual_seed(1)
+            ).requires_grad_(frozen != "rows")
+            for name, core in made.named_parameters():
+                core.requires_grad_(name != frozen)
+            index = torch.tensor([0, 1, 1, 2])
+            result = made(rows, grouped(index, 3)) if way else one_by_one(made, rows, index)
+            result.square().sum().backward()
+            gradients.append([each.grad for each in (rows, *made.parameters())])
+        for ours, theirs in zip(*gradients, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs)
+
+
+@given(st.lists(st.integers(0, 4), max_size=20))
+def test_groups_sort_slots_stably_and_find_their_way_back(index):
+    slots = torch.tensor(index, dtype=torch.int64)
+    groups = Groups.of(slots, 5)
+    assert torch.equal(slots[groups.order], slots.sort(stable=True).values)
+    assert torch.equal(slots[groups.order][groups.inverse], slots)
+    assert torch.equal(groups.experts, slots[groups.order])
+    assert groups.offsets.tolist() == torch.bincount(slots, minlength=5).cumsum(0).tolist()
+    assert [stop - start for _, start, stop in groups.spans] == [
+        count for count in torch.bincount(slots, minlength=5).tolist() if count
+    ]
+
+
+def test_grouped_products_are_closed_under_differentiation():
+    rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    for function, inputs in (
+        (lambda a, b: grouped_linear(a, b, offsets), (rows, weight)),
+        (lambda a, b: grouped_outer(a, b, offsets), (other, rows)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+    torch.library.opcheck(
+        torch.ops.tnmoe.grouped_linear, (rows, weight, offsets), raise_exception=True
+    )
+    torch.library.opcheck(
+        torch.ops.tnmoe.grouped_outer, (other, rows, offsets), raise_exception=True
+    )
+
+
+def experts(route, dtype=torch.float32, gated=True, **details):
+    torch.manual_seed(0)
+    layer = nn.MPOExperts(4, 8, 12, "silu", gated, bias=True, sites=3, dtype=dtype, **details)
+    for module in layer.modules():
+        if isinstance(module, SharedProjection):
+            module.route = route
+    return layer
+
+
+def routing(tokens=10, top_k=2, experts=4):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+    weights = torch.rand(tokens, top_k, generator=generator)
+    return torch.randn(tokens, 8, generator=generator), index, weights
+
+
+@pytest.mark.parametrize("route", ["dense", "shared", "chain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_low_precision_and_keeps_gradients_in_that_of_the_cores(route, dtype):
+    states, index, weights = routing()
+    layer = experts(route)
+    expected = layer(states, index, weights)
+    with torch.autocast("cpu", dtype):
+        result = layer(states, index, weights)
+    assert not torch.equal(result, expected)
+    torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
+    result.square().sum().backward()
+    assert all(each.grad.dtype == torch.float32 for each in layer.parameters())
+    assert all(torch.isfinite(each.grad).all() for each in layer.parameters())
+
+
+@pytest.mark.parametrize("route", ["dense", "shared", "chain"])
+def test_activation_checkpointing_gives_the_same_gradients(route):
+    states, index, weights = routing()
+    gradients = []
+    for through in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        layer = experts(route)
+        inputs = states.clone().requires_grad_()
+        through(layer, inputs, index, weights).square().sum().backward()
+        gradients.append([inputs.grad, *(each.grad for each in layer.parameters())])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_function_transforms_see_the_layer_they_transform():
+    layer = experts(None, torch.float64)
+    states, index, weights = (
+        each.double() if each.is_floating_point() else each for each in routing()
+    )
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, states, index, weights):
+        out = torch.func.functional_call(layer, parameters, (states, index, weights))
+        return out.square().sum()
+
+    found = torch.func.grad(loss)(parameters, states, index, weights)
+    loss(parameters, states, index, weights).backward()
+    for name, each in layer.named_parameters():
+        torch.testing.assert_close(found[name], each.grad)
+    per_batch = torch.func.vmap(layer)(
+        states.view(2, 5, 8), index.view(2, 5, 2), weights.view(2, 5, 2)
+    )
+    torch.testing.assert_close(per_batch.view(10, 8), layer(states, index, weights))
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+def test_compiled_without_a_graph_break_it_computes_the_same(layout):
+    layer = experts("dense", layout=layout)
+    states, index, weights = routing()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (layer, compiled):
+        layer.zero_grad()
+        out = function(states, index, weights)
+        out.square().sum().backward()
+        results.append([out.detach(), *(each.grad.clone() for each in layer.parameters())])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(states, index, weights), results[0][0])
+
+
+@pytest.mark.parametrize("route", ["dense", "shared", "chain"])
+def test_deterministic_mode_is_respected(route):
+    states, index, weights = routing()
+    layer = experts(route)
+    torch.use_deterministic_algorithms(True)
+    try:
+        layer(states, index, weights).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cache():
+    weight_cache.clear()
+    limit = weight_cache.limit
+    yield weight_cache
+    weight_cache.enabled, weight_cache.limit = True, limit
+    weight_cache.clear()
+
+
+def test_cached_matrices_follow_every_change_of_a_core(cache):
+    made = projection(dtype=torch.float32)
+    made.route = "cached"
+    rows, index = torch.randn(3, made.in_features), torch.tensor([0, 1, 2])
+    changes = (
+        lambda: made.center.mul_(2),
+        lambda: made.aux[1].add_(1),
+        lambda: setattr(made, "center", torch.nn.Parameter(made.center * 3)),
+        lambda: made.load_state_dict({k: v + 1 for k, v in made.state_dict().items()}),
+        lambda: made.double().float(),
+    )
+    with torch.no_grad():
+        for change in changes:
+            before = made(rows, grouped(index, 3))
+            assert made(rows, grouped(index, 3)).equal(before)
+            change()
+            after = made(rows, grouped(index, 3))
+            torch.testing.assert_close(after, one_by_one(made, rows, index))
+    # An optimiser's step is such a change.
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    made.route = "dense"
+    made(rows, grouped(index, 3)).sum().backward()
+    optimizer.step()
+    made.route = "cached"
+    with torch.no_grad():
+        torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
+
+
+def test_the_cache_keeps_to_its_limit_and_lets_go(cache):
+    first, second = projection(dtype=torch.float32), projection("split", dtype=torch.float32)
+    size = 4 * 3 * 12 * 12
+    cache.limit = size
+    with torch.no_grad():
+        assert first.plan(100, training=False).seconds.keys() >= {"cached"}
+        cache.get(first, torch.float32)
+        assert cache.used == size
+        assert "cached" not in second.plan(100, training=False).seconds
+        assert "cached" not in first.plan(100, training=True).seconds
+    copy.deepcopy(first)
+    assert cache.used == size
+    del first
+    assert cache.used == 0
+    cache.enabled = False
+    assert "cached" not in second.plan(100, training=False).seconds
+
+
+def test_nothing_is_cached_while_gradients_are_asked_for(cache):
+    layer = experts(None)
+    states, index, weights = routing()
+    layer(states, index, weights).sum().backward()
+    assert cache.used == 0
+    assert all(each.grad is not None for each in layer.parameters())

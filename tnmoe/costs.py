@@ -1,0 +1,89 @@
+"""How long products take on a device: a model of three numbers, and what is known of devices."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_RATES: dict[str, Rates] = {}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does per second.
+
+    Attributes
+    ----------
+    flops : float
+        Floating-point operations per second of a large matrix product.
+    half_depth : float
+        Inner dimension at which a product runs at half that rate.
+    bandwidth : float
+        Bytes per second, read or written.
+    launch : float
+        Seconds that an operation takes at least.
+    """
+
+    flops: float
+    half_depth: float
+    bandwidth: float
+    launch: float
+
+    def product(self, rows: float, depth: float, columns: float, itemsize: int) -> float:
+        """Seconds of (rows, depth) · (depth, columns)."""
+        if not rows * depth * columns:
+            return 0.0
+        # The narrowest side decides how well the arithmetic units are fed.
+        narrow = min(rows, depth, columns)
+        compute = 2 * rows * depth * columns * (1 + self.half_depth / narrow) / self.flops
+        moved = (rows * depth + depth * columns + rows * columns) * itemsize
+        return max(compute, moved / self.bandwidth) + self.launch
+
+    def move(self, numbers: float, itemsize: int) -> float:
+        """Seconds to read and write so many numbers once, in another order."""
+        return 2 * numbers * itemsize / self.bandwidth + self.launch
+
+
+# Of the order of a present-day machine: routes differ by factors, so that does for a start.
+_TYPICAL = {
+    "cpu": Rates(flops=2e11, half_depth=16, bandwidth=2e10, launch=5e-6),
+    "cuda": Rates(flops=3e14, half_depth=128, bandwidth=2e12, launch=8e-6),
+}
+
+
+def get_rates(device: str) -> Rates:
+    """Rates of a device kind: those set, else those stored by a measurement, else typical ones."""
+    if device not in _RATES:
+        _RATES[device] = _stored().get(device) or _TYPICAL.get(device, _TYPICAL["cuda"])
+    return _RATES[device]
+
+
+def set_rates(device: str, rates: Rates, store: bool = False) -> None:
+    """Plan with these rates from now on, and in later processes too if they are stored."""
+    _RATES[device] = rates
+    if not store:
+        return
+    known = {name: asdict(value) for name, value in {**_stored(), device: rates}.items()}
+    path = rates_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(known, indent=1))
+    partial.replace(path)
+
+
+def rates_path() -> Path:
+    """Where measured rates are stored: in ``$TNMOE_CACHE``, or the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TNMOE_CACHE") or Path(cache) / "tnmoe") / "rates.json"
+
+
+def _stored() -> dict[str, Rates]:
+    # A missing or broken file is the same as no measurement.
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        return {
+            name: Rates(**values) for name, values in json.loads(rates_path().read_text()).items()
+        }
+    return {}

@@ -1,0 +1,48 @@
+"""In which precision things are computed, and back to that of the caller without overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tnmoe.backends import Array, Backend
+from tnmoe.backends.protocol import COMPUTE_DTYPE, LARGEST, WIDE_DTYPE
+from tnmoe.errors import InputError
+
+
+def computable(xp: Backend, array: Array) -> Array:
+    """The array in a dtype that has linear algebra: half precision becomes single."""
+    name = xp.dtype_name(array)
+    return xp.astype(array, COMPUTE_DTYPE.get(name, name))
+
+
+def widened(xp: Backend, array: Array) -> Array:
+    """The array in double precision."""
+    name = xp.dtype_name(array)
+    name = COMPUTE_DTYPE.get(name, name)
+    return xp.astype(array, WIDE_DTYPE.get(name, name))
+
+
+def narrowed(xp: Backend, cores: Iterable[Array], dtype: str) -> list[Array]:
+    """Computed cores in the dtype that was asked for.
+
+    Raises
+    ------
+    InputError
+        If an entry is too large for it. A core in canonical form may hold the norm of the whole
+        operator, which can be too large where no entry of the matrix is.
+    """
+    cores = list(cores)
+    for core in cores:
+        if xp.dtype_name(core) != dtype:
+            check_range(xp, core, dtype)
+    return [xp.astype(core, dtype) for core in cores]
+
+
+def check_range(xp: Backend, core: Array, dtype: str, factor: float = 1.0) -> None:
+    """Raise an InputError if an entry, times a factor, is too large for a dtype."""
+    largest = xp.max_abs(core) * factor
+    if largest > LARGEST[dtype]:
+        raise InputError(
+            f"a core would have an entry of {largest:.3g}, more than {dtype} can hold "
+            f"({LARGEST[dtype]:.3g}): scale the operator down, or give a wider dtype"
+        )

@@ -1,0 +1,194 @@
+"""The ways from activations to outputs, and which of them a model of their cost prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+
+from tnmoe.costs import Rates
+from tnmoe.shapes import MPOShape
+from tnmoe.tables import format_table
+
+Path = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """How to apply an MPO, or the experts that share a core, to vectors, and what it costs.
+
+    Attributes
+    ----------
+    route : {"chain", "dense", "shared", "cached"}
+        ``chain`` contracts the vectors with the cores of their matrix; ``dense`` builds the
+        matrices first. For experts also: ``shared`` contracts the vectors with the cores from the
+        right, with the central core those of all experts together; ``cached`` has the matrices.
+    flops : int
+        Floating-point operations (a multiply-add counts as two) of a forward pass.
+    peak_elements : int
+        Numbers in the largest intermediate array.
+    path : tuple of tuple of int
+        Pairwise contractions in opt_einsum's form: of (vectors, cores…) on the chain route, of
+        (cores…) on the dense one; empty on the others.
+    seconds : dict
+        For experts: predicted seconds of every route that is open.
+    """
+
+    route: str
+    flops: int
+    peak_elements: int
+    path: Path
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        text = (
+            f"route {self.route}: {self.flops:.3g} flops, "
+            f"largest intermediate {self.peak_elements:.3g} numbers"
+        )
+        if not self.seconds:
+            steps = " ".join("·".join(map(str, step)) for step in self.path)
+            return f"{text}, path {steps or 'none'}"
+        ranking = sorted(self.seconds.items(), key=lambda item: item[1])
+        rows = [[name, f"{1e3 * seconds:.3f}"] for name, seconds in ranking]
+        return f"{text}\n{format_table(['route', 'predicted ms'], rows)}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One layer's worth of vectors for experts that share a core.
+
+    Attributes
+    ----------
+    shape, bond_dims, center : MPOShape, tuple of int, int
+        The matrices, and the site that is shared.
+    rows, experts : int
+        Vectors in all, and experts they may go to.
+    training : bool
+        Whether gradients will be asked for.
+    itemsize : int
+        Bytes of a number.
+    """
+
+    shape: MPOShape
+    bond_dims: tuple[int, ...]
+    center: int
+    rows: int
+    experts: int
+    training: bool
+    itemsize: int
+
+    @property
+    def active(self) -> float:
+        """Experts that get any rows, if all are equally likely; at least one."""
+        return max(1.0, self.experts * (1 - (1 - 1 / self.experts) ** self.rows))
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        return (1, *self.bond_dims, 1)
+
+    def split(self, dims: tuple[int, ...]) -> tuple[int, int, int]:
+        """Legs left of the centre, of the centre, and right of it."""
+        return prod(dims[: self.center]), dims[self.center], prod(dims[self.center + 1 :])
+
+
+@lru_cache(maxsize=4096)
+def expert_routes(
+    work: Work, rates: Rates, chain: ContractionPlan, cached: bool
+) -> ContractionPlan:
+    """The fastest route for experts, ``chain`` being the plan for one of them alone."""
+    seconds = {
+        "shared": _shared_seconds(work, rates),
+        "chain": _chain_seconds(work, rates, chain.flops),
+        "dense": _dense_seconds(work, rates),
+    }
+    if cached and not work.training:
+        seconds["cached"] = work.active * _product(work, rates, *_linear(work))
+    route = min(seconds, key=lambda name: seconds[name])
+    if route == "chain":
+        flops, peak = round(work.active * chain.flops), chain.peak_elements
+    else:
+        flops, peak = _flops_and_peak(work, route)
+    return ContractionPlan(route, flops, peak, chain.path if route == "chain" else (), seconds)
+
+
+def _flops_and_peak(work: Work, route: str) -> tuple[int, int]:
+    rows, depth, columns = _linear(work)
+    if route == "shared":
+        steps = list(_steps(work))
+        shared = sum(2 * prod(step[:3]) for step in steps)
+        return shared, max(step[0] * max(step[1], step[2]) for step in steps)
+    of_one = 2 * rows * depth * columns
+    if route == "dense":
+        of_one += sum(2 * prod(sizes) for sizes in _building(work))
+    return round(work.active * of_one), depth * columns
+
+
+def _product(work: Work, rates: Rates, rows: float, depth: float, columns: float) -> float:
+    """A product, and in training those of both its gradients."""
+    forward = rates.product(rows, depth, columns, work.itemsize)
+    if not work.training:
+        return forward
+    of_rows = rates.product(rows, columns, depth, work.itemsize)
+    return forward + of_rows + rates.product(depth, rows, columns, work.itemsize)
+
+
+def _linear(work: Work) -> tuple[float, int, int]:
+    """Sizes of one expert's product with its own matrix."""
+    return work.rows / work.active, work.shape.padded_in, work.shape.padded_out
+
+
+def _building(work: Work) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Sizes of the two products that build one expert's matrix."""
+    (out_l, out_c, out_r), (in_l, in_c, in_r) = map(
+        work.split, (work.shape.out_dims, work.shape.in_dims)
+    )
+    left, right = work.bonds[work.center : work.center + 2]
+    return (
+        (out_l * in_l, left, out_c * in_c * right),
+        (out_l * in_l * out_c * in_c, right, out_r * in_r),
+    )
+
+
+def _dense_seconds(work: Work, rates: Rates) -> float:
+    size = work.itemsize
+    half, whole = _building(work)
+    moved = rates.move(half[0] * half[2], size) + rates.move(whole[0] * whole[2], size)
+    building = sum(_product(work, rates, *sizes) for sizes in (half, whole)) + moved
+    if work.training:
+        # Built once more for the backward, and the gradients moved back.
+        again = sum(rates.product(*sizes, size) for sizes in (half, whole))
+        building += again + 2 * moved
+    return work.active * (building + _product(work, rates, *_linear(work)))
+
+
+def _steps(work: Work) -> Iterator[tuple[int, int, int, bool]]:
+    """Rows, depth and columns of every product on the shared route; whether the state is moved."""
+    rest, outs = work.shape.padded_in, 1
+    for site in reversed(range(work.shape.sites)):
+        out, in_ = work.shape.out_dims[site], work.shape.in_dims[site]
+        rest //= in_
+        before, after = work.bonds[site], work.bonds[site + 1]
+        yield work.rows * rest * outs, in_ * after, out * before, outs > 1 and in_ > 1
+        outs *= out
+
+
+def _shared_seconds(work: Work, rates: Rates) -> float:
+    passes = 3 if work.training else 1
+    total = rates.move(work.rows * work.shape.padded_out, work.itemsize) * passes
+    for position, (rows, depth, columns, moved) in enumerate(_steps(work)):
+        if moved:
+            total += passes * rates.move(rows * depth, work.itemsize)
+        if work.shape.sites - 1 - position == work.center:
+            total += _product(work, rates, rows, depth, columns)
+        else:
+            total += work.active * _product(work, rates, rows / work.active, depth, columns)
+    return total
+
+
+def _chain_seconds(work: Work, rates: Rates, flops: int) -> float:
+    """Of one expert after the other, with paths that are free to permute."""
+    passes = 3 if work.training else 1
+    # Small contractions run at a fraction of the rate, and every pairwise one is launched alone.
+    each = 4 * flops / rates.flops + 2 * work.shape.sites * rates.launch
+    return passes * work.active * each
