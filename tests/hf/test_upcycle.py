@@ -119,7 +119,8 @@ def test_a_saved_model_loads_to_the_same_outputs(tmp_path, name, layout):
     assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
     loaded = hf.from_pretrained(tmp_path / "saved")
     assert type(loaded) is type(model)
-    assert (outputs(loaded.eval()) == outputs(model)).all()
+    # Where an array lies in memory decides the order of its sums: equal numbers, to rounding.
+    torch.testing.assert_close(outputs(loaded.eval()), outputs(model))
     for (name_, mine), (other, theirs) in zip(
         sorted(model.state_dict().items()), sorted(loaded.state_dict().items()), strict=True
     ):
@@ -127,7 +128,9 @@ def test_a_saved_model_loads_to_the_same_outputs(tmp_path, name, layout):
         assert (mine == theirs).all()
     # And once more from the loaded model, which must be an ordinary one.
     loaded.save_pretrained(tmp_path / "again")
-    assert (outputs(hf.from_pretrained(tmp_path / "again").eval()) == outputs(model)).all()
+    torch.testing.assert_close(
+        outputs(hf.from_pretrained(tmp_path / "again").eval()), outputs(model)
+    )
 
 
 def test_each_central_core_is_stored_once(tmp_path):
@@ -150,7 +153,9 @@ with torch.no_grad():
     np.save({str(tmp_path / "out.npy")!r}, model(input_ids=ids, attention_mask=mask)[0].numpy())
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), outputs(model).numpy())
+    np.testing.assert_allclose(
+        np.load(tmp_path / "out.npy"), outputs(model).numpy(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_loaded_model_is_not_taken_for_a_quantized_one(tmp_path):

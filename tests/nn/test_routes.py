@@ -112,7 +112,7 @@ def test_groups_sort_slots_stably_and_find_their_way_back(index):
     assert torch.equal(slots[groups.order][groups.inverse], slots)
     assert torch.equal(groups.experts, slots[groups.order])
     assert groups.offsets.tolist() == torch.bincount(slots, minlength=5).cumsum(0).tolist()
-    assert [stop - start for _, start, stop in groups.spans] == [
+    assert [block.stop - block.start for _, block in groups.spans] == [
         count for count in torch.bincount(slots, minlength=5).tolist() if count
     ]
 

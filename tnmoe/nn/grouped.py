@@ -1,7 +1,12 @@
-"""Rows grouped by expert, and the product of every group with its own expert's matrix."""
+"""Rows grouped by expert, and the product of every group with its own expert's matrix.
+
+Rows may be matrices (k, n) instead of vectors (k,): the chain of cores in :mod:`in_order` then
+needs no permutation, the columns being legs that were contracted before.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -49,23 +54,18 @@ class Groups:
         return cls(experts, ends.to(torch.int32), rows, order, inverse)
 
     @cached_property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(expert, start, stop) of every expert that has rows. Waits for an accelerator."""
-        ends = [0, *self.offsets.tolist()]
-        return [
-            (expert, start, stop)
-            for expert, (start, stop) in enumerate(pairwise(ends))
-            if stop > start
-        ]
+    def spans(self) -> list[tuple[int, slice]]:
+        """Experts that have rows, and which. Waits for an accelerator."""
+        return list(blocks_of(self.offsets))
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``torch.nn.functional.linear`` of each block of rows with its own matrix.
+    """Product of each block of rows with its own matrix.
 
     Parameters
     ----------
-    rows : Tensor, shape (T, in)
-        Sorted by expert.
+    rows : Tensor, shape (T, in) or (T, in, n)
+        Sorted by expert. With columns, every row is a matrix whose columns are multiplied.
     weight : Tensor, shape (E, out, in)
         One matrix per expert, in the dtype of ``rows``.
     offsets : Tensor of int32, shape (E,)
@@ -73,7 +73,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (T, out)
+    Tensor, shape (T, out) or (T, out, n)
 
     Notes
     -----
@@ -83,30 +83,73 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """leftᵀ · right of every block of rows: (T, out), (T, in) → (E, out, in)."""
+    """leftᵀ · right of every block of rows: (T, out), (T, in) → (E, out, in).
+
+    Columns, (T, out, n) and (T, in, n), are summed over as well.
+    """
     return torch.ops.tnmoe.grouped_outer(left, right, offsets)
 
 
 @torch.library.custom_op("tnmoe::grouped_linear", mutates_args=())
 def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if rows.ndim == 3 and rows.is_cuda:
+        # Memory is fast there, and a grouped product is one launch.
+        count, depth, columns = rows.shape
+        flat = rows.mT.reshape(count * columns, depth)
+        result = _grouped_linear(flat, weight, offsets * columns)
+        return result.view(count, columns, -1).mT.contiguous()
     if _has_kernel(rows, weight):
         return F.grouped_mm(rows, weight.mT, offs=offsets)
-    result = rows.new_empty(rows.shape[0], weight.shape[1])
-    for expert, (start, stop) in enumerate(_blocks(offsets)):
-        if stop > start:
-            torch.mm(rows[start:stop], weight[expert].T, out=result[start:stop])
+    result = rows.new_empty(rows.shape[0], weight.shape[1], *rows.shape[2:])
+    for expert, block in blocks_of(offsets):
+        multiply_block(rows[block], weight[expert], result[block])
     return result
 
 
 @torch.library.custom_op("tnmoe::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    if left.ndim == 3 and left.is_cuda:
+        columns = left.shape[2]
+        flat = (each.mT.reshape(-1, each.shape[1]) for each in (left, right))
+        return _grouped_outer(*flat, offsets * columns)
     if _has_kernel(left, right):
         return F.grouped_mm(left.T, right, offs=offsets)
     result = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
-    for expert, (start, stop) in enumerate(_blocks(offsets)):
-        if stop > start:
-            torch.mm(left[start:stop].T, right[start:stop], out=result[expert])
+    for expert, block in blocks_of(offsets):
+        outer_block(left[block], right[block], result[expert])
     return result
+
+
+def multiply_block(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Rows (t, in) or (t, in, n) times a matrix (out, in), into ``out``."""
+    if rows.ndim == 2:
+        torch.mm(rows, matrix.T, out=out)
+    elif rows.shape[2] >= _WIDE:
+        torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)
+    else:
+        count, depth, columns = rows.shape
+        product = rows.mT.reshape(count * columns, depth) @ matrix.T
+        out.copy_(product.view(count, columns, -1).mT)
+
+
+def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """leftᵀ · right of (t, out) and (t, in), or of (t, out, n) and (t, in, n), into ``out``."""
+    if left.ndim == 2:
+        torch.mm(left.T, right, out=out)
+        return
+    out.zero_()
+    # Copies with the columns among the rows stay in a cache if they are made in pieces.
+    step = max(1, _PIECE // (left.shape[2] * (left.shape[1] + right.shape[1])))
+    for some, others in zip(left.split(step), right.split(step), strict=True):
+        flat = (each.mT.reshape(-1, each.shape[1]) for each in (some, others))
+        out.addmm_(next(flat).T, next(flat))
+
+
+# A batch of products with so many columns runs at the rate of one large product on a CPU.
+_WIDE = 16
+
+# Numbers that fit a core's cache.
+_PIECE = 1 << 17
 
 
 def _has_kernel(*arrays: Tensor) -> bool:
@@ -119,14 +162,16 @@ def _has_kernel(*arrays: Tensor) -> bool:
     )
 
 
-def _blocks(offsets: Tensor) -> list[tuple[int, int]]:
-    ends = offsets.tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def blocks_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, and which. Waits for an accelerator."""
+    for expert, (start, stop) in enumerate(pairwise([0, *offsets.tolist()])):
+        if stop > start:
+            yield expert, slice(start, stop)
 
 
 @_grouped_linear.register_fake
 def _(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[1])
+    return rows.new_empty(rows.shape[0], weight.shape[1], *rows.shape[2:])
 
 
 @_grouped_outer.register_fake

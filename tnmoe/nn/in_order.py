@@ -7,8 +7,8 @@ experts together by the core they share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
+import torch
 from torch import Tensor
 
 from tnmoe.nn.grouped import Groups, grouped_linear
@@ -32,33 +32,30 @@ def chain_linear(rows: Tensor, cores: Sequence[Tensor], groups: Groups) -> Tenso
 
     Notes
     -----
-    Where output legs lie left of the shared core and input legs right of it
-    (:meth:`MPOShape.split`), the shared core is one dense product for all rows, and no axis is
-    moved before the end.
+    The state has axes (rows, inputs to come, bond to the cores already contracted, outputs so
+    far). A core, as it lies, is the matrix (bond · output, input · bond) that takes it to the
+    next one, so that neither is ever permuted. Where output legs lie left of the shared core and
+    input legs right of it (:meth:`MPOShape.split`), the shared core is one dense product for all
+    rows.
     """
-    count = rows.shape[0]
-    rest = rows.shape[1]
-    outs: list[int] = []
-    bond = 1
-    # State: (rows, inputs to come, outputs so far, bond to the cores already contracted)
-    state = rows
+    count, rest = rows.shape
+    state, outs = rows, 1
     for core in reversed(cores):
-        before, out, in_, _ = core.shape[-4:]
+        before, out, in_, after = core.shape[-4:]
         rest //= in_
-        state = state.reshape(count, rest, in_, prod(outs), bond).transpose(2, 3)
-        state = _multiply(state.reshape(-1, in_ * bond), core, groups, rest * prod(outs))
-        outs.append(out)
-        bond = before
-    # The legs lie last site first.
-    legs = state.reshape(count, *outs)
-    return legs.permute(0, *range(len(outs), 0, -1)).reshape(count, prod(outs))
+        matrix = core.reshape(*core.shape[:-4], before * out, in_ * after)
+        state = _multiply(state.reshape(count * rest, in_ * after, outs), matrix, groups, rest)
+        outs *= out
+    return state.reshape(count, outs)
 
 
-def _multiply(state: Tensor, core: Tensor, groups: Groups, factor: int) -> Tensor:
-    """(rows, in · D') → (rows, out · D) by a core; ``factor`` of these rows make one of a group."""
-    if core.ndim == 4:
-        before, out, in_, after = core.shape
-        return state @ core.permute(2, 3, 1, 0).reshape(in_ * after, out * before)
-    experts, before, out, in_, after = core.shape
-    weight = core.transpose(1, 2).reshape(experts, out * before, in_ * after)
-    return grouped_linear(state, weight, groups.offsets * factor)
+def _multiply(state: Tensor, matrix: Tensor, groups: Groups, factor: int) -> Tensor:
+    """Matrix times state (rows · factor, k, n); ``factor`` rows of it make one of a group."""
+    ends = groups.offsets * factor
+    if matrix.ndim == 2:
+        matrix, ends = matrix[None], torch.full_like(ends[:1], len(state))
+    if state.shape[2] > 1:
+        return grouped_linear(state, matrix, ends)
+    if len(matrix) == 1:
+        return state[..., 0] @ matrix[0].T
+    return grouped_linear(state[..., 0], matrix, ends)

@@ -2,9 +2,9 @@
 
 With the auxiliary cores left of the centre contracted to ``left`` (E, out·in, D) and those right
 of it to ``right`` (E, D', out·in), a matrix is built in two products: ``left`` times the central
-core for all experts at once, which gives a *half* of every expert, and half times ``right``. The
-big arrays are not permuted as a whole: rows of a half are put in order where they are long, and
-the matrix is written in pieces that fit a cache.
+core, which gives a *half*, and half times ``right``. On a CPU that is done for one expert after
+the other, in arrays that are still in the caches from the one before; on an accelerator for all
+at once, so that it is not waited for.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tnmoe.backends import backend_named
 from tnmoe.contraction import left_environment, right_environment
-from tnmoe.nn.grouped import Groups, grouped_linear, grouped_outer
+from tnmoe.nn.grouped import blocks_of, grouped_linear, grouped_outer, multiply_block, outer_block
 
 _TORCH = backend_named("torch")
-
-# Numbers in a piece of a matrix that is still hot in a core's cache when it is put in order.
-_PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,9 @@ def environments(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tenso
     return one if of_left is None else of_left, one if of_right is None else of_right
 
 
+@torch.no_grad()
 def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
-    """Matrices (E, out, in) of all experts.
+    """Matrices (E, out, in) of all experts, without a gradient.
 
     Parameters
     ----------
@@ -76,130 +73,111 @@ def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
     legs : Legs
         How their axes split.
     """
-    return _whole(_half(center, left, legs), right, legs)
+    workshop = _Workshop(center, legs)
+    result = center.new_empty(len(left), legs.out_features, legs.in_features)
+    step = 1 if center.device.type == "cpu" else len(left)
+    for lefts, rights, out in zip(*(x.split(step) for x in (left, right, result)), strict=True):
+        workshop.whole(workshop.half(lefts), rights, out)
+    return result
 
 
-def _half(center: Tensor, left: Tensor, legs: Legs) -> Tensor:
-    """Environments times the central core: (E, out left · out centre · in left · in centre, D')."""
-    experts, rows, bond = left.shape
-    product = left.reshape(experts * rows, bond) @ center.reshape(bond, -1)
-    (out_left, out_center, _), (in_left, _, _) = legs.out, legs.in_
-    product = product.view(experts, out_left, in_left, out_center, -1)
-    return product.transpose(2, 3).reshape(experts, legs.half_rows, center.shape[-1])
+class _Workshop:
+    """Builds matrices of one layer, and takes gradients apart, in arrays that it uses again.
 
+    What a method returns is overwritten by its next call.
+    """
 
-def _half_backward(
-    grad: Tensor, center: Tensor, left: Tensor, legs: Legs, of_center: Tensor
-) -> Tensor:
-    """Gradient of ``left``; that of the central core, one product for all experts, is added."""
-    experts, rows, bond = left.shape
-    (out_left, out_center, _), (in_left, _, _) = legs.out, legs.in_
-    grad = grad.view(experts, out_left, out_center, in_left, -1).transpose(2, 3)
-    grad = grad.reshape(experts * rows, -1)
-    of_center.view(bond, -1).addmm_(left.reshape(experts * rows, bond).T, grad)
-    return (grad @ center.reshape(bond, -1).T).view_as(left)
+    def __init__(self, center: Tensor, legs: Legs) -> None:
+        self.center, self.legs = center.reshape(center.shape[0], -1), legs
+        self.bond = center.shape[-1]
+        self._arrays: dict[str, Tensor] = {}
 
+    def array(self, name: str, *shape: int) -> Tensor:
+        """An array of that shape, the one of that name if there is one."""
+        if name not in self._arrays or self._arrays[name].shape != shape:
+            self._arrays[name] = self.center.new_empty(shape)
+        return self._arrays[name]
 
-def _whole(half: Tensor, right: Tensor, legs: Legs, out: Tensor | None = None) -> Tensor:
-    """Halves times right environments, (E, out, in)."""
-    if out is None:
-        out = half.new_empty(half.shape[0], legs.out_features, legs.in_features)
-    blocks, halves = _in_blocks(out, legs), _rows_apart(half, legs)
-    for piece in _pieces(blocks):
-        product = halves[:, piece].flatten(1, 2) @ right
-        # (E, rows, in left · in centre, out right, in right), as `blocks` has it, but for one swap
-        target = blocks[:, piece]
-        target.copy_(product.view_as(target.transpose(2, 3)).transpose(2, 3))
-    return out
+    def half(self, left: Tensor) -> Tensor:
+        """(e, out·in, D) → (e, out left · out centre · in left · in centre, D')."""
+        experts, rows, bond = left.shape
+        (out_left, out_center, _), (in_left, in_center, _) = self.legs.out, self.legs.in_
+        product = self.array("half product", experts * rows, self.center.shape[1])
+        torch.mm(left.reshape(experts * rows, bond), self.center, out=product)
+        if in_left > 1 and out_center > 1:
+            apart = (experts, out_left, in_left, out_center, in_center * self.bond)
+            half = self.array("half", experts, out_left, out_center, *apart[2:3], apart[4])
+            product = half.copy_(product.view(apart).transpose(2, 3))
+        return product.view(experts, self.legs.half_rows, self.bond)
 
+    def half_backward(self, grad: Tensor, left: Tensor, of_left: Tensor, of_center: Tensor) -> None:
+        """Gradient of ``left``; that of the central core, summed over experts, is added."""
+        experts, rows, bond = left.shape
+        (out_left, out_center, _), (in_left, in_center, _) = self.legs.out, self.legs.in_
+        if in_left > 1 and out_center > 1:
+            apart = (experts, out_left, out_center, in_left, in_center * self.bond)
+            product = self.array("half product", experts * rows, self.center.shape[1])
+            target = product.view(experts, out_left, in_left, out_center, -1)
+            target.copy_(grad.view(apart).transpose(2, 3))
+            grad = product
+        grad = grad.view(experts * rows, -1)
+        of_center.view(bond, -1).addmm_(left.reshape(experts * rows, bond).T, grad)
+        torch.mm(grad, self.center.T, out=of_left.view(experts * rows, bond))
 
-def _whole_backward(grad: Tensor, half: Tensor, right: Tensor, legs: Legs) -> tuple[Tensor, Tensor]:
-    """Gradients of halves and right environments from those of the matrices."""
-    of_half, of_right = torch.empty_like(half), torch.zeros_like(right)
-    blocks, halves, of_halves = (
-        _in_blocks(grad, legs),
-        _rows_apart(half, legs),
-        _rows_apart(of_half, legs),
-    )
-    for piece in _pieces(blocks):
-        product = blocks[:, piece].transpose(2, 3).reshape(half.shape[0], -1, right.shape[-1])
-        of_halves[:, piece] = (product @ right.mT).view_as(of_halves[:, piece])
-        of_right.baddbmm_(halves[:, piece].flatten(1, 2).mT, product)
-    return of_half, of_right
+    def whole(self, half: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """Halves times right environments, (e, out, in)."""
+        experts = len(half)
+        if out is None:
+            out = self.array("whole", experts, self.legs.out_features, self.legs.in_features)
+        if self._in_order:
+            torch.bmm(half, right, out=out.view(experts, len(half[0]), -1))
+            return out
+        product = self.array("whole product", experts, half.shape[1], right.shape[2])
+        torch.bmm(half, right, out=product)
+        self._blocks(out).copy_(self._apart(product))
+        return out
 
+    def whole_backward(self, grad: Tensor, half: Tensor, right: Tensor, of_right: Tensor) -> Tensor:
+        """Gradient of halves from that of the matrices; that of ``right`` is written."""
+        product = grad.view(len(grad), half.shape[1], right.shape[2]) if self._in_order else None
+        if product is None:
+            product = self.array("whole product", len(grad), half.shape[1], right.shape[2])
+            self._apart(product).copy_(self._blocks(grad))
+        torch.bmm(half.mT, product, out=of_right)
+        of_half = self.array("gradient of half", *half.shape)
+        return torch.bmm(product, right.mT, out=of_half)
 
-def _in_blocks(matrices: Tensor, legs: Legs) -> Tensor:
-    """(E, out, in) → (E, out left · out centre, out right, in left · in centre, in right)."""
-    (out_left, out_center, out_right), (in_left, in_center, in_right) = legs.out, legs.in_
-    return matrices.view(-1, out_left * out_center, out_right, in_left * in_center, in_right)
+    @property
+    def _in_order(self) -> bool:
+        """Whether halves times right environments are the matrices as they lie."""
+        return self.legs.out[2] == 1 or self.legs.in_[0] * self.legs.in_[1] == 1
 
+    def _blocks(self, matrices: Tensor) -> Tensor:
+        """(e, out, in) → (e, out left · out centre, in left · in centre, out right, in right)."""
+        (out_left, out_center, out_right), (in_left, in_center, in_right) = (
+            self.legs.out,
+            self.legs.in_,
+        )
+        legs = (out_left * out_center, out_right, in_left * in_center, in_right)
+        return matrices.view(-1, *legs).transpose(2, 3)
 
-def _rows_apart(half: Tensor, legs: Legs) -> Tensor:
-    """(E, half rows, D') → (E, out left · out centre, in left · in centre, D')."""
-    return half.view(half.shape[0], legs.out[0] * legs.out[1], -1, half.shape[-1])
-
-
-def _pieces(blocks: Tensor) -> Iterator[slice]:
-    """Ranges of the second axis: all on an accelerator, what fits a cache on a CPU."""
-    rows = blocks.shape[1]
-    step = rows if blocks.is_cuda else max(1, _PIECE * rows // max(1, blocks[0].numel()))
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
-
-
-class _SharedLinear(torch.autograd.Function):
-    """Rows times their experts' matrices, of which only the cores are kept for the backward."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        context,
-        rows: Tensor,
-        center: Tensor,
-        left: Tensor,
-        right: Tensor,
-        legs: Legs,
-        groups: Groups,
-    ) -> Tensor:
-        context.save_for_backward(rows, center, left, right)
-        context.legs, context.groups = legs, groups
-        result = rows.new_empty(rows.shape[0], legs.out_features)
-        weight = None
-        for experts, block in _turns(groups, rows):
-            weight = _whole(_half(center, left[experts], legs), right[experts], legs, weight)
-            _linear(rows[block], weight, groups, result[block])
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(context, grad: Tensor):  # type: ignore[no-untyped-def]
-        rows, center, left, right = context.saved_tensors
-        legs, groups = context.legs, context.groups
-        needs_rows, *needs_cores = context.needs_input_grad[:4]
-        grad = grad.contiguous()
-        of_rows = torch.empty_like(rows) if needs_rows else None
-        of_center, of_left, of_right = map(torch.zeros_like, (center, left, right))
-        weight = None
-        for experts, block in _turns(groups, rows):
-            half = _half(center, left[experts], legs)
-            if of_rows is not None:
-                weight = _whole(half, right[experts], legs, weight)
-                _linear(grad[block], weight.mT, groups, of_rows[block])
-            if any(needs_cores):
-                of_weight = _outer(grad[block], rows[block], groups, weight)
-                of_half, of_right[experts] = _whole_backward(of_weight, half, right[experts], legs)
-                of_left[experts] = _half_backward(of_half, center, left[experts], legs, of_center)
-        of_cores = (of_center, of_left, of_right)
-        return of_rows, *(of_cores if any(needs_cores) else (None,) * 3), None, None
+    def _apart(self, product: Tensor) -> Tensor:
+        """Half rows · right legs, with the same axes."""
+        (out_left, out_center, out_right), (in_left, in_center, in_right) = (
+            self.legs.out,
+            self.legs.in_,
+        )
+        legs = (out_left * out_center, in_left * in_center, out_right, in_right)
+        return product.view(-1, *legs)
 
 
 def shared_linear(
-    rows: Tensor, center: Tensor, left: Tensor, right: Tensor, legs: Legs, groups: Groups
+    rows: Tensor, center: Tensor, left: Tensor, right: Tensor, legs: Legs, offsets: Tensor
 ) -> Tensor:
     """``grouped_linear`` with matrices that are built on the way and never kept.
 
     On a CPU one expert's matrix exists at a time, and only those of experts that have rows are
-    built; on an accelerator all are built at once, so that it is not waited for. The backward
-    builds them again.
+    built. Only the cores are kept for the backward, which builds the matrices again.
 
     Parameters
     ----------
@@ -207,34 +185,112 @@ def shared_linear(
         Sorted by expert.
     center, left, right, legs
         As for :func:`build`.
-    groups : Groups
-        Which rows are whose.
+    offsets : Tensor of int32, shape (E,)
+        Where the rows of every expert end.
 
     Returns
     -------
     Tensor, shape (T, out)
     """
-    return _SharedLinear.apply(rows, center, left, right, legs, groups)
+    return torch.ops.tnmoe.shared_linear(rows, center, left, right, offsets, [*legs.out, *legs.in_])
 
 
-def _turns(groups: Groups, rows: Tensor) -> Iterator[tuple[slice, slice]]:
+@torch.library.custom_op("tnmoe::shared_linear", mutates_args=())
+def _shared_linear(
+    rows: Tensor,
+    center: Tensor,
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    legs: Sequence[int],
+) -> Tensor:
+    workshop = _workshop(center, legs)
+    result = rows.new_empty(rows.shape[0], workshop.legs.out_features)
+    for experts, block in _turns(offsets):
+        weight = workshop.whole(workshop.half(left[experts]), right[experts])
+        if len(weight) == 1:
+            multiply_block(rows[block], weight[0], result[block])
+        else:
+            result = grouped_linear(rows, weight, offsets)
+    return result
+
+
+@torch.library.custom_op("tnmoe::shared_linear_backward", mutates_args=())
+def _shared_linear_backward(
+    grad: Tensor,
+    rows: Tensor,
+    center: Tensor,
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    legs: Sequence[int],
+    wants_rows: bool,
+    wants_cores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    workshop = _workshop(center, legs)
+    of_rows = torch.empty_like(rows)
+    of_center, of_left, of_right = (
+        torch.zeros_like(core, memory_format=torch.contiguous_format)
+        for core in (center, left, right)
+    )
+    for experts, block in _turns(offsets):
+        half, rights = workshop.half(left[experts]), right[experts]
+        weight = workshop.array("whole", len(rights), grad.shape[1], rows.shape[1])
+        if wants_rows:
+            workshop.whole(half, rights)
+            if len(weight) == 1:
+                multiply_block(grad[block], weight[0].T, of_rows[block])
+            else:
+                of_rows = grouped_linear(grad, weight.mT, offsets)
+        if wants_cores:
+            if len(weight) == 1:
+                outer_block(grad[block], rows[block], weight[0])
+            else:
+                weight = grouped_outer(grad, rows, offsets)
+            of_half = workshop.whole_backward(weight, half, rights, of_right[experts])
+            workshop.half_backward(of_half, left[experts], of_left[experts], of_center)
+    return of_rows, of_center, of_left, of_right
+
+
+def _workshop(center: Tensor, legs: Sequence[int]) -> _Workshop:
+    out, in_ = tuple(legs[:3]), tuple(legs[3:])
+    return _Workshop(center, Legs(out, in_))  # type: ignore[arg-type]
+
+
+def _turns(offsets: Tensor) -> Iterator[tuple[slice, slice]]:
     """Experts and their rows, as they are dealt with together."""
-    if rows.device.type != "cpu":
+    if offsets.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    for expert, start, stop in groups.spans:
-        yield slice(expert, expert + 1), slice(start, stop)
+    for expert, block in blocks_of(offsets):
+        yield slice(expert, expert + 1), block
 
 
-def _linear(rows: Tensor, weight: Tensor, groups: Groups, out: Tensor) -> None:
-    if len(weight) == 1:
-        torch.mm(rows, weight[0].T, out=out)
-    else:
-        out.copy_(grouped_linear(rows, weight, groups.offsets))
+@_shared_linear.register_fake
+def _(rows, center, left, right, offsets, legs):  # type: ignore[no-untyped-def]
+    return rows.new_empty(rows.shape[0], legs[0] * legs[1] * legs[2])
 
 
-def _outer(left: Tensor, right: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
-    """leftᵀ · right per expert; ``out`` may be overwritten."""
-    if len(groups.offsets) > 1 and (out is None or len(out) > 1) and left.device.type != "cpu":
-        return grouped_outer(left, right, groups.offsets)
-    return torch.mm(left.T, right, out=None if out is None else out[0])[None]
+@_shared_linear_backward.register_fake
+def _(grad, rows, center, left, right, offsets, legs, wants_rows, wants_cores):  # type: ignore[no-untyped-def]
+    return tuple(each.new_empty(each.shape) for each in (rows, center, left, right))
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.legs = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    wanted = ctx.needs_input_grad
+    gradients = torch.ops.tnmoe.shared_linear_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.legs, wanted[0], any(wanted[1:4])
+    )
+    return (
+        *(each if want else None for each, want in zip(gradients, wanted, strict=False)),
+        None,
+        None,
+    )
+
+
+_shared_linear.register_autograd(_backward, setup_context=_keep)

@@ -256,7 +256,9 @@ class SharedProjection(Projection):
     def _dense(self, rows: Tensor, groups: Groups) -> Tensor:
         aux = [core.to(rows.dtype) for core in self.aux]
         left, right = environments(aux[: self.site], aux[self.site :])
-        return shared_linear(rows, self.center.to(rows.dtype), left, right, self.legs, groups)
+        return shared_linear(
+            rows, self.center.to(rows.dtype), left, right, self.legs, groups.offsets
+        )
 
     def _shared(self, rows: Tensor, groups: Groups) -> Tensor:
         return chain_linear(rows, self._cores(rows.dtype), groups)
@@ -268,9 +270,9 @@ class SharedProjection(Projection):
                 _TORCH,
                 self.shape,
                 [core if core.ndim == 4 else core[expert] for core in cores],
-                rows[start:stop],
+                rows[block],
             )
-            for expert, start, stop in groups.spans
+            for expert, block in groups.spans
         ]
         return torch.cat(blocks) if blocks else rows.new_zeros(0, self.shape.padded_out)
 
