@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnmoe.decompose import decompose
 from tnmoe.errors import InputError
-from tnmoe.nn.grouped import Groups
+from tnmoe.nn.grouped import Groups, spread
 from tnmoe.nn.projection import Projection, SharedProjection, StackedProjection
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO
@@ -132,15 +132,35 @@ class Experts(nn.Module):
         groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
         kind = hidden_states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        states = hidden_states[groups.order // choices].to(dtype or hidden_states.dtype)
-        inner = self.activation((self.gate or self.up)(states, groups))
-        if self.gate is not None:
-            inner = inner * self.up(states, groups)
-        outputs = self.down(inner, groups)
-        outputs = outputs * top_k_weights.reshape(-1)[groups.order, None]
-        # The inverse permutation brings slots back to tokens without scattered additions.
-        outputs = outputs[groups.inverse].view(tokens, choices, self.hidden_size).sum(1)
+        states = hidden_states.to(dtype or hidden_states.dtype)
+        states = spread(states, groups.order, groups.inverse, choices)
+        if self._takes_turns(states):
+            # What lies between the projections is still in a cache when the second one starts.
+            parts = [self._feed_forward(states[block], alone) for block, alone in groups.apart()]
+            outputs = torch.cat(parts)
+        else:
+            outputs = self._feed_forward(states, groups)
+        outputs = spread(outputs, groups.inverse, groups.order)
+        outputs = outputs.view(tokens, choices, self.hidden_size) * top_k_weights[..., None]
+        outputs = outputs.sum(1) if choices > 1 else outputs.squeeze(1)
         return outputs.to(hidden_states.dtype)
+
+    def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
+        inner = self.activation((self.gate or self.up)(rows, groups))
+        if self.gate is not None:
+            inner = inner * self.up(rows, groups)
+        return self.down(inner, groups)
+
+    def _takes_turns(self, rows: Tensor) -> bool:
+        """Whether one expert after the other is faster: where all at once spill from the caches.
+
+        Not in training, where all is kept for the backward anyway.
+        """
+        if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if len(rows) * self.intermediate_size <= _CACHED:
+            return False
+        return not (self.up.joins_experts(len(rows)) or self.down.joins_experts(len(rows)))
 
     def _all_on_all(self, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Every expert on every token, unchosen ones weighted 0.
@@ -161,6 +181,10 @@ class Experts(nn.Module):
             inner = inner * project(self.up, "th,efh->tef", states)
         outputs = project(self.down, "tef,ehf->teh", inner)
         return torch.einsum("teh,te->th", outputs, weights.to(outputs.dtype)).to(states.dtype)
+
+
+# Numbers that a CPU's last cache holds, roughly.
+_CACHED = 1 << 22
 
 
 def _is_transformed() -> bool:

@@ -58,6 +58,51 @@ class Groups:
         """Experts that have rows, and which. Waits for an accelerator."""
         return list(blocks_of(self.offsets))
 
+    def apart(self) -> Iterator[tuple[slice, Groups]]:
+        """Rows of every expert that has any, and groups of which only that one has rows."""
+        for expert, block in self.spans:
+            count = block.stop - block.start
+            ends = torch.zeros_like(self.offsets)
+            ends[expert:] = count
+            alone = torch.arange(count, device=ends.device)
+            yield block, Groups(self.experts[block], ends, count, alone, alone)
+
+
+def spread(states: Tensor, order: Tensor, inverse: Tensor, choices: int = 1) -> Tensor:
+    """Every slot's token, in the order of the rows: (T, H) → (T · choices, H).
+
+    As indexing with ``order // choices``, but the gradient is no scattered addition: it goes the
+    way back along ``inverse``.
+    """
+    return _Spread.apply(states, order, inverse, choices)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, order, inverse, choices):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order, inverse)
+        ctx.choices = choices
+        return states.index_select(0, order // choices if choices > 1 else order)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Collect.apply(grad, *ctx.saved_tensors, ctx.choices), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Adjoint of spread: every token's sum over its slots."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse, choices):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order, inverse)
+        ctx.choices = choices
+        slots = rows.index_select(0, inverse)
+        return slots.view(-1, choices, rows.shape[1]).sum(1) if choices > 1 else slots
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Spread.apply(grad, *ctx.saved_tensors, ctx.choices), None, None, None
+
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Product of each block of rows with its own matrix.
@@ -137,12 +182,20 @@ def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:
     if left.ndim == 2:
         torch.mm(left.T, right, out=out)
         return
+    (count, rows, columns), depth = left.shape, right.shape[1]
+    step = _PIECE // (rows * depth)
+    if step > 1:
+        # A sum of small products over rows, several at a time, in memory that stays in a cache.
+        sums = left.new_zeros(min(step, count), rows, depth)
+        for some, others in zip(left.split(step), right.split(step), strict=True):
+            sums[: len(some)].baddbmm_(some, others.mT)
+        torch.sum(sums, 0, out=out)
+        return
     out.zero_()
-    # Copies with the columns among the rows stay in a cache if they are made in pieces.
-    step = max(1, _PIECE // (left.shape[2] * (left.shape[1] + right.shape[1])))
-    for some, others in zip(left.split(step), right.split(step), strict=True):
-        flat = (each.mT.reshape(-1, each.shape[1]) for each in (some, others))
-        out.addmm_(next(flat).T, next(flat))
+    step = max(1, _PIECE // (columns * (rows + depth)))
+    for pieces in zip(left.split(step), right.split(step), strict=True):
+        some, others = (each.mT.reshape(-1, each.shape[1]) for each in pieces)
+        out.addmm_(some.T, others)
 
 
 # A batch of products with so many columns runs at the rate of one large product on a CPU.

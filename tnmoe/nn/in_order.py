@@ -56,6 +56,5 @@ def _multiply(state: Tensor, matrix: Tensor, groups: Groups, factor: int) -> Ten
         matrix, ends = matrix[None], torch.full_like(ends[:1], len(state))
     if state.shape[2] > 1:
         return grouped_linear(state, matrix, ends)
-    if len(matrix) == 1:
-        return state[..., 0] @ matrix[0].T
-    return grouped_linear(state[..., 0], matrix, ends)
+    rows = state.squeeze(2)
+    return rows @ matrix[0].T if len(matrix) == 1 else grouped_linear(rows, matrix, ends)

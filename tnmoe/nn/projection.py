@@ -72,6 +72,10 @@ class Projection(nn.Module, ABC):
         mine = groups.experts[:, None] == torch.arange(self.num_experts, device=rows.device)
         return torch.addmm(result, mine.to(rows.dtype), self.bias.to(rows.dtype))
 
+    def joins_experts(self, rows: int) -> bool:
+        """Whether so many rows, in inference, go through products for all experts together."""
+        return False
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw new weights with the variance of ``torch.nn.Linear``'s, 1 / (3·in)."""
@@ -231,6 +235,9 @@ class SharedProjection(Projection):
             device=self.center.device.type,
             itemsize=self.center.element_size(),
         )
+
+    def joins_experts(self, rows: int) -> bool:
+        return (self.route or self.plan(rows, training=False).route) == "shared"
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         if torch.compiler.is_compiling():
