@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from math import hypot
 from pathlib import Path
 
 _RATES: dict[str, Rates] = {}
@@ -22,7 +23,7 @@ class Rates:
     half_depth : float
         Inner dimension at which a product runs at half that rate.
     bandwidth : float
-        Bytes per second, read or written.
+        Bytes per second, read or written, of arrays that are in no cache.
     launch : float
         Seconds that an operation takes at least.
     """
@@ -40,7 +41,8 @@ class Rates:
         narrow = min(rows, depth, columns)
         compute = 2 * rows * depth * columns * (1 + self.half_depth / narrow) / self.flops
         moved = (rows * depth + depth * columns + rows * columns) * itemsize
-        return max(compute, moved / self.bandwidth) + self.launch
+        # Between the longer of the two, as if they overlapped, and their sum.
+        return hypot(compute, moved / self.bandwidth) + self.launch
 
     def move(self, numbers: float, itemsize: int) -> float:
         """Seconds to read and write so many numbers once, in another order."""

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 
 from tnmoe.costs import Rates
 from tnmoe.shapes import MPOShape
 from tnmoe.tables import format_table
+
+# A batch of products with so many columns runs at the rate of one large product on a CPU; with
+# fewer, the columns are moved among the rows first.
+WIDE = 16
+
+# Operations launched at every site, most of which only look at an array in another way.
+_CALLS = 8
+
+# Times the bandwidth of memory that a CPU has for arrays that it uses again.
+_WARM = 2.0
 
 Path = tuple[tuple[int, ...], ...]
 
@@ -97,11 +107,9 @@ def expert_routes(
     work: Work, rates: Rates, chain: ContractionPlan, cached: bool
 ) -> ContractionPlan:
     """The fastest route for experts, ``chain`` being the plan for one of them alone."""
-    seconds = {
-        "shared": _shared_seconds(work, rates),
-        "chain": _chain_seconds(work, rates, chain.flops),
-        "dense": _dense_seconds(work, rates),
-    }
+    seconds = {"shared": _shared_seconds(work, rates), "dense": _dense_seconds(work, rates)}
+    if chain.route == "chain":
+        seconds["chain"] = _chain_seconds(work, rates, chain.flops)
     if cached and not work.training:
         seconds["cached"] = work.active * _product(work, rates, *_linear(work))
     route = min(seconds, key=lambda name: seconds[name])
@@ -116,8 +124,8 @@ def _flops_and_peak(work: Work, route: str) -> tuple[int, int]:
     rows, depth, columns = _linear(work)
     if route == "shared":
         steps = list(_steps(work))
-        shared = sum(2 * prod(step[:3]) for step in steps)
-        return shared, max(step[0] * max(step[1], step[2]) for step in steps)
+        shared = sum(2 * prod(step) for step in steps)
+        return shared, max(step[0] * step[3] * max(step[1], step[2]) for step in steps)
     of_one = 2 * rows * depth * columns
     if route == "dense":
         of_one += sum(2 * prod(sizes) for sizes in _building(work))
@@ -153,42 +161,47 @@ def _building(work: Work) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 def _dense_seconds(work: Work, rates: Rates) -> float:
     size = work.itemsize
     half, whole = _building(work)
-    moved = rates.move(half[0] * half[2], size) + rates.move(whole[0] * whole[2], size)
-    building = sum(_product(work, rates, *sizes) for sizes in (half, whole)) + moved
+    # The arrays that one expert after the other is built in are partly in a cache.
+    warm = replace(rates, bandwidth=_WARM * rates.bandwidth)
+    moved = warm.move(half[0] * half[2], size) + warm.move(whole[0] * whole[2], size)
+    building = sum(_product(work, warm, *sizes) for sizes in (half, whole)) + moved
     if work.training:
         # Built once more for the backward, and the gradients moved back.
-        again = sum(rates.product(*sizes, size) for sizes in (half, whole))
+        again = sum(warm.product(*sizes, size) for sizes in (half, whole))
         building += again + 2 * moved
     return work.active * (building + _product(work, rates, *_linear(work)))
 
 
-def _steps(work: Work) -> Iterator[tuple[int, int, int, bool]]:
-    """Rows, depth and columns of every product on the shared route; whether the state is moved."""
+def _steps(work: Work) -> Iterator[tuple[int, int, int, int]]:
+    """Rows, depth, columns of the core and of the state in every product on the shared route."""
     rest, outs = work.shape.padded_in, 1
     for site in reversed(range(work.shape.sites)):
         out, in_ = work.shape.out_dims[site], work.shape.in_dims[site]
         rest //= in_
         before, after = work.bonds[site], work.bonds[site + 1]
-        yield work.rows * rest * outs, in_ * after, out * before, outs > 1 and in_ > 1
+        yield work.rows * rest, in_ * after, out * before, outs
         outs *= out
 
 
 def _shared_seconds(work: Work, rates: Rates) -> float:
     passes = 3 if work.training else 1
-    total = rates.move(work.rows * work.shape.padded_out, work.itemsize) * passes
-    for position, (rows, depth, columns, moved) in enumerate(_steps(work)):
-        if moved:
-            total += passes * rates.move(rows * depth, work.itemsize)
-        if work.shape.sites - 1 - position == work.center:
-            total += _product(work, rates, rows, depth, columns)
-        else:
-            total += work.active * _product(work, rates, rows / work.active, depth, columns)
+    total = 0.0
+    for position, (rows, depth, columns, outs) in enumerate(_steps(work)):
+        if 1 < outs < WIDE:
+            moved = rows * outs * (depth + columns)
+            total += passes * rates.move(moved, work.itemsize)
+        groups = 1.0 if work.shape.sites - 1 - position == work.center else work.active
+        total += groups * _product(work, rates, rows * outs / groups, depth, columns)
+        total += passes * _CALLS * rates.launch
     return total
 
 
 def _chain_seconds(work: Work, rates: Rates, flops: int) -> float:
     """Of one expert after the other, with paths that are free to permute."""
     passes = 3 if work.training else 1
-    # Small contractions run at a fraction of the rate, and every pairwise one is launched alone.
-    each = 4 * flops / rates.flops + 2 * work.shape.sites * rates.launch
-    return passes * work.active * each
+    bonds = work.bonds[work.center : work.center + 2]
+    legs = work.shape.out_dims[work.center] * work.shape.in_dims[work.center]
+    center = prod(bonds) * legs * work.itemsize
+    # Contractions that permute run at half the rate, and everyone reads the central core anew.
+    each = 2 * flops / rates.flops + center / rates.bandwidth
+    return passes * work.active * (each + _CALLS * work.shape.sites * rates.launch)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnmoe.routes import WIDE
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -124,7 +126,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     -----
     One operator to ``torch.compile``, which need not know how many rows each expert has.
     """
-    return torch.ops.tnmoe.grouped_linear(rows, weight, offsets)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.ops.tnmoe.grouped_linear(rows, weight, offsets)
+    # What an operator brings with it costs more than the product of a few rows.
+    return _multiply_groups(rows, weight, offsets)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
@@ -135,13 +140,12 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return torch.ops.tnmoe.grouped_outer(left, right, offsets)
 
 
-@torch.library.custom_op("tnmoe::grouped_linear", mutates_args=())
-def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if rows.ndim == 3 and rows.is_cuda:
         # Memory is fast there, and a grouped product is one launch.
         count, depth, columns = rows.shape
         flat = rows.mT.reshape(count * columns, depth)
-        result = _grouped_linear(flat, weight, offsets * columns)
+        result = _multiply_groups(flat, weight, offsets * columns)
         return result.view(count, columns, -1).mT.contiguous()
     if _has_kernel(rows, weight):
         return F.grouped_mm(rows, weight.mT, offs=offsets)
@@ -149,6 +153,11 @@ def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     for expert, block in blocks_of(offsets):
         multiply_block(rows[block], weight[expert], result[block])
     return result
+
+
+_grouped_linear = torch.library.custom_op(
+    "tnmoe::grouped_linear", _multiply_groups, mutates_args=()
+)
 
 
 @torch.library.custom_op("tnmoe::grouped_outer", mutates_args=())
@@ -169,7 +178,7 @@ def multiply_block(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """Rows (t, in) or (t, in, n) times a matrix (out, in), into ``out``."""
     if rows.ndim == 2:
         torch.mm(rows, matrix.T, out=out)
-    elif rows.shape[2] >= _WIDE:
+    elif rows.shape[2] >= WIDE:
         torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)
     else:
         count, depth, columns = rows.shape
@@ -197,9 +206,6 @@ def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:
         some, others = (each.mT.reshape(-1, each.shape[1]) for each in pieces)
         out.addmm_(some.T, others)
 
-
-# A batch of products with so many columns runs at the rate of one large product on a CPU.
-_WIDE = 16
 
 # Numbers that fit a core's cache.
 _PIECE = 1 << 17
@@ -242,8 +248,8 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     wanted = ctx.needs_input_grad
     grad = grad.contiguous()
     return (
-        grouped_linear(grad, weight.mT, offsets) if wanted[0] else None,
-        grouped_outer(grad, rows, offsets) if wanted[1] else None,
+        torch.ops.tnmoe.grouped_linear(grad, weight.mT, offsets) if wanted[0] else None,
+        torch.ops.tnmoe.grouped_outer(grad, rows, offsets) if wanted[1] else None,
         None,
     )
 
@@ -257,8 +263,8 @@ def _outer_backward(ctx, grad):  # type: ignore[no-untyped-def]
     left, right, offsets = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     return (
-        grouped_linear(right, grad, offsets) if wanted[0] else None,
-        grouped_linear(left, grad.mT, offsets) if wanted[1] else None,
+        torch.ops.tnmoe.grouped_linear(right, grad, offsets) if wanted[0] else None,
+        torch.ops.tnmoe.grouped_linear(left, grad.mT, offsets) if wanted[1] else None,
         None,
     )
 

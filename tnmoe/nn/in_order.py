@@ -51,10 +51,12 @@ def chain_linear(rows: Tensor, cores: Sequence[Tensor], groups: Groups) -> Tenso
 
 def _multiply(state: Tensor, matrix: Tensor, groups: Groups, factor: int) -> Tensor:
     """Matrix times state (rows · factor, k, n); ``factor`` rows of it make one of a group."""
-    ends = groups.offsets * factor
+    if state.shape[2] == 1:
+        rows = state.squeeze(2)
+        if matrix.ndim == 2:
+            return rows @ matrix.T
+        return grouped_linear(rows, matrix, groups.offsets * factor)
     if matrix.ndim == 2:
-        matrix, ends = matrix[None], torch.full_like(ends[:1], len(state))
-    if state.shape[2] > 1:
-        return grouped_linear(state, matrix, ends)
-    rows = state.squeeze(2)
-    return rows @ matrix[0].T if len(matrix) == 1 else grouped_linear(rows, matrix, ends)
+        everyone = torch.full_like(groups.offsets[:1], len(state))
+        return grouped_linear(state, matrix[None], everyone)
+    return grouped_linear(state, matrix, groups.offsets * factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from math import prod, sqrt
 
 import torch
@@ -251,8 +252,9 @@ class SharedProjection(Projection):
         return multiply(rows, groups)[:, : self.out_features]
 
     def _in_training(self, rows: Tensor) -> bool:
-        tensors = (rows, self.center, *self.aux)
-        return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+        return torch.is_grad_enabled() and any(
+            each.requires_grad for each in (rows, self.center, *self.aux)
+        )
 
     def _cores(self, dtype: torch.dtype) -> list[Tensor]:
         """Cores of all sites, in one dtype; those that experts own have an expert axis."""
@@ -283,13 +285,13 @@ class SharedProjection(Projection):
         ]
         return torch.cat(blocks) if blocks else rows.new_zeros(0, self.shape.padded_out)
 
-    @property
+    @cached_property
     def _bond_dims(self) -> tuple[int, ...]:
         shapes = [core.shape[-4:] for core in self.aux]
         shapes.insert(self.site, self.center.shape)
         return tuple(shape[0] for shape in shapes[1:])
 
-    @property
+    @cached_property
     def legs(self) -> Legs:
         """Legs of the sites on either side of the shared one, taken together."""
 

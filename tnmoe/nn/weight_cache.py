@@ -51,7 +51,7 @@ class WeightCache:
     def has_room(self, projection: SharedProjection) -> bool:
         """Whether a projection's matrices are here, or would fit."""
         # Tensors made in inference mode do not tell when they change.
-        if not self._enabled or any(core.is_inference() for core in projection.parameters()):
+        if not self._enabled or projection.center.is_inference():
             return False
         if projection in self._entries:
             return True

@@ -1,0 +1,88 @@
+"""A small measurement of the device, so that routes are planned for this very one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from tnmoe.costs import Rates, set_rates
+from tnmoe.errors import InputError
+
+_REPEATS = 7
+
+
+@torch.no_grad()
+def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
+    """Measure what a device does per second, and plan with it from now on.
+
+    Takes about a second. Large and narrow matrix products, a product that reads much more than it
+    computes, and a tiny one; in single precision on a CPU, in bfloat16 elsewhere.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        Where to measure; the result holds for its kind.
+    store : bool
+        Whether later processes shall plan with it too (:func:`tnmoe.costs.rates_path`).
+
+    Returns
+    -------
+    Rates
+
+    Raises
+    ------
+    InputError
+        If there is no such device.
+
+    Examples
+    --------
+    >>> calibrate("cpu", store=False).flops > 0
+    True
+    """
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    size, narrow, long = (2048, 32, 4096) if device.type == "cpu" else (8192, 128, 16384)
+
+    def product(rows: int, depth: int, columns: int) -> float:
+        try:
+            left, right = (
+                torch.ones(shape, device=device, dtype=dtype)
+                for shape in ((rows, depth), (columns, depth))
+            )
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InputError(f"cannot measure on device {str(device)!r}: {error}") from error
+        return _seconds(lambda: left @ right.T, left)
+
+    launch = product(8, 8, 8)
+    flops = 2 * size**3 / product(size, size, size)
+    of_narrow = 2 * size * narrow * size / product(size, narrow, size)
+    bytes_read = long**2 * dtype.itemsize
+    rates = Rates(
+        flops=flops,
+        half_depth=max(0.0, narrow * (flops / of_narrow - 1)),
+        bandwidth=bytes_read / product(2, long, long),
+        launch=launch,
+    )
+    set_rates(device.type, rates, store)
+    return rates
+
+
+def _seconds(call: Callable[[], Tensor], on: Tensor) -> float:
+    """Median of some calls, after two to warm up."""
+    seconds = []
+    for _ in range(_REPEATS + 2):
+        _wait(on)
+        start = time.perf_counter()
+        call()
+        _wait(on)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[2:])
+
+
+def _wait(on: Tensor) -> None:
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
