@@ -203,7 +203,7 @@ def check_plan(
         planned = projection.plan(case["tokens"], mode == "train")
         medians = {}
         for route in ROUTES if mode == "infer" else ROUTES[:3]:
-            if planned.seconds.get(route, float("inf")) > 30 * min(planned.seconds.values()):
+            if planned.seconds.get(route, float("inf")) > 6 * min(planned.seconds.values()):
                 continue
             call = partial(_one_route, projection, route, states, groups, mode == "train")
             medians[route] = _median_when_cold(call, library, options.repeats)

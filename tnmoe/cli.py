@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tnmoe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_calibrate(commands)
     return parser
 
 
@@ -82,6 +83,32 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     add("--seed", "seed of split, weights and batches", type=_from_zero)
     add("--device", "torch device; auto takes CUDA where it is there")
     demo.set_defaults(run=_run_demo)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure this machine, so that the fastest way through experts is planned for it",
+        description=(
+            "Measure for about a second how fast this machine multiplies and moves matrices, and "
+            "store it in the user's cache folder, or in $TNMOE_CACHE. Without it, routes are "
+            "planned for a typical machine."
+        ),
+    )
+    calibrate.add_argument("--device", help="torch device (default: cpu)", default="cpu")
+    calibrate.set_defaults(run=_run_calibrate)
+
+
+def _run_calibrate(options: argparse.Namespace) -> None:
+    from tnmoe.costs import rates_path
+    from tnmoe.nn import calibrate
+
+    rates = calibrate(options.device)
+    print(f"large products   {rates.flops / 1e9:.4g} Gflop/s, half of it at depth "
+          f"{rates.half_depth:.3g}")  # fmt: skip
+    print(f"memory           {rates.bandwidth / 1e9:.3g} GB/s")
+    print(f"a launch         {rates.launch * 1e6:.3g} µs")
+    print(f"stored in {rates_path()}")
 
 
 def _run_demo(options: argparse.Namespace) -> None:

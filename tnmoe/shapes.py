@@ -162,6 +162,16 @@ class MPOShape:
             in_features,
         )
 
+    def is_split(self, center: int) -> bool:
+        """Whether no output leg lies right of a site and no input leg left of it.
+
+        Examples
+        --------
+        >>> MPOShape.split(3072, 768, left=64, right=64).is_split(1)
+        True
+        """
+        return prod(self.out_dims[center + 1 :]) == 1 == prod(self.in_dims[:center])
+
     @classmethod
     def split(
         cls,

@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.grouped import Groups, grouped_linear, grouped_outer
+from tnmoe.nn.cache import weight_cache
+from tnmoe.nn.grouped import Groups, grouped_linear, grouped_outer, spread
+from tnmoe.nn.materialize import build
 from tnmoe.nn.projection import SharedProjection
-from tnmoe.nn.weight_cache import weight_cache
 
 ROUTES = ("dense", "shared", "chain", "cached")
 SHAPES = {
@@ -136,6 +137,52 @@ def test_grouped_products_are_closed_under_differentiation():
     )
 
 
+@pytest.mark.parametrize(("depth", "columns"), [(3, 2), (5, 20), (400, 17)])
+def test_grouped_products_of_matrices_multiply_their_columns(depth, columns):
+    # Narrow and wide ones, and matrices too large for several to stay in a cache, differ inside.
+    generator = torch.Generator().manual_seed(0)
+    index = torch.tensor([0, 0, 2, 2, 2, 3])
+    offsets = Groups.of(index, 4).offsets
+    rows, weight = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((6, depth, columns), (4, depth + 1, depth))
+    )
+    expected = weight[index] @ rows
+    torch.testing.assert_close(grouped_linear(rows, weight, offsets), expected)
+    outer = torch.stack(
+        [torch.einsum("tmn,tkn->mk", expected[index == e], rows[index == e]) for e in range(4)]
+    )
+    torch.testing.assert_close(grouped_outer(expected, rows, offsets), outer)
+    if depth < 400:
+        both = rows.requires_grad_(), weight.requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda *each: grouped_linear(*each, offsets), both, fast_mode=True
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda *each: grouped_linear(*each, offsets), both, fast_mode=True
+        )
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_spreading_tokens_over_slots_is_indexing_and_differentiates_as_it(choices):
+    order = torch.randperm(4 * choices, generator=torch.Generator().manual_seed(0))
+    inverse = order.argsort()
+    states = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert spread(states, order, inverse, choices).equal(states[order // choices])
+    assert torch.autograd.gradcheck(lambda x: spread(x, order, inverse, choices), (states,))
+    assert torch.autograd.gradgradcheck(lambda x: spread(x, order, inverse, choices), (states,))
+
+
+def test_experts_that_take_turns_compute_what_they_do_together(monkeypatch):
+    layer = experts("dense")
+    states, index, weights = routing()
+    index[index == 2] = 0  # an expert without rows, another chosen twice
+    with torch.no_grad():
+        together = layer(states, index, weights)
+        monkeypatch.setattr("tnmoe.nn.experts._CACHED", 0)
+        torch.testing.assert_close(layer(states, index, weights), together)
+
+
 def experts(route, dtype=torch.float32, gated=True, **details):
     torch.manual_seed(0)
     layer = nn.MPOExperts(4, 8, 12, "silu", gated, bias=True, sites=3, dtype=dtype, **details)
@@ -201,9 +248,28 @@ def test_function_transforms_see_the_layer_they_transform():
     torch.testing.assert_close(per_batch.view(10, 8), layer(states, index, weights))
 
 
+@pytest.fixture
+def compiler():
+    """A compiler that knows nothing of other tests: it gives up after so many compilations."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def cache():
+    weight_cache.clear()
+    limit = weight_cache.limit
+    yield weight_cache
+    weight_cache.enabled, weight_cache.limit = True, limit
+    weight_cache.clear()
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("layout", ["interleaved", "split"])
-def test_compiled_without_a_graph_break_it_computes_the_same(layout):
-    layer = experts("dense", layout=layout)
+@pytest.mark.parametrize("route", ["dense", "shared", None])
+def test_compiled_without_a_graph_break_it_computes_the_same(route, layout):
+    layer = experts(route, layout=layout)
     states, index, weights = routing()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     results = []
@@ -216,6 +282,28 @@ def test_compiled_without_a_graph_break_it_computes_the_same(layout):
         torch.testing.assert_close(plain, other)
     with torch.no_grad():
         torch.testing.assert_close(compiled(states, index, weights), results[0][0])
+        more = routing(tokens=13)
+        torch.testing.assert_close(compiled(*more), layer(*more))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_layer_uses_the_cache_and_sees_changes(cache, monkeypatch):
+    layer = experts("cached")
+    states, index, weights = routing()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    built = []
+    monkeypatch.setattr("tnmoe.nn.cache.build", lambda *args: built.append(args) or build(*args))
+    with torch.no_grad():
+        first = compiled(states, index, weights)
+        assert len(built) == 3
+        torch.testing.assert_close(compiled(states, index, weights), first)
+        assert len(built) == 3
+        layer.up.center.mul_(2)
+        changed = compiled(states, index, weights)
+        assert len(built) == 4
+        cache.clear()
+        torch.testing.assert_close(changed, layer(states, index, weights))
+    assert not torch.allclose(first, changed)
 
 
 @pytest.mark.parametrize("route", ["dense", "shared", "chain"])
@@ -227,15 +315,6 @@ def test_deterministic_mode_is_respected(route):
         layer(states, index, weights).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def cache():
-    weight_cache.clear()
-    limit = weight_cache.limit
-    yield weight_cache
-    weight_cache.enabled, weight_cache.limit = True, limit
-    weight_cache.clear()
 
 
 def test_cached_matrices_follow_every_change_of_a_core(cache):
@@ -272,7 +351,8 @@ def test_the_cache_keeps_to_its_limit_and_lets_go(cache):
     cache.limit = size
     with torch.no_grad():
         assert first.plan(100, training=False).seconds.keys() >= {"cached"}
-        cache.get(first, torch.float32)
+        first.route = "cached"
+        first(torch.randn(1, first.in_features), grouped(torch.tensor([0]), 3))
         assert cache.used == size
         assert "cached" not in second.plan(100, training=False).seconds
         assert "cached" not in first.plan(100, training=True).seconds

@@ -7,6 +7,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("tnmoe.nn", "torch", "torch") from error
 
+from tnmoe.nn.cache import WeightCache, weight_cache
+from tnmoe.nn.calibrate import calibrate
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.gradient_mask import GradientMask, central_parameters
 from tnmoe.nn.losses import load_balancing_loss, router_z_loss
@@ -25,8 +27,11 @@ __all__ = [
     "SharedProjection",
     "StackedProjection",
     "TopKRouter",
+    "WeightCache",
+    "calibrate",
     "central_parameters",
     "load_balancing_loss",
     "record_routing",
     "router_z_loss",
+    "weight_cache",
 ]

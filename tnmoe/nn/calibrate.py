@@ -43,18 +43,19 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
     >>> calibrate("cpu", store=False).flops > 0
     True
     """
-    device = torch.device(device)
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"cannot measure device {str(device)!r}: {reason}") from error
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     size, narrow, long = (2048, 32, 4096) if device.type == "cpu" else (8192, 128, 16384)
 
     def product(rows: int, depth: int, columns: int) -> float:
-        try:
-            left, right = (
-                torch.ones(shape, device=device, dtype=dtype)
-                for shape in ((rows, depth), (columns, depth))
-            )
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise InputError(f"cannot measure on device {str(device)!r}: {error}") from error
+        left, right = (
+            torch.ones(shape, device=device, dtype=dtype)
+            for shape in ((rows, depth), (columns, depth))
+        )
         return _seconds(lambda: left @ right.T, left)
 
     launch = product(8, 8, 8)

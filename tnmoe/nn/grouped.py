@@ -129,7 +129,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.ops.tnmoe.grouped_linear(rows, weight, offsets)
     # What an operator brings with it costs more than the product of a few rows.
-    return _multiply_groups(rows, weight, offsets)
+    return multiply_groups(rows, weight, offsets)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
@@ -140,12 +140,13 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return torch.ops.tnmoe.grouped_outer(left, right, offsets)
 
 
-def _multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """What :func:`grouped_linear` computes, without a gradient."""
     if rows.ndim == 3 and rows.is_cuda:
         # Memory is fast there, and a grouped product is one launch.
         count, depth, columns = rows.shape
         flat = rows.mT.reshape(count * columns, depth)
-        result = _multiply_groups(flat, weight, offsets * columns)
+        result = multiply_groups(flat, weight, offsets * columns)
         return result.view(count, columns, -1).mT.contiguous()
     if _has_kernel(rows, weight):
         return F.grouped_mm(rows, weight.mT, offs=offsets)
@@ -155,9 +156,7 @@ def _multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return result
 
 
-_grouped_linear = torch.library.custom_op(
-    "tnmoe::grouped_linear", _multiply_groups, mutates_args=()
-)
+_grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_groups, mutates_args=())
 
 
 @torch.library.custom_op("tnmoe::grouped_outer", mutates_args=())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
 from math import prod, sqrt
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from tnmoe.backends import backend_named
 from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
 from tnmoe.errors import InputError
+from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear
 from tnmoe.nn.in_order import chain_linear
 from tnmoe.nn.materialize import Legs, environments, shared_linear
-from tnmoe.nn.weight_cache import weight_cache
 from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape, positive_int
 from tnmoe.shared import SharedMPO
@@ -232,7 +231,7 @@ class SharedProjection(Projection):
             experts=self.num_experts,
             center=self.site,
             training=training,
-            cached=not training and weight_cache.has_room(self),
+            cached=not training and weight_cache.has_room(self.center, self._matrices_bytes),
             device=self.center.device.type,
             itemsize=self.center.element_size(),
         )
@@ -241,15 +240,24 @@ class SharedProjection(Projection):
         return (self.route or self.plan(rows, training=False).route) == "shared"
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        if torch.compiler.is_compiling():
-            return grouped_linear(rows, self.weight().to(rows.dtype), groups.offsets)
-        route = self.route or self.plan(groups.rows, self._in_training(rows)).route
+        route = self.route or self._chosen_route(rows, groups)
         if route == "cached":
-            return grouped_linear(rows, weight_cache.get(self, rows.dtype), groups.offsets)
+            size = self.out_features, self.in_features
+            cores = self.center, tuple(self.aux)
+            return cached_linear(rows, groups.offsets, *cores, self.site, self.legs, size)
         if self.shape.padded_in != self.in_features:
             rows = F.pad(rows, (0, self.shape.padded_in - self.in_features))
         multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}[route]
         return multiply(rows, groups)[:, : self.out_features]
+
+    def _chosen_route(self, rows: Tensor, groups: Groups) -> str:
+        training = self._in_training(rows)
+        if not torch.compiler.is_compiling():
+            return self.plan(groups.rows, training).route
+        # What is compiled must do for any number of rows.
+        if self.shape.is_split(self.site):
+            return "shared"
+        return "dense" if training else "cached"
 
     def _in_training(self, rows: Tensor) -> bool:
         return torch.is_grad_enabled() and any(
@@ -285,13 +293,18 @@ class SharedProjection(Projection):
         ]
         return torch.cat(blocks) if blocks else rows.new_zeros(0, self.shape.padded_out)
 
-    @cached_property
+    @property
+    def _matrices_bytes(self) -> int:
+        numbers = self.num_experts * self.out_features * self.in_features
+        return numbers * self.center.element_size()
+
+    @property
     def _bond_dims(self) -> tuple[int, ...]:
         shapes = [core.shape[-4:] for core in self.aux]
         shapes.insert(self.site, self.center.shape)
         return tuple(shape[0] for shape in shapes[1:])
 
-    @cached_property
+    @property
     def legs(self) -> Legs:
         """Legs of the sites on either side of the shared one, taken together."""
 

@@ -1,0 +1,139 @@
+"""Experts' matrices kept between forward passes, where no gradient is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tnmoe.nn.grouped import multiply_groups
+from tnmoe.nn.materialize import Legs, build, environments
+
+
+class WeightCache:
+    """Built matrices of projections, dropped as soon as a core changes or is gone.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes that all matrices may take together. What does not fit is built anew every time.
+
+    Examples
+    --------
+    >>> weight_cache.enabled = False  # build anew, keep nothing
+    >>> weight_cache.enabled, weight_cache.limit = True, 8 * 2**30
+    """
+
+    def __init__(self, limit: int = 2**31) -> None:
+        # Central core: the state that all cores were in, and the matrices.
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._enabled = True
+        self.limit = limit
+
+    @property
+    def enabled(self) -> bool:
+        """Whether matrices are kept; setting it to False lets those go that were."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        if not value:
+            self.clear()
+
+    @property
+    def used(self) -> int:
+        """Bytes taken at present."""
+        return sum(matrices.nbytes for _, matrices in self._entries.values())
+
+    def clear(self) -> None:
+        """Let all matrices go."""
+        self._entries.clear()
+
+    def has_room(self, center: Tensor, size: int) -> bool:
+        """Whether matrices of ``size`` bytes for that central core are here, or would fit."""
+        # Tensors made in inference mode do not tell when they change.
+        if not self._enabled or center.is_inference():
+            return False
+        return center in self._entries or self.used + size <= self.limit
+
+    def get(
+        self,
+        center: Tensor,
+        aux: Sequence[Tensor],
+        site: int,
+        legs: Legs,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Matrices (E, out, in) of all experts, built if they are not here as they are now.
+
+        Parameters
+        ----------
+        center : Tensor, shape (D, out, in, D')
+            Shared central core.
+        aux : sequence of Tensor, shapes (E, D, out, in, D')
+            The other sites.
+        site : int
+            How many of them lie left of the centre.
+        legs : Legs
+            Legs of the sites on either side of the centre.
+        size : tuple of int
+            Rows and columns that the matrices are cut to.
+        dtype : torch.dtype
+            Of the result.
+        """
+        cores = (center, *aux)
+        keep = not any(core.is_inference() for core in cores)
+        state = (dtype, *((core.data_ptr(), core._version) for core in cores)) if keep else None
+        entry = self._entries.get(center)
+        if keep and entry is not None and entry[0] == state:
+            return entry[1]
+        # The old ones first, so that there are never two.
+        del entry
+        self._entries.pop(center, None)
+        left, right = environments(aux[:site], aux[site:])
+        matrices = build(center, left, right, legs)[:, : size[0], : size[1]].to(dtype).contiguous()
+        if keep and self.has_room(center, matrices.nbytes):
+            self._entries[center] = (state, matrices)
+        return matrices
+
+
+weight_cache = WeightCache()
+
+
+def cached_linear(
+    rows: Tensor,
+    offsets: Tensor,
+    center: Tensor,
+    aux: Sequence[Tensor],
+    site: int,
+    legs: Legs,
+    size: tuple[int, int],
+) -> Tensor:
+    """``grouped_linear`` with the matrices that the cache has, or that it gets now.
+
+    One operator to ``torch.compile``: a compiled model, too, finds the matrices as they are when
+    it runs. There is no gradient.
+    """
+    if torch.compiler.is_compiling():
+        numbers = [*legs.out, *legs.in_, *size, site]
+        return torch.ops.tnmoe.cached_linear(rows, offsets, center, list(aux), numbers)
+    matrices = weight_cache.get(center, aux, site, legs, size, rows.dtype)
+    return multiply_groups(rows, matrices, offsets)
+
+
+@torch.library.custom_op("tnmoe::cached_linear", mutates_args=())
+def _cached_linear(
+    rows: Tensor, offsets: Tensor, center: Tensor, aux: Sequence[Tensor], numbers: Sequence[int]
+) -> Tensor:
+    out, in_, (rows_out, columns, site) = numbers[:3], numbers[3:6], numbers[6:]
+    legs = Legs(tuple(out), tuple(in_))  # type: ignore[arg-type]
+    return cached_linear(rows, offsets, center, aux, site, legs, (rows_out, columns))
+
+
+@_cached_linear.register_fake
+def _(rows, offsets, center, aux, numbers):  # type: ignore[no-untyped-def]
+    return rows.new_empty(rows.shape[0], numbers[6])
