@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,19 +120,15 @@ class Published(nn.Module):
         return legs.permute(axes).reshape(shape.padded_out, shape.padded_in)
 
 
-class TorchTTLayers(nn.Module):
-    """torchTT's factorised linear layer, one per expert and projection; nothing is shared."""
+class FactorisedLayers(nn.Module):
+    """Another library's factorised linear layers, one per expert and projection: nothing shared."""
 
-    def __init__(self, experts: int, hidden: int, inner: int, bond: int) -> None:
+    def __init__(self, experts: int, hidden: int, inner: int, make: Callable) -> None:
         super().__init__()
-        import torchtt
-
         shape = tn.MPOShape.for_matrix(inner, hidden, sites=5)
-        legs, ranks = (list(shape.in_dims), list(shape.out_dims)), [1, *shape.bond_dims(bond), 1]
-        layer = torchtt.nn.LinearLayerTT
-        self.up = nn.ModuleList(layer(*legs, ranks, torch.float32) for _ in range(experts))
-        self.down = nn.ModuleList(layer(*legs[::-1], ranks, torch.float32) for _ in range(experts))
-        self.legs = legs
+        legs = list(shape.in_dims), list(shape.out_dims)
+        self.up = nn.ModuleList(make(*legs) for _ in range(experts))
+        self.down = nn.ModuleList(make(*legs[::-1]) for _ in range(experts))
 
     def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         result = torch.zeros_like(states)
@@ -139,10 +136,45 @@ class TorchTTLayers(nn.Module):
             tokens, choice = torch.where(index == expert)
             if not len(tokens):
                 continue
-            inner = F.relu(up(states[tokens].reshape(-1, *self.legs[0])))
-            outputs = down(inner).reshape(len(tokens), -1) * weights[tokens, choice, None]
+            outputs = down(F.relu(up(states[tokens]))) * weights[tokens, choice, None]
             result = result.index_add(0, tokens, outputs)
         return result
+
+
+class _TorchTT(nn.Module):
+    """torchTT's layer works on tensorised vectors."""
+
+    def __init__(self, in_legs: list[int], out_legs: list[int], bond: int) -> None:
+        super().__init__()
+        import torchtt
+
+        ranks = [1, *tn.MPOShape(tuple(out_legs), tuple(in_legs)).bond_dims(bond), 1]
+        self.layer = torchtt.nn.LinearLayerTT(in_legs, out_legs, ranks, torch.float32)
+        self.legs = in_legs
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.layer(rows.reshape(-1, *self.legs)).reshape(len(rows), -1)
+
+
+def torchtt_layers(experts: int, hidden: int, inner: int, bond: int) -> nn.Module:
+    return FactorisedLayers(experts, hidden, inner, partial(_TorchTT, bond=bond))
+
+
+def tensorly_layers(experts: int, hidden: int, inner: int, bond: int) -> nn.Module:
+    """tensorly-torch's layer in MPO form; it rebuilds the matrix, its faster way here."""
+
+    def make(in_legs: list[int], out_legs: list[int]) -> nn.Module:
+        import tltorch
+
+        ranks = [1, *tn.MPOShape(tuple(out_legs), tuple(in_legs)).bond_dims(bond), 1]
+        layer = tltorch.FactorizedLinear(
+            tuple(in_legs), tuple(out_legs), bias=False, factorization="blocktt", rank=ranks,
+            implementation="reconstructed",
+        )  # fmt: skip
+        layer.weight.normal_(0, 0.1)
+        return layer
+
+    return FactorisedLayers(experts, hidden, inner, make)
 
 
 def mpo_experts(
@@ -180,7 +212,15 @@ def layers(
     for bond in (None, 64):
         label = "exact" if bond is None else f"bond {bond}"
         yield f"published {label}", lambda bond=bond: _ungated(gated, Published(*sizes, bond))
-    yield "torchTT bond 8", lambda: _ungated(gated, TorchTTLayers(*sizes, 8))
+    for bond in (64, 8):
+        yield (
+            f"torchTT bond {bond}",
+            lambda bond=bond: _ungated(gated, torchtt_layers(*sizes, bond)),
+        )
+        yield (
+            f"tensorly-torch bond {bond}",
+            lambda bond=bond: _ungated(gated, tensorly_layers(*sizes, bond)),
+        )
 
 
 def _ungated(gated: bool, layer: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@
     python benchmarks/experts.py --layers 'tnmoe*' grouped_mm --modes train
     python benchmarks/experts.py --check-plan      # every route beside the one that is planned
     python benchmarks/experts.py --building        # building matrices beside the machine's rate
+    python benchmarks/experts.py --peak --tokens 512   # memory of a training step
 
 Layers take turns within a run (machine.py says what a turn is); medians are over turns.
 """
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import expert_layers
 import torch
 from machine import (
+    PeakMemory,
     environment,
     gemm_rate,
     hardware_slug,
@@ -40,7 +43,7 @@ import tnmoe as tn
 from tnmoe.nn import SharedProjection
 from tnmoe.nn.calibrate import calibrate
 from tnmoe.nn.grouped import Groups
-from tnmoe.nn.materialize import Legs, build, environments
+from tnmoe.nn.materialize import Workshop, environments
 from tnmoe.tables import format_table
 
 FFNS = {"768x3072": (768, 3072), "1024x4096": (1024, 4096)}
@@ -65,7 +68,7 @@ def main() -> None:
     print(json.dumps(report["environment"], indent=1))
     report["rates"] = asdict(calibrate(options.device, store=False))
     print(report["rates"])
-    measure = check_plan if options.check_plan else compare
+    measure = check_plan if options.check_plan else peak if options.peak else compare
     if options.building:
         report["building"] = building(library, report["gemm flops/s"])
     else:
@@ -90,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--check-plan", action="store_true")
     parser.add_argument("--building", action="store_true")
+    parser.add_argument("--peak", action="store_true")
     parser.add_argument("--memory", type=float, default=18.0, help="GiB of addresses, on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -97,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def default_output(options: argparse.Namespace) -> Path:
-    kind = "-plan" * options.check_plan + "-building" * options.building
+    kind = "-plan" * options.check_plan + "-building" * options.building + "-peak" * options.peak
     name = f"experts{kind}-{hardware_slug(options.device)}.json"
     return Path(__file__).parent / "results" / name
 
@@ -146,6 +150,45 @@ def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace)
         gc.collect()
     print(as_text(case, rows, options.modes), flush=True)
     return {"layers": rows}
+
+
+def peak(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) -> dict[str, Any]:
+    """Memory of a training step: weights, gradients and what lives between them."""
+    rows: dict[str, Any] = {}
+    hidden, inner = FFNS[case["ffn"]]
+    for name, _ in expert_layers.layers(case["experts"], hidden, inner, case["gated"]):
+        if any(fnmatch(name, pattern) for pattern in options.layers):
+            # A process of its own: what an allocator keeps of one layer is not the next one's.
+            with get_context("spawn").Pool(1) as pool:
+                rows[name] = pool.apply(_peak_of, (name, case, options.device))
+    table = [
+        [name, *(f"{value / 2**20:.0f}" for value in row.values())] if "note" not in row
+        else [name, row["note"][:24], "-"] for name, row in rows.items()
+    ]  # fmt: skip
+    title = ", ".join(f"{key} {value}" for key, value in case.items())
+    print(f"{title}\n{format_table(['layer', 'peak MiB', 'weights MiB'], table)}\n", flush=True)
+    return {"layers": rows}
+
+
+def _peak_of(name: str, case: dict[str, Any], device: str) -> dict[str, Any]:
+    """Bytes above those that the process had before the layer was made."""
+    torch.set_default_device(device)
+    set_threads()
+    hidden, inner = FFNS[case["ffn"]]
+    inputs = expert_layers.inputs(case["tokens"], case["experts"], hidden)
+    makers = dict(expert_layers.layers(case["experts"], hidden, inner, case["gated"]))
+    # What the first product loads and keeps is no layer's.
+    torch.ones(512, 512, requires_grad=True).matmul(torch.ones(512, 512)).sum().backward()
+    with PeakMemory(device) as memory:
+        try:
+            layer = makers[name]()
+            step = call_of(layer, inputs, "train")
+            step()
+            step()
+        except (Unsupported, RuntimeError, MemoryError) as reason:
+            return {"note": str(reason).split("\n")[0]}
+    weights = sum(each.numel() * each.element_size() for each in layer.parameters())
+    return {"peak bytes": memory.peak, "weight bytes": weights}
 
 
 def take_turns(
@@ -249,28 +292,30 @@ def _one_route(
 
 @torch.no_grad()
 def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
-    """Building 8 experts' matrices one by one, as a share of the rate of large products."""
+    """Building 8 experts' matrices as a training step does, as a share of the machine's rate."""
     found, table = [], []
     for bond in expert_layers.BONDS:
         projection = SharedProjection(8, tn.MPOShape.for_matrix(3072, 768, 5), max_bond=bond)
-        center, aux, site = projection.center, list(projection.aux), projection.site
+        aux, site, legs = list(projection.aux), projection.site, projection.legs
         left, right = environments(aux[:site], aux[site:])
-        call = partial(_build_each, center, left, right, projection.legs)
+        call = partial(_build_in_turn, Workshop(projection.center, legs), left, right)
         call()
-        seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 5)[""])
-        rows = projection.legs.half_rows // projection.legs.in_[1] // projection.legs.out[1]
-        depth, columns = center.shape[0], center[0].numel()
-        whole = projection.legs.half_rows * right[0].numel()
-        share = 8 * 2 * (rows * depth * columns + whole) / seconds / rate
+        seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 7)[""])
+        columns = projection.center[0].numel()
+        operations = left[0].numel() * columns + legs.half_rows * right[0].numel()
+        share = 8 * 2 * operations / seconds / rate
         found.append({"bond": bond, "seconds": seconds, "share": share})
         table.append([bond or "exact", f"{1e3 * seconds:.1f}", f"{share:.0%}"])
     print(format_table(["bond", "ms", "of the rate"], table))
     return found
 
 
-def _build_each(center: torch.Tensor, left: torch.Tensor, right: torch.Tensor, legs: Legs) -> None:
-    for expert in range(len(left)):
-        build(center, left[expert : expert + 1], right[expert : expert + 1], legs)
+def _build_in_turn(workshop: Workshop, left: torch.Tensor, right: torch.Tensor) -> None:
+    if left.is_cuda:
+        workshop.whole(workshop.half(left), right)
+        return
+    for lefts, rights in zip(left.split(1), right.split(1), strict=True):
+        workshop.whole(workshop.half(lefts), rights)
 
 
 if __name__ == "__main__":

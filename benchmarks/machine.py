@@ -66,6 +66,34 @@ def limit_memory(gibibytes: float, device: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
+class PeakMemory:
+    """The most memory in use within a block, above what was in use before it, in bytes."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.peak = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            # Linux forgets the high-water mark of a process that writes 5 here.
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        now = torch.cuda.max_memory_allocated() if self.device == "cuda" else _resident("VmHWM")
+        self.peak = now - self._before
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
 def keep_freed_memory() -> None:
     """Let the C allocator keep what is freed, so that no call pays for new pages and the next not.
 

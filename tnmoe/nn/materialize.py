@@ -73,7 +73,7 @@ def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
     legs : Legs
         How their axes split.
     """
-    workshop = _Workshop(center, legs)
+    workshop = Workshop(center, legs)
     result = center.new_empty(len(left), legs.out_features, legs.in_features)
     step = 1 if center.device.type == "cpu" else len(left)
     for lefts, rights, out in zip(*(x.split(step) for x in (left, right, result)), strict=True):
@@ -81,7 +81,7 @@ def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
     return result
 
 
-class _Workshop:
+class Workshop:
     """Builds matrices of one layer, and takes gradients apart, in arrays that it uses again.
 
     What a method returns is overwritten by its next call.
@@ -252,9 +252,9 @@ def _shared_linear_backward(
     return of_rows, of_center, of_left, of_right
 
 
-def _workshop(center: Tensor, legs: Sequence[int]) -> _Workshop:
+def _workshop(center: Tensor, legs: Sequence[int]) -> Workshop:
     out, in_ = tuple(legs[:3]), tuple(legs[3:])
-    return _Workshop(center, Legs(out, in_))  # type: ignore[arg-type]
+    return Workshop(center, Legs(out, in_))  # type: ignore[arg-type]
 
 
 def _turns(offsets: Tensor) -> Iterator[tuple[slice, slice]]:
