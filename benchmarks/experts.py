@@ -302,7 +302,8 @@ def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
         call()
         seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 7)[""])
         columns = projection.center[0].numel()
-        operations = left[0].numel() * columns + legs.half_rows * right[0].numel()
+        halves = left.shape[1] * columns // right.shape[1]
+        operations = left[0].numel() * columns + halves * right[0].numel()
         share = 8 * 2 * operations / seconds / rate
         found.append({"bond": bond, "seconds": seconds, "share": share})
         table.append([bond or "exact", f"{1e3 * seconds:.1f}", f"{share:.0%}"])
@@ -311,11 +312,11 @@ def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
 
 
 def _build_in_turn(workshop: Workshop, left: torch.Tensor, right: torch.Tensor) -> None:
-    if left.is_cuda:
-        workshop.whole(workshop.half(left), right)
-        return
-    for lefts, rights in zip(left.split(1), right.split(1), strict=True):
-        workshop.whole(workshop.half(lefts), rights)
+    turns = [(left, right)] if left.is_cuda else zip(left.split(1), right.split(1), strict=True)
+    for lefts, rights in turns:
+        halves = workshop.halves(lefts)
+        for part, _ in workshop.pieces():
+            workshop.matrix(workshop.piece(halves[:, part]), rights)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,23 @@
 With the auxiliary cores left of the centre contracted to ``left`` (E, out·in, D) and those right
 of it to ``right`` (E, D', out·in), a matrix is built in two products: ``left`` times the central
 core, which gives a *half*, and half times ``right``. On a CPU that is done for one expert after
-the other, in arrays that are still in the caches from the one before; on an accelerator for all
-at once, so that it is not waited for.
+the other, and from the half on for some rows of its matrix after the other: what is built is
+used while it is still in a cache. On an accelerator it is done for all at once, so that it is
+not waited for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from tnmoe.backends import backend_named
 from tnmoe.contraction import left_environment, right_environment
-from tnmoe.nn.grouped import blocks_of, grouped_linear, grouped_outer, multiply_block, outer_block
+from tnmoe.nn.grouped import blocks_of, grouped_linear, grouped_outer
 
 _TORCH = backend_named("torch")
 
@@ -36,11 +38,6 @@ class Legs:
     @property
     def in_features(self) -> int:
         return self.in_[0] * self.in_[1] * self.in_[2]
-
-    @property
-    def half_rows(self) -> int:
-        """Rows of a half: (out left, out centre, in left, in centre)."""
-        return self.out[0] * self.out[1] * self.in_[0] * self.in_[1]
 
 
 def environments(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,7 +74,9 @@ def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
     result = center.new_empty(len(left), legs.out_features, legs.in_features)
     step = 1 if center.device.type == "cpu" else len(left)
     for lefts, rights, out in zip(*(x.split(step) for x in (left, right, result)), strict=True):
-        workshop.whole(workshop.half(lefts), rights, out)
+        halves = workshop.halves(lefts)
+        for part, rows in workshop.pieces():
+            workshop.matrix(workshop.piece(halves[:, part]), rights, out[:, rows])
     return result
 
 
@@ -98,77 +97,95 @@ class Workshop:
             self._arrays[name] = self.center.new_empty(shape)
         return self._arrays[name]
 
-    def half(self, left: Tensor) -> Tensor:
-        """(e, out·in, D) → (e, out left · out centre · in left · in centre, D')."""
-        experts, rows, bond = left.shape
-        (out_left, out_center, _), (in_left, in_center, _) = self.legs.out, self.legs.in_
-        product = self.array("half product", experts * rows, self.center.shape[1])
-        torch.mm(left.reshape(experts * rows, bond), self.center, out=product)
-        if in_left > 1 and out_center > 1:
-            apart = (experts, out_left, in_left, out_center, in_center * self.bond)
-            half = self.array("half", experts, out_left, out_center, *apart[2:3], apart[4])
-            product = half.copy_(product.view(apart).transpose(2, 3))
-        return product.view(experts, self.legs.half_rows, self.bond)
+    def pieces(self) -> Iterator[tuple[slice, slice]]:
+        """Output legs left of the centre that are dealt with together, and the matrix's rows."""
+        count, each = self.legs.out[0], self.legs.out[1] * self.legs.out[2]
+        step = count
+        if self.center.device.type == "cpu":
+            step = ceil(count / ceil(count * each * self.legs.in_features / _PIECE))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            yield slice(start, stop), slice(start * each, stop * each)
 
-    def half_backward(self, grad: Tensor, left: Tensor, of_left: Tensor, of_center: Tensor) -> None:
+    def halves(self, left: Tensor) -> Tensor:
+        """(e, out·in, D) → (e, out left, in left, out centre, in centre · D')."""
+        experts, rows, bond = left.shape
+        half = self.array("half", experts * rows, self.center.shape[1])
+        torch.mm(left.reshape(experts * rows, bond), self.center, out=half)
+        (out_left, out_center, _), in_left = self.legs.out, self.legs.in_[0]
+        return half.view(experts, out_left, in_left, out_center, -1)
+
+    def halves_backward(
+        self, grad: Tensor, left: Tensor, of_left: Tensor, of_center: Tensor
+    ) -> None:
         """Gradient of ``left``; that of the central core, summed over experts, is added."""
         experts, rows, bond = left.shape
-        (out_left, out_center, _), (in_left, in_center, _) = self.legs.out, self.legs.in_
-        if in_left > 1 and out_center > 1:
-            apart = (experts, out_left, out_center, in_left, in_center * self.bond)
-            product = self.array("half product", experts * rows, self.center.shape[1])
-            target = product.view(experts, out_left, in_left, out_center, -1)
-            target.copy_(grad.view(apart).transpose(2, 3))
-            grad = product
         grad = grad.view(experts * rows, -1)
         of_center.view(bond, -1).addmm_(left.reshape(experts * rows, bond).T, grad)
         torch.mm(grad, self.center.T, out=of_left.view(experts * rows, bond))
 
-    def whole(self, half: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-        """Halves times right environments, (e, out, in)."""
-        experts = len(half)
+    def piece(self, halves: Tensor) -> Tensor:
+        """Some left output legs' halves, outputs before inputs: (e, rows, D')."""
+        experts, count, in_left, out_center, _ = halves.shape
+        if in_left > 1 and out_center > 1:
+            piece = self.array("piece", experts, count, out_center, in_left, halves.shape[4])
+            halves = piece.copy_(halves.transpose(2, 3))
+        return halves.view(experts, -1, self.bond)
+
+    def matrix(self, piece: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """A piece times right environments: rows of the matrices, (e, rows, in)."""
         if out is None:
-            out = self.array("whole", experts, self.legs.out_features, self.legs.in_features)
+            out = self.empty_matrix(piece)
         if self._in_order:
-            torch.bmm(half, right, out=out.view(experts, len(half[0]), -1))
+            torch.bmm(piece, right, out=out.view(len(piece), piece.shape[1], -1))
             return out
-        product = self.array("whole product", experts, half.shape[1], right.shape[2])
-        torch.bmm(half, right, out=product)
+        product = self.array("product", len(piece), piece.shape[1], right.shape[2])
+        torch.bmm(piece, right, out=product)
         self._blocks(out).copy_(self._apart(product))
         return out
 
-    def whole_backward(self, grad: Tensor, half: Tensor, right: Tensor, of_right: Tensor) -> Tensor:
-        """Gradient of halves from that of the matrices; that of ``right`` is written."""
-        product = grad.view(len(grad), half.shape[1], right.shape[2]) if self._in_order else None
-        if product is None:
-            product = self.array("whole product", len(grad), half.shape[1], right.shape[2])
+    def empty_matrix(self, piece: Tensor) -> Tensor:
+        """An array for the rows of matrices that a piece gives."""
+        in_left, in_center, _ = self.legs.in_
+        rows = piece.shape[1] // (in_left * in_center) * self.legs.out[2]
+        return self.array("matrix", len(piece), rows, self.legs.in_features)
+
+    def matrix_backward(
+        self, grad: Tensor, piece: Tensor, right: Tensor, of_halves: Tensor, of_right: Tensor
+    ) -> None:
+        """Gradient of the halves in a piece is written, that of ``right`` is added."""
+        if self._in_order:
+            product = grad.view(len(piece), piece.shape[1], -1)
+        else:
+            product = self.array("product", len(piece), piece.shape[1], right.shape[2])
             self._apart(product).copy_(self._blocks(grad))
-        torch.bmm(half.mT, product, out=of_right)
-        of_half = self.array("gradient of half", *half.shape)
-        return torch.bmm(product, right.mT, out=of_half)
+        of_right.baddbmm_(piece.mT, product)
+        experts, count, in_left, out_center, run = of_halves.shape
+        if in_left == 1 or out_center == 1:
+            torch.bmm(product, right.mT, out=of_halves.view(piece.shape))
+            return
+        of_piece = torch.bmm(product, right.mT, out=self.array("gradient of piece", *piece.shape))
+        of_halves.copy_(of_piece.view(experts, count, out_center, in_left, run).transpose(2, 3))
 
     @property
     def _in_order(self) -> bool:
-        """Whether halves times right environments are the matrices as they lie."""
+        """Whether a piece times right environments is rows of the matrices as they lie."""
         return self.legs.out[2] == 1 or self.legs.in_[0] * self.legs.in_[1] == 1
 
     def _blocks(self, matrices: Tensor) -> Tensor:
-        """(e, out, in) → (e, out left · out centre, in left · in centre, out right, in right)."""
-        (out_left, out_center, out_right), (in_left, in_center, in_right) = (
-            self.legs.out,
-            self.legs.in_,
-        )
-        legs = (out_left * out_center, out_right, in_left * in_center, in_right)
-        return matrices.view(-1, *legs).transpose(2, 3)
+        """(e, rows, in) → (e, out left · centre, in left · centre, out right, in right)."""
+        in_left, in_center, in_right = self.legs.in_
+        legs = (self.legs.out[2], in_left * in_center, in_right)
+        return matrices.view(len(matrices), -1, *legs).transpose(2, 3)
 
     def _apart(self, product: Tensor) -> Tensor:
-        """Half rows · right legs, with the same axes."""
-        (out_left, out_center, out_right), (in_left, in_center, in_right) = (
-            self.legs.out,
-            self.legs.in_,
-        )
-        legs = (out_left * out_center, in_left * in_center, out_right, in_right)
-        return product.view(-1, *legs)
+        """A piece times right environments, with the same axes."""
+        in_left, in_center, in_right = self.legs.in_
+        return product.view(len(product), -1, in_left * in_center, self.legs.out[2], in_right)
+
+
+# Numbers in the rows of a matrix that are built and used together, so that they stay in a cache.
+_PIECE = 1 << 19
 
 
 def shared_linear(
@@ -207,11 +224,13 @@ def _shared_linear(
     workshop = _workshop(center, legs)
     result = rows.new_empty(rows.shape[0], workshop.legs.out_features)
     for experts, block in _turns(offsets):
-        weight = workshop.whole(workshop.half(left[experts]), right[experts])
-        if len(weight) == 1:
-            multiply_block(rows[block], weight[0], result[block])
-        else:
-            result = grouped_linear(rows, weight, offsets)
+        halves, rights = workshop.halves(left[experts]), right[experts]
+        for part, outs in workshop.pieces():
+            weight = workshop.matrix(workshop.piece(halves[:, part]), rights)
+            if len(weight) == 1:
+                torch.mm(rows[block], weight[0].T, out=result[block, outs])
+            else:
+                result = grouped_linear(rows, weight, offsets)
     return result
 
 
@@ -228,27 +247,31 @@ def _shared_linear_backward(
     wants_cores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     workshop = _workshop(center, legs)
-    of_rows = torch.empty_like(rows)
-    of_center, of_left, of_right = (
-        torch.zeros_like(core, memory_format=torch.contiguous_format)
-        for core in (center, left, right)
+    of_rows, of_center, of_left, of_right = (
+        torch.zeros_like(each, memory_format=torch.contiguous_format)
+        for each in (rows, center, left, right)
     )
     for experts, block in _turns(offsets):
-        half, rights = workshop.half(left[experts]), right[experts]
-        weight = workshop.array("whole", len(rights), grad.shape[1], rows.shape[1])
-        if wants_rows:
-            workshop.whole(half, rights)
-            if len(weight) == 1:
-                multiply_block(grad[block], weight[0].T, of_rows[block])
+        halves, rights = workshop.halves(left[experts]), right[experts]
+        of_halves = workshop.array("gradient of halves", *halves.shape)
+        for part, outs in workshop.pieces():
+            piece = workshop.piece(halves[:, part])
+            weight = workshop.matrix(piece, rights) if wants_rows else workshop.empty_matrix(piece)
+            if len(weight) > 1:
+                if wants_rows:
+                    of_rows = grouped_linear(grad, weight.mT, offsets)
+                if wants_cores:
+                    weight = grouped_outer(grad, rows, offsets)
             else:
-                of_rows = grouped_linear(grad, weight.mT, offsets)
+                if wants_rows:
+                    of_rows[block].addmm_(grad[block, outs], weight[0])
+                if wants_cores:
+                    torch.mm(grad[block, outs].T, rows[block], out=weight[0])
+            if wants_cores:
+                of_part = of_halves[:, part]
+                workshop.matrix_backward(weight, piece, rights, of_part, of_right[experts])
         if wants_cores:
-            if len(weight) == 1:
-                outer_block(grad[block], rows[block], weight[0])
-            else:
-                weight = grouped_outer(grad, rows, offsets)
-            of_half = workshop.whole_backward(weight, half, rights, of_right[experts])
-            workshop.half_backward(of_half, left[experts], of_left[experts], of_center)
+            workshop.halves_backward(of_halves, left[experts], of_left[experts], of_center)
     return of_rows, of_center, of_left, of_right
 
 
