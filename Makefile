@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo test lint bench bench-experts clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
 	@echo "make test   run all tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the algebra beside its peers (ARGS=--quick: minutes)"
+	@echo "make bench-experts  experts' layers beside other mixtures (ARGS=--check-plan, --building, --peak)"
 	@echo "make env    only create the environment in $(VENV)"
 	@echo "make clean  remove the environment and what the demo wrote"
 
@@ -35,6 +36,9 @@ test: env
 
 bench: $(VENV)/.bench
 	$(BIN)/python -W ignore benchmarks/algebra.py $(ARGS)
+
+bench-experts: $(VENV)/.bench
+	$(BIN)/python -W ignore benchmarks/experts.py $(ARGS)
 
 $(VENV)/.bench: $(READY) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -232,6 +232,6 @@ def _ungated(gated: bool, layer: nn.Module) -> nn.Module:
 def inputs(tokens: int, experts: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, their experts (one each, equally likely) and weights of 1."""
     rng = np.random.default_rng(0)
-    states = torch.from_numpy(rng.standard_normal((tokens, hidden), dtype=np.float32))
-    index = torch.from_numpy(rng.integers(0, experts, (tokens, 1)))
+    states = torch.tensor(rng.standard_normal((tokens, hidden), dtype=np.float32))
+    index = torch.tensor(rng.integers(0, experts, (tokens, 1)))
     return states, index, torch.ones(tokens, 1)

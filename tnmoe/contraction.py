@@ -13,12 +13,8 @@ import opt_einsum
 from tnmoe.backends import Array, Backend
 from tnmoe.costs import get_rates
 from tnmoe.errors import InputError
-from tnmoe.routes import ContractionPlan, Work, expert_routes
+from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
 from tnmoe.shapes import MPOShape
-
-# Going through the cores in order permutes nothing but small states, which makes up for this many
-# times the operations of the best order.
-_IN_ORDER = 1.5
 
 # A segment of a chain with this many times fewer numbers than the matrix is small.
 _SMALL_SEGMENT = 8
@@ -155,7 +151,7 @@ def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: A
     plan = contraction_plan(shape, tuple(core.shape[0] for core in cores[1:]), batch)
     if plan.route == "dense":
         return vectors @ to_padded_matrix(xp, cores).T
-    if _in_order_flops(_shapes(cores), batch) <= _IN_ORDER * plan.flops:
+    if _in_order_flops(_shapes(cores), batch) <= IN_ORDER * plan.flops:
         return _apply_in_order(xp, cores, vectors)
     contract, _ = _contraction(_shapes(cores), batch)
     return contract(vectors.reshape(batch, *shape.in_dims), *cores).reshape(batch, shape.padded_out)

@@ -6,7 +6,6 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import hypot
 from pathlib import Path
 
 _RATES: dict[str, Rates] = {}
@@ -37,12 +36,10 @@ class Rates:
         """Seconds of (rows, depth) · (depth, columns)."""
         if not rows * depth * columns:
             return 0.0
-        # The narrowest side decides how well the arithmetic units are fed.
-        narrow = min(rows, depth, columns)
-        compute = 2 * rows * depth * columns * (1 + self.half_depth / narrow) / self.flops
-        moved = (rows * depth + depth * columns + rows * columns) * itemsize
-        # Between the longer of the two, as if they overlapped, and their sum.
-        return hypot(compute, moved / self.bandwidth) + self.launch
+        moved = (rows * depth + depth * columns + rows * columns) * itemsize / self.bandwidth
+        compute = 2 * rows * depth * columns * (1 + self.half_depth / depth) / self.flops
+        # Matrices are packed before they are multiplied, so the two do not overlap.
+        return compute + moved + self.launch
 
     def move(self, numbers: float, itemsize: int) -> float:
         """Seconds to read and write so many numbers once, in another order."""

@@ -15,11 +15,19 @@ from tnmoe.tables import format_table
 # fewer, the columns are moved among the rows first.
 WIDE = 16
 
-# Operations launched at every site, most of which only look at an array in another way.
-_CALLS = 8
+# Going through the cores in order permutes nothing but small states, which makes up for this many
+# times the operations of the best order.
+IN_ORDER = 1.5
 
-# Times the bandwidth of memory that a CPU has for arrays that it uses again.
+# Times the launch of an operation that every site takes, at inference and in training, as measured:
+# reshapes for the most part, and on the shared route operators that Python has to dispatch.
+_CALLS = {"chain": (27, 90), "shared": (33, 210)}
+
+# Times the bandwidth of memory that a CPU has for arrays that are still in its caches.
 _WARM = 2.0
+
+# How often a contraction that permutes as it likes moves its largest intermediate.
+_PERMUTED = 1.85
 
 Path = tuple[tuple[int, ...], ...]
 
@@ -83,7 +91,7 @@ class Work:
     shape: MPOShape
     bond_dims: tuple[int, ...]
     center: int
-    rows: int
+    rows: float
     experts: int
     training: bool
     itemsize: int
@@ -109,7 +117,7 @@ def expert_routes(
     """The fastest route for experts, ``chain`` being the plan for one of them alone."""
     seconds = {"shared": _shared_seconds(work, rates), "dense": _dense_seconds(work, rates)}
     if chain.route == "chain":
-        seconds["chain"] = _chain_seconds(work, rates, chain.flops)
+        seconds["chain"] = _chain_seconds(work, rates, chain)
     if cached and not work.training:
         seconds["cached"] = work.active * _product(work, rates, *_linear(work))
     route = min(seconds, key=lambda name: seconds[name])
@@ -185,23 +193,34 @@ def _steps(work: Work) -> Iterator[tuple[int, int, int, int]]:
 
 def _shared_seconds(work: Work, rates: Rates) -> float:
     passes = 3 if work.training else 1
-    total = 0.0
+    total = _launches(work, rates, "shared")
     for position, (rows, depth, columns, outs) in enumerate(_steps(work)):
         if 1 < outs < WIDE:
             moved = rows * outs * (depth + columns)
             total += passes * rates.move(moved, work.itemsize)
         groups = 1.0 if work.shape.sites - 1 - position == work.center else work.active
         total += groups * _product(work, rates, rows * outs / groups, depth, columns)
-        total += passes * _CALLS * rates.launch
     return total
 
 
-def _chain_seconds(work: Work, rates: Rates, flops: int) -> float:
-    """Of one expert after the other, with paths that are free to permute."""
+def _chain_seconds(work: Work, rates: Rates, chain: ContractionPlan) -> float:
+    """Of one expert after the other."""
     passes = 3 if work.training else 1
-    bonds = work.bonds[work.center : work.center + 2]
-    legs = work.shape.out_dims[work.center] * work.shape.in_dims[work.center]
-    center = prod(bonds) * legs * work.itemsize
-    # Contractions that permute run at half the rate, and everyone reads the central core anew.
-    each = 2 * flops / rates.flops + center / rates.bandwidth
-    return passes * work.active * (each + _CALLS * work.shape.sites * rates.launch)
+    steps = list(_steps(replace(work, rows=work.rows / work.active)))
+    if sum(2 * prod(step) for step in steps) <= IN_ORDER * chain.flops:
+        each = sum(
+            _product(work, rates, rows * outs, depth, columns)
+            + passes * rates.move(rows * outs * depth, work.itemsize)
+            for rows, depth, columns, outs in steps
+        )
+    else:
+        bonds = work.bonds[work.center : work.center + 2]
+        center = prod(bonds) * work.shape.out_dims[work.center] * work.shape.in_dims[work.center]
+        moving = _PERMUTED * rates.move(chain.peak_elements, work.itemsize)
+        reading = center * work.itemsize / rates.bandwidth
+        each = passes * (chain.flops / rates.flops + moving + reading)
+    return work.active * (each + _launches(work, rates, "chain"))
+
+
+def _launches(work: Work, rates: Rates, route: str) -> float:
+    return _CALLS[route][work.training] * work.shape.sites * rates.launch

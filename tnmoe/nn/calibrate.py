@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from tnmoe.costs import Rates, set_rates
 from tnmoe.errors import InputError
 
-_REPEATS = 7
+_REPEATS = 15
 
 
 @torch.no_grad()
@@ -73,15 +72,15 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
 
 
 def _seconds(call: Callable[[], Tensor], on: Tensor) -> float:
-    """Median of some calls, after two to warm up."""
+    """Best of some calls: what slows one down is not the device's own."""
     seconds = []
-    for _ in range(_REPEATS + 2):
+    for _ in range(_REPEATS):
         _wait(on)
         start = time.perf_counter()
         call()
         _wait(on)
         seconds.append(time.perf_counter() - start)
-    return median(seconds[2:])
+    return min(seconds)
 
 
 def _wait(on: Tensor) -> None:
