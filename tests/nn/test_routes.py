@@ -183,6 +183,20 @@ def test_experts_that_take_turns_compute_what_they_do_together(monkeypatch):
         torch.testing.assert_close(layer(states, index, weights), together)
 
 
+def test_experts_that_take_turns_go_the_way_that_is_planned_for_all_of_them(monkeypatch):
+    layer, planned = experts(None), []
+    plan = SharedProjection.plan
+    monkeypatch.setattr("tnmoe.nn.experts._CACHED", 0)
+    monkeypatch.setattr(
+        SharedProjection, "plan", lambda self, rows, training: planned.append(rows) or
+        plan(self, rows, training)
+    )  # fmt: skip
+    states, index, weights = routing(tokens=40)
+    with torch.no_grad():
+        layer(states, index, weights)
+    assert set(planned) == {index.numel()}
+
+
 def experts(route, dtype=torch.float32, gated=True, **details):
     torch.manual_seed(0)
     layer = nn.MPOExperts(4, 8, 12, "silu", gated, bias=True, sites=3, dtype=dtype, **details)

@@ -133,17 +133,28 @@ class Experts(nn.Module):
         kind = hidden_states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         states = hidden_states.to(dtype or hidden_states.dtype)
-        states = spread(states, groups.order, groups.inverse, choices)
-        if self._takes_turns(states):
-            # What lies between the projections is still in a cache when the second one starts.
-            parts = [self._feed_forward(states[block], alone) for block, alone in groups.apart()]
-            outputs = torch.cat(parts)
+        if self._takes_turns(states, groups):
+            outputs = self._one_by_one(states, groups, top_k_weights)
         else:
-            outputs = self._feed_forward(states, groups)
-        outputs = spread(outputs, groups.inverse, groups.order)
-        outputs = outputs.view(tokens, choices, self.hidden_size) * top_k_weights[..., None]
+            rows = spread(states, groups.order, groups.inverse, choices)
+            outputs = spread(self._feed_forward(rows, groups), groups.inverse, groups.order)
+            outputs = outputs.view(tokens, choices, self.hidden_size) * top_k_weights[..., None]
         outputs = outputs.sum(1) if choices > 1 else outputs.squeeze(1)
         return outputs.to(hidden_states.dtype)
+
+    def _one_by_one(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:
+        """Weighted outputs (T, k, H) of one expert after the other.
+
+        What lies between the projections is still in a cache when the second one starts.
+        """
+        (tokens, choices), flat = weights.shape, weights.reshape(-1, 1)
+        dtype = torch.result_type(states, weights)
+        outputs = states.new_empty(tokens * choices, self.hidden_size, dtype=dtype)
+        for block, alone in groups.apart():
+            slots = groups.order[block]
+            part = self._feed_forward(states.index_select(0, slots // choices), alone)
+            outputs.index_copy_(0, slots, part * flat.index_select(0, slots))
+        return outputs.view(tokens, choices, self.hidden_size)
 
     def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
         inner = self.activation((self.gate or self.up)(rows, groups))
@@ -151,16 +162,16 @@ class Experts(nn.Module):
             inner = inner * self.up(rows, groups)
         return self.down(inner, groups)
 
-    def _takes_turns(self, rows: Tensor) -> bool:
+    def _takes_turns(self, states: Tensor, groups: Groups) -> bool:
         """Whether one expert after the other is faster: where all at once spill from the caches.
 
         Not in training, where all is kept for the backward anyway.
         """
-        if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if len(rows) * self.intermediate_size <= _CACHED:
+        if groups.rows * self.intermediate_size <= _CACHED:
             return False
-        return not (self.up.joins_experts(len(rows)) or self.down.joins_experts(len(rows)))
+        return not (self.up.joins_experts(groups.rows) or self.down.joins_experts(groups.rows))
 
     def _all_on_all(self, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Every expert on every token, unchosen ones weighted 0.

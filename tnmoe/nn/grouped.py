@@ -29,7 +29,7 @@ class Groups:
     offsets : Tensor of int32, shape (E,)
         Where the rows of every expert end. On an accelerator they stay there.
     rows : int
-        Number of slots.
+        Number of slots of the layer, which its routes are planned for.
     order : Tensor of int64, shape (rows,)
         Slot at every row.
     inverse : Tensor of int64, shape (rows,)
@@ -67,7 +67,7 @@ class Groups:
             ends = torch.zeros_like(self.offsets)
             ends[expert:] = count
             alone = torch.arange(count, device=ends.device)
-            yield block, Groups(self.experts[block], ends, count, alone, alone)
+            yield block, Groups(self.experts[block], ends, self.rows, alone, alone)
 
 
 def spread(states: Tensor, order: Tensor, inverse: Tensor, choices: int = 1) -> Tensor:
