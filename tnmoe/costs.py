@@ -48,7 +48,7 @@ class Rates:
 
 # Of the order of a present-day machine: routes differ by factors, so that does for a start.
 _TYPICAL = {
-    "cpu": Rates(flops=2e11, half_depth=16, bandwidth=2e10, launch=5e-6),
+    "cpu": Rates(flops=2e11, half_depth=8, bandwidth=1e10, launch=3e-6),
     "cuda": Rates(flops=3e14, half_depth=128, bandwidth=2e12, launch=8e-6),
 }
 

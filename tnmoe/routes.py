@@ -132,8 +132,8 @@ def _flops_and_peak(work: Work, route: str) -> tuple[int, int]:
     rows, depth, columns = _linear(work)
     if route == "shared":
         steps = list(_steps(work))
-        shared = sum(2 * prod(step) for step in steps)
-        return shared, max(step[0] * step[3] * max(step[1], step[2]) for step in steps)
+        peak = max(rows * outs * max(before, after) for rows, before, after, outs in steps)
+        return round(sum(2 * prod(step) for step in steps)), round(peak)
     of_one = 2 * rows * depth * columns
     if route == "dense":
         of_one += sum(2 * prod(sizes) for sizes in _building(work))
@@ -180,7 +180,7 @@ def _dense_seconds(work: Work, rates: Rates) -> float:
     return work.active * (building + _product(work, rates, *_linear(work)))
 
 
-def _steps(work: Work) -> Iterator[tuple[int, int, int, int]]:
+def _steps(work: Work) -> Iterator[tuple[float, int, int, int]]:
     """Rows, depth, columns of the core and of the state in every product on the shared route."""
     rest, outs = work.shape.padded_in, 1
     for site in reversed(range(work.shape.sites)):

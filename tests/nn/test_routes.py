@@ -197,6 +197,32 @@ def test_experts_that_take_turns_go_the_way_that_is_planned_for_all_of_them(monk
     assert set(planned) == {index.numel()}
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+def test_cores_that_gate_and_up_share_are_applied_once_and_get_the_gradients_of_both(
+    layout, monkeypatch
+):
+    from tnmoe.nn import in_order
+
+    layer, tied = experts("shared", torch.float64, layout=layout), []
+    layer.gate.aux[-1] = layer.up.aux[-1]
+    products = []
+    multiply = in_order._multiply
+    monkeypatch.setattr(in_order, "_multiply", lambda *a: products.append(a) or multiply(*a))
+    states, index, weights = (
+        each.double() if each.is_floating_point() else each for each in routing()
+    )
+    for route in ("shared", "dense"):
+        for module in (layer.up, layer.gate, layer.down):
+            module.route = route
+        layer.zero_grad()
+        out = layer(states, index, weights)
+        out.square().sum().backward()
+        tied.append([out.detach(), *(each.grad.clone() for each in layer.parameters())])
+    assert len(products) == 3 * layer.up.shape.sites - 1
+    for ours, theirs in zip(*tied, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def experts(route, dtype=torch.float32, gated=True, **details):
     torch.manual_seed(0)
     layer = nn.MPOExperts(4, 8, 12, "silu", gated, bias=True, sites=3, dtype=dtype, **details)

@@ -157,9 +157,11 @@ class Experts(nn.Module):
         return outputs.view(tokens, choices, self.hidden_size)
 
     def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        inner = self.activation((self.gate or self.up)(rows, groups))
-        if self.gate is not None:
-            inner = inner * self.up(rows, groups)
+        if self.gate is None:
+            inner = self.activation(self.up(rows, groups))
+        else:
+            gate, up = self.gate.forward_beside(self.up, rows, groups)
+            inner = self.activation(gate) * up
         return self.down(inner, groups)
 
     def _takes_turns(self, states: Tensor, groups: Groups) -> bool:

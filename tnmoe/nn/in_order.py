@@ -7,6 +7,7 @@ experts together by the core they share.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,15 +39,44 @@ def chain_linear(rows: Tensor, cores: Sequence[Tensor], groups: Groups) -> Tenso
     input legs right of it (:meth:`MPOShape.split`), the shared core is one dense product for all
     rows.
     """
-    count, rest = rows.shape
-    state, outs = rows, 1
-    for core in reversed(cores):
-        before, out, in_, after = core.shape[-4:]
-        rest //= in_
-        matrix = core.reshape(*core.shape[:-4], before * out, in_ * after)
-        state = _multiply(state.reshape(count * rest, in_ * after, outs), matrix, groups, rest)
-        outs *= out
-    return state.reshape(count, outs)
+    return chain_linears(rows, [cores], groups)[0]
+
+
+def chain_linears(rows: Tensor, chains: Sequence[Sequence[Tensor]], groups: Groups) -> list[Tensor]:
+    """:func:`chain_linear` for several chains; cores they have in common are contracted once.
+
+    Only the same tensors count, from the right: the input sides of an up and a gate projection,
+    if they are tied.
+    """
+    common = 0
+    for sites in zip(*map(reversed, chains), strict=False):
+        if len(chains) < 2 or any(core is not sites[0] for core in sites):
+            break
+        common += 1
+    first = chains[0]
+    state = _State(rows, rows.shape[1], 1).through(first[len(first) - common :], groups)
+    ends = (state.through(cores[: len(cores) - common], groups) for cores in chains)
+    return [end.tensor.reshape(len(rows), end.outs) for end in ends]
+
+
+@dataclass(frozen=True)
+class _State:
+    """Rows on their way: inputs to come, and outputs so far, of each."""
+
+    tensor: Tensor
+    rest: int
+    outs: int
+
+    def through(self, cores: Sequence[Tensor], groups: Groups) -> _State:
+        state, rest, outs = self.tensor, self.rest, self.outs
+        count = len(groups.experts)
+        for core in reversed(cores):
+            before, out, in_, after = core.shape[-4:]
+            rest //= in_
+            matrix = core.reshape(*core.shape[:-4], before * out, in_ * after)
+            state = _multiply(state.reshape(count * rest, in_ * after, outs), matrix, groups, rest)
+            outs *= out
+        return _State(state, rest, outs)
 
 
 def _multiply(state: Tensor, matrix: Tensor, groups: Groups, factor: int) -> Tensor:

@@ -14,7 +14,7 @@ from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_m
 from tnmoe.errors import InputError
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear
-from tnmoe.nn.in_order import chain_linear
+from tnmoe.nn.in_order import chain_linear, chain_linears
 from tnmoe.nn.materialize import Legs, environments, shared_linear
 from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape, positive_int
@@ -65,12 +65,20 @@ class Projection(nn.Module, ABC):
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """Every expert's matrix, and its bias, on its own rows: (T, in) → (T, out)."""
-        result = self.multiply(rows, groups)
+        return self._add_bias(self.multiply(rows, groups), groups)
+
+    def _add_bias(self, result: Tensor, groups: Groups) -> Tensor:
         if self.bias is None:
             return result
         # A product with the experts' indicators: its gradient, too, is one, not a scatter.
-        mine = groups.experts[:, None] == torch.arange(self.num_experts, device=rows.device)
-        return torch.addmm(result, mine.to(rows.dtype), self.bias.to(rows.dtype))
+        mine = groups.experts[:, None] == torch.arange(self.num_experts, device=result.device)
+        return torch.addmm(result, mine.to(result.dtype), self.bias.to(result.dtype))
+
+    def forward_beside(
+        self, other: Projection, rows: Tensor, groups: Groups
+    ) -> tuple[Tensor, Tensor]:
+        """This projection and another one of the same rows, sharing work where they can."""
+        return self(rows, groups), other(rows, groups)
 
     def joins_experts(self, rows: int) -> bool:
         """Whether so many rows, in inference, go through products for all experts together."""
@@ -245,10 +253,31 @@ class SharedProjection(Projection):
             size = self.out_features, self.in_features
             cores = self.center, tuple(self.aux)
             return cached_linear(rows, groups.offsets, *cores, self.site, self.legs, size)
-        if self.shape.padded_in != self.in_features:
-            rows = F.pad(rows, (0, self.shape.padded_in - self.in_features))
         multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}[route]
-        return multiply(rows, groups)[:, : self.out_features]
+        return multiply(self._padded(rows), groups)[:, : self.out_features]
+
+    def forward_beside(
+        self, other: Projection, rows: Tensor, groups: Groups
+    ) -> tuple[Tensor, Tensor]:
+        """Both projections; cores on the input side that are the same tensor are applied once."""
+        if (
+            not isinstance(other, SharedProjection)
+            or other.aux[-1] is not self.aux[-1]
+            or other.shape != self.shape
+            or {each.route or each._chosen_route(rows, groups) for each in (self, other)}
+            != {"shared"}
+        ):
+            return super().forward_beside(other, rows, groups)
+        chains = [each._cores(rows.dtype) for each in (self, other)]
+        first, second = chain_linears(self._padded(rows), chains, groups)
+        return (
+            self._add_bias(first[:, : self.out_features], groups),
+            other._add_bias(second[:, : self.out_features], groups),
+        )
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        missing = self.shape.padded_in - self.in_features
+        return F.pad(rows, (0, missing)) if missing else rows
 
     def _chosen_route(self, rows: Tensor, groups: Groups) -> str:
         training = self._in_training(rows)
