@@ -11,7 +11,7 @@ from typing import Any
 import opt_einsum
 
 from tnmoe.backends import Array, Backend
-from tnmoe.costs import get_rates
+from tnmoe.costs import Rates, get_rates
 from tnmoe.errors import InputError
 from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
 from tnmoe.shapes import MPOShape
@@ -83,9 +83,25 @@ def contraction_plan(
     if experts is None:
         return _plan_of_one(shape, bonds, batch)
     center = shape.center if center is None else center
+    rates = get_rates(device)
+    return _plan_of_experts(shape, bonds, center, batch, experts, training, itemsize, cached, rates)
+
+
+@lru_cache(maxsize=4096)
+def _plan_of_experts(
+    shape: MPOShape,
+    bonds: tuple[int, ...],
+    center: int,
+    batch: int,
+    experts: int,
+    training: bool,
+    itemsize: int,
+    cached: bool,
+    rates: Rates,
+) -> ContractionPlan:
     work = Work(shape, bonds, center, batch, experts, training, itemsize)
     chain = _plan_of_one(shape, bonds, max(1, round(batch / work.active)))
-    return expert_routes(work, get_rates(device), chain, cached)
+    return expert_routes(work, rates, chain, cached)
 
 
 @lru_cache(maxsize=4096)

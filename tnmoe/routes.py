@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from math import prod
 
 from tnmoe.costs import Rates
@@ -110,7 +109,6 @@ class Work:
         return prod(dims[: self.center]), dims[self.center], prod(dims[self.center + 1 :])
 
 
-@lru_cache(maxsize=4096)
 def expert_routes(
     work: Work, rates: Rates, chain: ContractionPlan, cached: bool
 ) -> ContractionPlan:

@@ -46,10 +46,9 @@ class Groups:
     def of(cls, expert_of_slot: Tensor, num_experts: int) -> Groups:
         """Sort slots (rows,) by their experts."""
         rows = expert_of_slot.shape[0]
-        order = expert_of_slot.argsort(stable=True)
+        experts, order = expert_of_slot.sort(stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(rows, device=order.device)
-        experts = expert_of_slot[order]
         # Unlike bincount, a search in the sorted list is deterministic and waits for nothing.
         every = torch.arange(num_experts, device=order.device)
         ends = torch.searchsorted(experts, every, right=True)
@@ -76,7 +75,9 @@ def spread(states: Tensor, order: Tensor, inverse: Tensor, choices: int = 1) -> 
     As indexing with ``order // choices``, but the gradient is no scattered addition: it goes the
     way back along ``inverse``.
     """
-    return _Spread.apply(states, order, inverse, choices)
+    if torch.is_grad_enabled():
+        return _Spread.apply(states, order, inverse, choices)
+    return states.index_select(0, order // choices if choices > 1 else order)
 
 
 class _Spread(torch.autograd.Function):

@@ -219,12 +219,19 @@ class SharedProjection(Projection):
         projection.set_bias(bias)
         return projection
 
+    @property
+    def aux_cores(self) -> tuple[nn.Parameter, ...]:
+        """The cores in ``aux``; a ParameterList takes a microsecond for each."""
+        cores = tuple(self.aux._parameters.values())
+        # Under a parametrization they are attributes of another kind.
+        return cores if len(cores) == len(self.aux) else tuple(self.aux)  # type: ignore[return-value]
+
     def to_shared(self) -> SharedMPO:
         """The cores as a SharedMPO that shares memory and gradients with this module."""
-        return SharedMPO(self.center, tuple(self.aux), self.shape, self.site)
+        return SharedMPO(self.center, self.aux_cores, self.shape, self.site)
 
     def weight(self) -> Tensor:
-        aux = tuple(self.aux)
+        aux = self.aux_cores
         matrices = stacked_to_padded_matrices(
             _TORCH, self.center, aux[: self.site], aux[self.site :]
         )
@@ -251,7 +258,7 @@ class SharedProjection(Projection):
         route = self.route or self._chosen_route(rows, groups)
         if route == "cached":
             size = self.out_features, self.in_features
-            cores = self.center, tuple(self.aux)
+            cores = self.center, self.aux_cores
             return cached_linear(rows, groups.offsets, *cores, self.site, self.legs, size)
         multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}[route]
         return multiply(self._padded(rows), groups)[:, : self.out_features]
@@ -290,17 +297,17 @@ class SharedProjection(Projection):
 
     def _in_training(self, rows: Tensor) -> bool:
         return torch.is_grad_enabled() and any(
-            each.requires_grad for each in (rows, self.center, *self.aux)
+            each.requires_grad for each in (rows, self.center, *self.aux_cores)
         )
 
     def _cores(self, dtype: torch.dtype) -> list[Tensor]:
         """Cores of all sites, in one dtype; those that experts own have an expert axis."""
-        cores = [core.to(dtype) for core in self.aux]
+        cores = [core.to(dtype) for core in self.aux_cores]
         cores.insert(self.site, self.center.to(dtype))
         return cores
 
     def _dense(self, rows: Tensor, groups: Groups) -> Tensor:
-        aux = [core.to(rows.dtype) for core in self.aux]
+        aux = [core.to(rows.dtype) for core in self.aux_cores]
         left, right = environments(aux[: self.site], aux[self.site :])
         return shared_linear(
             rows, self.center.to(rows.dtype), left, right, self.legs, groups.offsets
@@ -329,9 +336,9 @@ class SharedProjection(Projection):
 
     @property
     def _bond_dims(self) -> tuple[int, ...]:
-        shapes = [core.shape[-4:] for core in self.aux]
-        shapes.insert(self.site, self.center.shape)
-        return tuple(shape[0] for shape in shapes[1:])
+        bonds = [core.size(1) for core in self.aux_cores]
+        bonds.insert(self.site, self.center.size(0))
+        return tuple(bonds[1:])
 
     @property
     def legs(self) -> Legs:
@@ -358,5 +365,5 @@ class SharedProjection(Projection):
             self.bias.uniform_(-bound, bound)
 
     def extra_repr(self) -> str:
-        bonds = tuple(core.shape[1] for core in self.aux)
+        bonds = tuple(core.shape[1] for core in self.aux_cores)
         return f"{super().extra_repr()}, shape={self.shape}, aux_left_bonds={bonds}"
