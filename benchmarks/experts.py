@@ -41,7 +41,7 @@ from machine import (
 from peers import OnTorch, Unsupported
 
 import tnmoe as tn
-from tnmoe.nn import SharedProjection
+from tnmoe.nn import SharedProjection, weight_cache
 from tnmoe.nn.calibrate import calibrate
 from tnmoe.nn.grouped import Groups
 from tnmoe.nn.materialize import Workshop, environments
@@ -57,6 +57,8 @@ def main() -> None:
     options = parse_arguments()
     limit_memory(options.memory, options.device)
     keep_freed_memory()
+    # All layers of a case are there at once; none shall lack room for its matrices.
+    weight_cache.limit = 8 * 2**30
     threads = set_threads()
     library = OnTorch(options.device)
     report: dict[str, Any] = {

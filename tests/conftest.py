@@ -1,6 +1,7 @@
 """Settings for the whole suite."""
 
 import os
+import tempfile
 
 import hypothesis
 
@@ -11,3 +12,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 # Nothing in the suite may reach for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Nor may it depend on what was measured on this machine before.
+os.environ["TNMOE_CACHE"] = tempfile.mkdtemp(prefix="tnmoe-tests-")

@@ -14,7 +14,7 @@ from tnmoe.backends import Array, Backend
 from tnmoe.costs import Rates, get_rates
 from tnmoe.errors import InputError
 from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, positive_int
 
 # A segment of a chain with this many times fewer numbers than the matrix is small.
 _SMALL_SEGMENT = 8
@@ -99,6 +99,11 @@ def _plan_of_experts(
     cached: bool,
     rates: Rates,
 ) -> ContractionPlan:
+    positive_int("experts", experts)
+    if not 0 <= center < shape.sites:
+        raise InputError(f"center must be a site from 0 to {shape.sites - 1}, got {center}")
+    if batch < 0:
+        raise InputError(f"batch must not be negative, got {batch}")
     work = Work(shape, bonds, center, batch, experts, training, itemsize)
     chain = _plan_of_one(shape, bonds, max(1, round(batch / work.active)))
     return expert_routes(work, rates, chain, cached)

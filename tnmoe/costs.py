@@ -6,7 +6,10 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
+
+from tnmoe.errors import InputError
 
 _RATES: dict[str, Rates] = {}
 
@@ -31,6 +34,12 @@ class Rates:
     half_depth: float
     bandwidth: float
     launch: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            known = isinstance(value, int | float) and isfinite(value)
+            if not known or value < 0 or (value == 0 and name != "half_depth"):
+                raise InputError(f"{name} must be a positive number, got {value!r}")
 
     def product(self, rows: float, depth: float, columns: float, itemsize: int) -> float:
         """Seconds of (rows, depth) · (depth, columns)."""

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tnmoe as tn
 from tnmoe import nn
+from tnmoe.nn import grouped as grouped_module
+from tnmoe.nn import materialize
 from tnmoe.nn.cache import weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear, grouped_outer, spread
 from tnmoe.nn.materialize import build
@@ -29,7 +31,7 @@ SHAPES = {
 
 def projection(name="interleaved", experts=3, max_bond=None, bias=False, dtype=torch.float64):
     torch.manual_seed(0)
-    made = SharedProjection(experts, SHAPES[name], bias, max_bond, dtype=dtype)
+    made = SharedProjection(experts, SHAPES.get(name, name), bias, max_bond, dtype=dtype)
     if bias:
         torch.nn.init.normal_(made.bias)
     return made
@@ -103,6 +105,105 @@ def test_gradients_are_those_of_the_dense_matrices_where_only_some_are_wanted(ro
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("piece", [1, 40, 10**9])
+@pytest.mark.parametrize("name", SHAPES)
+def test_pieces_of_any_size_make_the_same_matrices_and_gradients(name, piece, monkeypatch):
+    monkeypatch.setattr(materialize, "_PIECE", piece)
+    made = projection(name)
+    made.route = "dense"
+    rows = torch.randn(5, made.in_features, dtype=torch.float64)
+    check_against_dense_matrices(made, rows, [0, 0, 0, 2, 2])
+    matrices = torch.stack([made.to_shared().expert(e).to_matrix() for e in range(3)])
+    made.route = "cached"
+    with torch.no_grad():
+        result = made(rows, grouped([0, 0, 1, 1, 2], 3))
+        torch.testing.assert_close(
+            result, torch.einsum("toi,ti->to", matrices[[0, 0, 1, 1, 2]], rows)
+        )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_matrices_of_all_experts_at_once_do_as_well_as_one_after_the_other(name, monkeypatch):
+    # What an accelerator does, where nothing may be waited for.
+    monkeypatch.setattr(materialize, "_turns", lambda offsets: [(slice(None), slice(None))])
+    made = projection(name)
+    made.route = "dense"
+    rows = torch.randn(5, made.in_features, dtype=torch.float64)
+    check_against_dense_matrices(made, rows, [0, 0, 0, 2, 2])
+
+
+@pytest.mark.parametrize("route", ["dense", "shared"])
+@pytest.mark.parametrize(
+    "shape", [tn.MPOShape((4, 4, 4), (4, 4, 4)), tn.MPOShape.split(32, 48, 4, 8)], ids=str
+)
+def test_grouped_kernels_do_as_well_as_loops(shape, route, monkeypatch):
+    # The operators that CUDA uses; torch has them on a CPU, too.
+    monkeypatch.setattr(materialize, "_turns", lambda offsets: [(slice(None), slice(None))])
+    monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
+    monkeypatch.setattr(grouped_module, "_has_kernel", lambda *arrays: True)
+    made = projection(shape, dtype=torch.float32)
+    made.route = route
+    rows = torch.randn(5, made.in_features)
+    check_against_dense_matrices(made, rows, [0, 0, 0, 2, 2])
+
+
+def test_kernels_want_rows_of_whole_16_bytes_in_either_order(monkeypatch):
+    monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
+    fits = grouped_module._has_kernel
+    rows = torch.zeros(3, 16, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 24, 16, dtype=torch.bfloat16)
+    assert fits(rows, weight)
+    assert fits(torch.zeros(3, 24, dtype=torch.bfloat16), weight.mT)
+    assert not fits(rows.float(), weight.float())
+    assert not fits(rows[:, :12], weight[..., :12])
+    assert not fits(rows, weight[:, ::2])
+
+
+def check_against_dense_matrices(made, rows, index):
+    """Outputs and all gradients."""
+    results, index = [], torch.tensor(index)
+    for way in (lambda x: made(x, grouped(index, 3)), lambda x: one_by_one(made, x, index)):
+        made.zero_grad()
+        leaf = rows.clone().requires_grad_()
+        out = way(leaf)
+        out.square().sum().backward()
+        results.append(
+            [out.detach(), leaf.grad, *(each.grad.clone() for each in made.parameters())]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_only_cores_are_kept_for_the_backward_and_only_experts_with_rows_are_built(monkeypatch):
+    torch.manual_seed(0)
+    made = SharedProjection(6, tn.MPOShape((4, 8, 4), (4, 8, 4)), max_bond=8)
+    made.route = "dense"
+    kept, built = [], []
+    halves = materialize.Workshop.halves
+    monkeypatch.setattr(
+        materialize.Workshop, "halves", lambda self, left: built.append(left) or halves(self, left)
+    )
+    rows = torch.randn(3, made.in_features, requires_grad=True)
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made(rows, grouped([1, 4, 4], 6)).sum().backward()
+    assert len(built) == 2 * 2  # forwards, and again backwards
+    assert max(kept) < made.in_features * made.out_features
+    assert sum(kept) < 3 * sum(each.numel() for each in (rows, *made.parameters()))
+
+
+def test_auxiliary_cores_are_found_under_a_parametrization():
+    made = projection()
+    torch.nn.utils.parametrize.register_parametrization(made.aux, "0", torch.nn.Tanh())
+    made.route = "shared"
+    rows, index = torch.randn(2, made.in_features, dtype=torch.float64), torch.tensor([0, 2])
+    torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
 
 
 @given(st.lists(st.integers(0, 4), max_size=20))

@@ -143,7 +143,7 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 def multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """What :func:`grouped_linear` computes, without a gradient."""
-    if rows.ndim == 3 and rows.is_cuda:
+    if rows.ndim == 3 and _on_cuda(rows):
         # Memory is fast there, and a grouped product is one launch.
         count, depth, columns = rows.shape
         flat = rows.mT.reshape(count * columns, depth)
@@ -162,7 +162,7 @@ _grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_grou
 
 @torch.library.custom_op("tnmoe::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    if left.ndim == 3 and left.is_cuda:
+    if left.ndim == 3 and _on_cuda(left):
         columns = left.shape[2]
         flat = (each.mT.reshape(-1, each.shape[1]) for each in (left, right))
         return _grouped_outer(*flat, offsets * columns)
@@ -211,14 +211,21 @@ def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:
 _PIECE = 1 << 17
 
 
+def _on_cuda(array: Tensor) -> bool:
+    return array.is_cuda
+
+
 def _has_kernel(*arrays: Tensor) -> bool:
-    """Whether torch's grouped kernel takes these: it wants rows of whole 16 bytes."""
-    if not hasattr(F, "grouped_mm") or not arrays[0].is_cuda:
+    """Whether torch's grouped kernel takes these."""
+    if not hasattr(F, "grouped_mm") or not _on_cuda(arrays[0]):
         return False
-    return arrays[0].dtype in (torch.bfloat16, torch.float16) and all(
-        array.shape[-1] * array.element_size() % 16 == 0 and array.is_contiguous()
-        for array in arrays
-    )
+    return arrays[0].dtype in (torch.bfloat16, torch.float16) and all(map(_is_aligned, arrays))
+
+
+def _is_aligned(array: Tensor) -> bool:
+    """Whether matrices, or their transposes, lie in rows of whole 16 bytes."""
+    lying = array if array.is_contiguous() else array.mT
+    return lying.is_contiguous() and lying.shape[-1] * lying.element_size() % 16 == 0
 
 
 def blocks_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:
