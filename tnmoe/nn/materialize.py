@@ -193,8 +193,8 @@ def shared_linear(
 ) -> Tensor:
     """``grouped_linear`` with matrices that are built on the way and never kept.
 
-    On a CPU one expert's matrix exists at a time, and only those of experts that have rows are
-    built. Only the cores are kept for the backward, which builds the matrices again.
+    On a CPU some rows of one expert's matrix exist at a time, and only matrices of experts that
+    have rows are built. Only the cores are kept for the backward, which builds the matrices again.
 
     Parameters
     ----------
