@@ -78,8 +78,12 @@ def set_rates(device: str, rates: Rates, store: bool = False) -> None:
     path = rates_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(known, indent=1))
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(known, indent=1))
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def rates_path() -> Path:

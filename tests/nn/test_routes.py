@@ -158,7 +158,7 @@ def test_kernels_want_rows_of_whole_16_bytes_in_either_order(monkeypatch):
     assert fits(torch.zeros(3, 24, dtype=torch.bfloat16), weight.mT)
     assert not fits(rows.float(), weight.float())
     assert not fits(rows[:, :12], weight[..., :12])
-    assert not fits(rows, weight[:, ::2])
+    assert not fits(rows, weight[:, ::3])
 
 
 def check_against_dense_matrices(made, rows, index):
@@ -511,3 +511,26 @@ def test_nothing_is_cached_while_gradients_are_asked_for(cache):
     layer(states, index, weights).sum().backward()
     assert cache.used == 0
     assert all(each.grad is not None for each in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("states", "index", "weights", "message"),
+    [
+        ((3, 8), [[0], [4], [1]], (3, 1), r"experts from 0 to 3, got 0 to 4"),
+        ((3, 8), [[0], [-1], [1]], (3, 1), r"experts from 0 to 3, got -1 to 1"),
+        ((3, 7), [[0], [1], [1]], (3, 1), r"hidden_states \(3, 7\)"),
+        ((3, 8), [[0], [1]], (2, 1), r"top_k_index \(2, 1\)"),
+        ((3, 8), [[0], [1], [1]], (2, 1), r"top_k_weights \(2, 1\)"),
+        ((3, 8), [0, 1, 1], (3, 1), r"top_k_index \(3,\)"),
+    ],
+)
+def test_routing_that_does_not_fit_is_named_and_never_read_from_elsewhere(
+    states, index, weights, message
+):
+    with pytest.raises(tn.InputError, match=message):
+        experts(None)(torch.randn(states), torch.tensor(index), torch.ones(weights))
+
+
+def test_an_unknown_route_is_named():
+    with pytest.raises(tn.InputError, match=r"route must be one of .*, got 'fast'"):
+        experts("fast")(*routing())

@@ -125,12 +125,26 @@ class Experts(nn.Module):
         -------
         Tensor, shape (T, H)
             In the dtype of ``hidden_states``.
+
+        Raises
+        ------
+        InputError
+            If the shapes do not fit, or an expert is none of the layer's. The latter is not looked
+            for on an accelerator, which would have to be waited for.
         """
+        self._check_shapes(hidden_states, top_k_index, top_k_weights)
         if _is_transformed():
             return self._all_on_all(hidden_states, top_k_index, top_k_weights)
         tokens, choices = top_k_index.shape
         groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
         kind = hidden_states.device.type
+        if kind == "cpu" and groups.rows and not torch.compiler.is_compiling():
+            lowest, highest = groups.experts[0].item(), groups.experts[-1].item()
+            if lowest < 0 or highest >= self.num_experts:
+                raise InputError(
+                    f"top_k_index must hold experts from 0 to {self.num_experts - 1}, "
+                    f"got {lowest} to {highest}"
+                )
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         states = hidden_states.to(dtype or hidden_states.dtype)
         if self._takes_turns(states, groups):
@@ -141,6 +155,20 @@ class Experts(nn.Module):
             outputs = outputs.view(tokens, choices, self.hidden_size) * top_k_weights[..., None]
         outputs = outputs.sum(1) if choices > 1 else outputs.squeeze(1)
         return outputs.to(hidden_states.dtype)
+
+    def _check_shapes(self, states: Tensor, index: Tensor, weights: Tensor) -> None:
+        fits = (
+            states.ndim == index.ndim == 2
+            and states.shape[1] == self.hidden_size
+            and index.shape[0] == states.shape[0]
+            and index.shape == weights.shape
+        )
+        if not fits:
+            raise InputError(
+                f"expected hidden_states (T, {self.hidden_size}), top_k_index and top_k_weights "
+                f"(T, k), got hidden_states {tuple(states.shape)}, top_k_index "
+                f"{tuple(index.shape)}, top_k_weights {tuple(weights.shape)}"
+            )
 
     def _one_by_one(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:
         """Weighted outputs (T, k, H) of one expert after the other.

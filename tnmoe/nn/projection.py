@@ -260,7 +260,11 @@ class SharedProjection(Projection):
             size = self.out_features, self.in_features
             cores = self.center, self.aux_cores
             return cached_linear(rows, groups.offsets, *cores, self.site, self.legs, size)
-        multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}[route]
+        multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}.get(route)
+        if multiply is None:
+            raise InputError(
+                f"route must be one of shared, chain, dense, cached or None, got {route!r}"
+            )
         return multiply(self._padded(rows), groups)[:, : self.out_features]
 
     def forward_beside(
