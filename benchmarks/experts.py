@@ -331,7 +331,7 @@ def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
         shape = tn.MPOShape.for_matrix(3072, 768, 5)
         projection = made_on(library.device, partial(SharedProjection, 8, shape, max_bond=bond))
         aux, site, legs = list(projection.aux), projection.site, projection.legs
-        left, right = environments(aux[:site], aux[site:])
+        left, right = environments(aux[:site], aux[site:], len(aux[0]))
         call = partial(_build_in_turn, Workshop(projection.center, legs), left, right)
         call()
         seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 7)[""])

@@ -213,30 +213,31 @@ def _in_order_flops(cores: tuple[tuple[int, ...], ...], batch: int) -> int:
 def stacked_to_padded_matrices(
     xp: Backend, center_core: Array, left: Sequence[Array], right: Sequence[Array]
 ) -> Array:
-    """Matrices of E experts that share a central core.
+    """Matrices of E experts, from the central core and the stacked cores around it.
 
     Parameters
     ----------
     xp : Backend
         Library of the arrays.
-    center_core : array, shape (D, out, in, D')
-        Shared central core.
+    center_core : array, shape (D, out, in, D') or (E, D, out, in, D')
+        Central core: one that all share, or every expert's own.
     left, right : sequence of array, shapes (E, D, out, in, D')
         Stacked cores left and right of it, at least one in all.
 
     Returns
     -------
     array, shape (E, padded out, padded in)
-        One product with the central core for all experts together, then one batched product.
+        A shared central core takes one product for all experts together, then a batched one.
     """
     experts = (*left, *right)[0].shape[0]
-    bond_l, out_c, in_c, bond_r = center_core.shape
+    *own, bond_l, out_c, in_c, bond_r = center_core.shape
     env_l, out_l, in_l = left_environment(xp, left)
     env_r, out_r, in_r = right_environment(xp, right)
     # A side without auxiliary cores has the environment 1, the same for all experts.
-    product = center_core.reshape(1, -1, bond_r)
+    product = center_core.reshape(*(own or [1]), -1, bond_r)
     if env_l is not None:
-        product = env_l.reshape(-1, bond_l) @ center_core.reshape(bond_l, -1)
+        rows = env_l if own else env_l.reshape(-1, bond_l)
+        product = rows @ center_core.reshape(*own, bond_l, -1)
         product = product.reshape(experts, -1, bond_r)
     if env_r is not None:
         product = product @ env_r

@@ -117,20 +117,13 @@ class SharedMPO:
             is negative.
         """
         num_experts = positive_int("num_experts", num_experts)
-        if not noise >= 0:
-            raise InputError(f"noise must be at least 0, got {noise!r}")
         center = mpo.shape.center if mpo.center is None else mpo.center
         rng = np.random.default_rng(rng)
-        xp = get_backend(mpo.cores[0])
-        aux = []
-        for site, core in enumerate(mpo.cores):
-            if site == center:
-                continue
-            stacked = xp.stack([core] * num_experts)
-            if noise:
-                rms = float(xp.norm(core)) / sqrt(prod(core.shape))
-                stacked = stacked + (noise * rms) * xp.normal(stacked.shape, rng, like=core)
-            aux.append(stacked)
+        aux = [
+            replicate(core, num_experts, noise, rng)
+            for site, core in enumerate(mpo.cores)
+            if site != center
+        ]
         return cls(mpo.cores[center], aux, mpo.shape, center)
 
     @property
@@ -178,3 +171,15 @@ class SharedMPO:
             f"sites={self.shape.sites}, bond_dims={self.bond_dims}, "
             f"num_params={self.num_params}, center={self.center})"
         )
+
+
+def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Generator) -> Array:
+    """Copies (E, …) of an array, with Gaussian noise relative to its root mean square."""
+    if not noise >= 0:
+        raise InputError(f"noise must be at least 0, got {noise!r}")
+    xp = get_backend(array)
+    stacked = xp.stack([array] * num_experts)
+    if not noise:
+        return stacked
+    rms = float(xp.norm(array)) / sqrt(prod(array.shape))
+    return stacked + (noise * rms) * xp.normal(stacked.shape, rng, like=array)

@@ -239,7 +239,7 @@ def test_the_real_minilm_keeps_its_outputs_and_trains(tmp_path):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
-    assert all(center.grad is not None for center in nn.central_parameters(model))
+    assert all(center.grad is not None for center in nn.shared_parameters(model))
 
 
 def test_a_failed_conversion_leaves_the_model_as_it_was():

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.activations import ACT2FN
 
 import tnmoe as tn
 from tnmoe import nn
+from tnmoe.nn.activations import ACTIVATIONS, resolve_activation
 
 H, F_, E = 16, 24, 4
 
@@ -56,9 +58,9 @@ def loop_over_tokens(experts: nn.Experts, x, index, weights) -> torch.Tensor:
         for expert, share in zip(choices.tolist(), shares, strict=True):
             inner = project(experts.up, expert, token)
             if experts.gate is not None:
-                inner = experts.activation(project(experts.gate, expert, token)) * inner
+                inner = F.silu(project(experts.gate, expert, token)) * inner
             else:
-                inner = experts.activation(inner)
+                inner = F.silu(inner)
             total = total + share * project(experts.down, expert, inner)
         rows.append(total)
     return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1])
@@ -136,15 +138,6 @@ def test_upcycled_layer_computes_the_dense_network(dtype, gated, bias, layout, t
     torch.testing.assert_close(layer(x), run_dense(ffn, x), rtol=tolerance, atol=tolerance)
 
 
-def test_an_unnormalised_router_scales_the_layer_by_the_chosen_probability():
-    ffn = dense_ffn(bias=False)
-    experts = nn.MPOExperts.from_dense(**ffn, num_experts=E, activation="silu", sites=3)
-    layer = nn.MPOMoE(nn.TopKRouter(H, E, normalize=False, dtype=torch.float64), experts)
-    x = torch.randn(6, H, dtype=torch.float64)
-    probability = F.linear(x, layer.router.weight).softmax(-1).max(-1, keepdim=True).values
-    torch.testing.assert_close(layer(x), probability * run_dense(ffn, x), rtol=1e-5, atol=1e-6)
-
-
 def test_truncated_experts_hold_what_the_shape_says():
     ffn = dense_ffn()
     seen = {}
@@ -202,6 +195,75 @@ def test_noise_makes_experts_differ_around_the_pretrained_network():
     assert (matrices[0] != matrices[1]).any()
 
 
+def test_noise_on_whole_matrices_is_relative_to_their_size():
+    ffn = dense_ffn(bias=False)
+    experts = nn.DenseExperts.from_dense(**ffn, num_experts=E, noise=0.01, rng=0)
+    noise = experts.down.stacked.detach() - ffn["down"]
+    assert float(noise.norm() / noise.numel() ** 0.5) == pytest.approx(
+        0.01 * float(ffn["down"].norm() / ffn["down"].numel() ** 0.5), rel=0.1
+    )
+    assert (noise[0] != noise[1]).all()
+
+
+@pytest.mark.parametrize("make", [nn.DenseExperts, nn.MPOExperts])
+def test_a_shared_bias_is_stored_once_and_gets_the_gradients_of_all_experts(make):
+    torch.manual_seed(0)
+    shared = make(E, H, F_, "silu", gated=True, bias="shared", dtype=torch.float64)
+    own = make(E, H, F_, "silu", gated=True, bias=True, dtype=torch.float64)
+    state = shared.state_dict()
+    own.load_state_dict(
+        {
+            name: each.expand(E, -1) if name.endswith("bias") else each
+            for name, each in state.items()
+        }
+    )
+    x = torch.randn(9, H, dtype=torch.float64)
+    index = torch.rand(9, E).argsort(-1)[:, :2]
+    weights = torch.rand(9, 2, dtype=torch.float64)
+    for experts in (shared, own):
+        experts(x, index, weights).square().sum().backward()
+    torch.testing.assert_close(shared(x, index, weights), own(x, index, weights))
+    for name in ("up", "gate", "down"):
+        one, each = getattr(shared, name).bias, getattr(own, name).bias
+        assert one.shape == (1, each.shape[1])
+        torch.testing.assert_close(one.grad, each.grad.sum(0, keepdim=True))
+
+
+def test_pretrained_biases_can_be_kept_once():
+    ffn = dense_ffn(gated=True)
+    experts = nn.MPOExperts.from_dense(**ffn, num_experts=E, sites=3, shared_bias=True)
+    for name in ("up", "gate", "down"):
+        assert torch.equal(getattr(experts, name).bias, ffn[f"{name}_bias"][None])
+
+
+def test_projections_can_have_different_bonds():
+    experts = nn.MPOExperts(E, H, F_, gated=True, sites=3, max_bond={"up": 4, "down": 6})
+    bonds = {
+        name: max(getattr(experts, name).center.shape[0::3]) for name in ("up", "gate", "down")
+    }
+    assert bonds == {"up": 4, "gate": max(experts.up.shape.bond_dims()), "down": 6}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_that_transformers_has_by_that_name(name):
+    x = torch.linspace(-8, 8, 101)
+    torch.testing.assert_close(resolve_activation(name, gated=False)(x), ACT2FN[name](x))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("swiglu", lambda gate, up: F.silu(gate) * up),
+        ("geglu", lambda gate, up: F.gelu(gate) * up),
+        ("reglu", lambda gate, up: F.relu(gate) * up),
+        (torch.tanh, lambda gate, up: torch.tanh(gate) * up),
+    ],
+)
+def test_gated_units_multiply_the_activated_gate(name, expected):
+    gate, up = torch.randn(2, 7)
+    torch.testing.assert_close(resolve_activation(name, gated=True)(gate, up), expected(gate, up))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -226,12 +288,25 @@ def test_noise_makes_experts_differ_around_the_pretrained_network():
             ),
             "contains NaN or infinity",
         ),
+        (lambda: nn.MPOExperts(E, H, F_, bias="some"), "bias must be one of False, True, shared"),
+        (lambda: nn.MPOExperts(E, H, F_, activation=3), "a name or a callable, got 3"),
+        (lambda: nn.MPOExperts(E, H, F_, "geglu"), "is for gated experts: give gated=True"),
+        (lambda: nn.ClampedSwiGLU(limit=0), "limit must be positive, got 0"),
         (
-            lambda: nn.MPOMoE(nn.TopKRouter(H, 3), nn.DenseExperts(E, H, F_)),
-            "router is for 3 experts of hidden size 16, the experts are 4",
+            lambda: nn.MPOExperts(E, H, F_, max_bond={"out": 3}),
+            r"max_bond is for up, gate, down, got \['out'\]",
         ),
-        (lambda: nn.TopKRouter(H, 3, top_k=4), "top_k=4 exceeds num_experts=3"),
-        (lambda: nn.TopKRouter(H, 3, jitter_noise=1.0), r"jitter_noise must be in \[0, 1\)"),
+        (lambda: nn.MPOExperts(E, H, F_, max_bond={"up": 0}), "max_bond must be a positive"),
+        (lambda: nn.MPOExperts(E, H, F_, shared="aux"), "shared must be one of center, none or"),
+        (lambda: nn.MPOExperts(E, H, F_, shared={7}), r"sites must be from 0 to 4, got \[7\]"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, sites=3, shared=range(3)),
+            "experts that share all 3 sites would be one",
+        ),
+        (
+            lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.ones(3, 4), noise=-1.0),
+            "noise must be at least 0, got -1.0",
+        ),
     ],
 )
 def test_bad_input_is_named(make, message):

@@ -32,7 +32,7 @@ def test_masked_steps_leave_central_tensors_exactly_alone_and_move_all_others(na
     optimizer = OPTIMIZERS[name](layer.parameters())
     for step in range(3):  # fill the optimiser's momentum first
         train_step(layer, optimizer, step)
-    centers = nn.central_parameters(layer)
+    centers = nn.shared_parameters(layer)
     assert {id(c) for c in centers} == {id(layer.experts.up.center), id(layer.experts.down.center)}
     others = [p for p in layer.parameters() if all(p is not c for c in centers)]
     before = [p.detach().clone() for p in (*centers, *others)]

@@ -516,8 +516,8 @@ def test_nothing_is_cached_while_gradients_are_asked_for(cache):
 @pytest.mark.parametrize(
     ("states", "index", "weights", "message"),
     [
-        ((3, 8), [[0], [4], [1]], (3, 1), r"experts from 0 to 3, got 0 to 4"),
-        ((3, 8), [[0], [-1], [1]], (3, 1), r"experts from 0 to 3, got -1 to 1"),
+        ((3, 8), [[0], [5], [1]], (3, 1), r"experts from 0 to 3, or 4 for none, got 0 to 5"),
+        ((3, 8), [[0], [-1], [1]], (3, 1), r"experts from 0 to 3, or 4 for none, got -1 to 1"),
         ((3, 7), [[0], [1], [1]], (3, 1), r"hidden_states \(3, 7\)"),
         ((3, 8), [[0], [1]], (2, 1), r"top_k_index \(2, 1\)"),
         ((3, 8), [[0], [1], [1]], (2, 1), r"top_k_weights \(2, 1\)"),

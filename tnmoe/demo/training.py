@@ -227,7 +227,7 @@ def evaluate(
             logits = model(**inputs).logits
         losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
         correct.append((logits.argmax(-1) == labels).cpu())
-        if routing.index:
+        if routing.calls:
             counts.append(routing.counts(inputs["attention_mask"]).cpu())
     model.train(training)
     return Evaluation(

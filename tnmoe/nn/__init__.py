@@ -7,31 +7,65 @@ try:
 except ImportError as error:
     raise MissingExtraError("tnmoe.nn", "torch", "torch") from error
 
+from tnmoe.nn.activations import ClampedSwiGLU, Gated
 from tnmoe.nn.cache import WeightCache, weight_cache
 from tnmoe.nn.calibrate import calibrate
+from tnmoe.nn.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
-from tnmoe.nn.gradient_mask import GradientMask, central_parameters
+from tnmoe.nn.gradient_mask import AutogradMask, GradientMask
+from tnmoe.nn.load_bias import BiasBalancer, LoadBias
 from tnmoe.nn.losses import load_balancing_loss, router_z_loss
-from tnmoe.nn.moe import MPOMoE, Routing, record_routing
+from tnmoe.nn.moe import MPOMoE, ignore_padding
 from tnmoe.nn.projection import Projection, SharedProjection, StackedProjection
-from tnmoe.nn.router import TopKRouter
+from tnmoe.nn.router import Router, TopKRouter
+from tnmoe.nn.routing import Routing, RoutingCall, record_routing
+from tnmoe.nn.shared_tensors import (
+    SharedGradientScale,
+    freeze_shared,
+    parameter_groups,
+    shared_parameters,
+    tie_layers,
+)
+from tnmoe.nn.statistics import (
+    RouterCollapseWarning,
+    RouterStatistics,
+    RoutingHistory,
+    routing_statistics,
+)
 
 __all__ = [
+    "AutogradMask",
+    "BiasBalancer",
+    "ClampedSwiGLU",
     "DenseExperts",
+    "ExpertChoiceRouter",
     "Experts",
+    "Gated",
     "GradientMask",
+    "LoadBias",
     "MPOExperts",
     "MPOMoE",
     "Projection",
+    "Router",
+    "RouterCollapseWarning",
+    "RouterStatistics",
     "Routing",
+    "RoutingCall",
+    "RoutingHistory",
+    "SharedGradientScale",
     "SharedProjection",
     "StackedProjection",
     "TopKRouter",
     "WeightCache",
     "calibrate",
-    "central_parameters",
+    "freeze_shared",
+    "ignore_padding",
     "load_balancing_loss",
+    "parameter_groups",
     "record_routing",
     "router_z_loss",
+    "routing_statistics",
+    "shared_parameters",
+    "tie_layers",
     "weight_cache",
 ]

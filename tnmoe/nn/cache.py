@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from tnmoe.nn.grouped import multiply_groups
-from tnmoe.nn.materialize import Legs, build, environments
+from tnmoe.nn.materialize import Legs, build, environments, experts_of
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Matrices, the state that their cores were in, and what watches over the cores' lives."""
+
+    matrices: Tensor
+    state: tuple
+    watches: tuple[weakref.ref, ...]
 
 
 class WeightCache:
@@ -27,8 +37,8 @@ class WeightCache:
     """
 
     def __init__(self, limit: int = 2**31) -> None:
-        # Central core: the state that all cores were in, and the matrices.
-        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # By the identities of all cores: projections may have any of them in common.
+        self._entries: dict[tuple[int, ...], _Entry] = {}
         self._enabled = True
         self.limit = limit
 
@@ -46,18 +56,18 @@ class WeightCache:
     @property
     def used(self) -> int:
         """Bytes taken at present."""
-        return sum(matrices.nbytes for _, matrices in self._entries.values())
+        return sum(entry.matrices.nbytes for entry in list(self._entries.values()))
 
     def clear(self) -> None:
         """Let all matrices go."""
         self._entries.clear()
 
-    def has_room(self, center: Tensor, size: int) -> bool:
-        """Whether matrices of ``size`` bytes for that central core are here, or would fit."""
+    def has_room(self, cores: Sequence[Tensor], size: int) -> bool:
+        """Whether matrices of ``size`` bytes of those cores are here, or would fit."""
         # Tensors made in inference mode do not tell when they change.
-        if not self._enabled or center.is_inference():
+        if not self._enabled or any(core.is_inference() for core in cores):
             return False
-        return center in self._entries or self.used + size <= self.limit
+        return _identity(cores) in self._entries or self.used + size <= self.limit
 
     def get(
         self,
@@ -72,10 +82,10 @@ class WeightCache:
 
         Parameters
         ----------
-        center : Tensor, shape (D, out, in, D')
-            Shared central core.
-        aux : sequence of Tensor, shapes (E, D, out, in, D')
-            The other sites.
+        center : Tensor, shape (D, out, in, D') or (E, D, out, in, D')
+            Central core, shared or every expert's own.
+        aux : sequence of Tensor, shapes (E, D, out, in, D') or (1, D, out, in, D')
+            The other sites, every expert's own or shared.
         site : int
             How many of them lie left of the centre.
         legs : Legs
@@ -87,18 +97,25 @@ class WeightCache:
         """
         cores = (center, *aux)
         keep = not any(core.is_inference() for core in cores)
-        state = (dtype, *((core.data_ptr(), core._version) for core in cores)) if keep else None
-        entry = self._entries.get(center)
-        if keep and entry is not None and entry[0] == state:
-            return entry[1]
+        state = (dtype, *((core.data_ptr(), core._version) for core in cores)) if keep else ()
+        key = _identity(cores)
+        entry = self._entries.get(key)
+        if keep and entry is not None and entry.state == state:
+            return entry.matrices
         # The old ones first, so that there are never two.
         del entry
-        self._entries.pop(center, None)
-        left, right = environments(aux[:site], aux[site:])
+        self._entries.pop(key, None)
+        left, right = environments(aux[:site], aux[site:], experts_of(center, aux))
         matrices = build(center, left, right, legs)[:, : size[0], : size[1]].to(dtype).contiguous()
-        if keep and self.has_room(center, matrices.nbytes):
-            self._entries[center] = (state, matrices)
+        if keep and self.has_room(cores, matrices.nbytes):
+            entries = self._entries
+            watches = tuple(weakref.ref(core, lambda _: entries.pop(key, None)) for core in cores)
+            entries[key] = _Entry(matrices, state, watches)
         return matrices
+
+
+def _identity(cores: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, cores))
 
 
 weight_cache = WeightCache()

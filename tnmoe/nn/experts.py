@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from math import gcd
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.decompose import decompose
 from tnmoe.errors import InputError
+from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.grouped import Groups, spread
-from tnmoe.nn.projection import Projection, SharedProjection, StackedProjection
+from tnmoe.nn.projection import Bias, Projection, SharedProjection, StackedProjection
 from tnmoe.shapes import MPOShape
-from tnmoe.shared import SharedMPO
 from tnmoe.truncation import TruncationInfo
 
-Activation = Callable[[Tensor], Tensor]
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_new": partial(nn.GELU, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "tanh": nn.Tanh,
-}
-
 LAYOUTS = ("interleaved", "split")
+
+PROJECTIONS = ("up", "gate", "down")
+
+# Sites whose cores experts share.
+Shared = str | Iterable[int]
 
 # Groups of a split shape: large enough to leave experts some freedom, small enough to stay cheap.
 _SPLIT_GROUP = 64
@@ -68,12 +61,16 @@ class Experts(nn.Module):
     gate : Projection, optional
         (E, F, H); gated if given.
     activation : str or callable
-        Name of an activation, or an elementwise function or module.
+        Name of an activation, or an elementwise function or module; with a gate also the name of
+        a gated unit or a :class:`tnmoe.nn.activations.Gated`.
+    dropout : float
+        Probability, in training, of dropping an activated intermediate value (as in T5).
 
     Raises
     ------
     InputError
-        If the projections do not fit each other or the activation is unknown.
+        If the projections do not fit each other, the activation is unknown, or the dropout is
+        not in [0, 1].
     """
 
     def __init__(
@@ -81,7 +78,8 @@ class Experts(nn.Module):
         up: Projection,
         down: Projection,
         gate: Projection | None = None,
-        activation: str | Activation = "relu",
+        activation: str | Callable[..., Tensor] = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = (up.num_experts, up.in_features, up.out_features)
@@ -91,21 +89,23 @@ class Experts(nn.Module):
         ):
             if projection is not None and fits != sizes:
                 raise InputError(f"{name} ({projection}) does not fit up ({up})")
+        if not 0 <= dropout <= 1:
+            raise InputError(f"dropout must be in [0, 1], got {dropout!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = sizes
         self.up, self.gate, self.down = up, gate, down
-        self.activation = resolve_activation(activation)
+        self.activation = resolve_activation(activation, gated=gate is not None)
+        self.dropout = dropout
 
     @classmethod
     def _from_projections(
-        cls,
-        up: Projection,
-        down: Projection,
-        gate: Projection | None,
-        activation: str | Activation,
+        cls, projections: Mapping[str, Projection], activation: Any, dropout: float
     ) -> Self:
         """An instance with given projections, past a subclass's own constructor."""
         experts = cls.__new__(cls)
-        Experts.__init__(experts, up, down, gate, activation)
+        up, down, gate = (projections.get(name) for name in ("up", "down", "gate"))
+        assert up is not None
+        assert down is not None
+        Experts.__init__(experts, up, down, gate, activation, dropout)
         return experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Experts(nn.Module):
         ----------
         hidden_states : Tensor, shape (T, H)
         top_k_index : Tensor of int64, shape (T, k)
-            Experts of every token.
+            Experts of every token; E is none of them, and gives zero whatever its weight.
         top_k_weights : Tensor, shape (T, k)
             Their weights in the sum.
 
@@ -135,25 +135,21 @@ class Experts(nn.Module):
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
         if _is_transformed():
             return self._all_on_all(hidden_states, top_k_index, top_k_weights)
-        tokens, choices = top_k_index.shape
-        groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
         kind = hidden_states.device.type
-        if kind == "cpu" and groups.rows and not torch.compiler.is_compiling():
-            lowest, highest = groups.experts[0].item(), groups.experts[-1].item()
-            if lowest < 0 or highest >= self.num_experts:
-                raise InputError(
-                    f"top_k_index must hold experts from 0 to {self.num_experts - 1}, "
-                    f"got {lowest} to {highest}"
-                )
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         states = hidden_states.to(dtype or hidden_states.dtype)
+        waits = kind == "cpu" and not torch.compiler.is_compiling()
+        if not waits:
+            states, top_k_index, top_k_weights = self._nowhere_to_the_last(
+                states, top_k_index, top_k_weights
+            )
+        groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
+        routed = self._count_routed(groups) if waits else groups.rows
         if self._takes_turns(states, groups):
             outputs = self._one_by_one(states, groups, top_k_weights)
         else:
-            rows = spread(states, groups.order, groups.inverse, choices)
-            outputs = spread(self._feed_forward(rows, groups), groups.inverse, groups.order)
-            outputs = outputs.view(tokens, choices, self.hidden_size) * top_k_weights[..., None]
-        outputs = outputs.sum(1) if choices > 1 else outputs.squeeze(1)
+            outputs = self._together(states, groups, top_k_weights, routed)
+        outputs = outputs.sum(1) if outputs.shape[1] > 1 else outputs.squeeze(1)
         return outputs.to(hidden_states.dtype)
 
     def _check_shapes(self, states: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -170,6 +166,42 @@ class Experts(nn.Module):
                 f"{tuple(index.shape)}, top_k_weights {tuple(weights.shape)}"
             )
 
+    def _count_routed(self, groups: Groups) -> int:
+        """Slots that have an expert; they come first."""
+        if not groups.rows:
+            return 0
+        lowest, highest = groups.experts[0].item(), groups.experts[-1].item()
+        if lowest < 0 or highest > self.num_experts:
+            raise InputError(
+                f"top_k_index must hold experts from 0 to {self.num_experts - 1}, or "
+                f"{self.num_experts} for none, got {lowest} to {highest}"
+            )
+        return groups.rows if highest < self.num_experts else int(groups.offsets[-1])
+
+    def _nowhere_to_the_last(
+        self, states: Tensor, index: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots without an expert given to the last one, for nothing.
+
+        How many there are cannot be known where the device is not to be waited for.
+        """
+        nowhere = index >= self.num_experts
+        # Whatever such a token holds must not reach the last expert's gradient.
+        states = states.masked_fill(nowhere.all(1, keepdim=True), 0)
+        return states, index.clamp(max=self.num_experts - 1), weights.masked_fill(nowhere, 0)
+
+    def _together(self, states: Tensor, groups: Groups, weights: Tensor, routed: int) -> Tensor:
+        """Weighted outputs (T, k, H) of all experts, each projection for all of them at once."""
+        tokens, choices = weights.shape
+        rows = spread(states, groups.order, groups.inverse, choices)
+        if routed == groups.rows:
+            outputs = self._feed_forward(rows, groups)
+        else:
+            outputs = self._feed_forward(rows[:routed], groups.first(routed))
+            outputs = F.pad(outputs, (0, 0, 0, groups.rows - routed))
+        outputs = spread(outputs, groups.inverse, groups.order)
+        return outputs.view(tokens, choices, self.hidden_size) * weights[..., None]
+
     def _one_by_one(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:
         """Weighted outputs (T, k, H) of one expert after the other.
 
@@ -177,7 +209,7 @@ class Experts(nn.Module):
         """
         (tokens, choices), flat = weights.shape, weights.reshape(-1, 1)
         dtype = torch.result_type(states, weights)
-        outputs = states.new_empty(tokens * choices, self.hidden_size, dtype=dtype)
+        outputs = states.new_zeros(tokens * choices, self.hidden_size, dtype=dtype)
         for block, alone in groups.apart():
             slots = groups.order[block]
             part = self._feed_forward(states.index_select(0, slots // choices), alone)
@@ -188,9 +220,11 @@ class Experts(nn.Module):
         if self.gate is None:
             inner = self.activation(self.up(rows, groups))
         else:
-            gate, up = self.gate.forward_beside(self.up, rows, groups)
-            inner = self.activation(gate) * up
-        return self.down(inner, groups)
+            inner = self.activation(*self.gate.forward_beside(self.up, rows, groups))
+        return self.down(self._drop(inner), groups)
+
+    def _drop(self, inner: Tensor) -> Tensor:
+        return F.dropout(inner, self.dropout, self.training) if self.dropout else inner
 
     def _takes_turns(self, states: Tensor, groups: Groups) -> bool:
         """Whether one expert after the other is faster: where all at once spill from the caches.
@@ -217,10 +251,9 @@ class Experts(nn.Module):
             result = torch.einsum(equation, states, projection.weight())
             return result if projection.bias is None else result + projection.bias
 
-        inner = self.activation(project(self.gate or self.up, "th,efh->tef", states))
-        if self.gate is not None:
-            inner = inner * project(self.up, "th,efh->tef", states)
-        outputs = project(self.down, "tef,ehf->teh", inner)
+        sides = (self.up,) if self.gate is None else (self.gate, self.up)
+        inner = self.activation(*(project(side, "th,efh->tef", states) for side in sides))
+        outputs = project(self.down, "tef,ehf->teh", self._drop(inner))
         return torch.einsum("teh,te->th", outputs, weights.to(outputs.dtype)).to(states.dtype)
 
 
@@ -243,10 +276,12 @@ class DenseExperts(Experts):
     ----------
     num_experts, hidden_size, intermediate_size : int
         Sizes E, H, F.
-    activation : str or callable
-        Activation between the projections.
-    gated, bias : bool
-        Whether there is a gate projection, and whether projections have biases.
+    activation, dropout
+        As for :class:`Experts`.
+    gated : bool
+        Whether there is a gate projection.
+    bias : bool or "shared"
+        Whether every expert's projections have biases, or all experts have them together.
     """
 
     def __init__(
@@ -254,9 +289,10 @@ class DenseExperts(Experts):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        activation: str | Activation = "relu",
+        activation: str | Callable[..., Tensor] = "relu",
         gated: bool = False,
-        bias: bool = False,
+        bias: Bias = False,
+        dropout: float = 0.0,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -271,6 +307,7 @@ class DenseExperts(Experts):
             projection(hidden_size, intermediate_size),
             projection(intermediate_size, hidden_size) if gated else None,
             activation,
+            dropout,
         )
 
     @classmethod
@@ -283,18 +320,34 @@ class DenseExperts(Experts):
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         gate_bias: Tensor | None = None,
+        shared_bias: bool = False,
         num_experts: int = 8,
-        activation: str | Activation = "relu",
+        activation: str | Callable[..., Tensor] = "relu",
+        dropout: float = 0.0,
+        noise: float = 0.0,
+        rng: np.random.Generator | int | None = None,
     ) -> Self:
-        """Experts that all start as one pretrained FFN (sparse upcycling, arXiv:2212.05055)."""
-        check_ffn(up, down, gate)
-        stack = partial(StackedProjection.from_dense, num_experts=num_experts)
-        return cls._from_projections(
-            stack(up, up_bias),
-            stack(down, down_bias),
-            None if gate is None else stack(gate, gate_bias),
-            activation,
-        )
+        """Experts that all start as one pretrained FFN (sparse upcycling, arXiv:2212.05055).
+
+        Parameters
+        ----------
+        noise : float
+            Noise on every expert's matrices, relative to each one's root mean square.
+        rng : numpy Generator or int, optional
+            Source of the noise.
+
+        The others are those of :meth:`MPOExperts.from_dense`.
+        """
+        matrices = check_ffn(up, down, gate)
+        rng = np.random.default_rng(rng)
+        projections = {
+            name: StackedProjection.from_dense(matrix, num_experts, noise, rng)
+            for name, matrix in matrices.items()
+        }
+        for name, bias in (("up", up_bias), ("down", down_bias), ("gate", gate_bias)):
+            if name in projections:
+                projections[name].set_bias(bias, shared_bias)
+        return cls._from_projections(projections, activation, dropout)
 
 
 class MPOExperts(Experts):
@@ -307,18 +360,23 @@ class MPOExperts(Experts):
     ----------
     num_experts, hidden_size, intermediate_size : int
         Sizes E, H, F.
-    activation : str or callable
-        Activation between the projections.
-    gated, bias : bool
-        Whether there is a gate projection, and whether every expert's projections have biases.
+    activation, dropout
+        As for :class:`Experts`.
+    gated : bool
+        Whether there is a gate projection.
+    bias : bool or "shared"
+        Whether every expert's projections have biases, or all experts have them together.
     layout : {"interleaved", "split"}
         How matrices split over sites; see :func:`layout_shape`.
     sites : int
         Number of sites of interleaved shapes.
     up_shape, down_shape : MPOShape, optional
         Shapes instead of the layout's; ``up_shape`` is the gate's too.
-    max_bond : int, optional
-        Largest bond dimension; exact bonds by default.
+    max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
+        Largest bond dimension, of all projections or of each; exact bonds by default.
+    shared : {"center", "none"}, iterable of int, or mapping from "up", "gate", "down" to these
+        Sites whose cores all experts share, of all projections or of each; not all of them.
+        ``"center"`` is MPOE; ``"none"`` gives every expert an MPO of its own.
 
     Examples
     --------
@@ -327,6 +385,9 @@ class MPOExperts(Experts):
     >>> index, weights = torch.tensor([[0], [3]]), torch.ones(2, 1)
     >>> experts(torch.randn(2, 16), index, weights).shape
     torch.Size([2, 16])
+    >>> other = MPOExperts(4, 16, 32, sites=3, shared={"up": {0, 1}}, max_bond={"down": 8})
+    >>> [len(core) for core in other.up.aux], [len(core) for core in other.down.aux]
+    ([1, 4], [4, 4])
     """
 
     def __init__(
@@ -334,29 +395,36 @@ class MPOExperts(Experts):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        activation: str | Activation = "relu",
+        activation: str | Callable[..., Tensor] = "relu",
         gated: bool = False,
-        bias: bool = False,
+        bias: Bias = False,
         layout: str = "interleaved",
         sites: int = 5,
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
-        max_bond: int | None = None,
+        max_bond: int | Mapping[str, int | None] | None = None,
+        shared: Shared | Mapping[str, Shared] = "center",
+        dropout: float = 0.0,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         up_shape = up_shape or layout_shape(layout, intermediate_size, hidden_size, sites)
         down_shape = down_shape or layout_shape(layout, hidden_size, intermediate_size, sites)
+        bonds = per_projection("max_bond", max_bond, None)
+        common = per_projection("shared", shared, "center")
 
-        def projection(shape: MPOShape) -> SharedProjection:
-            return SharedProjection(num_experts, shape, bias, max_bond, device=device, dtype=dtype)
+        def projection(name: str, shape: MPOShape) -> SharedProjection:
+            return SharedProjection(
+                num_experts, shape, bias, bonds[name], common[name], device=device, dtype=dtype
+            )
 
         super().__init__(
-            projection(up_shape),
-            projection(down_shape),
-            projection(up_shape) if gated else None,
+            projection("up", up_shape),
+            projection("down", down_shape),
+            projection("gate", up_shape) if gated else None,
             activation,
+            dropout,
         )
 
     @classmethod
@@ -369,13 +437,16 @@ class MPOExperts(Experts):
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         gate_bias: Tensor | None = None,
+        shared_bias: bool = False,
         num_experts: int = 8,
-        activation: str | Activation = "relu",
+        activation: str | Callable[..., Tensor] = "relu",
+        dropout: float = 0.0,
         layout: str = "interleaved",
         sites: int = 5,
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
-        max_bond: int | None = None,
+        max_bond: int | Mapping[str, int | None] | None = None,
+        shared: Shared | Mapping[str, Shared] = "center",
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
         on_matrix: Callable[[str, TruncationInfo], None] | None = None,
@@ -391,9 +462,14 @@ class MPOExperts(Experts):
         down : Tensor, shape (H, F)
             Pretrained matrix.
         up_bias, gate_bias, down_bias : Tensor, shapes (F,), (F,), (H,), optional
-            Pretrained biases; every expert gets its own copy.
+            Pretrained biases.
+        shared_bias : bool
+            Keep them once for all experts, and not a copy for each.
+        activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared
+            As for the class.
         noise : float
-            Noise on every expert's auxiliary cores, relative to each core's root mean square.
+            Noise on every expert's own cores, relative to each core's root mean square: experts
+            then differ from the start. What all experts share has none.
         rng : numpy Generator or int, optional
             Source of the noise.
         on_matrix : callable, optional
@@ -404,46 +480,52 @@ class MPOExperts(Experts):
         InputError
             If the matrices do not fit each other or the shapes, or hold NaN or infinity.
         """
-        check_ffn(up, down, gate)
+        matrices = check_ffn(up, down, gate)
         up_shape = up_shape or layout_shape(layout, up.shape[0], up.shape[1], sites)
         down_shape = down_shape or layout_shape(layout, down.shape[0], down.shape[1], sites)
+        bonds = per_projection("max_bond", max_bond, None)
+        common = per_projection("shared", shared, "center")
+        biases = {"up": up_bias, "down": down_bias, "gate": gate_bias}
         rng = np.random.default_rng(rng)
-
-        def share(
-            name: str, matrix: Tensor, bias: Tensor | None, shape: MPOShape
-        ) -> SharedProjection:
+        projections = {}
+        for name, matrix in matrices.items():
+            shape = down_shape if name == "down" else up_shape
             # The Schmidt gauge spreads every auxiliary core over all its entries; the identity
             # matrices of method="qr" would leave nearly all of them zero, and noise without scale.
             mpo, info = decompose(
-                matrix.detach(), shape, max_bond=max_bond, method="eigh", return_info=True
+                matrix.detach(), shape, max_bond=bonds[name], method="eigh", return_info=True
             )
             if on_matrix is not None:
                 on_matrix(name, info)
-            shared = SharedMPO.replicate(mpo, num_experts, noise, rng)
-            return SharedProjection.from_shared(shared, bias)
-
-        return cls._from_projections(
-            share("up", up, up_bias, up_shape),
-            share("down", down, down_bias, down_shape),
-            None if gate is None else share("gate", gate, gate_bias, up_shape),
-            activation,
-        )
+            made = SharedProjection.from_mpo(mpo, num_experts, common[name], noise, rng)
+            made.set_bias(biases[name], shared_bias)
+            projections[name] = made
+        return cls._from_projections(projections, activation, dropout)
 
 
-def resolve_activation(activation: str | Activation) -> Activation:
-    """The activation of that name, or the callable itself."""
-    if callable(activation):
-        return activation
-    if activation not in ACTIVATIONS:
-        raise InputError(
-            f"unknown activation {activation!r}: give a callable or one of {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[activation]()
+def per_projection(name: str, value: Any, default: Any) -> dict[str, Any]:
+    """A setting of every projection, from one for all or one for some.
+
+    Raises
+    ------
+    InputError
+        If a mapping has a projection that there is none of.
+    """
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(PROJECTIONS, value)
+    if unknown := sorted(set(value) - set(PROJECTIONS)):
+        raise InputError(f"{name} is for {', '.join(PROJECTIONS)}, got {unknown}")
+    return {**dict.fromkeys(PROJECTIONS, default), **value}
 
 
-def check_ffn(up: Tensor, down: Tensor, gate: Tensor | None) -> None:
-    """Raise an InputError unless the matrices are those of one feed-forward network."""
-    shapes = {"up": up.shape, "down": down.shape, "gate": up.shape if gate is None else gate.shape}
-    if up.ndim != 2 or down.shape != up.shape[::-1] or shapes["gate"] != up.shape:
-        given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+def check_ffn(up: Tensor, down: Tensor, gate: Tensor | None) -> dict[str, Tensor]:
+    """The matrices by name, or an InputError unless they are those of one feed-forward network."""
+    matrices = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
+    fits = up.ndim == 2 and all(
+        matrix.shape == (up.shape[::-1] if name == "down" else up.shape)
+        for name, matrix in matrices.items()
+    )
+    if not fits:
+        given = ", ".join(f"{name} {tuple(matrix.shape)}" for name, matrix in matrices.items())
         raise InputError(f"up and gate must be (F, H) and down (H, F), got {given}")
+    return matrices

@@ -1,52 +1,178 @@
-"""The gradient mask: spare the shared central tensors some of the optimiser's steps."""
+"""The gradient mask: spare the tensors that experts share some of the optimiser's steps.
+
+A shared tensor is updated by the tokens of all experts, an expert's own by its tokens only; the
+mask evens that out (Gao et al., arXiv:2203.01104, section 3.3).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnmoe.errors import InputError
+from tnmoe.nn.experts import Experts
 from tnmoe.nn.projection import SharedProjection
+from tnmoe.nn.shared_tensors import find_shared
+
+Probability = float | Callable[[int], float]
 
 
-def central_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Central tensors of all shared projections of a model, each once."""
-    centers = [m.center for m in model.modules() if isinstance(m, SharedProjection)]
-    return list({id(center): center for center in centers}.values())
+class _Mask:
+    """Which tensors sit out which steps, as a function of (seed, step), and what came of it.
+
+    Attributes
+    ----------
+    step : int
+        Number of the coming step.
+    masked_steps : int
+        Steps so far that spared at least one tensor.
+    updates : dict from str to int
+        How many updates each tensor has received, by its name in the model, or its number where
+        tensors were given.
+    """
+
+    def __init__(
+        self,
+        parameters_or_model: nn.Module | Iterable[nn.Parameter],
+        probability: Probability,
+        seed: int,
+        per_layer: bool,
+    ) -> None:
+        if isinstance(parameters_or_model, nn.Module):
+            self._tensors = _named_shared(parameters_or_model)
+            layer_of = _layers(parameters_or_model)
+        else:
+            self._tensors = {str(i): each for i, each in enumerate(parameters_or_model)}
+            layer_of = {id(each): i for i, each in enumerate(self._tensors.values())}
+        if not self._tensors:
+            raise InputError("there is nothing to mask: no tensor was given")
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seed must be an integer of at least 0, got {seed!r}")
+        self._layer = {
+            name: layer_of[id(each)] if per_layer else 0 for name, each in self._tensors.items()
+        }
+        self.probability = probability
+        self.seed = seed
+        self.step = 0
+        self.masked_steps = 0
+        self.updates = dict.fromkeys(self._tensors, 0)
+        self.probability_at(0)
+
+    def probability_at(self, step: int) -> float:
+        """Probability of being masked at a step.
+
+        Raises
+        ------
+        InputError
+            If it is not in [0, 1].
+        """
+        value = self.probability(step) if callable(self.probability) else self.probability
+        if not 0 <= value <= 1:
+            at = f" at step {step}" if callable(self.probability) else ""
+            raise InputError(f"probability must be in [0, 1], got {value!r}{at}")
+        return float(value)
+
+    def masks(self, step: int) -> dict[str, bool]:
+        """Which tensors sit out a step, by name."""
+        draws = np.random.default_rng((self.seed, step)).random(1 + max(self._layer.values()))
+        masked = draws < self.probability_at(step)
+        return {name: bool(masked[layer]) for name, layer in self._layer.items()}
+
+    def _masked_now(self) -> list[nn.Parameter]:
+        masks = self.masks(self.step)
+        return [each for name, each in self._tensors.items() if masks[name]]
+
+    def _finish_step(self, updated: Callable[[Tensor], bool]) -> None:
+        """Count the step that was made, and go on to the next one."""
+        masks = self.masks(self.step)
+        for name, each in self._tensors.items():
+            self.updates[name] += not masks[name] and updated(each)
+        self.masked_steps += any(masks.values())
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to continue the sequence of draws.
+
+        A schedule of probabilities is a function, and not part of it.
+        """
+        return {
+            "seed": self.seed,
+            "step": self.step,
+            "masked_steps": self.masked_steps,
+            "probability": None if callable(self.probability) else self.probability,
+            "updates": dict(self.updates),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a sequence of draws.
+
+        Raises
+        ------
+        InputError
+            If the state is of a mask of other tensors, or lacks something. Nothing is changed
+            then.
+        """
+        if missing := sorted(set(_Mask.state_dict(self)) - set(state)):
+            raise InputError(f"the state of a mask lacks {', '.join(missing)}")
+        if set(state["updates"]) != set(self.updates):
+            raise InputError(
+                f"the state is of a mask of {sorted(state['updates'])}, "
+                f"this one is of {sorted(self.updates)}"
+            )
+        self.seed, self.step = state["seed"], state["step"]
+        self.masked_steps, self.updates = state["masked_steps"], dict(state["updates"])
+        if not callable(self.probability) and state["probability"] is not None:
+            self.probability = state["probability"]
 
 
-class GradientMask:
-    """Skip the update of central tensors with a probability, drawn anew at every step.
+class GradientMask(_Mask):
+    """Skip the update of shared tensors with a probability, drawn anew at every step.
 
-    A central tensor is updated by the tokens of all experts, an auxiliary one only by its own
-    expert's; the mask evens that out (Gao et al., arXiv:2203.01104, section 3.3). A masked tensor
-    is hidden from the optimiser for the step (``grad = None``), so that momentum and weight decay
-    leave it alone too, which a gradient of zero would not achieve.
+    A masked tensor is hidden from the optimiser for the step (``grad = None``), so that momentum
+    and weight decay leave it alone too, which a gradient of zero would not achieve. There is one
+    draw per step of the optimiser, however many backward passes came before it.
 
-    The draw is a function of (seed, step) only: all ranks of a distributed run agree, and a
+    The draws are a function of (seed, step) only: all ranks of a distributed run agree, and a
     resumed run continues the sequence.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        The mask hooks into its ``step``; gradients must exist when ``step`` is called, so
-        optimisers that compute them inside a closure are not covered.
+        Any of torch's, or derived from them; the mask hooks into its ``step``.
     parameters_or_model : Module or iterable of Parameter
-        A model, whose central tensors are masked, or the parameters themselves.
-    probability : float
-        Probability of skipping, per step: 0 never, 1 freezes the tensors.
+        A model, whose shared tensors are masked, or the parameters themselves.
+    probability : float, or callable from int to float
+        Probability of skipping, per step: 0 never, 1 freezes the tensors. Or a schedule: a
+        function of the step's number, which starts at 0.
     seed : int
         Seed of the draws.
+    per_layer : bool
+        Draw for every layer of experts by itself; by default one draw is for all.
 
     Raises
     ------
     InputError
         If the probability is not in [0, 1], there is nothing to mask, or the optimiser does not
         hold the parameters.
+
+    Notes
+    -----
+    **Clipping.** A norm taken over all gradients before ``step`` counts those that the mask is
+    about to drop, and the others are cut by more than need be. :meth:`clip_grad_norm_` drops them
+    first; so does :meth:`apply`, before any other way of clipping.
+
+    **GradScaler.** ``scaler.step(optimizer)`` makes no step, and no draw, where it finds infinity;
+    with a fused optimiser, which looks for infinity itself, the draw is spent and the update
+    counted.
+
+    **Closures.** Gradients that ``step(closure)`` computes are masked after every evaluation. A
+    masked tensor's values are restored after the step, for optimisers like LBFGS, which move it
+    by what they remember; their memory then has a step in it that was not made.
 
     Examples
     --------
@@ -56,74 +182,181 @@ class GradientMask:
     >>> optimizer = torch.optim.AdamW(experts.parameters())
     >>> index, weights = torch.zeros(3, 1, dtype=int), torch.ones(3, 1)
     >>> before = experts.up.center.clone()
-    >>> with GradientMask(optimizer, experts, probability=1.0):
+    >>> with GradientMask(optimizer, experts, probability=1.0) as mask:
     ...     experts(torch.randn(3, 8), index, weights).sum().backward()
+    ...     norm = mask.clip_grad_norm_(experts.parameters(), 1.0)
     ...     optimizer.step()
-    >>> bool((experts.up.center == before).all())
-    True
+    >>> bool((experts.up.center == before).all()), mask.updates
+    (True, {'up.center': 0, 'down.center': 0})
+
+    A schedule, from 0.9 down to 0 over a thousand steps:
+
+    >>> mask = GradientMask(optimizer, experts, lambda step: max(0.0, 0.9 * (1 - step / 1000)))
+    >>> mask.remove()
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         parameters_or_model: nn.Module | Iterable[nn.Parameter],
-        probability: float,
+        probability: Probability,
         seed: int = 0,
+        per_layer: bool = False,
     ) -> None:
-        if not 0 <= probability <= 1:
-            raise InputError(f"probability must be in [0, 1], got {probability!r}")
-        if isinstance(parameters_or_model, nn.Module):
-            self.parameters = central_parameters(parameters_or_model)
-        else:
-            self.parameters = list(parameters_or_model)
-        if not self.parameters:
-            raise InputError("there is nothing to mask: found no central tensor")
+        super().__init__(parameters_or_model, probability, seed, per_layer)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InputError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; for "
+                "engines with steps of their own there is AutogradMask"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = sum(id(parameter) not in held for parameter in self.parameters)
+        missing = [name for name, each in self._tensors.items() if id(each) not in held]
         if missing:
             raise InputError(
-                f"the optimizer does not hold {missing} of the {len(self.parameters)} central "
-                "tensors to mask"
+                f"the optimizer does not hold {len(missing)} of the {len(self._tensors)} shared "
+                f"tensors to mask: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}"
             )
-        self.probability = probability
-        self.seed = seed
-        self.step = 0
-        self.masked_steps = 0
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        # Values that masked tensors have before a step with a closure.
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
-    def masks(self, step: int) -> bool:
-        """Whether the central tensors sit out this step."""
-        return bool(np.random.default_rng((self.seed, step)).random() < self.probability)
+    def apply(self) -> None:
+        """Drop the gradients that the coming step is to do without; that step changes no more."""
+        for parameter in self._masked_now():
+            parameter.grad = None
 
-    def _before_step(self, *_: Any) -> None:
-        if self.masks(self.step):
-            self.masked_steps += 1
-            for parameter in self.parameters:
-                parameter.grad = None
-        self.step += 1
+    def clip_grad_norm_(
+        self, parameters: Iterable[Tensor], max_norm: float, **options: Any
+    ) -> Tensor:
+        """Clip as ``torch.nn.utils.clip_grad_norm_`` does, without what is about to be dropped.
 
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to continue the sequence of draws."""
-        return {
-            "seed": self.seed,
-            "step": self.step,
-            "masked_steps": self.masked_steps,
-            "probability": self.probability,
-        }
+        Parameters
+        ----------
+        parameters, max_norm, **options
+            As for torch's function.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a sequence of draws."""
-        self.seed = state["seed"]
-        self.step = state["step"]
-        self.masked_steps = state["masked_steps"]
-        self.probability = state["probability"]
+        Returns
+        -------
+        Tensor
+            Norm of the gradients that are left.
+        """
+        self.apply()
+        return nn.utils.clip_grad_norm_(parameters, max_norm, **options)
+
+    def _before_step(
+        self, _optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        self.apply()
+        self._before = []
+        # The first argument is the optimiser itself.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            return None
+        self._before = [(each, each.detach().clone()) for each in self._masked_now()]
+
+        def masked_closure() -> Any:
+            loss = closure()
+            self.apply()
+            return loss
+
+        return args[:1], {**kwargs, "closure": masked_closure}
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        for parameter, value in self._before:
+            parameter.copy_(value)
+        self._before = []
+        self._finish_step(lambda parameter: parameter.grad is not None)
 
     def remove(self) -> None:
         """Detach from the optimiser."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class AutogradMask(_Mask):
+    """The gradient mask for engines whose optimiser steps inside ``backward``.
+
+    There is no moment between gradient and update in which a gradient could be dropped. So
+    masked tensors require no gradient during the step: none arrives, none is computed, and no
+    engine updates them.
+
+    Parameters
+    ----------
+    parameters_or_model, probability, seed, per_layer
+        As for :class:`GradientMask`; the same seed gives the same draws.
+
+    Raises
+    ------
+    InputError
+        If the probability is not in [0, 1] or there is nothing to mask.
+
+    Notes
+    -----
+    ``DistributedDataParallel`` waits for every gradient that it has seen a tensor require: give
+    it ``find_unused_parameters=True``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import MPOExperts
+    >>> experts = MPOExperts(2, 8, 16, sites=2)
+    >>> index, weights = torch.zeros(3, 1, dtype=int), torch.ones(3, 1)
+    >>> mask = AutogradMask(experts, probability=1.0)
+    >>> with mask.next_step():
+    ...     experts(torch.randn(3, 8), index, weights).sum().backward()
+    >>> experts.up.center.grad is None, experts.up.center.requires_grad
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        parameters_or_model: nn.Module | Iterable[nn.Parameter],
+        probability: Probability,
+        seed: int = 0,
+        per_layer: bool = False,
+    ) -> None:
+        super().__init__(parameters_or_model, probability, seed, per_layer)
+
+    @contextmanager
+    def next_step(self) -> Iterator[None]:
+        """Mask one step: all its forward and backward passes belong into the block.
+
+        A block that ends with an exception counts as no step.
+        """
+        masked = [each for each in self._masked_now() if each.requires_grad]
+        for parameter in masked:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in masked:
+                parameter.requires_grad_(True)
+        self._finish_step(lambda parameter: parameter.requires_grad)
+
+
+def _named_shared(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Shared tensors of a model by their names."""
+    shared = {id(each) for each in find_shared(model)}
+    return {name: each for name, each in model.named_parameters() if id(each) in shared}
+
+
+def _layers(model: nn.Module) -> dict[int, int]:
+    """Number of the layer of experts, the first one, that each shared tensor belongs to."""
+    numbers: dict[int, int] = {}
+    layers = [each for each in model.modules() if isinstance(each, Experts | SharedProjection)]
+    for number, layer in enumerate(layers):
+        for projection in layer.modules():
+            if isinstance(projection, SharedProjection):
+                for core in projection.shared_cores:
+                    numbers.setdefault(id(core), number)
+    return numbers

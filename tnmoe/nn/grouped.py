@@ -54,6 +54,11 @@ class Groups:
         ends = torch.searchsorted(experts, every, right=True)
         return cls(experts, ends.to(torch.int32), rows, order, inverse)
 
+    def first(self, rows: int) -> Groups:
+        """The first rows alone, without what leads to and from slots."""
+        everyone = torch.arange(rows, device=self.order.device)
+        return Groups(self.experts[:rows], self.offsets, rows, everyone, everyone)
+
     @cached_property
     def spans(self) -> list[tuple[int, slice]]:
         """Experts that have rows, and which. Waits for an accelerator."""

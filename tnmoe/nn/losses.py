@@ -2,39 +2,83 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from tnmoe.errors import InputError
+from tnmoe.nn.capacity import check_mask
+from tnmoe.nn.router import SCORE_FUNCTIONS, one_of
+
+FORMS = ("switch", "gshard")
 
 
 def load_balancing_loss(
-    router_logits: Tensor, top_k_index: Tensor, attention_mask: Tensor | None = None
+    router_logits: Tensor,
+    top_k_index: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    form: str = "switch",
+    score_function: str = "softmax",
+    sequences: int = 1,
 ) -> Tensor:
-    """Product of each expert's load and mean probability, summed and scaled to 1 at balance.
+    """Product of each expert's load and mean score, summed and scaled to 1 at balance.
 
-    E · Σₑ fₑ Pₑ with fₑ the share of the slots that went to expert e and Pₑ its mean probability
-    (Fedus et al., arXiv:2101.03961, equations 4 to 6). It is differentiable through Pₑ and
-    reaches E when all tokens go to one expert with certainty.
+    E · Σₑ fₑ Pₑ with fₑ the share of the choices that expert e got and Pₑ its mean score. It is
+    differentiable through Pₑ and reaches E when all tokens choose one expert with certainty.
 
     Parameters
     ----------
     router_logits : Tensor, shape (T, E)
     top_k_index : Tensor, shape (T, k)
+        Experts that tokens chose, whether or not these had room; E counts for none.
     attention_mask : Tensor of T entries, any shape, optional
         Tokens where it is 0 do not count.
+    form : {"switch", "gshard"}
+        Which choices make the load: all k (Fedus et al., arXiv:2101.03961, equations 4 to 6), or
+        each token's first (Lepikhin et al., arXiv:2006.16668, algorithm 1, times E²).
+    score_function : {"softmax", "sigmoid"}
+        The router's. Sigmoids are divided by their sum over experts (DeepSeek-V3,
+        arXiv:2412.19437, equations 17 to 20).
+    sequences : int
+        The tokens are so many sequences of the same length, one after the other. The loss is
+        taken of each, which asks for balance within every one, and averaged.
 
     Returns
     -------
     Tensor
         Scalar of float32.
+
+    Raises
+    ------
+    InputError
+        If the mask or ``sequences`` does not fit the tokens, or a name is unknown.
+
+    Examples
+    --------
+    >>> import torch
+    >>> logits = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
+    >>> load_balancing_loss(logits, logits.topk(1).indices)  # all tokens to one of two experts
+    tensor(1.9998)
     """
+    one_of("form", form, FORMS)
+    one_of("score_function", score_function, SCORE_FUNCTIONS)
     experts = router_logits.shape[-1]
-    probabilities = router_logits.float().softmax(-1)
-    slots = torch.nn.functional.one_hot(top_k_index, experts).float().mean(-2)
-    weights = _token_weights(probabilities, attention_mask)
-    return experts * ((weights @ slots) * (weights @ probabilities)).sum()
+    index = top_k_index[:, :1] if form == "gshard" else top_k_index
+    slots = F.one_hot(index, experts + 1)[..., :experts].sum(-2).float()
+    weights = _token_weights(router_logits, attention_mask, sequences)
+
+    def mean(values: Tensor) -> Tensor:
+        return (weights[:, None] @ values.view(*weights.shape, experts)).squeeze(1)
+
+    load = mean(slots)
+    load = load / load.sum(-1, keepdim=True).clamp(min=1e-9)
+    losses = experts * (load * mean(normalized_scores(router_logits, score_function))).sum(-1)
+    return _over_sequences(losses, weights)
 
 
-def router_z_loss(router_logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def router_z_loss(
+    router_logits: Tensor, attention_mask: Tensor | None = None, *, sequences: int = 1
+) -> Tensor:
     """Mean squared log-sum-exp of the scores (ST-MoE, arXiv:2202.08906, equation 5).
 
     Parameters
@@ -42,6 +86,9 @@ def router_z_loss(router_logits: Tensor, attention_mask: Tensor | None = None) -
     router_logits : Tensor, shape (T, E)
     attention_mask : Tensor of T entries, any shape, optional
         Tokens where it is 0 do not count.
+    sequences : int
+        The tokens are so many sequences of the same length, one after the other; the means of
+        each are averaged.
 
     Returns
     -------
@@ -49,13 +96,28 @@ def router_z_loss(router_logits: Tensor, attention_mask: Tensor | None = None) -
         Scalar of float32.
     """
     squares = router_logits.float().logsumexp(-1).square()
-    return _token_weights(router_logits, attention_mask) @ squares
+    weights = _token_weights(router_logits, attention_mask, sequences)
+    return _over_sequences((weights * squares.view_as(weights)).sum(-1), weights)
 
 
-def _token_weights(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Weights of a mean over the tokens that count, shape (T,)."""
-    if attention_mask is None:
-        weights = torch.ones(tokens.shape[0], device=tokens.device)
-    else:
-        weights = (attention_mask.reshape(-1) != 0).float()
-    return weights / weights.sum().clamp(min=1)
+def normalized_scores(router_logits: Tensor, score_function: str) -> Tensor:
+    """Scores (T, E) of float32, each token's summing to 1."""
+    if score_function == "sigmoid":
+        return F.logsigmoid(router_logits.float()).softmax(-1)
+    return router_logits.float().softmax(-1)
+
+
+def _token_weights(tokens: Tensor, attention_mask: Tensor | None, sequences: int) -> Tensor:
+    """Weights of a mean over the tokens of every sequence that count, shape (B, T / B)."""
+    if sequences < 1 or len(tokens) % sequences:
+        raise InputError(f"{len(tokens)} tokens are not {sequences} sequences of the same length")
+    mask = check_mask(attention_mask, len(tokens))
+    counts = tokens.new_ones(len(tokens)).float() if mask is None else mask.float()
+    counts = counts.view(sequences, -1)
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _over_sequences(losses: Tensor, weights: Tensor) -> Tensor:
+    """Mean over the sequences that have a token that counts."""
+    present = weights.sum(-1).round()
+    return (losses * present).sum() / present.sum().clamp(min=1)

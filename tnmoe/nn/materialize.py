@@ -40,8 +40,22 @@ class Legs:
         return self.in_[0] * self.in_[1] * self.in_[2]
 
 
-def environments(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Products of the stacked cores (E, D, out, in, D') on either side of the centre.
+def experts_of(center: Tensor, aux: Sequence[Tensor]) -> int:
+    """How many experts cores are for; shared auxiliary ones are stacks of one."""
+    return max(len(core) for core in ([*aux, center] if center.ndim == 5 else aux))
+
+
+def environments(
+    left: Sequence[Tensor], right: Sequence[Tensor], experts: int
+) -> tuple[Tensor, Tensor]:
+    """Products of the stacked cores on either side of the centre.
+
+    Parameters
+    ----------
+    left, right : sequence of Tensor, shapes (E, D, out, in, D') or (1, D, out, in, D')
+        Every expert's own cores, or shared ones.
+    experts : int
+        Number of experts E.
 
     Returns
     -------
@@ -49,10 +63,19 @@ def environments(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tenso
         Shapes (E, out·in, D) and (E, D', out·in), outputs before inputs; (E, 1, 1) for a side
         without cores.
     """
-    some = (*left, *right)[0]
-    one = some.new_ones(len(some), 1, 1)
-    of_left, of_right = left_environment(_TORCH, left)[0], right_environment(_TORCH, right)[0]
-    return one if of_left is None else of_left, one if of_right is None else of_right
+    of_left = left_environment(_TORCH, _aligned(left))[0]
+    of_right = right_environment(_TORCH, _aligned(right))[0]
+    one = (*left, *right)[0].new_ones(1, 1, 1)
+    # Of one alone where a side is shared as a whole.
+    return tuple(
+        (one if side is None else side).expand(experts, -1, -1) for side in (of_left, of_right)
+    )  # type: ignore[return-value]
+
+
+def _aligned(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Stacks of cores, all as long as the longest."""
+    longest = max([1, *map(len, stacks)])
+    return [stack.expand(longest, -1, -1, -1, -1) for stack in stacks]
 
 
 @torch.no_grad()
@@ -61,8 +84,8 @@ def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
 
     Parameters
     ----------
-    center : Tensor, shape (D, out, in, D')
-        Central core.
+    center : Tensor, shape (D, out, in, D') or (E, D, out, in, D')
+        Central core, shared or every expert's own.
     left : Tensor, shape (E, out·in, D)
         Environments left of it.
     right : Tensor, shape (E, D', out·in)
@@ -70,6 +93,9 @@ def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
     legs : Legs
         How their axes split.
     """
+    if center.ndim == 5:
+        owned = zip(center, left.split(1), right.split(1), strict=True)
+        return torch.cat([build(*cores, legs) for cores in owned])
     workshop = Workshop(center, legs)
     result = center.new_empty(len(left), legs.out_features, legs.in_features)
     step = 1 if center.device.type == "cpu" else len(left)

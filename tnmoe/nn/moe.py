@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.losses import load_balancing_loss, router_z_loss
-from tnmoe.nn.router import TopKRouter
+from tnmoe.nn.router import Router
 
 
 class MPOMoE(nn.Module):
     """A mixture of experts, (..., H) → (..., H).
 
+    A token that no expert takes, padding or one dropped for want of room, gets 0: behind a
+    residual connection it passes through unchanged.
+
     Parameters
     ----------
-    router : TopKRouter
+    router : Router
         Chooses experts per token.
     experts : Experts
         ``MPOExperts``, or ``DenseExperts`` for an ordinary mixture.
+    shared_expert : Module, optional
+        A feed-forward network (..., H) → (..., H) that every token goes through besides its
+        experts, whose output is added (DeepSeekMoE, arXiv:2401.06066, section 3.2).
+    shared_gate : bool
+        Weigh the shared expert's output by a sigmoid of a linear score of the token (Qwen2-MoE).
+    dropout : float
+        Probability, in training, of dropping a value of the output, for models whose feed-forward
+        network ends so (GPT-2); for dropout between the projections see :class:`Experts`.
 
     Raises
     ------
     InputError
-        If the two differ in their numbers of experts or hidden sizes.
+        If router and experts differ in their numbers of experts or hidden sizes, there is a gate
+        for no shared expert, or the dropout is not in [0, 1].
+
+    Notes
+    -----
+    An upcycled layer starts as the dense network under the conditions that the router names.
+    With a shared expert the sum of both is what has to be that network: to start from it, give
+    the routed experts zeros as their last matrix, or the shared one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import MPOExperts, TopKRouter
+    >>> layer = MPOMoE(TopKRouter(8, 4, top_k=2), MPOExperts(4, 8, 16, sites=2))
+    >>> layer(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
     """
 
-    def __init__(self, router: TopKRouter, experts: Experts) -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared_expert: nn.Module | None = None,
+        shared_gate: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         routed = (router.num_experts, router.hidden_size)
         offered = (experts.num_experts, experts.hidden_size)
@@ -41,103 +72,89 @@ class MPOMoE(nn.Module):
                 f"the router is for {routed[0]} experts of hidden size {routed[1]}, "
                 f"the experts are {offered[0]} of hidden size {offered[1]}"
             )
+        if shared_gate and shared_expert is None:
+            raise InputError("shared_gate=True needs a shared_expert")
+        if not 0 <= dropout <= 1:
+            raise InputError(f"dropout must be in [0, 1], got {dropout!r}")
         self.router = router
         self.experts = experts
+        self.shared_expert = shared_expert
+        self.shared_gate: nn.Linear | None = None
+        if shared_gate:
+            weight = router.weight
+            self.shared_gate = nn.Linear(
+                weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype
+            )
+        self.dropout = dropout
+        self._token_mask: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Route every token through its experts; (..., H) → (..., H)."""
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Route every token through its experts.
+
+        Parameters
+        ----------
+        hidden_states : Tensor, shape (..., H)
+            With three axes the first two count as sequences of tokens.
+        token_mask : Tensor with an entry per token, any shape, optional
+            Tokens where it is 0 are padding: see :meth:`Router.forward`. By default the one of
+            :func:`ignore_padding`, if any.
+
+        Returns
+        -------
+        Tensor, shape (..., H)
+        """
+        mask = self._token_mask if token_mask is None else token_mask
+        # Other libraries' routers know no mask.
+        inputs = (hidden_states,) if mask is None else (hidden_states, mask)
+        _, weights, index = self.router(*inputs)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, index = self.router(tokens)
-        return self.experts(tokens, index, weights).view_as(hidden_states)
-
-
-@dataclass
-class Routing:
-    """What the routers of a model decided in one or more forward passes.
-
-    Attributes
-    ----------
-    names : list of str
-        The routers, one entry per call.
-    logits : list of Tensor, shapes (T, E)
-        Scores, with gradients.
-    index : list of Tensor, shapes (T, k)
-        Chosen experts.
-    """
-
-    names: list[str] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    index: list[Tensor] = field(default_factory=list)
-
-    def balance_loss(self, attention_mask: Tensor | None = None) -> Tensor:
-        """Mean load-balancing loss of the recorded calls."""
-        return self._mean(
-            [
-                load_balancing_loss(logits, index, attention_mask)
-                for logits, index in zip(self.logits, self.index, strict=True)
-            ]
-        )
-
-    def z_loss(self, attention_mask: Tensor | None = None) -> Tensor:
-        """Mean router z-loss of the recorded calls."""
-        return self._mean([router_z_loss(logits, attention_mask) for logits in self.logits])
-
-    def counts(self, attention_mask: Tensor | None = None) -> Tensor:
-        """Slots each expert received, per recorded call, shape (calls, E)."""
-        rows = []
-        for logits, index in zip(self.logits, self.index, strict=True):
-            kept = index if attention_mask is None else index[attention_mask.reshape(-1) != 0]
-            rows.append(torch.bincount(kept.reshape(-1), minlength=logits.shape[-1]))
-        return torch.stack(rows)
-
-    @staticmethod
-    def _mean(losses: list[Tensor]) -> Tensor:
-        if not losses:
-            raise InputError("no routing was recorded: no forward pass reached a TopKRouter")
-        return torch.stack(losses).mean()
+        output = self.experts(tokens, index, weights).view_as(hidden_states)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(hidden_states)
+            if self.shared_gate is not None:
+                shared = torch.sigmoid(self.shared_gate(hidden_states)) * shared
+            output = output + shared
+        return F.dropout(output, self.dropout, self.training) if self.dropout else output
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[Routing]:
-    """Record the decisions of all routers of a model, for losses and statistics.
+def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
+    """Let the MoE layers of a model see which tokens are padding.
+
+    Padding then goes to no expert, takes no one's room and counts in no load. A model hands its
+    feed-forward networks no mask, hence this block around its call.
 
     Parameters
     ----------
     model : Module
-        Anything that contains :class:`TopKRouter` modules.
+        Anything that contains :class:`MPOMoE` layers which are all given these tokens: the
+        encoder, say, of an encoder-decoder.
+    attention_mask : Tensor, shape (B, S)
+        0 where a token is padding.
 
-    Yields
+    Raises
     ------
-    Routing
-        Filled by every forward pass inside the block.
+    InputError
+        If there is no such layer; and in the block, if a layer is given another number of tokens.
 
     Examples
     --------
     >>> import torch
-    >>> from tnmoe.nn import MPOExperts
+    >>> from tnmoe.nn import MPOExperts, TopKRouter
     >>> layer = MPOMoE(TopKRouter(8, 4), MPOExperts(4, 8, 16, sites=2))
-    >>> with record_routing(layer) as routing:
-    ...     output = layer(torch.randn(2, 5, 8))
-    >>> routing.counts().sum()
-    tensor(10)
+    >>> with ignore_padding(layer, torch.tensor([[1, 1, 0]])):
+    ...     output = layer(torch.randn(1, 3, 8))
+    >>> (output == 0).all(-1)
+    tensor([[False, False,  True]])
     """
-    routing = Routing()
-
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            routing.names.append(name)
-            routing.logits.append(output[0])
-            routing.index.append(output[2])
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(hook_for(name))
-        for name, module in model.named_modules()
-        if isinstance(module, TopKRouter)
-    ]
+    layers = [module for module in model.modules() if isinstance(module, MPOMoE)]
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no MPOMoE layer")
+    before = [layer._token_mask for layer in layers]
+    for layer in layers:
+        layer._token_mask = attention_mask
     try:
-        yield routing
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, mask in zip(layers, before, strict=True):
+            layer._token_mask = mask

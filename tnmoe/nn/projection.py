@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from math import prod, sqrt
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,15 +14,20 @@ from torch import Tensor, nn
 from tnmoe.backends import backend_named
 from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
 from tnmoe.errors import InputError
+from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear
 from tnmoe.nn.in_order import chain_linear, chain_linears
 from tnmoe.nn.materialize import Legs, environments, shared_linear
 from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape, positive_int
-from tnmoe.shared import SharedMPO
+from tnmoe.shared import SharedMPO, replicate
 
 _TORCH = backend_named("torch")
+
+BIASES = (False, True, "shared")
+
+Bias = bool | str
 
 
 class Projection(nn.Module, ABC):
@@ -28,7 +35,7 @@ class Projection(nn.Module, ABC):
 
     Attributes
     ----------
-    bias : Parameter, shape (E, out), or None
+    bias : Parameter, shape (E, out), or (1, out) if all experts share it; or None
     """
 
     num_experts: int
@@ -41,16 +48,19 @@ class Projection(nn.Module, ABC):
         num_experts: int,
         out_features: int,
         in_features: int,
-        bias: bool,
+        bias: Bias,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if bias not in BIASES:
+            raise InputError(f"bias must be one of {', '.join(map(str, BIASES))}, got {bias!r}")
         self.num_experts = positive_int("num_experts", num_experts)
         self.out_features = positive_int("out_features", out_features)
         self.in_features = positive_int("in_features", in_features)
+        rows = 1 if bias == "shared" else num_experts
         self.bias = (
-            nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
+            nn.Parameter(torch.empty(rows, out_features, device=device, dtype=dtype))
             if bias
             else None
         )
@@ -70,6 +80,8 @@ class Projection(nn.Module, ABC):
     def _add_bias(self, result: Tensor, groups: Groups) -> Tensor:
         if self.bias is None:
             return result
+        if len(self.bias) < self.num_experts:
+            return result + self.bias.to(result.dtype)
         # A product with the experts' indicators: its gradient, too, is one, not a scatter.
         mine = groups.experts[:, None] == torch.arange(self.num_experts, device=result.device)
         return torch.addmm(result, mine.to(result.dtype), self.bias.to(result.dtype))
@@ -88,13 +100,20 @@ class Projection(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw new weights with the variance of ``torch.nn.Linear``'s, 1 / (3·in)."""
 
-    def set_bias(self, bias: Tensor | None) -> None:
-        """Start every expert with one bias (out,), or take a stack (E, out) or none as it is."""
+    def set_bias(self, bias: Tensor | None, shared: bool = False) -> None:
+        """Start with one bias (out,) for all experts, or take a stack (E, out) or none as it is.
+
+        Parameters
+        ----------
+        bias : Tensor, shape (out,) or (E, out), or None
+        shared : bool
+            Keep one bias for all experts, and not a copy for each.
+        """
         if bias is None:
             self.bias = None
             return
-        stacked = bias.detach().expand(self.num_experts, self.out_features).clone()
-        self.bias = nn.Parameter(stacked)
+        rows = 1 if shared else self.num_experts
+        self.bias = nn.Parameter(bias.detach().expand(rows, self.out_features).clone())
 
     def extra_repr(self) -> str:
         return (
@@ -110,8 +129,8 @@ class StackedProjection(Projection):
     ----------
     num_experts, out_features, in_features : int
         Sizes.
-    bias : bool
-        Whether every expert has a bias.
+    bias : bool or "shared"
+        Whether every expert has a bias, or all have one together.
     """
 
     stacked: nn.Parameter
@@ -121,7 +140,7 @@ class StackedProjection(Projection):
         num_experts: int,
         out_features: int,
         in_features: int,
-        bias: bool = False,
+        bias: Bias = False,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -133,11 +152,17 @@ class StackedProjection(Projection):
         self.reset_parameters()
 
     @classmethod
-    def from_dense(cls, weight: Tensor, bias: Tensor | None, num_experts: int) -> StackedProjection:
-        """Experts that all start as one matrix (out, in)."""
+    def from_dense(
+        cls,
+        weight: Tensor,
+        num_experts: int,
+        noise: float = 0.0,
+        rng: np.random.Generator | int | None = None,
+    ) -> StackedProjection:
+        """Experts that all start as one matrix (out, in), with noise relative to its size."""
         projection = cls(num_experts, *weight.shape, device="meta", dtype=weight.dtype)
-        projection.stacked = nn.Parameter(weight.detach().expand(num_experts, -1, -1).clone())
-        projection.set_bias(bias)
+        stacked = replicate(weight.detach(), num_experts, noise, np.random.default_rng(rng))
+        projection.stacked = nn.Parameter(stacked)
         return projection
 
     def weight(self) -> Tensor:
@@ -155,7 +180,9 @@ class StackedProjection(Projection):
 
 
 class SharedProjection(Projection):
-    """All experts share one central tensor; each owns only its auxiliary cores.
+    """Matrices as MPOs: experts share the central core, or any other sites; the rest they own.
+
+    A core that experts own is stored as a stack with an expert axis, one that they share once.
 
     Parameters
     ----------
@@ -163,21 +190,26 @@ class SharedProjection(Projection):
         Number of experts E.
     shape : MPOShape
         Legs and size of every expert's matrix; at least two sites.
-    bias : bool
-        Whether every expert has a bias.
+    bias : bool or "shared"
+        Whether every expert has a bias, or all have one together.
     max_bond : int, optional
         Largest bond dimension; exact bonds by default.
+    shared : {"center", "none"} or iterable of int
+        Sites that all experts share; not all of them.
 
     Attributes
     ----------
-    center : Parameter, shape (D, out, in, D')
-        The shared central tensor.
-    aux : ParameterList of shapes (E, D, out, in, D')
+    center : Parameter, shape (D, out, in, D') if shared, or (E, D, out, in, D')
+        The central core.
+    aux : ParameterList of shapes (E, D, out, in, D'), or (1, D, out, in, D') if shared
         The other sites, left to right.
+    shared_sites : frozenset of int
+        Sites whose cores all experts share.
     """
 
     center: nn.Parameter
     aux: nn.ParameterList
+    shared_sites: frozenset[int]
     # One of "shared", "chain", "dense", "cached" to fix the route; by default it is planned.
     route: str | None = None
 
@@ -185,8 +217,9 @@ class SharedProjection(Projection):
         self,
         num_experts: int,
         shape: MPOShape,
-        bias: bool = False,
+        bias: Bias = False,
         max_bond: int | None = None,
+        shared: str | Iterable[int] = "center",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -194,30 +227,95 @@ class SharedProjection(Projection):
         super().__init__(num_experts, shape.out_features, shape.in_features, bias, device, dtype)
         if shape.sites < 2:
             raise InputError(
-                f"experts that share a central core need a shape of at least 2 sites, got {shape}"
+                f"experts that share cores need a shape of at least 2 sites, got {shape}"
             )
         self.shape = shape
         self.site = shape.center
+        common = resolve_shared(shared, shape.sites, self.site)
         cores = [
             torch.empty(core, device=device, dtype=dtype) for core in shape.core_shapes(max_bond)
         ]
-        self.center = nn.Parameter(cores.pop(self.site))
-        self.aux = nn.ParameterList(
-            nn.Parameter(core.new_empty(num_experts, *core.shape)) for core in cores
+        self._set_cores(
+            [
+                core if site in common else core.new_empty(num_experts, *core.shape)
+                for site, core in enumerate(cores)
+            ]
         )
         self.reset_parameters()
 
     @classmethod
-    def from_shared(cls, shared: SharedMPO, bias: Tensor | None = None) -> SharedProjection:
+    def from_mpo(
+        cls,
+        mpo: MPO,
+        num_experts: int,
+        shared: str | Iterable[int] = "center",
+        noise: float = 0.0,
+        rng: np.random.Generator | int | None = None,
+    ) -> SharedProjection:
+        """Experts that all start as one MPO of torch tensors.
+
+        Parameters
+        ----------
+        mpo : MPO
+            The matrix, with any bonds and centre.
+        num_experts, shared
+            As for the class.
+        noise : float
+            Noise on every expert's own cores, relative to each core's root mean square.
+        rng : numpy Generator or int, optional
+            Source of the noise.
+        """
+        projection = cls(num_experts, mpo.shape, max_bond=1, device="meta")
+        projection.site = mpo.shape.center if mpo.center is None else mpo.center
+        common = resolve_shared(shared, mpo.shape.sites, projection.site)
+        rng = np.random.default_rng(rng)
+        projection._set_cores(
+            [
+                core if site in common else replicate(core, num_experts, noise, rng)
+                for site, core in enumerate(mpo.cores)
+            ]
+        )
+        return projection
+
+    @classmethod
+    def from_shared(cls, shared: SharedMPO) -> SharedProjection:
         """Take over the cores of a SharedMPO of torch tensors, with any bonds and centre."""
         projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
         projection.site = shared.center
-        projection.center = nn.Parameter(shared.center_core.detach().contiguous())
-        projection.aux = nn.ParameterList(
-            nn.Parameter(core.detach().contiguous()) for core in shared.aux
-        )
-        projection.set_bias(bias)
+        cores = list(shared.aux)
+        cores.insert(shared.center, shared.center_core)
+        projection._set_cores(cores)
         return projection
+
+    def _set_cores(self, cores: list[Tensor]) -> None:
+        """Make parameters of all sites' cores, which have an expert axis where they are owned."""
+        self.shared_sites = frozenset(site for site, core in enumerate(cores) if core.ndim == 4)
+        parameters = [
+            nn.Parameter(
+                (core[None] if core.ndim == 4 and site != self.site else core).contiguous()
+            )
+            for site, core in enumerate(core.detach() for core in cores)
+        ]
+        self.center = parameters.pop(self.site)
+        self.aux = nn.ParameterList(parameters)
+
+    @property
+    def shared_cores(self) -> list[nn.Parameter]:
+        """Cores that all experts share: every token of the layer updates them."""
+        return [self.core_at(site) for site in sorted(self.shared_sites)]
+
+    def core_at(self, site: int) -> nn.Parameter:
+        """The stored core of a site."""
+        if site == self.site:
+            return self.center
+        return self.aux_cores[site - (site > self.site)]
+
+    def set_core(self, site: int, core: nn.Parameter) -> None:
+        """Store this tensor, another projection's perhaps, as the core of a site."""
+        if site == self.site:
+            self.center = core
+        else:
+            self.aux[site - (site > self.site)] = core
 
     @property
     def aux_cores(self) -> tuple[nn.Parameter, ...]:
@@ -227,15 +325,34 @@ class SharedProjection(Projection):
         return cores if len(cores) == len(self.aux) else tuple(self.aux)  # type: ignore[return-value]
 
     def to_shared(self) -> SharedMPO:
-        """The cores as a SharedMPO that shares memory and gradients with this module."""
-        return SharedMPO(self.center, self.aux_cores, self.shape, self.site)
+        """The cores as a SharedMPO that shares memory and gradients with this module.
+
+        Raises
+        ------
+        InputError
+            If experts own their central cores.
+        """
+        if self.center.ndim == 5:
+            raise InputError("a SharedMPO has one central core, but these experts own theirs")
+        return SharedMPO(self.center, self._stacked(), self.shape, self.site)
+
+    def expert(self, index: int) -> MPO:
+        """One expert's matrix as an MPO that shares memory and gradients with this module."""
+        if not 0 <= index < self.num_experts:
+            raise InputError(f"expert must be from 0 to {self.num_experts - 1}, got {index}")
+        cores = [core if core.ndim == 4 else core[index] for core in self._cores(self.center.dtype)]
+        return MPO(cores, self.shape)
 
     def weight(self) -> Tensor:
-        aux = self.aux_cores
+        aux = self._stacked()
         matrices = stacked_to_padded_matrices(
             _TORCH, self.center, aux[: self.site], aux[self.site :]
         )
         return matrices[:, : self.out_features, : self.in_features]
+
+    def _stacked(self) -> list[Tensor]:
+        """Auxiliary cores of every expert, shared ones repeated without a copy."""
+        return [core.expand(self.num_experts, -1, -1, -1, -1) for core in self.aux_cores]
 
     def plan(self, rows: int, training: bool) -> ContractionPlan:
         """How so many rows go through; ``print`` it to see what every route would cost."""
@@ -246,7 +363,7 @@ class SharedProjection(Projection):
             experts=self.num_experts,
             center=self.site,
             training=training,
-            cached=not training and weight_cache.has_room(self.center, self._matrices_bytes),
+            cached=not training and weight_cache.has_room(self._stored, self._matrices_bytes),
             device=self.center.device.type,
             itemsize=self.center.element_size(),
         )
@@ -279,7 +396,11 @@ class SharedProjection(Projection):
             != {"shared"}
         ):
             return super().forward_beside(other, rows, groups)
-        chains = [each._cores(rows.dtype) for each in (self, other)]
+        chains = [self._cores(rows.dtype), other._cores(rows.dtype)]
+        for site in range(self.shape.sites):
+            # The same tensor again, whatever its dtype had to be changed to.
+            if self.core_at(site) is other.core_at(site):
+                chains[1][site] = chains[0][site]
         first, second = chain_linears(self._padded(rows), chains, groups)
         return (
             self._add_bias(first[:, : self.out_features], groups),
@@ -300,22 +421,29 @@ class SharedProjection(Projection):
         return "dense" if training else "cached"
 
     def _in_training(self, rows: Tensor) -> bool:
-        return torch.is_grad_enabled() and any(
-            each.requires_grad for each in (rows, self.center, *self.aux_cores)
-        )
+        return torch.is_grad_enabled() and any(each.requires_grad for each in (rows, *self._stored))
 
     def _cores(self, dtype: torch.dtype) -> list[Tensor]:
         """Cores of all sites, in one dtype; those that experts own have an expert axis."""
-        cores = [core.to(dtype) for core in self.aux_cores]
+        cores = [(core[0] if len(core) == 1 else core).to(dtype) for core in self.aux_cores]
         cores.insert(self.site, self.center.to(dtype))
         return cores
 
     def _dense(self, rows: Tensor, groups: Groups) -> Tensor:
+        if self.center.ndim == 5:
+            return self._owned(rows, groups)
         aux = [core.to(rows.dtype) for core in self.aux_cores]
-        left, right = environments(aux[: self.site], aux[self.site :])
+        left, right = environments(aux[: self.site], aux[self.site :], self.num_experts)
         return shared_linear(
             rows, self.center.to(rows.dtype), left, right, self.legs, groups.offsets
         )
+
+    def _owned(self, rows: Tensor, groups: Groups) -> Tensor:
+        """The dense route of experts that own their central cores: all matrices at once."""
+        aux = [core.to(rows.dtype) for core in self._stacked()]
+        center = self.center.to(rows.dtype)
+        matrices = stacked_to_padded_matrices(_TORCH, center, aux[: self.site], aux[self.site :])
+        return grouped_linear(rows, matrices, groups.offsets)
 
     def _shared(self, rows: Tensor, groups: Groups) -> Tensor:
         return chain_linear(rows, self._cores(rows.dtype), groups)
@@ -334,6 +462,10 @@ class SharedProjection(Projection):
         return torch.cat(blocks) if blocks else rows.new_zeros(0, self.shape.padded_out)
 
     @property
+    def _stored(self) -> tuple[nn.Parameter, ...]:
+        return (self.center, *self.aux_cores)
+
+    @property
     def _matrices_bytes(self) -> int:
         numbers = self.num_experts * self.out_features * self.in_features
         return numbers * self.center.element_size()
@@ -341,12 +473,12 @@ class SharedProjection(Projection):
     @property
     def _bond_dims(self) -> tuple[int, ...]:
         bonds = [core.size(1) for core in self.aux_cores]
-        bonds.insert(self.site, self.center.size(0))
+        bonds.insert(self.site, self.center.size(-4))
         return tuple(bonds[1:])
 
     @property
     def legs(self) -> Legs:
-        """Legs of the sites on either side of the shared one, taken together."""
+        """Legs of the sites on either side of the centre, taken together."""
 
         def split(dims: tuple[int, ...]) -> tuple[int, int, int]:
             return prod(dims[: self.site]), dims[self.site], prod(dims[self.site + 1 :])
@@ -362,12 +494,35 @@ class SharedProjection(Projection):
                 rows = core.shape[0] if not left_of_center else prod(core.shape[:-1])
                 if not core.is_meta:
                     nn.init.orthogonal_(core.view(rows, -1))
-        variance = self.shape.padded_out / (3 * self.center.numel())
+        variance = self.shape.padded_out / (3 * prod(self.center.shape[-4:]))
         self.center.normal_(std=sqrt(variance))
         if self.bias is not None:
             bound = 1 / sqrt(self.in_features)
             self.bias.uniform_(-bound, bound)
 
     def extra_repr(self) -> str:
-        bonds = tuple(core.shape[1] for core in self.aux_cores)
-        return f"{super().extra_repr()}, shape={self.shape}, aux_left_bonds={bonds}"
+        return (
+            f"{super().extra_repr()}, shape={self.shape}, bond_dims={self._bond_dims}, "
+            f"shared_sites={sorted(self.shared_sites)}"
+        )
+
+
+def resolve_shared(shared: str | Iterable[int], sites: int, center: int) -> frozenset[int]:
+    """Sites that experts share, from a name or from their numbers.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, a site is not there, or no site is left that experts own.
+    """
+    if isinstance(shared, str):
+        named: dict[str, frozenset[int]] = {"center": frozenset({center}), "none": frozenset()}
+        if shared not in named:
+            raise InputError(f"shared must be one of {', '.join(named)} or sites, got {shared!r}")
+        return named[shared]
+    chosen = frozenset(shared)
+    if bad := sorted(site for site in chosen if site not in range(sites)):
+        raise InputError(f"shared sites must be from 0 to {sites - 1}, got {bad}")
+    if len(chosen) == sites:
+        raise InputError(f"experts that share all {sites} sites would be one: leave some out")
+    return chosen

@@ -1,0 +1,131 @@
+"""What experts do between their projections: activations, alone or with a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tnmoe.errors import InputError
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Gated(nn.Module):
+    """A gated linear unit: the activated gate times the other projection.
+
+    Shazeer, arXiv:2002.05202: SwiGLU is ``Gated(silu)``, GEGLU ``Gated(gelu)``.
+
+    Parameters
+    ----------
+    activation : callable
+        Elementwise, for the gate.
+    """
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
+
+
+class ClampedSwiGLU(Gated):
+    """SwiGLU of gpt-oss (arXiv:2508.10925): clamped inputs, a steeper gate, and 1 added to ``up``.
+
+    (min(max(up, −c), c) + 1) · g · σ(α g) with g = min(gate, c).
+
+    Parameters
+    ----------
+    alpha : float
+        Steepness α of the gate's sigmoid.
+    limit : float
+        Bound c on both inputs.
+    """
+
+    def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
+        if not limit > 0:
+            raise InputError(f"limit must be positive, got {limit!r}")
+        super().__init__(partial(_steep_silu, alpha=alpha))
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        up = up.clamp(-self.limit, self.limit)
+        return self.activation(gate.clamp(max=self.limit)) * (up + 1)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, limit={self.limit}"
+
+
+class _SquaredReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+class _QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _steep_silu(x, 1.702)
+
+
+def _steep_silu(x: Tensor, alpha: float) -> Tensor:
+    return x * torch.sigmoid(alpha * x)
+
+
+# As transformers names them.
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu2": _SquaredReLU,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "gelu_new": partial(nn.GELU, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": _QuickGELU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "mish": nn.Mish,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "linear": nn.Identity,
+}
+
+GATED_ACTIVATIONS: Mapping[str, Callable[[], Gated]] = {
+    "swiglu": lambda: Gated(nn.SiLU()),
+    "geglu": lambda: Gated(nn.GELU()),
+    "reglu": lambda: Gated(nn.ReLU()),
+    "clamped_swiglu": ClampedSwiGLU,
+}
+
+
+def resolve_activation(activation: str | Callable[..., Tensor], gated: bool) -> Callable:
+    """What goes between projections: a function of ``up``, or of ``gate`` and ``up``.
+
+    Parameters
+    ----------
+    activation : str or callable
+        Name of an activation, or an elementwise function; or, for gated experts, the name of a
+        gated unit or an instance of :class:`Gated`.
+    gated : bool
+        Whether there is a gate. An elementwise function is then its activation.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, or a gated unit is given where there is no gate.
+    """
+    if isinstance(activation, str):
+        known = {**ACTIVATIONS, **GATED_ACTIVATIONS}
+        if activation not in known:
+            raise InputError(
+                f"unknown activation {activation!r}: give a callable or one of {', '.join(known)}"
+            )
+        activation = known[activation]()
+    if isinstance(activation, Gated):
+        if not gated:
+            raise InputError(f"activation {activation} is for gated experts: give gated=True")
+        return activation
+    if not callable(activation):
+        raise InputError(f"activation must be a name or a callable, got {activation!r}")
+    return Gated(activation) if gated else activation

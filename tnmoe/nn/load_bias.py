@@ -1,0 +1,130 @@
+"""Balance without a loss: a bias on the scores that choose experts, moved by their load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tnmoe.errors import InputError
+
+
+class LoadBias(nn.Module):
+    """A bias per expert, and how many choices each got since the bias was last moved.
+
+    Wang et al., arXiv:2408.15664, algorithm 1; DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
+
+    Parameters
+    ----------
+    num_experts : int
+        Number of experts E.
+
+    Attributes
+    ----------
+    value : Tensor of float32, shape (E,)
+        A buffer, saved with the model. It stays in float32 when the model is cast: in half
+        precision its small steps would be lost.
+    counts : Tensor of float32, shape (E,)
+        A buffer, not saved.
+    """
+
+    value: Tensor
+    counts: Tensor
+
+    def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
+        self.register_buffer("value", zeros)
+        self.register_buffer("counts", zeros.clone(), persistent=False)
+
+    def reset(self) -> None:
+        """Start again without a bias."""
+        self.value.zero_()
+        self.counts.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != torch.float32:
+                moved = torch.zeros_like(buffer, dtype=torch.float32)
+                self._buffers[name] = moved if old.is_meta else moved.copy_(old)
+        return self
+
+    @torch.no_grad()
+    def count(self, index: Tensor, mask: Tensor | None) -> None:
+        """Add the choices (T, k) of tokens; those where a mask (T,) is False do not count."""
+        experts = torch.arange(len(self.counts), device=index.device)
+        chosen = (index[..., None] == experts).sum(1)
+        self.counts += (chosen if mask is None else chosen * mask[:, None]).sum(0)
+
+    @torch.no_grad()
+    def update(self, rate: float) -> None:
+        """Raise the bias of experts with less than the mean load by ``rate``, lower the others'.
+
+        In a distributed run the load is that of all ranks.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
+        self.value += rate * (self.counts.mean() - self.counts).sign()
+        self.counts.zero_()
+
+
+class BiasBalancer:
+    """Move the load biases of a model's routers after every step of an optimiser.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        After each of its steps the biases are moved.
+    model : Module
+        Its routers with ``load_bias=True`` are balanced.
+    rate : float
+        How far a bias moves in a step; DeepSeek-V3 used 0.001, and 0 at the end of training.
+
+    Raises
+    ------
+    InputError
+        If no router has a load bias or the rate is negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import TopKRouter
+    >>> router = TopKRouter(8, 4, top_k=2, score_function="sigmoid", load_bias=True)
+    >>> optimizer = torch.optim.SGD(router.parameters(), lr=0.1)
+    >>> with BiasBalancer(optimizer, router, rate=0.001):
+    ...     _, weights, _ = router(torch.randn(16, 8))
+    ...     weights.square().sum().backward()
+    ...     optimizer.step()
+    >>> bool(router.load_bias.value.abs().max() <= 0.001)
+    True
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, rate: float = 1e-3
+    ) -> None:
+        self.biases = [module for module in model.modules() if isinstance(module, LoadBias)]
+        if not self.biases:
+            raise InputError("there is nothing to balance: no router has load_bias=True")
+        if not rate >= 0:
+            raise InputError(f"rate must be at least 0, got {rate!r}")
+        self.rate = rate
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        for bias in self.biases:
+            bias.update(self.rate)
+
+    def remove(self) -> None:
+        """Detach from the optimiser."""
+        self._handle.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()

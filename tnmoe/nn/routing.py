@@ -1,0 +1,184 @@
+"""What the routers of a model decided: recorded for losses and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnmoe.errors import InputError
+from tnmoe.nn.capacity import check_mask
+from tnmoe.nn.losses import load_balancing_loss, router_z_loss
+from tnmoe.nn.router import SCOPES, Router, one_of
+
+
+@dataclass(frozen=True)
+class RoutingCall:
+    """One call of a router.
+
+    Attributes
+    ----------
+    name : str
+        The router's, in the model.
+    logits : Tensor, shape (T, E)
+        With gradients.
+    weights, index : Tensor, shapes (T, k)
+        Weights and experts; E for none.
+    choices : Tensor, shape (T, k)
+        Experts asked for, whether or not they had room.
+    token_mask : Tensor of T entries, or None
+        Tokens where it is 0 were ignored.
+    sequences : int
+        The tokens were so many sequences of the same length.
+    score_function : str
+        The router's.
+    """
+
+    name: str
+    logits: Tensor
+    weights: Tensor
+    index: Tensor
+    choices: Tensor
+    token_mask: Tensor | None
+    sequences: int
+    score_function: str
+
+    def counted(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Tokens that count, as (T,) of bool: a given mask, else the router's own."""
+        mask = self.token_mask if attention_mask is None else attention_mask
+        return check_mask(mask, len(self.logits))
+
+
+@dataclass
+class Routing:
+    """Decisions of routers in one or more forward passes.
+
+    Attributes
+    ----------
+    calls : list of RoutingCall
+        In the order in which they came.
+    """
+
+    calls: list[RoutingCall] = field(default_factory=list)
+
+    def balance_loss(
+        self,
+        attention_mask: Tensor | None = None,
+        *,
+        form: str = "switch",
+        scope: str = "batch",
+    ) -> Tensor:
+        """Mean load-balancing loss of the recorded calls.
+
+        Parameters
+        ----------
+        attention_mask : Tensor with an entry per token, optional
+            Tokens where it is 0 do not count; by default those that the routers ignored.
+        form : {"switch", "gshard"}
+            As for :func:`load_balancing_loss`.
+        scope : {"batch", "sequence"}
+            Whether all tokens of a call are to be balanced, or those of every sequence.
+        """
+        one_of("scope", scope, SCOPES)
+        return self._mean(
+            [
+                load_balancing_loss(
+                    call.logits,
+                    call.choices,
+                    call.counted(attention_mask),
+                    form=form,
+                    score_function=call.score_function,
+                    sequences=call.sequences if scope == "sequence" else 1,
+                )
+                for call in self.calls
+            ]
+        )
+
+    def z_loss(self, attention_mask: Tensor | None = None, *, scope: str = "batch") -> Tensor:
+        """Mean router z-loss of the recorded calls; arguments as for :meth:`balance_loss`."""
+        one_of("scope", scope, SCOPES)
+        return self._mean(
+            [
+                router_z_loss(
+                    call.logits,
+                    call.counted(attention_mask),
+                    sequences=call.sequences if scope == "sequence" else 1,
+                )
+                for call in self.calls
+            ]
+        )
+
+    def counts(self, attention_mask: Tensor | None = None) -> Tensor:
+        """Slots each expert received, per recorded call, shape (calls, E)."""
+        rows = []
+        for call in self.calls:
+            mask = call.counted(attention_mask)
+            kept = call.index if mask is None else call.index[mask]
+            experts = call.logits.shape[-1]
+            rows.append(torch.bincount(kept.reshape(-1), minlength=experts + 1)[:experts])
+        return torch.stack(rows)
+
+    @staticmethod
+    def _mean(losses: list[Tensor]) -> Tensor:
+        if not losses:
+            raise InputError("no routing was recorded: no forward pass reached a Router")
+        return torch.stack(losses).mean()
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[Routing]:
+    """Record the decisions of all routers of a model, for losses and statistics.
+
+    Parameters
+    ----------
+    model : Module
+        Anything that contains :class:`Router` modules.
+
+    Yields
+    ------
+    Routing
+        Filled by every forward pass inside the block.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import MPOExperts, MPOMoE, TopKRouter
+    >>> layer = MPOMoE(TopKRouter(8, 4), MPOExperts(4, 8, 16, sites=2))
+    >>> with record_routing(layer) as routing:
+    ...     output = layer(torch.randn(2, 5, 8))
+    >>> routing.counts().sum()
+    tensor(10)
+    """
+    routing = Routing()
+
+    def record(name: str, router: Router, args: tuple, kwargs: dict, output: Any) -> None:
+        logits, weights, index = output
+        x = args[0] if args else kwargs["x"]
+        mask = args[1] if len(args) > 1 else kwargs.get("token_mask")
+        routing.calls.append(
+            RoutingCall(
+                name,
+                logits,
+                weights,
+                index,
+                router.choices(logits, index),
+                mask,
+                router.count_sequences(x),
+                router.score_function,
+            )
+        )
+
+    handles = [
+        module.register_forward_hook(lambda *call, name=name: record(name, *call), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, Router)
+    ]
+    try:
+        yield routing
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,241 @@
+"""Tensors that all experts of a layer share: found, tied across layers, and updated less.
+
+Every token of a layer updates its shared tensors, while an expert's own cores see only that
+expert's tokens. :class:`tnmoe.nn.GradientMask` evens that out as MPOE does; here are the simpler
+cures to compare it with: a smaller learning rate, smaller gradients, no updates at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tnmoe.errors import InputError
+from tnmoe.nn.experts import PROJECTIONS, Experts
+from tnmoe.nn.projection import SharedProjection
+
+
+def shared_projections(model: nn.Module) -> Iterator[SharedProjection]:
+    """All projections of a model whose experts share cores."""
+    for module in model.modules():
+        if isinstance(module, SharedProjection):
+            yield module
+
+
+def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Cores that all experts of a layer share, the central ones in MPOE, each once.
+
+    Examples
+    --------
+    >>> from tnmoe.nn import MPOExperts
+    >>> experts = MPOExperts(4, 8, 16, sites=3)
+    >>> [core is experts.up.center for core in shared_parameters(experts)]
+    [True, False]
+    """
+    found = {id(core): core for each in shared_projections(model) for core in each.shared_cores}
+    return list(found.values())
+
+
+def find_shared(model: nn.Module) -> list[nn.Parameter]:
+    """As :func:`shared_parameters`; an InputError if there are none."""
+    if found := shared_parameters(model):
+        return found
+    raise InputError(f"{type(model).__name__} has no tensor that experts share")
+
+
+def tie_layers(layers: Sequence[Experts], sites: str | Iterable[int] = "center") -> None:
+    """Let layers share cores as well: one stored tensor, with the gradients of all of them.
+
+    MPOBERT (Liu et al., arXiv:2303.16753, section 3.1) shares the central tensors of all layers.
+    The first layer's values stay: do it before training, or expect layers that had been trained
+    on their own to compute something else.
+
+    Parameters
+    ----------
+    layers : sequence of Experts
+        ``MPOExperts`` of the same shapes and bonds. Their up projections are tied to each other,
+        their gates, and their down projections.
+    sites : {"center"} or iterable of int
+        Which sites' cores become one.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two layers, a site is not there, or cores differ in shape. Nothing
+        is tied then.
+
+    Examples
+    --------
+    >>> from tnmoe.nn import MPOExperts
+    >>> first, second = (MPOExperts(4, 8, 16, sites=3) for _ in range(2))
+    >>> tie_layers([first, second])
+    >>> first.up.center is second.up.center, first.up.aux[0] is second.up.aux[0]
+    (True, False)
+    """
+    if len(layers) < 2:
+        raise InputError(f"tying needs at least two layers, got {len(layers)}")
+    if isinstance(sites, str) and sites != "center":
+        raise InputError(f"sites must be 'center' or the numbers of sites, got {sites!r}")
+    numbers = None if isinstance(sites, str) else sorted(set(sites))
+    pairs = []
+    for name in PROJECTIONS:
+        first, *others = (getattr(layer, name) for layer in layers)
+        if first is None and all(other is None for other in others):
+            continue
+        pairs += [(name, first, other) for other in others]
+    for name, first, other in pairs:
+        _check_tie(name, first, other, numbers)
+    for _, first, other in pairs:
+        for site in [first.site] if numbers is None else numbers:
+            other.set_core(site, first.core_at(site))
+
+
+def _check_tie(name: str, first: Any, other: Any, sites: list[int] | None) -> None:
+    for each in (first, other):
+        if not isinstance(each, SharedProjection):
+            raise InputError(f"{name} is no MPO in one of the layers: {each}")
+    if first.shape != other.shape or first.site != other.site:
+        raise InputError(f"{name} differs in its shape: {first.shape} and {other.shape}")
+    count = first.shape.sites
+    chosen = [first.site] if sites is None else sites
+    if bad := [site for site in chosen if site not in range(count)]:
+        raise InputError(f"sites must be from 0 to {count - 1}, got {bad}")
+    for site in chosen:
+        one, two = (tuple(each.core_at(site).shape) for each in (first, other))
+        if one != two:
+            raise InputError(f"{name}'s cores of site {site} differ in shape: {one} and {two}")
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, shared_scale: float | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser, with a smaller learning rate for shared tensors.
+
+    Parameters
+    ----------
+    model : Module
+        Its parameters that require gradients are taken.
+    lr : float
+        Learning rate of all others.
+    shared_scale : float, optional
+        The shared tensors' learning rate is ``lr`` times this; 1/E by default, E being the number
+        of experts.
+    **options
+        For both groups: ``weight_decay``, for instance.
+
+    Raises
+    ------
+    InputError
+        If nothing is shared, the scale is negative, or it is not given and layers differ in E.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import MPOExperts
+    >>> experts = MPOExperts(4, 8, 16, sites=3)
+    >>> optimizer = torch.optim.AdamW(parameter_groups(experts, lr=1e-3))
+    >>> [group["lr"] for group in optimizer.param_groups]
+    [0.001, 0.00025]
+    """
+    shared = {id(core) for core in find_shared(model)}
+    if shared_scale is None:
+        counts = sorted({each.num_experts for each in shared_projections(model)})
+        if len(counts) > 1:
+            raise InputError(f"give shared_scale: layers have {counts} experts")
+        shared_scale = 1 / counts[0]
+    _check_scale("shared_scale", shared_scale)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    return [
+        {"params": [each for each in trained if id(each) not in shared], "lr": lr, **options},
+        {
+            "params": [each for each in trained if id(each) in shared],
+            "lr": lr * shared_scale,
+            **options,
+        },
+    ]
+
+
+class SharedGradientScale:
+    """Scale the gradients of shared tensors, until removed.
+
+    Optimisers that divide by the size of past gradients, Adam and its like, undo a constant
+    scale; what remains is a smaller part of a norm that is clipped. With SGD it is a smaller
+    learning rate.
+
+    Parameters
+    ----------
+    model : Module
+    scale : float, optional
+        1/E by default, E being the number of experts of each layer.
+
+    Raises
+    ------
+    InputError
+        If nothing is shared or the scale is negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import MPOExperts
+    >>> experts = MPOExperts(4, 8, 16, sites=3)
+    >>> with SharedGradientScale(experts):
+    ...     index, weights = torch.zeros(3, 1, dtype=int), torch.ones(3, 1)
+    ...     experts(torch.randn(3, 8), index, weights).sum().backward()
+    """
+
+    def __init__(self, model: nn.Module, scale: float | None = None) -> None:
+        find_shared(model)
+        if scale is not None:
+            _check_scale("scale", scale)
+        scales = {
+            id(core): (core, 1 / each.num_experts if scale is None else scale)
+            for each in shared_projections(model)
+            for core in each.shared_cores
+        }
+        # A frozen tensor takes no hook, and needs none.
+        self._handles = [
+            _scale_gradient(core, by) for core, by in scales.values() if core.requires_grad
+        ]
+
+    def remove(self) -> None:
+        """Leave gradients as they are from now on."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> SharedGradientScale:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _scale_gradient(core: Tensor, scale: float) -> RemovableHandle:
+    return core.register_hook(lambda grad: grad * scale)
+
+
+def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
+    """Train only what experts own; returns how many numbers are shared.
+
+    Parameters
+    ----------
+    model : Module
+    frozen : bool
+        False thaws them again.
+
+    Raises
+    ------
+    InputError
+        If nothing is shared.
+    """
+    shared = find_shared(model)
+    for core in shared:
+        core.requires_grad_(not frozen)
+    return sum(core.numel() for core in shared)
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"{name} must be at least 0 and finite, got {scale!r}")

@@ -1,0 +1,199 @@
+"""How a model's routers use their experts: statistics of a pass, and their history in training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import exp
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnmoe.errors import InputError
+from tnmoe.nn.losses import normalized_scores
+from tnmoe.nn.routing import Routing, RoutingCall
+from tnmoe.shapes import positive_int
+
+
+class RouterCollapseWarning(UserWarning):
+    """Nearly all tokens go to the same few experts."""
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """What one router did with the tokens of a pass, padding aside.
+
+    Attributes
+    ----------
+    load : Tensor, shape (E,)
+        Share of the choices that asked for each expert; sums to 1.
+    importance : Tensor, shape (E,)
+        Mean score of each expert, a token's scores summing to 1.
+    entropy : Tensor, scalar
+        Mean entropy of a token's scores, in nats: log E where the router has no preference.
+    dropped : Tensor, scalar
+        Share of the choices that were not followed, for want of room or by policy.
+    untouched : Tensor, scalar
+        Share of the tokens that went to no expert.
+    max_violation : Tensor, scalar
+        Load of the busiest expert over the mean load, minus 1: 0 at balance
+        (Wang et al., arXiv:2408.15664, equation 4).
+    """
+
+    load: Tensor
+    importance: Tensor
+    entropy: Tensor
+    dropped: Tensor
+    untouched: Tensor
+    max_violation: Tensor
+
+
+STATISTICS = tuple(entry.name for entry in fields(RouterStatistics))
+
+
+@torch.no_grad()
+def routing_statistics(
+    routing: Routing, attention_mask: Tensor | None = None
+) -> dict[str, RouterStatistics]:
+    """Statistics of every router that was recorded, calls of the same one averaged.
+
+    Parameters
+    ----------
+    routing : Routing
+        What :func:`record_routing` recorded.
+    attention_mask : Tensor with an entry per token, optional
+        Tokens where it is 0 do not count; by default those that the routers ignored.
+
+    Returns
+    -------
+    dict
+        By the routers' names. Tensors stay on their device; nothing is waited for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import TopKRouter, record_routing
+    >>> router = TopKRouter(8, 4)
+    >>> with record_routing(router) as routing:
+    ...     _ = router(torch.randn(16, 8))
+    >>> float(routing_statistics(routing)[""].load.sum())
+    1.0
+    """
+    by_name: dict[str, list[RouterStatistics]] = {}
+    for call in routing.calls:
+        by_name.setdefault(call.name, []).append(_of_call(call, attention_mask))
+    return {
+        name: RouterStatistics(
+            *(torch.stack([getattr(call, name) for call in calls]).mean(0) for name in STATISTICS)
+        )
+        for name, calls in by_name.items()
+    }
+
+
+def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> RouterStatistics:
+    logits = call.logits.float()
+    experts = logits.shape[-1]
+    mask = call.counted(attention_mask)
+    tokens = logits.new_ones(len(logits)) if mask is None else mask.float()
+    share = tokens / tokens.sum().clamp(min=1)
+    everyone = torch.arange(experts, device=logits.device)
+    asked = share @ (call.choices[..., None] == everyone).sum(1).float()
+    followed = share @ (call.index < experts).float()
+    load = asked / asked.sum().clamp(min=1e-9)
+    scores = normalized_scores(logits, call.score_function)
+    return RouterStatistics(
+        load=load,
+        importance=share @ scores,
+        entropy=share @ torch.special.entr(scores).sum(-1),
+        dropped=1 - followed.sum() / asked.sum().clamp(min=1e-9),
+        untouched=share @ (call.index == experts).all(-1).float(),
+        max_violation=experts * load.max() - 1,
+    )
+
+
+class RoutingHistory:
+    """Statistics of all routers, step by step, and a warning if one collapses.
+
+    A router has collapsed when, over ``window`` steps, its load is spread over hardly more
+    experts than one token needs: exp(entropy of the load) < k + (E − k) / 8. It is warned about
+    once per router.
+
+    Parameters
+    ----------
+    window : int
+        Steps whose mean load is looked at; every so many steps, so that an accelerator is not
+        waited for at each.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import TopKRouter, record_routing
+    >>> router, history = TopKRouter(8, 4), RoutingHistory()
+    >>> for step in range(3):
+    ...     with record_routing(router) as routing:
+    ...         _ = router(torch.randn(16, 8))
+    ...     history.append(routing)
+    >>> history[""]["load"].shape, history[""]["entropy"].shape
+    ((3, 4), (3,))
+    """
+
+    def __init__(self, window: int = 50) -> None:
+        self.window = positive_int("window", window)
+        self._steps: dict[str, list[RouterStatistics]] = {}
+        self._choices: dict[str, int] = {}
+        self._collapsed: set[str] = set()
+
+    def append(self, routing: Routing, attention_mask: Tensor | None = None) -> None:
+        """Add a step's statistics; arguments as for :func:`routing_statistics`.
+
+        Warns
+        -----
+        RouterCollapseWarning
+            Once for every router that has collapsed.
+        """
+        for call in routing.calls:
+            self._choices[call.name] = call.choices.shape[1]
+        for name, statistics in routing_statistics(routing, attention_mask).items():
+            steps = self._steps.setdefault(name, [])
+            steps.append(statistics)
+            if len(steps) % self.window == 0 and name not in self._collapsed:
+                self._look_at(name, steps[-self.window :])
+
+    def _look_at(self, name: str, steps: list[RouterStatistics]) -> None:
+        load = torch.stack([step.load for step in steps]).mean(0)
+        experts, needed = len(load), self._choices[name]
+        used = exp(float(torch.special.entr(load).sum()))
+        if used < needed + (experts - needed) / 8:
+            self._collapsed.add(name)
+            warnings.warn(
+                f"router {name or '(the model itself)'} has collapsed: in the last {len(steps)} "
+                f"steps its tokens used about {used:.1f} of {experts} experts; a larger weight of "
+                "the balance loss, a load bias or a capacity would spread them",
+                RouterCollapseWarning,
+                stacklevel=4,
+            )
+
+    def __getitem__(self, name: str) -> dict[str, np.ndarray]:
+        """Every statistic of a router as an array whose first axis is the steps.
+
+        Raises
+        ------
+        InputError
+            If no such router was recorded.
+        """
+        if name not in self._steps:
+            raise InputError(f"no router {name!r} was recorded, only {list(self)}")
+        return {
+            key: torch.stack([getattr(step, key) for step in self._steps[name]]).cpu().numpy()
+            for key in STATISTICS
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the routers."""
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        """Number of routers."""
+        return len(self._steps)
