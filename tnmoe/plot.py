@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from tnmoe.errors import MissingExtraError
+from tnmoe.errors import InputError, MissingExtraError
 
 try:
     import matplotlib.pyplot as plt
@@ -96,6 +97,82 @@ def schmidt_spectra(spectra: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     )
     ax.legend()
     return ax
+
+
+def routing_statistic(
+    history: Mapping[str, Mapping[str, Any]],
+    statistic: str = "max_violation",
+    ax: Axes | None = None,
+) -> Axes:
+    """One statistic of every router against steps.
+
+    Parameters
+    ----------
+    history : RoutingHistory, or mapping from str to mapping from str to array
+        Per router, arrays of statistics over steps.
+    statistic : {"max_violation", "entropy", "dropped", "untouched"}
+        Which one.
+    ax : Axes, optional
+
+    Raises
+    ------
+    InputError
+        If nothing was recorded, or the statistic is not one number per step.
+    """
+    series = _series(history, statistic, axes=1)
+    ax = _axes(ax)
+    for color, (name, values) in zip(cycle(COLORS), series.items(), strict=False):
+        ax.plot(np.arange(1, len(values) + 1), values, color=color, label=name or "router")
+    ax.set(xlabel="step", ylabel=statistic.replace("_", " "), title="Routers in training")
+    ax.legend()
+    return ax
+
+
+def load_history(
+    history: Mapping[str, Mapping[str, Any]], router: str, ax: Axes | None = None
+) -> Axes:
+    """Heat map of one router's load per expert against steps.
+
+    Parameters
+    ----------
+    history : RoutingHistory, or mapping from str to mapping from str to array
+        Per router, arrays of statistics over steps.
+    router : str
+        Which one.
+    ax : Axes, optional
+
+    Raises
+    ------
+    InputError
+        If that router was not recorded.
+    """
+    load = _series(history, "load", axes=2, routers=[router])[router]
+    ax = _axes(ax)
+    balanced = 1 / load.shape[1]
+    image = ax.imshow(
+        load.T, vmin=0, vmax=max(2 * balanced, float(load.max())), cmap="viridis",
+        aspect="auto", origin="lower", extent=(0.5, len(load) + 0.5, -0.5, load.shape[1] - 0.5),
+    )  # fmt: skip
+    ax.figure.colorbar(image, ax=ax, label=f"share of choices (balanced: {balanced:.1%})")
+    ax.set(xlabel="step", ylabel="expert", title=f"Load of {router or 'the router'}")
+    return ax
+
+
+def _series(
+    history: Mapping[str, Mapping[str, Any]],
+    statistic: str,
+    axes: int,
+    routers: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
+    """A statistic of routers over steps, all of them with so many axes."""
+    names = list(history) if routers is None else routers
+    if not names or any(name not in list(history) for name in names):
+        raise InputError(f"routers {names} were not recorded, only {list(history)}")
+    series = {name: history[name] for name in names}
+    known = [key for key, value in series[names[0]].items() if np.ndim(value) == axes]
+    if statistic not in known:
+        raise InputError(f"statistic must be one of {', '.join(known)}, got {statistic!r}")
+    return {name: np.asarray(values[statistic], dtype=float) for name, values in series.items()}
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import exp
 
@@ -113,8 +113,11 @@ def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> RouterStatisti
     )
 
 
-class RoutingHistory:
+class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
     """Statistics of all routers, step by step, and a warning if one collapses.
+
+    A mapping from routers' names to their statistics, as arrays whose first axis is the steps;
+    ``tnmoe.plot.routing_statistic`` and ``tnmoe.plot.load_history`` draw it.
 
     A router has collapsed when, over ``window`` steps, its load is spread over hardly more
     experts than one token needs: exp(entropy of the load) < k + (E − k) / 8. It is warned about

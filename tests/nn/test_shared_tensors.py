@@ -1,0 +1,87 @@
+"""The simpler cures for shared tensors that are updated too much."""
+
+import pytest
+import torch
+
+import tnmoe as tn
+from tnmoe import nn
+
+
+def make(experts=4):
+    torch.manual_seed(0)
+    return nn.MPOMoE(nn.TopKRouter(8, experts, 2), nn.MPOExperts(experts, 8, 12, sites=3))
+
+
+def backward(layer):
+    layer(torch.randn(6, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+
+
+def test_parameter_groups_hold_every_trained_parameter_once_and_shared_ones_apart():
+    layer = make()
+    layer.router.weight.requires_grad_(False)
+    own, shared = nn.parameter_groups(layer, lr=0.1, weight_decay=0.01)
+    assert own["lr"] == 0.1
+    assert shared["lr"] == pytest.approx(0.1 / 4)
+    assert own["weight_decay"] == shared["weight_decay"] == 0.01
+    assert {id(each) for each in shared["params"]} == {
+        id(layer.experts.up.center),
+        id(layer.experts.down.center),
+    }
+    both = [id(each) for each in (*own["params"], *shared["params"])]
+    trained = [id(each) for each in layer.parameters() if each.requires_grad]
+    assert sorted(both) == sorted(trained)
+    optimizer = torch.optim.SGD(nn.parameter_groups(layer, lr=0.1, shared_scale=0.5))
+    backward(layer)
+    core = layer.experts.up.center
+    expected = core.detach() - 0.05 * core.grad
+    optimizer.step()
+    torch.testing.assert_close(core.detach(), expected)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, 0.0])
+def test_gradients_of_shared_tensors_are_scaled_and_no_others_until_removed(scale):
+    plain, scaled = make(), make()
+    backward(plain)
+    with nn.SharedGradientScale(scaled, scale):
+        backward(scaled)
+    shared = {name for name, _ in scaled.named_parameters() if name.endswith("center")}
+    grads = dict(plain.named_parameters())
+    for name, each in scaled.named_parameters():
+        factor = (0.25 if scale is None else scale) if name in shared else 1
+        torch.testing.assert_close(each.grad, grads[name].grad * factor)
+    scaled.zero_grad()
+    backward(scaled)
+    torch.testing.assert_close(scaled.experts.up.center.grad, plain.experts.up.center.grad)
+
+
+def test_freezing_leaves_what_experts_own_and_can_be_undone():
+    layer = make()
+    frozen = nn.freeze_shared(layer)
+    assert frozen == layer.experts.up.center.numel() + layer.experts.down.center.numel()
+    backward(layer)
+    for name, each in layer.named_parameters():
+        assert (each.grad is None) == name.endswith("center")
+    with nn.SharedGradientScale(layer):
+        pass  # nothing to scale
+    nn.freeze_shared(layer, frozen=False)
+    assert all(each.requires_grad for each in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.parameter_groups(torch.nn.Linear(2, 2), 0.1), "Linear has no tensor that"),
+        (lambda: nn.SharedGradientScale(torch.nn.Linear(2, 2)), "Linear has no tensor that"),
+        (lambda: nn.freeze_shared(nn.DenseExperts(2, 8, 8)), "DenseExperts has no tensor that"),
+        (lambda: nn.freeze_shared(nn.MPOExperts(2, 8, 8, shared="none")), "has no tensor that"),
+        (lambda: nn.parameter_groups(make(), 0.1, -1.0), "shared_scale must be at least 0"),
+        (lambda: nn.SharedGradientScale(make(), float("nan")), "scale must be at least 0"),
+        (
+            lambda: nn.parameter_groups(torch.nn.ModuleList([make(4), make(2)]), 0.1),
+            r"give shared_scale: layers have \[2, 4\] experts",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(tn.InputError, match=message):
+        make()
