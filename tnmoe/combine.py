@@ -12,7 +12,7 @@ from tnmoe import algebra
 from tnmoe.algebra import contract
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
@@ -81,7 +81,7 @@ def add(
         if other.shape != first.shape:
             raise InputError(f"cannot add {first.shape} and {other.shape}: they must be equal")
     selection = Selection(first.shape, max_bond, bonds, rtol, max_params)
-    _check_method(method, ("direct", "successive", "randomized"))
+    one_of("method", method, ("direct", "successive", "randomized"))
     xp = first._backend
     if method == "randomized":
         terms = [_wide_term(xp, mpo.cores) for mpo in mpos]
@@ -142,7 +142,7 @@ def matmul(
     """
     shape, factors = a._factors(b)
     selection = Selection(shape, max_bond, bonds, rtol, max_params)
-    _check_method(method, ("direct", "zipup", "randomized"))
+    one_of("method", method, ("direct", "zipup", "randomized"))
     xp = a._backend
     if method == "randomized":
         term = _wide_term(xp, *factors)
@@ -337,8 +337,3 @@ def _as(like: MPO, mpo: MPO) -> MPO:
 def _wide_term(xp: Backend, *chains: Sequence[Array]) -> _Term:
     """Chains in double precision, in which an error can be measured as a difference of norms."""
     return _Term(tuple([widened(xp, core) for core in chain] for chain in chains))
-
-
-def _check_method(method: str, known: Sequence[str]) -> None:
-    if method not in known:
-        raise InputError(f"method must be one of {', '.join(known)}, got {method!r}")

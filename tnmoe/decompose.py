@@ -13,7 +13,7 @@ import numpy as np
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO, check_center
 from tnmoe.plan import Selection
 from tnmoe.precision import check_range, computable, narrowed
@@ -150,8 +150,7 @@ def decompose(
     name = _check_matrix(xp, matrix, shape)
     selection = Selection(shape, max_bond, bonds, rtol, max_params)
     center = check_center(shape, center)
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
 
     computed = computable(xp, matrix)
     scales = _scales(xp, computed, shape)

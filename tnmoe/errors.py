@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class InputError(ValueError):
     """Something the caller gave does not fit; the message names it and what was expected.
@@ -19,3 +22,10 @@ class MissingExtraError(ImportError):
         super().__init__(
             f"{feature} needs {package}, which is not installed: pip install 'tnmoe[{extra}]'"
         )
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise an InputError unless the value is one of those."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO
@@ -125,8 +125,7 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
         )
     description = json.loads(metadata["tnmoe"])
     library = library or description["library"]
-    if library not in _FRAMEWORKS:
-        raise InputError(f"library must be one of {', '.join(_FRAMEWORKS)}, got {library!r}")
+    one_of("library", library, _FRAMEWORKS)
     if library == "numpy" and description["dtype"] == "bfloat16":
         raise InputError(f"{path} holds bfloat16, which NumPy lacks: load it with library='torch'")
     with safe_open(path, framework=_FRAMEWORKS[library]) as file:

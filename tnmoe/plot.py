@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tnmoe.errors import InputError, MissingExtraError
+from tnmoe.errors import InputError, MissingExtraError, one_of
 
 try:
     import matplotlib.pyplot as plt
@@ -170,8 +170,7 @@ def _series(
         raise InputError(f"routers {names} were not recorded, only {list(history)}")
     series = {name: history[name] for name in names}
     known = [key for key, value in series[names[0]].items() if np.ndim(value) == axes]
-    if statistic not in known:
-        raise InputError(f"statistic must be one of {', '.join(known)}, got {statistic!r}")
+    one_of("statistic", statistic, known)
     return {name: np.asarray(values[statistic], dtype=float) for name, values in series.items()}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.nn.experts import LAYOUTS, layout_shape
 from tnmoe.shapes import MPOShape, positive_int
 
@@ -74,10 +74,7 @@ class MPOEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
                 f"num_experts={self.num_experts}"
             )
-        if self.layout not in (*LAYOUTS, "dense"):
-            raise InputError(
-                f"layout must be one of {', '.join((*LAYOUTS, 'dense'))}, got {self.layout!r}"
-            )
+        one_of("layout", self.layout, (*LAYOUTS, "dense"))
         if not 0 <= self.mask_probability <= 1:
             raise InputError(f"mask_probability must be in [0, 1], got {self.mask_probability!r}")
         if not self.expert_noise >= 0:

@@ -7,8 +7,9 @@ from math import inf
 import torch
 from torch import Tensor
 
+from tnmoe.errors import one_of
 from tnmoe.nn.capacity import check_capacity, room
-from tnmoe.nn.router import SCOPES, Router, one_of
+from tnmoe.nn.router import SCOPES, Router
 
 
 class ExpertChoiceRouter(Router):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_mask
-from tnmoe.nn.router import SCORE_FUNCTIONS, one_of
+from tnmoe.nn.router import SCORE_FUNCTIONS
 
 FORMS = ("switch", "gshard")
 

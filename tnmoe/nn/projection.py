@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnmoe.backends import backend_named
 from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear
@@ -53,8 +53,7 @@ class Projection(nn.Module, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if bias not in BIASES:
-            raise InputError(f"bias must be one of {', '.join(map(str, BIASES))}, got {bias!r}")
+        one_of("bias", bias, BIASES)
         self.num_experts = positive_int("num_experts", num_experts)
         self.out_features = positive_int("out_features", out_features)
         self.in_features = positive_int("in_features", in_features)

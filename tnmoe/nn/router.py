@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_capacity, check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
 from tnmoe.shapes import positive_int
@@ -383,12 +383,6 @@ class TopKRouter(Router):
             f"{super().extra_repr()}, top_k={self.top_k}, normalize={self.normalize}, "
             f"capacity_factor={self.capacity_factor}"
         )
-
-
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise an InputError unless the value is one of those."""
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _check_groups(num_experts: int, top_k: int, num_groups: int, top_groups: int) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_mask
 from tnmoe.nn.losses import load_balancing_loss, router_z_loss
-from tnmoe.nn.router import SCOPES, Router, one_of
+from tnmoe.nn.router import SCOPES, Router
 
 
 @dataclass(frozen=True)
