@@ -301,6 +301,26 @@ def test_routers_survive_copies_pickles_state_dicts_and_compilers(kind):
         torch.testing.assert_close(as_matrix(*other(x)[1:]), expected)
 
 
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"gshard", "shazeer"}))
+def test_function_transforms_see_the_router_they_transform(kind):
+    torch.manual_seed(0)
+    router = all_kinds()[kind]
+    x, probe = torch.randn(3, 5, H), torch.randn(15, E)
+
+    def loss(parameters, x):
+        _, weights, index = torch.func.functional_call(router, parameters, (x,))
+        return (as_matrix(weights, index) * probe).sum()
+
+    parameters = {"weight": router.weight.detach()}
+    found = torch.func.grad(loss)(parameters, x)
+    loss({"weight": router.weight}, x).backward()
+    torch.testing.assert_close(found["weight"], router.weight.grad)
+    _, weights, index = torch.func.vmap(router)(x)
+    for b in range(3):
+        _, expected, chosen = router(x[b])
+        torch.testing.assert_close(as_matrix(weights[b], index[b]), as_matrix(expected, chosen))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.floats(0.1, 3), st.integers(0, 99)

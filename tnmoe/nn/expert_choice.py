@@ -10,6 +10,7 @@ from torch import Tensor
 from tnmoe.errors import one_of
 from tnmoe.nn.capacity import check_capacity, room
 from tnmoe.nn.router import SCOPES, Router
+from tnmoe.nn.transforms import is_transformed
 
 
 class ExpertChoiceRouter(Router):
@@ -45,7 +46,7 @@ class ExpertChoiceRouter(Router):
     dense one unless ``capacity_factor`` is ``num_experts``.
 
     How many experts the most wanted token has is the k of the result. On an accelerator this is
-    waited for; under ``torch.compile`` k is E.
+    waited for; under ``torch.compile`` and ``torch.func`` k is E.
 
     Examples
     --------
@@ -88,7 +89,7 @@ class ExpertChoiceRouter(Router):
         experts = torch.arange(self.num_experts, device=logits.device)
         # Those that take a token first, the number that stands for none last.
         index, order = torch.where(taken, experts, self.num_experts).sort(-1)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_transformed()):
             width = max(1, int(taken.sum(-1).max())) if len(taken) else 1
             index, order = index[:, :width], order[:, :width]
         chosen = log_scores.gather(-1, order)

@@ -16,6 +16,7 @@ from tnmoe.errors import InputError
 from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.grouped import Groups, spread
 from tnmoe.nn.projection import Bias, Projection, SharedProjection, StackedProjection
+from tnmoe.nn.transforms import is_transformed
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
 
@@ -133,7 +134,7 @@ class Experts(nn.Module):
             for on an accelerator, which would have to be waited for.
         """
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
-        if _is_transformed():
+        if is_transformed():
             return self._all_on_all(hidden_states, top_k_index, top_k_weights)
         kind = hidden_states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -259,14 +260,6 @@ class Experts(nn.Module):
 
 # Numbers that a CPU's last cache holds, roughly.
 _CACHED = 1 << 22
-
-
-def _is_transformed() -> bool:
-    """Whether a transformation of ``torch.func`` is under way."""
-    # Tracing cannot look inside, and compiles the transformed function as it is.
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 class DenseExperts(Experts):

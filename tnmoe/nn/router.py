@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_capacity, check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
+from tnmoe.nn.transforms import is_transformed
 from tnmoe.shapes import positive_int
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -189,7 +190,8 @@ class TopKRouter(Router):
     load_bias : bool
         Add a bias to the scores that choose, not to those that weigh; :class:`BiasBalancer`
         raises it for experts with little load and lowers it for others, outside the gradient
-        (Wang et al., arXiv:2408.15664, section 3).
+        (Wang et al., arXiv:2408.15664, section 3). Transformed by ``torch.func``, which knows no
+        side effects, a router does not count its load.
     num_groups, top_groups : int
         Choose among the experts of the ``top_groups`` best of ``num_groups`` groups of neighbours
         (DeepSeek-V3, section 2.1.2).
@@ -308,12 +310,17 @@ class TopKRouter(Router):
         return logits + deviation * torch.randn_like(logits)
 
     def _route(self, logits: Tensor, mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
-        index = self._choose(logits)
-        if self.load_bias is not None and self.training:
+        if self.load_bias is None and self.num_groups == 1:
+            chosen, index = logits.topk(self.top_k)
+        else:
+            index = self._choose(logits)
+            chosen = logits.gather(-1, index)
+        if self.load_bias is not None and self.training and not is_transformed():
             self.load_bias.count(index, mask)
-        chosen = self.log_scores(logits).gather(-1, index)
         kept = self._kept(index, chosen, mask, sequences)
-        weights = self._weights(chosen, kept) * self.scale
+        weights = self._weights(chosen, logits, kept)
+        if self.scale != 1:
+            weights = weights * self.scale
         if kept is not None:
             index = torch.where(kept, index, self.num_experts)
         return weights, index
@@ -338,14 +345,13 @@ class TopKRouter(Router):
             scores = groups.masked_fill(out[..., None], -inf).view_as(scores)
         return scores.topk(self.top_k).indices
 
-    @torch.no_grad()
     def _kept(
         self, index: Tensor, chosen: Tensor, mask: Tensor | None, sequences: int
     ) -> Tensor | None:
         """Choices that are followed, (T, k); None for all of them."""
         kept = None if mask is None else mask[:, None].expand_as(index)
         if self.second_expert != "all":
-            second = self._wants_second(chosen.softmax(-1)[:, 1])
+            second = self._wants_second(self._shares(chosen.detach())[:, 1])
             both = torch.stack([torch.ones_like(second), second], 1)
             kept = both if kept is None else kept & both
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
@@ -356,6 +362,11 @@ class TopKRouter(Router):
         capacity = room(factor * self.top_k / self.num_experts, mask, len(index), sequences, index)
         return first_of_each(index, kept, capacity, self.num_experts)
 
+    def _shares(self, chosen: Tensor) -> Tensor:
+        """Scores of chosen logits (T, k), divided by their sum."""
+        # Of exponentials of the logits, a softmax over all experts or over these is the same.
+        return (chosen if self.score_function == "softmax" else F.logsigmoid(chosen)).softmax(-1)
+
     def _wants_second(self, share: Tensor) -> Tensor:
         """Which tokens go to their second choice, given its share of the weights, (T,)."""
         if self.second_expert == "threshold":
@@ -364,18 +375,21 @@ class TopKRouter(Router):
             return 2 * share > torch.rand_like(share)
         return torch.full_like(share, self.second_expert != "none", dtype=torch.bool)
 
-    def _weights(self, chosen: Tensor, kept: Tensor | None) -> Tensor:
-        """Weights of the choices that are followed, from logarithms of their scores."""
-        if kept is not None:
-            chosen = chosen.masked_fill(~kept, torch.finfo(chosen.dtype).min)
-        if not self.normalize:
-            weights = chosen.exp()
-        elif self.top_k > 1:
-            weights = chosen.softmax(-1)
-        elif self.straight_through:
-            weights = (chosen - chosen.detach()).exp()
-        else:
+    def _weights(self, chosen: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor:
+        """Weights of the choices that are followed, from their logits (T, k) and all (T, E)."""
+        if self.normalize and self.top_k > 1:
+            if kept is not None:
+                chosen = chosen.masked_fill(~kept, torch.finfo(chosen.dtype).min)
+            weights = self._shares(chosen)
+        elif self.normalize and not (self.straight_through and logits.requires_grad):
             weights = torch.ones_like(chosen)
+        else:
+            if self.score_function == "softmax":
+                log_scores = chosen - logits.logsumexp(-1, keepdim=True)
+            else:
+                log_scores = F.logsigmoid(chosen)
+            # Straight through: exactly 1, with the gradient of the logarithm.
+            weights = (log_scores - log_scores.detach() if self.normalize else log_scores).exp()
         return weights if kept is None else weights * kept
 
     def extra_repr(self) -> str:
