@@ -110,11 +110,18 @@ def test_gradients_equal_those_of_the_loop(kind, gated):
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
 
 
-def test_experts_without_tokens_get_zero_gradients_and_not_none():
-    experts = make_experts("interleaved", gated=False, bias=True)
+@pytest.mark.parametrize("kind", ["dense", "interleaved", "split", "none shared"])
+def test_experts_without_tokens_get_zero_gradients_and_not_none(kind):
+    if kind == "none shared":
+        experts = nn.MPOExperts(E, H, F_, bias=True, sites=3, shared="none").double()
+    else:
+        experts = make_experts(kind, gated=False, bias=True)
     index = torch.zeros(5, 1, dtype=torch.int64)
     experts(torch.randn(5, H, dtype=torch.float64), index, torch.ones(5, 1)).sum().backward()
-    for stack in (*experts.up.aux, *experts.down.aux, experts.up.bias):
+    common = {id(each) for each in nn.shared_parameters(experts)}
+    owned = [each for each in experts.parameters() if id(each) not in common]
+    assert len(owned) == {"dense": 4, "none shared": 8}.get(kind, 6)
+    for stack in owned:
         assert (stack.grad[1:] == 0).all()
         assert (stack.grad[0] != 0).any()
 

@@ -278,6 +278,31 @@ def test_parameter_groups_are_masked_wherever_the_tensors_are():
     assert moved == [False] * len(centers) + [True] * len(others)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: holds an optimiser and is one by type alone."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_an_optimiser_is_found_inside_its_wrappers():
+    layer = make_layer()
+    optimizer = Wrapper(Wrapper(torch.optim.SGD(layer.parameters(), lr=0.1)))
+    before = layer.experts.up.center.detach().clone()
+    with nn.GradientMask(optimizer, layer, 1.0) as mask:
+        loss_of(layer, 0).backward()
+        optimizer.step()
+    assert torch.equal(layer.experts.up.center, before)
+    assert mask.step == 1
+
+
 def test_updates_are_counted_where_there_was_a_gradient():
     layer = make_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

@@ -17,6 +17,8 @@ from tnmoe.nn.grouped import Groups, grouped_linear, grouped_outer, spread
 from tnmoe.nn.materialize import build
 from tnmoe.nn.projection import SharedProjection
 
+SHAPES_TO_CACHE = tn.MPOShape((4, 4, 4), (4, 4, 4))
+
 ROUTES = ("dense", "shared", "chain", "cached")
 SHAPES = {
     "interleaved": tn.MPOShape((2, 3, 2), (3, 2, 2)),
@@ -484,6 +486,42 @@ def test_cached_matrices_follow_every_change_of_a_core(cache):
     made.route = "cached"
     with torch.no_grad():
         torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
+
+
+class WritesPastTorch(torch.optim.Optimizer):
+    """As optimisers with kernels of their own do: torch's version counters see nothing."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            for core in group["params"]:
+                core.detach().numpy().flat[1] += 1  # one number among many
+
+
+@pytest.mark.parametrize("change", ["data", "numpy", "an optimiser", "before evaluation"])
+def test_cached_matrices_follow_changes_that_torch_does_not_count(change, cache):
+    made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
+    made.route = "cached"
+    rows, index = torch.randn(3, made.in_features), torch.tensor([0, 1, 2])
+    optimizer = WritesPastTorch(made.parameters())
+    with torch.no_grad():
+        for core in made.parameters():
+            made(rows, grouped(index, 3))
+            version = core._version
+            if change == "data":
+                core.data.mul_(2)
+            elif change == "numpy":
+                core.numpy()[...] *= 2
+            elif change == "an optimiser":
+                optimizer.step()
+            else:
+                made.train()
+                core.numpy().flat[1] += 1
+                made.eval()
+            assert core._version == version
+            torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
 
 
 def test_the_cache_keeps_to_its_limit_and_lets_go(cache):

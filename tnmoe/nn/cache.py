@@ -1,29 +1,49 @@
-"""Experts' matrices kept between forward passes, where no gradient is asked for."""
+"""Experts' matrices kept between forward passes, where no gradient is asked for.
+
+Torch counts the changes of a tensor, but not all: writing to ``core.data`` in place, as some
+optimisers and averages of weights do, and kernels of other libraries leave no trace. So matrices
+also go when an optimiser that holds a core has made a step, when a projection changes between
+training and evaluation, and, on a CPU, when one of a few numbers that are looked at has changed.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tnmoe.nn.grouped import multiply_groups
 from tnmoe.nn.materialize import Legs, build, environments, experts_of
 
+# Numbers of a core that are looked at for changes that nothing tells of.
+_LOOKED_AT = 16
+
 
 @dataclass(frozen=True)
 class _Entry:
-    """Matrices, the state that their cores were in, and what watches over the cores' lives."""
+    """Matrices, and what tells that their cores are still as they were."""
 
     matrices: Tensor
     state: tuple
+    # Some numbers of every core, where they lie and as they were.
+    numbers: list[tuple[Tensor, Tensor]]
+    # What watches over the cores' lives.
     watches: tuple[weakref.ref, ...]
+
+    def is_of(self, state: tuple) -> bool:
+        return self.state == state and all(now.equal(then) for now, then in self.numbers)
 
 
 class WeightCache:
     """Built matrices of projections, dropped as soon as a core changes or is gone.
+
+    On an accelerator, call :meth:`clear` after writing to ``core.data`` in place in the middle of
+    an evaluation: nothing tells of it there.
 
     Parameters
     ----------
@@ -61,6 +81,14 @@ class WeightCache:
     def clear(self) -> None:
         """Let all matrices go."""
         self._entries.clear()
+
+    def forget(self, cores: Iterable[Tensor]) -> None:
+        """Let matrices go that were built from any of these."""
+        if not self._entries:
+            return
+        gone = {id(core) for core in cores}
+        for key in [key for key in self._entries if not gone.isdisjoint(key)]:
+            self._entries.pop(key, None)
 
     def has_room(self, cores: Sequence[Tensor], size: int) -> bool:
         """Whether matrices of ``size`` bytes of those cores are here, or would fit."""
@@ -100,7 +128,7 @@ class WeightCache:
         state = (dtype, *((core.data_ptr(), core._version) for core in cores)) if keep else ()
         key = _identity(cores)
         entry = self._entries.get(key)
-        if keep and entry is not None and entry.state == state:
+        if keep and entry is not None and entry.is_of(state):
             return entry.matrices
         # The old ones first, so that there are never two.
         del entry
@@ -110,8 +138,21 @@ class WeightCache:
         if keep and self.has_room(cores, matrices.nbytes):
             entries = self._entries
             watches = tuple(weakref.ref(core, lambda _: entries.pop(key, None)) for core in cores)
-            entries[key] = _Entry(matrices, state, watches)
+            entries[key] = _Entry(matrices, state, _numbers_of(cores), watches)
         return matrices
+
+
+def _numbers_of(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Some numbers of every core, where they lie and copied; an accelerator is not waited for."""
+    if cores[0].device.type != "cpu":
+        return []
+    flat = (
+        core.detach().view(-1)[:: max(1, core.numel() // _LOOKED_AT)]
+        if core.is_contiguous()
+        else core.detach()
+        for core in cores
+    )
+    return [(numbers, numbers.clone()) for numbers in flat]
 
 
 def _identity(cores: Sequence[Tensor]) -> tuple[int, ...]:
@@ -119,6 +160,13 @@ def _identity(cores: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 weight_cache = WeightCache()
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    weight_cache.forget(core for group in optimizer.param_groups for core in group["params"])
+
+
+register_optimizer_step_post_hook(_after_any_step)
 
 
 def cached_linear(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tnmoe.errors import InputError
 from tnmoe.nn.experts import Experts
+from tnmoe.nn.optimizers import innermost
 from tnmoe.nn.projection import SharedProjection
 from tnmoe.nn.shared_tensors import find_shared
 
@@ -143,7 +144,8 @@ class GradientMask(_Mask):
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Any of torch's, or derived from them; the mask hooks into its ``step``.
+        Any of torch's, or derived from them, or a wrapper of one such as accelerate's; the mask
+        hooks into its ``step``.
     parameters_or_model : Module or iterable of Parameter
         A model, whose shared tensors are masked, or the parameters themselves.
     probability : float, or callable from int to float
@@ -204,11 +206,7 @@ class GradientMask(_Mask):
         per_layer: bool = False,
     ) -> None:
         super().__init__(parameters_or_model, probability, seed, per_layer)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InputError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; for "
-                "engines with steps of their own there is AutogradMask"
-            )
+        optimizer = innermost(optimizer, "; for engines with their own steps, use AutogradMask")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, each in self._tensors.items() if id(each) not in held]
         if missing:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError
+from tnmoe.nn.optimizers import innermost
 
 
 class LoadBias(nn.Module):
@@ -113,7 +114,7 @@ class BiasBalancer:
         if not rate >= 0:
             raise InputError(f"rate must be at least 0, got {rate!r}")
         self.rate = rate
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handle = innermost(optimizer).register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: Any) -> None:
         for bias in self.biases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from math import prod, sqrt
+from typing import Self
 
 import numpy as np
 import torch
@@ -352,6 +353,12 @@ class SharedProjection(Projection):
     def _stacked(self) -> list[Tensor]:
         """Auxiliary cores of every expert, shared ones repeated without a copy."""
         return [core.expand(self.num_experts, -1, -1, -1, -1) for core in self.aux_cores]
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; kept matrices are forgotten when the mode changes."""
+        if mode != self.training:
+            weight_cache.forget(self._stored)
+        return super().train(mode)
 
     def plan(self, rows: int, training: bool) -> ContractionPlan:
         """How so many rows go through; ``print`` it to see what every route would cost."""
