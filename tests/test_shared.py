@@ -101,7 +101,10 @@ def two_sites() -> tn.MPO:
     [
         (lambda: tn.SharedMPO.replicate(one_site(), 2), "for each of 0 sites and at least one"),
         (lambda: tn.SharedMPO.replicate(two_sites(), 0), "num_experts must be a positive integer"),
-        (lambda: tn.SharedMPO.replicate(two_sites(), 2, noise=-1), "noise must be at least 0"),
+        (
+            lambda: tn.SharedMPO.replicate(two_sites(), 2, noise=-1),
+            r"noise must be in \[0, inf\), got -1",
+        ),
         (lambda: tn.SharedMPO.replicate(two_sites(), 2).expert(2), "index below 2, got 2"),
         (
             lambda: tn.SharedMPO(

@@ -29,3 +29,17 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def number_in(name: str, value: Any, interval: str) -> float:
+    """The value as a float; an InputError unless it is a number in an interval like "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    try:
+        number = float("nan") if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below):
+        raise InputError(f"{name} must be in {interval}, got {value!r}")
+    return number

@@ -9,7 +9,7 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.contraction import stacked_to_padded_matrices
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in
 from tnmoe.mpo import MPO, check_center
 from tnmoe.shapes import MPOShape, positive_int
 
@@ -175,8 +175,7 @@ class SharedMPO:
 
 def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Generator) -> Array:
     """Copies (E, …) of an array, with Gaussian noise relative to its root mean square."""
-    if not noise >= 0:
-        raise InputError(f"noise must be at least 0, got {noise!r}")
+    number_in("noise", noise, "[0, inf)")
     xp = get_backend(array)
     stacked = xp.stack([array] * num_experts)
     if not noise:

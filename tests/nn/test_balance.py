@@ -4,11 +4,13 @@ import copy
 import multiprocessing
 import pickle
 import socket
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import (
     router_z_loss_func,
@@ -82,6 +84,40 @@ def test_scores_of_sigmoid_routers_are_normalised_over_experts_in_the_loss():
     torch.testing.assert_close(ours, expected)
 
 
+def test_scores_of_sigmoids_too_small_for_a_number_still_have_shares():
+    logits = torch.tensor([[-300.0, -301.0, -500.0]] * 4)
+    loss = nn.load_balancing_loss(logits, logits.topk(1).indices, score_function="sigmoid")
+    share = 1 / (1 + torch.tensor(-1.0).exp())
+    torch.testing.assert_close(loss, 3 * share)
+
+
+def test_slots_without_an_expert_are_no_load():
+    logits = torch.randn(6, 3)
+    some = torch.tensor([[0, 3], [1, 3], [1, 2], [3, 3], [0, 2], [1, 0]])
+    counts = torch.bincount(some.flatten(), minlength=4)[:3]
+    expected = 3 * (counts / counts.sum() * logits.softmax(-1).mean(0)).sum()
+    torch.testing.assert_close(nn.load_balancing_loss(logits, some), expected)
+
+
+def test_losses_are_computed_in_single_precision_whatever_surrounds_them():
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(3000, 16)).requires_grad_()
+    index = logits.topk(2).indices
+
+    def both(logits):
+        return nn.load_balancing_loss(logits, index), nn.router_z_loss(logits)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(both(logits), both(logits), strict=True):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        inside = torch.autograd.grad(sum(both(logits)), logits)[0]
+    torch.testing.assert_close(inside, torch.autograd.grad(sum(both(logits)), logits)[0])
+    half = logits.detach().half()
+    for one, other in zip(both(half), both(half.float()), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_z_loss_equals_switch_transformers():
     logits = torch.randn(2, 5, 4)
     torch.testing.assert_close(nn.router_z_loss(logits.reshape(10, 4)), router_z_loss_func(logits))
@@ -100,6 +136,47 @@ def test_losses_of_what_does_not_fit_are_refused(options, message):
     logits = torch.randn(10, 4)
     with pytest.raises(tn.InputError, match=message):
         nn.load_balancing_loss(logits, logits.topk(1).indices, **options)
+
+
+@pytest.mark.parametrize(
+    ("logits", "index", "message"),
+    [
+        ((5, 4), (5,), r"got \(5, 4\) and \(5,\)"),
+        ((5, 4), (6, 1), r"got \(5, 4\) and \(6, 1\)"),
+        ((2, 5, 4), (10, 1), r"got \(2, 5, 4\) and \(10, 1\)"),
+    ],
+)
+def test_routing_that_does_not_fit_is_named(logits, index, message):
+    with pytest.raises(tn.InputError, match=message):
+        nn.load_balancing_loss(torch.zeros(logits), torch.zeros(index, dtype=torch.int64))
+    with pytest.raises(tn.InputError, match=r"of torch\.float32"):
+        nn.load_balancing_loss(torch.zeros(5, 4), torch.zeros(5, 1))
+    with pytest.raises(tn.InputError, match="from 0 to 3, or 4 for none, got 0 to 5"):
+        nn.load_balancing_loss(torch.zeros(2, 4), torch.tensor([[0], [5]]))
+    with pytest.raises(tn.InputError, match=r"router_logits \(T, E\), got \(2, 5, 4\)"):
+        nn.router_z_loss(torch.zeros(2, 5, 4))
+
+
+def test_losses_of_a_recording_are_those_of_the_routers_scores():
+    router = nn.TopKRouter(8, 4, 2, "sigmoid")
+    with nn.record_routing(router) as routing:
+        logits, _, index = router(torch.randn(20, 8))
+    expected = nn.load_balancing_loss(logits, index, score_function="sigmoid")
+    torch.testing.assert_close(routing.balance_loss(), expected)
+    assert not torch.allclose(expected, nn.load_balancing_loss(logits, index))
+
+
+def test_a_given_mask_counts_before_the_routers_own():
+    router, x = nn.TopKRouter(8, 4, 2), torch.randn(2, 3, 8)
+    own, given = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[0, 1, 0], [1, 1, 1]])
+    for record in (lambda: router(x, own), lambda: router(x, token_mask=own)):
+        with nn.record_routing(router) as routing:
+            record()
+        assert routing.counts().sum() == 2 * 5
+        assert routing.counts(given).sum() == 2 * 4
+        with nn.record_routing(router) as real:
+            router(x[given == 1])
+        torch.testing.assert_close(routing.balance_loss(given), real.balance_loss())
 
 
 def test_losses_count_what_tokens_asked_for_and_not_what_they_got():
@@ -151,6 +228,81 @@ def test_losses_of_a_recording_can_be_taken_per_sequence():
     torch.testing.assert_close(torch.stack(both), torch.stack(parts).mean(0))
     with pytest.raises(tn.InputError, match="scope must be one of batch, sequence, got 'token'"):
         routing.balance_loss(scope="token")
+
+
+def test_recording_ends_with_a_block_that_fails_and_copies_do_not_record():
+    layer = nn.MPOMoE(nn.TopKRouter(8, 4), nn.DenseExperts(4, 8, 8))
+    with nn.record_routing(layer) as copied:
+        twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    with pytest.raises(tn.InputError), nn.record_routing(layer) as routing:
+        layer(torch.randn(3, 7))
+    for each in (layer, *twins):
+        each(torch.randn(3, 8))
+    assert routing.calls == copied.calls == []
+
+
+def test_recordings_nest():
+    layer = nn.MPOMoE(nn.TopKRouter(8, 4), nn.DenseExperts(4, 8, 8))
+    with nn.record_routing(layer) as outer:
+        with nn.record_routing(layer) as inner:
+            layer(torch.randn(3, 8))
+        layer(torch.randn(3, 8))
+    assert (len(inner.calls), len(outer.calls)) == (1, 2)
+
+
+def test_layers_compiled_before_the_block_are_recorded_too():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        *(nn.MPOMoE(nn.TopKRouter(8, 4, 2), nn.MPOExperts(4, 8, 8)) for _ in range(2))
+    )
+    x = torch.randn(2, 5, 8)
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    with nn.record_routing(layers) as expected:
+        layers(x)
+    for _ in range(3):
+        with nn.record_routing(compiled) as routing:
+            compiled(x)
+        assert len(routing.calls) == 2
+        torch.testing.assert_close(routing.balance_loss(), expected.balance_loss())
+        assert routing.balance_loss().requires_grad
+    compiled(x)
+    assert len(routing.calls) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_calls_again_is_neither_recorded_nor_counted_twice(reentrant):
+    layer = nn.MPOMoE(nn.TopKRouter(8, 4, load_bias=True), nn.MPOExperts(4, 8, 8))
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    with nn.record_routing(layer) as routing:
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert len(routing.calls) == 1
+    assert layer.router.load_bias.counts.sum() == 10
+    if reentrant:
+        with pytest.warns(UserWarning, match="this loss teaches no router"):
+            routing.balance_loss()
+    else:
+        assert routing.balance_loss().requires_grad
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # to look at, it will do
+        routing.balance_loss()
+        layer.eval()
+        with nn.record_routing(layer) as routing:
+            layer(x)
+    routing.balance_loss()
+
+
+def test_counts_of_nothing_or_of_unlike_routers_are_refused():
+    routers = torch.nn.ModuleList([nn.TopKRouter(8, 4), nn.TopKRouter(8, 3)])
+    with nn.record_routing(routers) as routing:
+        with pytest.raises(tn.InputError, match="got no call of a router"):
+            routing.counts()
+        for router in routers:
+            router(torch.randn(3, 8))
+    with pytest.raises(tn.InputError, match="one number of experts, got 3, 4"):
+        routing.counts()
+    assert routing.balance_loss() > 0
 
 
 def test_recording_ends_with_its_block_and_needs_a_router():
@@ -210,6 +362,15 @@ def test_biases_balance_a_skewed_router():
     assert after < 0.25
 
 
+def test_every_choice_of_a_token_is_counted():
+    router = nn.TopKRouter(8, 4, 3, load_bias=True)
+    _, _, index = router(torch.randn(20, 8))
+    expected = torch.bincount(index.flatten(), minlength=4)
+    assert torch.equal(router.load_bias.counts, expected)
+    router(torch.randn(5, 8))
+    assert router.load_bias.counts.sum() == 75
+
+
 def test_padding_and_evaluation_are_not_counted():
     router = biased()
     x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
@@ -232,6 +393,32 @@ def test_biases_keep_their_precision_when_the_model_is_cast_and_are_saved():
     assert empty.load_bias.value.dtype == torch.float32
     empty.load_state_dict(router.state_dict())
     assert torch.equal(empty.load_bias.value, value)
+    half = {name: each.half() for name, each in router.state_dict().items()}
+    for made in (biased(device="meta").to_empty(device="cpu"), biased(device="meta")):
+        made.load_state_dict(half, assign=True)
+        assert made.load_bias.value.dtype == torch.float32
+        made.float()(torch.randn(7, 8))
+        assert made.load_bias.counts.sum() == 7
+        before = made.load_bias.value.clone()
+        made.load_bias.update(1e-3)
+        assert (made.load_bias.value != before).any()
+
+
+def _count_under_ddp(rank, port, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    router = nn.TopKRouter(8, 4, 2, load_bias=True)
+    model = torch.nn.parallel.DistributedDataParallel(router)
+    torch.manual_seed(rank + 1)
+    expected = torch.zeros(4, dtype=torch.int64)
+    for _ in range(2):
+        _, weights, index = model(torch.randn(9, 8))
+        weights.square().sum().backward()
+        expected += torch.bincount(index.flatten(), minlength=4)
+    results.put((rank, (router.load_bias.counts.tolist(), expected.tolist())))
+    torch.distributed.destroy_process_group()
 
 
 def _balance_one_rank(rank, port, results):
@@ -246,28 +433,39 @@ def _balance_one_rank(rank, port, results):
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_of_a_distributed_run_move_biases_by_the_load_of_all():
+def on_two_ranks(function):
+    """What a function puts of each of two processes of a distributed run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [
-        context.Process(target=_balance_one_rank, args=(rank, port, results)) for rank in (0, 1)
-    ]
+    ranks = [context.Process(target=function, args=(rank, port, results)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     found = dict(results.get(timeout=60) for _ in ranks)
     for process in ranks:
         process.join(timeout=60)
-    assert found == {0: [0.5, -0.5], 1: [0.5, -0.5]}
+    return found
+
+
+def test_ranks_of_a_distributed_run_move_biases_by_the_load_of_all():
+    assert on_two_ranks(_balance_one_rank) == {0: [0.5, -0.5], 1: [0.5, -0.5]}
+
+
+def test_ranks_count_their_own_load_over_several_passes_before_a_step():
+    for counts, expected in on_two_ranks(_count_under_ddp).values():
+        assert counts == expected
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda router, o: nn.BiasBalancer(o, nn.TopKRouter(8, 4)), "no router has load_bias"),
-        (lambda router, o: nn.BiasBalancer(o, router, -1.0), "rate must be at least 0, got -1.0"),
+        (
+            lambda router, o: nn.BiasBalancer(o, router, -1.0),
+            r"rate must be in \[0, inf\), got -1.0",
+        ),
     ],
 )
 def test_bad_input_is_named(make, message):

@@ -296,7 +296,7 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
             "contains NaN or infinity",
         ),
         (lambda: nn.MPOExperts(E, H, F_, bias="some"), "bias must be one of False, True, shared"),
-        (lambda: nn.MPOExperts(E, H, F_, activation=3), "a name or a callable, got 3"),
+        (lambda: nn.MPOExperts(E, H, F_, activation=3), "a name or a function of tensors, got 3"),
         (lambda: nn.MPOExperts(E, H, F_, "geglu"), "is for gated experts: give gated=True"),
         (lambda: nn.ClampedSwiGLU(limit=0), "limit must be positive, got 0"),
         (
@@ -312,7 +312,7 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
         ),
         (
             lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.ones(3, 4), noise=-1.0),
-            "noise must be at least 0, got -1.0",
+            r"noise must be in \[0, inf\), got -1.0",
         ),
     ],
 )

@@ -195,7 +195,7 @@ def test_a_schedule_gives_the_probability_of_each_step():
     mask.load_state_dict(state)
     bad = nn.GradientMask(optimizer, layer, lambda step: 2.0 if step == 1 else 0.5)
     train_step(layer, optimizer, 5)
-    with pytest.raises(tn.InputError, match=r"in \[0, 1\], got 2.0 at step 1"):
+    with pytest.raises(tn.InputError, match=r"probability at step 1 must be in \[0, 1\], got 2.0"):
         train_step(layer, optimizer, 6)
     bad.remove()
 
@@ -379,7 +379,10 @@ def mask_of(layer, probability=0.5, **details):
         (lambda layer: mask_of(layer, 1.5), r"probability must be in \[0, 1\], got 1.5"),
         (lambda layer: mask_of(layer, -0.1), r"probability must be in \[0, 1\], got -0.1"),
         (lambda layer: mask_of(layer, float("nan")), "probability must be"),
-        (lambda layer: mask_of(layer, lambda _: 7), r"in \[0, 1\], got 7 at step 0"),
+        (
+            lambda layer: mask_of(layer, lambda _: 7),
+            r"probability at step 0 must be in \[0, 1\], got 7",
+        ),
         (lambda layer: mask_of(layer, seed=-1), "seed must be an integer of at least 0, got -1"),
         (
             lambda layer: mask_of(torch.nn.Linear(2, 2)),

@@ -345,6 +345,44 @@ def test_slots_without_an_expert_give_zero_and_no_gradient_on_every_route(route,
         torch.testing.assert_close(one, other)
 
 
+def test_transformed_functions_give_padding_nothing_whatever_it_holds():
+    torch.manual_seed(0)
+    experts = nn.MPOExperts(E, H, F, bias=True, sites=3, dropout=0.5)
+    x, index = torch.randn(4, H), torch.tensor([[0, E], [E, E], [3, 1], [E, 2]])
+    x[1] = float("inf")
+    weights = torch.rand(4, 2)
+
+    def total(parameters):
+        return torch.func.functional_call(experts, parameters, (x, index, weights)).sum()
+
+    experts.eval()
+    parameters = {name: each.detach() for name, each in experts.named_parameters()}
+    found = torch.func.grad(total)(parameters)
+    total(dict(experts.named_parameters())).backward()
+    for name, each in experts.named_parameters():
+        torch.testing.assert_close(found[name], each.grad)
+    experts.train()  # dropout is there, too
+    drawn = [torch.func.grad(total)(parameters)["up.center"] for _ in range(2)]
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_a_gate_of_the_shared_expert_has_the_routers_dtype():
+    router = nn.TopKRouter(H, E, dtype=torch.bfloat16)
+    experts = nn.DenseExperts(E, H, F, dtype=torch.bfloat16)
+    shared = torch.nn.Linear(H, H, dtype=torch.bfloat16)
+    layer = nn.MPOMoE(router, experts, shared, shared_gate=True)
+    assert layer(torch.randn(3, H).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_can_be_made_in_half_precision(dtype):
+    layer = nn.MPOMoE(nn.TopKRouter(H, E, 2, dtype=dtype), nn.MPOExperts(E, H, F, dtype=dtype))
+    matrices = layer.experts.up.weight().float()
+    assert 0.2 < matrices.var() * 3 * H < 5
+    layer(torch.randn(5, H, dtype=dtype)).sum().backward()
+    assert all(each.grad.dtype == dtype for each in layer.parameters())
+
+
 def test_a_layer_in_which_no_token_has_an_expert_gives_zeros_and_zero_gradients():
     layer = nn.MPOExperts(E, H, F, bias=True, sites=3)
     index, weights = torch.full((5, 2), E), torch.ones(5, 2)
@@ -374,14 +412,25 @@ def test_padding_is_ignored_inside_the_block_and_only_there():
     with nn.ignore_padding(model, mask), nn.record_routing(model) as routing:
         output = model(x)
     assert (output[mask == 0] == 0).all()
-    assert [call.token_mask is mask for call in routing.calls] == [True, True]
+    for call in routing.calls:
+        assert torch.equal(call.token_mask, mask.flatten() == 1)
     torch.testing.assert_close(output[mask == 1], model(x)[mask == 1])
     assert (model(x)[mask == 0] != 0).any(1).all()
+    first = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0]])
+    with nn.ignore_padding(model, mask):
+        with nn.ignore_padding(model, first):
+            assert ((model(x) != 0).any(-1) == (first == 1)).all()
+        assert ((model(x) != 0).any(-1) == (mask == 1)).all()
+        assert ((model[0](x, first) != 0).any(-1) == (first == 1)).all()
+        twin = copy.deepcopy(model)
+    for each in (model, twin):
+        assert (each(x) != 0).any(-1).all()
     with (
         nn.ignore_padding(model, mask[:, :3]),
         pytest.raises(tn.InputError, match=r"each of 8 tokens, got shape \(2, 3\)"),
     ):
         model(x)
+    assert (model(x) != 0).any(-1).all()
     with (
         pytest.raises(tn.InputError, match="Linear has no MPOMoE layer"),
         nn.ignore_padding(torch.nn.Linear(2, 2), mask),

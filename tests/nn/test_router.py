@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
     MixtralConfig,
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -65,6 +67,16 @@ def gpt_oss(k):
     return GptOssTopKRouter(config), nn.TopKRouter(H, E, k, bias=True, straight_through=False)
 
 
+def deepseek_v2(k):
+    config = DeepseekV2Config(
+        hidden_size=H, n_routed_experts=E, num_experts_per_tok=k, n_group=3, topk_group=2,
+        topk_method="group_limited_greedy", routed_scaling_factor=1.0, num_attention_heads=1,
+    )  # fmt: skip
+    theirs = DeepseekV2TopkRouter(config)
+    ours = nn.TopKRouter(H, E, k, normalize=False, num_groups=3, top_groups=2, group_score=1)
+    return theirs, ours
+
+
 def deepseek(k, groups, normalize=True):
     config = DeepseekV3Config(
         hidden_size=H, n_routed_experts=E, num_experts_per_tok=k, n_group=groups,
@@ -75,7 +87,8 @@ def deepseek(k, groups, normalize=True):
         H, E, k, "sigmoid", normalize, load_bias=True, scale=2.5,
         num_groups=groups, top_groups=max(1, groups - 1),
     )  # fmt: skip
-    theirs.e_score_correction_bias.copy_(torch.randn(E) / 4)
+    # Below zero as well: what a group left out must not win by being 0.
+    theirs.e_score_correction_bias.copy_(torch.randn(E) / 4 - 1)
     ours.load_bias.value.copy_(theirs.e_score_correction_bias)
     return theirs, ours
 
@@ -89,6 +102,7 @@ PEERS = {
     "Qwen3-MoE, top-3, normalised": lambda: qwen3(3, True),
     "gpt-oss, top-1": lambda: gpt_oss(1),
     "gpt-oss, top-4": lambda: gpt_oss(4),
+    "DeepSeek-V2": lambda: deepseek_v2(3),
     "DeepSeek-V3, one group": lambda: deepseek(3, 1),
     "DeepSeek-V3, three groups": lambda: deepseek(3, 3),
     "DeepSeek-V3, not normalised": lambda: deepseek(2, 2, normalize=False),
@@ -158,7 +172,8 @@ def test_top_2_with_a_capacity_is_that_of_nllb_moe(capacity):
 
 def test_second_experts_are_followed_by_policy():
     torch.manual_seed(0)
-    x = torch.randn(400, H)
+    count = 6000
+    x = torch.randn(count, H)
     routers = {
         policy: nn.TopKRouter(H, E, 2, second_expert=policy, second_threshold=0.4)
         for policy in ("all", "none", "threshold", "random")
@@ -179,7 +194,7 @@ def test_second_experts_are_followed_by_policy():
         _, again, chosen = router(x)
         assert (chosen[:, 0] == index[:, 0]).all()
         # Whoever stays alone has the whole weight, so that identical experts change nothing.
-        torch.testing.assert_close(again.sum(1), torch.ones(400))
+        torch.testing.assert_close(again.sum(1), torch.ones(count))
         assert (again[chosen == NOWHERE] == 0).all(), name
     assert (routers["random"].eval()(x)[2] != NOWHERE).all()
 
@@ -200,6 +215,40 @@ def test_top_one_weight_is_one_and_still_teaches_the_router():
     assert not plain(x)[1].requires_grad
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **d: nn.TopKRouter(H, E, 2, second_expert="none", **d),
+        lambda **d: nn.TopKRouter(H, E, 3, "sigmoid", capacity_factor=0.3, **d),
+        lambda **d: nn.ExpertChoiceRouter(H, E, 1.5, **d),
+    ],
+)
+def test_an_expert_that_is_left_alone_has_weight_one_and_still_teaches_the_router(make):
+    torch.manual_seed(0)
+    router, x = make(), torch.randn(60, H)
+    logits, weights, index = router(x)
+    alone = (index < NOWHERE).sum(1) == 1
+    assert alone.sum() > 5
+    torch.testing.assert_close(weights[alone].sum(1), torch.ones(int(alone.sum())))
+    (grad,) = torch.autograd.grad(weights[alone].sum(), logits, retain_graph=True)
+    twin = logits.detach().requires_grad_()
+    scores = (
+        twin.log_softmax(-1)
+        if router.score_function == "softmax"
+        else (torch.nn.functional.logsigmoid(twin))
+    )
+    chosen = scores[alone].gather(1, index[alone].min(1, keepdim=True).values)
+    (expected,) = torch.autograd.grad(chosen.sum(), twin)
+    torch.testing.assert_close(grad, expected)
+    with torch.no_grad():
+        plain = make(straight_through=False)
+        plain.load_state_dict(router.state_dict())
+        torch.testing.assert_close(plain(x)[1], weights)
+    _, weights, index = plain(x)
+    weights[(index < NOWHERE).sum(1) == 1].sum().backward()
+    assert (plain.weight.grad == 0).all()
+
+
 def test_noise_of_shazeers_router_has_the_learned_deviation_and_its_gradient():
     torch.manual_seed(0)
     router = nn.TopKRouter(H, E, 2, noisy=True)
@@ -209,6 +258,8 @@ def test_noise_of_shazeers_router_has_the_learned_deviation_and_its_gradient():
     torch.testing.assert_close(logits.mean(0), x[0] @ router.weight.T, rtol=0, atol=0.15)
     deviation = torch.nn.functional.softplus(x[0] @ router.noise_weight.T)
     torch.testing.assert_close(logits.std(0), deviation, rtol=0.1, atol=0)
+    normal = (logits - logits.mean(0)) / logits.std(0)
+    assert abs(normal.pow(4).mean() - 3) < 0.3  # a uniform distribution's is 1.8
     router(x)[1][:, 0].sum().backward()
     assert (router.noise_weight.grad != 0).any()
     router.eval()
@@ -379,12 +430,69 @@ def test_experts_choose_the_tokens_that_score_highest_for_them(
     assert index.shape[1] == max(1, int(taken.sum(-1).max()))
 
 
-def test_jitter_acts_in_training_only():
-    router = nn.TopKRouter(H, E, jitter_noise=0.5)
+@pytest.mark.parametrize("make", [nn.TopKRouter, nn.ExpertChoiceRouter])
+def test_jitter_multiplies_every_input_by_its_own_number_in_training_only(make):
+    torch.manual_seed(0)
+    router = make(H, H, jitter_noise=0.5)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(H))  # logits are the inputs
+    factors = router(torch.ones(2000, H))[0]
+    assert factors.min() >= 0.5
+    assert factors.max() <= 1.5
+    torch.testing.assert_close(factors.mean(), torch.tensor(1.0), rtol=0.02, atol=0)
+    torch.testing.assert_close(factors.var(), torch.tensor(1 / 12), rtol=0.05, atol=0)
+    assert abs(torch.corrcoef(factors.T) - torch.eye(H)).max() < 0.1
+    assert (router.eval()(torch.ones(5, H))[0] == 1).all()
+
+
+def test_expert_choice_has_biases_on_its_logits():
+    router = nn.ExpertChoiceRouter(H, E, bias=True)
+    torch.nn.init.normal_(router.bias)
     x = torch.randn(5, H)
-    assert (router(x)[0] != router(x)[0]).any()
+    torch.testing.assert_close(router(x)[0], x @ router.weight.T + router.bias)
+
+
+def test_all_axes_but_the_last_two_count_sequences():
+    router = nn.TopKRouter(H, E, capacity_factor=0.5, capacity_scope="sequence")
+    x = torch.randn(2, 3, 7, H)
+    for shape in ((2, 3, 7, H), (6, 7, H)):
+        assert torch.equal(router(x.view(shape))[2], router(x.view(6, 7, H))[2])
+    assert not torch.equal(router(x)[2], router(x.view(2, 21, H))[2])
+
+
+def test_the_room_of_an_expert_is_the_documented_number():
+    for factor, k, tokens in ((1.1, 1, 500), (1.25, 2, 96), (0.7, 3, 10)):
+        router = nn.TopKRouter(H, 10, k, capacity_factor=factor)
+        _, _, index = router(torch.randn(1, H).expand(tokens, H))
+        counts = torch.bincount(index.flatten(), minlength=11)[:10]
+        assert counts.max() == ceil(factor * k * tokens / 10)
+
+
+def test_resetting_draws_weights_again_and_forgets_the_load_bias():
+    router = nn.TopKRouter(H, E, noisy=True, bias=True, load_bias=True)
+    before = router.weight.clone()
+    for each in (router.bias.data, router.load_bias.value, router.noise_weight.data):
+        each.fill_(1.0)
+    router(torch.randn(3, H))
+    router.reset_parameters()
+    assert (router.weight != before).all()
+    for each in (router.bias, router.load_bias.value, router.noise_weight, router.load_bias.counts):
+        assert (each == 0).all()
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"expert choice", "expert choice, sigmoid"}))
+def test_routers_work_out_shapes_on_the_meta_device_and_export_for_any_number_of_tokens(kind):
+    router = all_kinds()[kind]
+    logits, weights, index = copy.deepcopy(router).to("meta")(torch.zeros(5, H, device="meta"))
+    assert logits.shape == (5, E)
+    assert weights.shape == index.shape == (5, router.top_k)
     router.eval()
-    assert (router(x)[0] == router(x)[0]).all()
+    exported = torch.export.export(
+        router, (torch.randn(6, H),), dynamic_shapes=({0: torch.export.Dim("T")},)
+    )
+    x = torch.randn(11, H)
+    for one, other in zip(exported.module()(x), router(x), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
@@ -392,11 +500,11 @@ def test_jitter_acts_in_training_only():
     [
         (lambda: nn.TopKRouter(H, 3, top_k=4), "top_k=4 exceeds num_experts=3"),
         (lambda: nn.TopKRouter(H, 3, jitter_noise=1.0), r"jitter_noise must be in \[0, 1\)"),
-        (lambda: nn.TopKRouter(H, 3, capacity_factor=0), "capacity_factor must be positive"),
-        (lambda: nn.TopKRouter(H, 3, capacity_factor=-1.0), "capacity_factor must be positive"),
+        (lambda: nn.TopKRouter(H, 3, capacity_factor=0), "capacity_factor must be in .*, got 0"),
+        (lambda: nn.TopKRouter(H, 3, capacity_factor="1"), "capacity_factor must be .*, got '1'"),
         (
             lambda: nn.TopKRouter(H, 3, eval_capacity_factor=float("nan")),
-            "eval_capacity_factor must be positive and finite, or None, got nan",
+            r"eval_capacity_factor must be in \(0, inf\), got nan",
         ),
         (lambda: nn.TopKRouter(H, 3, score_function="relu"), "score_function must be one of soft"),
         (lambda: nn.TopKRouter(H, 3, capacity_scope="token"), "capacity_scope must be one of"),
@@ -409,19 +517,28 @@ def test_jitter_acts_in_training_only():
             lambda: nn.TopKRouter(H, 3, 2, second_expert="threshold", second_threshold=2),
             r"second_threshold must be in \[0, 1\], got 2",
         ),
-        (lambda: nn.TopKRouter(H, 3, scale=0), "scale must be positive and finite, got 0"),
+        (lambda: nn.TopKRouter(H, 3, scale=0), r"scale must be in \(0, inf\), got 0"),
         (lambda: nn.TopKRouter(H, 6, num_groups=4), "num_groups=4 does not divide"),
         (lambda: nn.TopKRouter(H, 6, num_groups=2, top_groups=3), "top_groups=3 exceeds"),
         (
             lambda: nn.TopKRouter(H, 6, 4, num_groups=2, top_groups=1),
             "top_k=4 exceeds the 3 experts of top_groups=1 of 2 groups",
         ),
-        (lambda: nn.ExpertChoiceRouter(H, 3, 0.0), "capacity_factor must be positive"),
+        (lambda: nn.ExpertChoiceRouter(H, 3, 0.0), "capacity_factor must be in .*, got 0.0"),
         (lambda: nn.ExpertChoiceRouter(H, 3, scope="all"), "scope must be one of batch, sequence"),
-        (lambda: nn.TopKRouter(H, 3)(torch.zeros(2, 5)), r"expected \(..., 8\), got \(2, 5\)"),
+        (lambda: nn.TopKRouter(H, 3)(torch.zeros(2, 5)), r"shape \(..., 8\), got \(2, 5\)"),
         (
             lambda: nn.TopKRouter(H, 3)(torch.zeros(2, H), torch.ones(3)),
             r"an entry for each of 2 tokens, got shape \(3,\)",
+        ),
+        (lambda: nn.TopKRouter(H, 3)(torch.zeros(2, H), [1, 1]), r"of 2 tokens, got \[1, 1\]"),
+        (
+            lambda: nn.TopKRouter(H, 3)(torch.zeros(2, H), torch.tensor([0.0, -1e9])),
+            "must be 0 where a token is padding, got negative numbers",
+        ),
+        (
+            lambda: nn.TopKRouter(H, 3)(torch.zeros(2, H, dtype=torch.int64)),
+            "expected floating-point numbers .* of torch.int64",
         ),
     ],
 )  # fmt: skip

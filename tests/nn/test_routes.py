@@ -357,6 +357,24 @@ def test_autocast_computes_in_low_precision_and_keeps_gradients_in_that_of_the_c
     assert all(torch.isfinite(each.grad).all() for each in layer.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrices_are_kept_in_the_precision_of_autocast_and_built_in_their_cores(dtype, cache):
+    torch.manual_seed(0)
+    layer = nn.MPOExperts(4, 64, 256)
+    for module in (layer.up, layer.down):
+        module.route = "cached"
+    index, weights = torch.randint(0, 4, (8, 2)), torch.rand(8, 2)
+    states = torch.randn(8, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        result = layer(states, index, weights)
+    up = torch.stack([layer.up.to_shared().expert(e).to_matrix() for e in range(4)])
+    kept = [entry.matrices for entry in cache._entries.values()]
+    assert {each.dtype for each in kept} == {dtype}
+    torch.testing.assert_close(kept[0], up.detach().to(dtype), rtol=0.01, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(result, layer(states, index, weights), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("route", ["dense", "shared", "chain"])
 def test_activation_checkpointing_gives_the_same_gradients(route):
     states, index, weights = routing()

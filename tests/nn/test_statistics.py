@@ -61,20 +61,28 @@ def two_layers():
     )
 
 
-def test_calls_of_the_same_router_are_averaged():
+def test_tokens_of_several_calls_of_a_router_are_taken_together():
     layer = two_layers()[0]
-    batches = torch.randn(2, 5, 8)
-    with nn.record_routing(layer) as both:
+    batches = torch.randn(7, 8), torch.randn(0, 8), torch.randn(2, 8)
+    with nn.record_routing(layer) as several:
         for batch in batches:
             layer(batch)
-    loads = []
-    for batch in batches:
-        with nn.record_routing(layer) as one:
-            layer(batch)
-        loads.append(nn.routing_statistics(one)["router"].load)
-    torch.testing.assert_close(
-        nn.routing_statistics(both)["router"].load, torch.stack(loads).mean(0)
-    )
+    with nn.record_routing(layer) as one:
+        layer(torch.cat(batches))
+    ours, whole = (nn.routing_statistics(each)["router"] for each in (several, one))
+    for name in ("load", "importance", "entropy", "untouched"):
+        torch.testing.assert_close(getattr(ours, name), getattr(whole, name))
+
+
+def test_statistics_are_those_of_the_routers_scores_and_in_single_precision():
+    router = nn.TopKRouter(8, E, 2, "sigmoid")
+    history = nn.RoutingHistory()
+    with torch.autocast("cpu", torch.bfloat16):
+        with nn.record_routing(router) as routing:
+            logits, _, _ = router(torch.randn(500, 8))
+        history.append(routing)
+    scores = logits.detach().sigmoid() / logits.detach().sigmoid().sum(-1, keepdim=True)
+    np.testing.assert_allclose(history[""]["importance"][0], scores.mean(0), rtol=1e-5)
 
 
 def test_a_history_holds_every_statistic_of_every_router_by_step():
@@ -133,8 +141,39 @@ def test_a_router_that_spreads_tokens_over_steps_has_not_collapsed():
                 router.weight.zero_()
                 router.weight[step % E] = 5
             record(history, router, 1)
-        # Nor has one whose tokens need all experts.
-        record(nn.RoutingHistory(window=4), nn.TopKRouter(8, E, E), 8)
+        # Nor has one whose tokens need all experts, or one that saw nothing but padding.
+        for experts in (4, 8, 10, 64):
+            record(nn.RoutingHistory(window=4), nn.TopKRouter(8, experts, experts), 4)
+        record(nn.RoutingHistory(window=4), nn.ExpertChoiceRouter(8, 8, 8), 4)
+        history = nn.RoutingHistory(window=2)
+        for _ in range(2):
+            with nn.record_routing(router) as routing:
+                router(torch.rand(6, 8), torch.zeros(6))
+            history.append(routing)
+
+
+@pytest.mark.parametrize(("used", "warns"), [(1, True), (2, False)])
+def test_a_collapse_is_an_eighth_of_the_experts_that_tokens_could_do_without(used, warns):
+    # Of 12 experts, 1 + 11 / 8 = 2.4 are hardly more than the one that a token needs.
+    router, history = nn.TopKRouter(8, 12), nn.RoutingHistory(window=4)
+    with torch.no_grad():
+        router.weight.zero_()
+        for expert in range(used + 1):
+            router.weight[expert, expert] = 9
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            with nn.record_routing(router) as routing:
+                router(torch.eye(8)[: used + 1].repeat(10, 1))
+            history.append(routing)
+    assert any(each.category is nn.RouterCollapseWarning for each in caught) == warns
+
+
+def test_only_the_last_steps_are_looked_at():
+    history, router = nn.RoutingHistory(window=8), nn.TopKRouter(8, E)
+    record(history, router, 40)
+    with pytest.warns(nn.RouterCollapseWarning, match="in the last 8 steps"):
+        record(history, collapsed(router), 8)
 
 
 def test_histories_are_drawn():

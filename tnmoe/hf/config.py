@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.nn.experts import LAYOUTS, layout_shape
 from tnmoe.shapes import MPOShape, positive_int
 
@@ -75,10 +75,8 @@ class MPOEConfig:
                 f"num_experts={self.num_experts}"
             )
         one_of("layout", self.layout, (*LAYOUTS, "dense"))
-        if not 0 <= self.mask_probability <= 1:
-            raise InputError(f"mask_probability must be in [0, 1], got {self.mask_probability!r}")
-        if not self.expert_noise >= 0:
-            raise InputError(f"expert_noise must be at least 0, got {self.expert_noise!r}")
+        number_in("mask_probability", self.mask_probability, "[0, 1]")
+        number_in("expert_noise", self.expert_noise, "[0, inf)")
         for size, shape in self.shapes.items():
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")

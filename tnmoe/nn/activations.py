@@ -126,6 +126,6 @@ def resolve_activation(activation: str | Callable[..., Tensor], gated: bool) -> 
         if not gated:
             raise InputError(f"activation {activation} is for gated experts: give gated=True")
         return activation
-    if not callable(activation):
-        raise InputError(f"activation must be a name or a callable, got {activation!r}")
+    if not callable(activation) or isinstance(activation, type):
+        raise InputError(f"activation must be a name or a function of tensors, got {activation!r}")
     return Gated(activation) if gated else activation

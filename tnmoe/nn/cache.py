@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tnmoe.nn.grouped import multiply_groups
 from tnmoe.nn.materialize import Legs, build, environments, experts_of
+from tnmoe.nn.transforms import without_autocast
 
 # Numbers of a core that are looked at for changes that nothing tells of.
 _LOOKED_AT = 16
@@ -133,8 +134,10 @@ class WeightCache:
         # The old ones first, so that there are never two.
         del entry
         self._entries.pop(key, None)
-        left, right = environments(aux[:site], aux[site:], experts_of(center, aux))
-        matrices = build(center, left, right, legs)[:, : size[0], : size[1]].to(dtype).contiguous()
+        with without_autocast(center.device):
+            left, right = environments(aux[:site], aux[site:], experts_of(center, aux))
+            matrices = build(center, left, right, legs)[:, : size[0], : size[1]]
+        matrices = matrices.to(dtype).contiguous()
         if keep and self.has_room(cores, matrices.nbytes):
             entries = self._entries
             watches = tuple(weakref.ref(core, lambda _: entries.pop(key, None)) for core in cores)

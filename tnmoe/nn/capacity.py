@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from math import inf
-
 import torch
 from torch import Tensor
 
 from tnmoe.errors import InputError
-
-
-def check_capacity(name: str, factor: float | None) -> None:
-    """Raise an InputError unless the factor is positive and finite, or there is none."""
-    if factor is not None and not 0 < factor < inf:
-        raise InputError(f"{name} must be positive and finite, or None, got {factor!r}")
+from tnmoe.nn.transforms import may_look
 
 
 def check_mask(token_mask: Tensor | None, tokens: int) -> Tensor | None:
     """The mask as (T,) of bool; an InputError if it has not as many entries as there are tokens."""
     if token_mask is None:
         return None
-    if token_mask.numel() != tokens:
+    if not isinstance(token_mask, Tensor) or token_mask.numel() != tokens:
+        given = getattr(token_mask, "shape", None)
         raise InputError(
-            f"the mask must have an entry for each of {tokens} tokens, "
-            f"got shape {tuple(token_mask.shape)}"
+            f"the mask must be a tensor with an entry for each of {tokens} tokens, got "
+            + (repr(token_mask) if given is None else f"shape {tuple(given)}")
+        )
+    if token_mask.is_floating_point() and may_look(token_mask) and (token_mask < 0).any():
+        raise InputError(
+            "the mask must be 0 where a token is padding, got negative numbers: one "
+            "that is added to attention scores says the opposite"
         )
     return token_mask.reshape(-1) != 0
 
 
 def room(
-    per_token: float, mask: Tensor | None, tokens: int, sequences: int, like: Tensor
+    factor: float, experts: int, mask: Tensor | None, tokens: int, sequences: int, like: Tensor
 ) -> Tensor:
-    """How many tokens an expert takes of every sequence: ``per_token`` times its length, up.
+    """How many tokens an expert takes of every sequence: factor · length / E, rounded up.
 
     Parameters
     ----------
-    per_token : float
+    factor : float
+    experts : int
+        Number of experts E.
     mask : Tensor of bool, shape (T,), or None
         Tokens that count.
     tokens, sequences : int
@@ -54,7 +55,7 @@ def room(
         lengths = torch.full((sequences,), tokens // sequences, dtype=precision, device=like.device)
     else:
         lengths = mask.view(sequences, -1).sum(1).to(precision)
-    return (lengths * per_token).ceil().clamp(min=1)
+    return (lengths * factor / experts).ceil().clamp(min=1)
 
 
 def first_of_each(index: Tensor, kept: Tensor, capacity: Tensor, num_experts: int) -> Tensor:
@@ -76,7 +77,7 @@ def first_of_each(index: Tensor, kept: Tensor, capacity: Tensor, num_experts: in
     -------
     Tensor of bool, shape (T, k)
     """
-    sequences, choices = len(capacity), index.shape[1]
+    sequences, choices = capacity.shape[0], index.shape[1]
 
     def by_choice(array: Tensor) -> Tensor:
         return array.view(sequences, -1, choices).mT.reshape(sequences, -1)

@@ -7,8 +7,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from tnmoe.errors import one_of
-from tnmoe.nn.capacity import check_capacity, room
+from tnmoe.errors import number_in, one_of
+from tnmoe.nn.capacity import room
 from tnmoe.nn.router import SCOPES, Router
 from tnmoe.nn.transforms import is_transformed
 
@@ -34,7 +34,7 @@ class ExpertChoiceRouter(Router):
     normalize : bool
         Divide the weights of the experts that take a token by their sum (Komatsuzaki et al.,
         arXiv:2212.05055, section 3). False, as in Zhou et al., weighs by the scores themselves.
-    bias, jitter_noise
+    bias, jitter_noise, straight_through
         As in :class:`TopKRouter`.
     scope : {"batch", "sequence"}
         What the T tokens are: all of a call, or those of every sequence.
@@ -67,43 +67,40 @@ class ExpertChoiceRouter(Router):
         jitter_noise: float = 0.0,
         *,
         bias: bool = False,
+        straight_through: bool = True,
         scope: str = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_experts, score_function, bias, jitter_noise, device, dtype
-        )
-        check_capacity("capacity_factor", capacity_factor)
+            hidden_size, num_experts, score_function, normalize, straight_through, bias,
+            jitter_noise, device, dtype,
+        )  # fmt: skip
         one_of("scope", scope, SCOPES)
-        self.capacity_factor, self.normalize, self.scope = capacity_factor, normalize, scope
+        self.capacity_factor = number_in("capacity_factor", capacity_factor, "(0, inf)")
+        self.scope = scope
         self.reset_parameters()
 
     def _route(self, logits: Tensor, mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
-        log_scores = self.log_scores(logits)
         sequences = sequences if self.scope == "sequence" else 1
         capacity = room(
-            self.capacity_factor / self.num_experts, mask, len(logits), sequences, logits
+            self.capacity_factor, self.num_experts, mask, logits.shape[0], sequences, logits
         )
-        taken = self._take(log_scores, mask, capacity)
+        taken = self._take(self.log_scores(logits), mask, capacity)
         experts = torch.arange(self.num_experts, device=logits.device)
         # Those that take a token first, the number that stands for none last.
         index, order = torch.where(taken, experts, self.num_experts).sort(-1)
         if not (torch.compiler.is_compiling() or is_transformed()):
-            width = max(1, int(taken.sum(-1).max())) if len(taken) else 1
+            width = max(1, int(taken.sum(-1).max())) if taken.shape[0] else 1
             index, order = index[:, :width], order[:, :width]
-        chosen = log_scores.gather(-1, order)
-        kept = index < self.num_experts
-        chosen = chosen.masked_fill(~kept, torch.finfo(chosen.dtype).min)
-        weights = chosen.softmax(-1) if self.normalize else chosen.exp()
-        return weights * kept, index
+        return self._weigh(logits.gather(-1, order), logits, index < self.num_experts), index
 
     @torch.no_grad()
     def _take(self, log_scores: Tensor, mask: Tensor | None, capacity: Tensor) -> Tensor:
         """Which tokens every expert takes, (T, E)."""
         if mask is not None:
             log_scores = log_scores.masked_fill(~mask[:, None], -inf)
-        scores = log_scores.view(len(capacity), -1, self.num_experts)
+        scores = log_scores.view(capacity.shape[0], -1, self.num_experts)
         order = scores.argsort(dim=1, descending=True, stable=True)
         taken = (order.argsort(1) < capacity[:, None, None]).view_as(log_scores)
         return taken if mask is None else taken & mask[:, None]

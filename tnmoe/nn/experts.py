@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.decompose import decompose
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.grouped import Groups, spread
 from tnmoe.nn.projection import Bias, Projection, SharedProjection, StackedProjection
@@ -44,12 +44,11 @@ def layout_shape(layout: str, out_features: int, in_features: int, sites: int = 
     sites : int
         Number of sites of an interleaved shape.
     """
+    one_of("layout", layout, LAYOUTS)
     if layout == "interleaved":
         return MPOShape.for_matrix(out_features, in_features, sites)
-    if layout == "split":
-        groups = (gcd(out_features, _SPLIT_GROUP), gcd(in_features, _SPLIT_GROUP))
-        return MPOShape.split(out_features, in_features, *groups)
-    raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    groups = (gcd(out_features, _SPLIT_GROUP), gcd(in_features, _SPLIT_GROUP))
+    return MPOShape.split(out_features, in_features, *groups)
 
 
 class Experts(nn.Module):
@@ -90,12 +89,10 @@ class Experts(nn.Module):
         ):
             if projection is not None and fits != sizes:
                 raise InputError(f"{name} ({projection}) does not fit up ({up})")
-        if not 0 <= dropout <= 1:
-            raise InputError(f"dropout must be in [0, 1], got {dropout!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = sizes
         self.up, self.gate, self.down = up, gate, down
         self.activation = resolve_activation(activation, gated=gate is not None)
-        self.dropout = dropout
+        self.dropout = number_in("dropout", dropout, "[0, 1]")
 
     @classmethod
     def _from_projections(
@@ -135,7 +132,9 @@ class Experts(nn.Module):
         """
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
         if is_transformed():
-            return self._all_on_all(hidden_states, top_k_index, top_k_weights)
+            return self._all_on_all(
+                *self._nowhere_to_the_last(hidden_states, top_k_index, top_k_weights)
+            )
         kind = hidden_states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         states = hidden_states.to(dtype or hidden_states.dtype)
@@ -166,6 +165,8 @@ class Experts(nn.Module):
                 f"(T, k), got hidden_states {tuple(states.shape)}, top_k_index "
                 f"{tuple(index.shape)}, top_k_weights {tuple(weights.shape)}"
             )
+        if index.is_floating_point():
+            raise InputError(f"top_k_index must hold integers, got {index.dtype}")
 
     def _count_routed(self, groups: Groups) -> int:
         """Slots that have an expert; they come first."""

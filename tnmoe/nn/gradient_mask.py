@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.optimizers import innermost
 from tnmoe.nn.projection import SharedProjection
@@ -73,10 +73,8 @@ class _Mask:
             If it is not in [0, 1].
         """
         value = self.probability(step) if callable(self.probability) else self.probability
-        if not 0 <= value <= 1:
-            at = f" at step {step}" if callable(self.probability) else ""
-            raise InputError(f"probability must be in [0, 1], got {value!r}{at}")
-        return float(value)
+        at = f" at step {step}" if callable(self.probability) else ""
+        return number_in(f"probability{at}", value, "[0, 1]")
 
     def masks(self, step: int) -> dict[str, bool]:
         """Which tensors sit out a step, by name."""

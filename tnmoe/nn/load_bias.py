@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in
 from tnmoe.nn.optimizers import innermost
+from tnmoe.nn.transforms import in_backward
 
 
 class LoadBias(nn.Module):
@@ -27,38 +28,43 @@ class LoadBias(nn.Module):
     value : Tensor of float32, shape (E,)
         A buffer, saved with the model. It stays in float32 when the model is cast: in half
         precision its small steps would be lost.
-    counts : Tensor of float32, shape (E,)
-        A buffer, not saved.
+    counts : Tensor of int64, shape (E,)
+        Not a buffer: neither saved nor, in a distributed run, overwritten by another rank's.
     """
 
     value: Tensor
-    counts: Tensor
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.register_buffer("value", zeros)
-        self.register_buffer("counts", zeros.clone(), persistent=False)
+        self.counts = torch.zeros_like(zeros, dtype=torch.int64)
 
     def reset(self) -> None:
         """Start again without a bias."""
         self.value.zero_()
-        self.counts.zero_()
+        self.counts = torch.zeros_like(self.value, dtype=torch.int64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
+        before = self.value
         super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            old = before[name]
-            if buffer is not None and old is not None and buffer.dtype != torch.float32:
-                moved = torch.zeros_like(buffer, dtype=torch.float32)
-                self._buffers[name] = moved if old.is_meta else moved.copy_(old)
+        if self.value.dtype != torch.float32:
+            moved = torch.zeros_like(self.value, dtype=torch.float32)
+            self.value = moved if before.is_meta else moved.copy_(before)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.value = self.value.float()
 
     @torch.no_grad()
     def count(self, index: Tensor, mask: Tensor | None) -> None:
         """Add the choices (T, k) of tokens; those where a mask (T,) is False do not count."""
-        experts = torch.arange(len(self.counts), device=index.device)
+        if in_backward():
+            return
+        if self.counts.device != index.device:
+            self.counts = torch.zeros_like(self.counts, device=index.device)
+        experts = torch.arange(self.counts.shape[0], device=index.device)
         chosen = (index[..., None] == experts).sum(1)
         self.counts += (chosen if mask is None else chosen * mask[:, None]).sum(0)
 
@@ -70,7 +76,8 @@ class LoadBias(nn.Module):
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.counts)
-        self.value += rate * (self.counts.mean() - self.counts).sign()
+        counts = self.counts.to(self.value.device, torch.float32)
+        self.value += rate * (counts.mean() - counts).sign()
         self.counts.zero_()
 
 
@@ -111,9 +118,7 @@ class BiasBalancer:
         self.biases = [module for module in model.modules() if isinstance(module, LoadBias)]
         if not self.biases:
             raise InputError("there is nothing to balance: no router has load_bias=True")
-        if not rate >= 0:
-            raise InputError(f"rate must be at least 0, got {rate!r}")
-        self.rate = rate
+        self.rate = number_in("rate", rate, "[0, inf)")
         self._handle = innermost(optimizer).register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: Any) -> None:

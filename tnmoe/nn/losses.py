@@ -8,6 +8,7 @@ from torch import Tensor
 from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_mask
 from tnmoe.nn.router import SCORE_FUNCTIONS
+from tnmoe.nn.transforms import may_look
 
 FORMS = ("switch", "gshard")
 
@@ -35,7 +36,8 @@ def load_balancing_loss(
         Tokens where it is 0 do not count.
     form : {"switch", "gshard"}
         Which choices make the load: all k (Fedus et al., arXiv:2101.03961, equations 4 to 6), or
-        each token's first (Lepikhin et al., arXiv:2006.16668, algorithm 1, times E²).
+        each token's first (Lepikhin et al., arXiv:2006.16668, algorithm 1, times E²), where tokens
+        choose in an order.
     score_function : {"softmax", "sigmoid"}
         The router's. Sigmoids are divided by their sum over experts (DeepSeek-V3,
         arXiv:2412.19437, equations 17 to 20).
@@ -62,13 +64,15 @@ def load_balancing_loss(
     """
     one_of("form", form, FORMS)
     one_of("score_function", score_function, SCORE_FUNCTIONS)
+    _check_routing(router_logits, top_k_index)
     experts = router_logits.shape[-1]
     index = top_k_index[:, :1] if form == "gshard" else top_k_index
     slots = F.one_hot(index, experts + 1)[..., :experts].sum(-2).float()
     weights = _token_weights(router_logits, attention_mask, sequences)
 
     def mean(values: Tensor) -> Tensor:
-        return (weights[:, None] @ values.view(*weights.shape, experts)).squeeze(1)
+        # No matrix product, which autocast would do in half precision.
+        return (weights[..., None] * values.view(*weights.shape, experts)).sum(1)
 
     load = mean(slots)
     load = load / load.sum(-1, keepdim=True).clamp(min=1e-9)
@@ -95,6 +99,8 @@ def router_z_loss(
     Tensor
         Scalar of float32.
     """
+    if router_logits.ndim != 2:
+        raise InputError(f"expected router_logits (T, E), got {tuple(router_logits.shape)}")
     squares = router_logits.float().logsumexp(-1).square()
     weights = _token_weights(router_logits, attention_mask, sequences)
     return _over_sequences((weights * squares.view_as(weights)).sum(-1), weights)
@@ -105,6 +111,21 @@ def normalized_scores(router_logits: Tensor, score_function: str) -> Tensor:
     if score_function == "sigmoid":
         return F.logsigmoid(router_logits.float()).softmax(-1)
     return router_logits.float().softmax(-1)
+
+
+def _check_routing(router_logits: Tensor, index: Tensor) -> None:
+    fits = router_logits.ndim == index.ndim == 2 and len(index) == len(router_logits)
+    if not fits or index.is_floating_point():
+        raise InputError(
+            f"expected router_logits (T, E) and top_k_index (T, k) of integers, got "
+            f"{tuple(router_logits.shape)} and {tuple(index.shape)} of {index.dtype}"
+        )
+    experts = router_logits.shape[-1]
+    if may_look(index) and index.numel() and not 0 <= index.min() <= index.max() <= experts:
+        raise InputError(
+            f"top_k_index must hold experts from 0 to {experts - 1}, or {experts} for none, got "
+            f"{index.min()} to {index.max()}"
+        )
 
 
 def _token_weights(tokens: Tensor, attention_mask: Tensor | None, sequences: int) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.router import Router
 
@@ -74,8 +75,6 @@ class MPOMoE(nn.Module):
             )
         if shared_gate and shared_expert is None:
             raise InputError("shared_gate=True needs a shared_expert")
-        if not 0 <= dropout <= 1:
-            raise InputError(f"dropout must be in [0, 1], got {dropout!r}")
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert
@@ -85,8 +84,11 @@ class MPOMoE(nn.Module):
             self.shared_gate = nn.Linear(
                 weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype
             )
-        self.dropout = dropout
+        self.dropout = number_in("dropout", dropout, "[0, 1]")
         self._token_mask: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_token_mask": None}
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token through its experts.
@@ -122,7 +124,8 @@ def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
     """Let the MoE layers of a model see which tokens are padding.
 
     Padding then goes to no expert, takes no one's room and counts in no load. A model hands its
-    feed-forward networks no mask, hence this block around its call.
+    feed-forward networks no mask, hence this block around its call. With activation checkpointing
+    the backward pass calls the layers again, and belongs into the block as well.
 
     Parameters
     ----------

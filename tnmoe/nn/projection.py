@@ -499,7 +499,11 @@ class SharedProjection(Projection):
             for core in stack:
                 rows = core.shape[0] if not left_of_center else prod(core.shape[:-1])
                 if not core.is_meta:
-                    nn.init.orthogonal_(core.view(rows, -1))
+                    # LAPACK knows no half precision.
+                    isometry = torch.empty_like(
+                        core, dtype=torch.promote_types(core.dtype, torch.float32)
+                    )
+                    core.copy_(nn.init.orthogonal_(isometry.view(rows, -1)).view_as(core))
         variance = self.shape.padded_out / (3 * prod(self.center.shape[-4:]))
         self.center.normal_(std=sqrt(variance))
         if self.bias is not None:

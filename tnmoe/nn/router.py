@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import inf, prod
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, one_of
-from tnmoe.nn.capacity import check_capacity, check_mask, first_of_each, room
+from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.nn.capacity import check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
-from tnmoe.nn.transforms import is_transformed
+from tnmoe.nn.transforms import is_transformed, without_autocast
 from tnmoe.shapes import positive_int
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -32,6 +33,8 @@ class Router(nn.Module, ABC):
         Sizes H and E.
     score_function : {"softmax", "sigmoid"}
         What makes scores of a token's logits.
+    normalize, straight_through : bool
+        What makes weights of the scores of a token's experts; see :class:`TopKRouter`.
     bias : bool
         Whether every expert has a bias on its logits.
     jitter_noise : float
@@ -49,6 +52,8 @@ class Router(nn.Module, ABC):
         hidden_size: int,
         num_experts: int,
         score_function: str,
+        normalize: bool,
+        straight_through: bool,
         bias: bool,
         jitter_noise: float,
         device: torch.device | str | None,
@@ -58,13 +63,17 @@ class Router(nn.Module, ABC):
         self.hidden_size = positive_int("hidden_size", hidden_size)
         self.num_experts = positive_int("num_experts", num_experts)
         one_of("score_function", score_function, SCORE_FUNCTIONS)
-        if not 0 <= jitter_noise < 1:
-            raise InputError(f"jitter_noise must be in [0, 1), got {jitter_noise!r}")
         self.score_function = score_function
-        self.jitter_noise = jitter_noise
+        self.normalize, self.straight_through = normalize, straight_through
+        self.jitter_noise = number_in("jitter_noise", jitter_noise, "[0, 1)")
+        # What is told of every call: see record_routing.
+        self._recorders: tuple[Callable[..., None], ...] = ()
         size: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **size))
         self.bias = nn.Parameter(torch.empty(num_experts, **size)) if bias else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recorders": ()}
 
     def reset_parameters(self) -> None:
         """Draw new weights with standard deviation 0.02; biases become 0."""
@@ -93,19 +102,27 @@ class Router(nn.Module, ABC):
         Raises
         ------
         InputError
-            If the mask has not as many entries as there are tokens, or ``x`` another last size.
+            If the mask has not as many entries as there are tokens or holds negative numbers, or
+            ``x`` has another last size or no floating-point numbers.
         """
-        if x.shape[-1:] != (self.hidden_size,):
-            raise InputError(f"expected (..., {self.hidden_size}), got {tuple(x.shape)}")
+        if x.shape[-1:] != (self.hidden_size,) or not x.is_floating_point():
+            raise InputError(
+                f"expected floating-point numbers of shape (..., {self.hidden_size}), "
+                f"got {tuple(x.shape)} of {x.dtype}"
+            )
         tokens = x.reshape(-1, self.hidden_size)
-        mask = check_mask(token_mask, len(tokens))
+        mask = check_mask(token_mask, tokens.shape[0])
         if mask is not None:
             # Whatever padding holds must not reach the weights' gradient.
             tokens = tokens.masked_fill(~mask[:, None], 0)
-        with torch.autocast(x.device.type, enabled=False):
+        sequences = self.count_sequences(x)
+        with without_autocast(x.device):
             logits = self._logits(tokens.to(torch.promote_types(x.dtype, torch.float32)))
-            weights, index = self._route(logits, mask, self.count_sequences(x))
-        return logits, weights.to(x.dtype), index
+            weights, index = self._route(logits, mask, sequences)
+        weights = weights.to(x.dtype)
+        for recorder in self._recorders:
+            recorder(self, logits, weights, index, mask, sequences)
+        return logits, weights, index
 
     @staticmethod
     def count_sequences(x: Tensor) -> int:
@@ -122,6 +139,38 @@ class Router(nn.Module, ABC):
     def log_scores(self, logits: Tensor) -> Tensor:
         """Logarithms of the scores, which do not underflow, (T, E)."""
         return logits.log_softmax(-1) if self.score_function == "softmax" else F.logsigmoid(logits)
+
+    def _shares(self, chosen: Tensor) -> Tensor:
+        """Scores of chosen logits (T, k), divided by their sum."""
+        # Of exponentials of the logits, a softmax over all experts or over these is the same.
+        return (chosen if self.score_function == "softmax" else F.logsigmoid(chosen)).softmax(-1)
+
+    def _log_scores_of(self, chosen: Tensor, logits: Tensor) -> Tensor:
+        """Logarithms of the scores of chosen logits (T, k), all being (T, E)."""
+        if self.score_function == "softmax":
+            return chosen - logits.logsumexp(-1, keepdim=True)
+        return F.logsigmoid(chosen)
+
+    def _weigh(self, chosen: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor:
+        """Weights (T, k) of the choices that are followed, from their logits and all (T, E)."""
+        if not self.normalize:
+            weights = self._log_scores_of(chosen, logits).exp()
+        elif chosen.shape[1] == 1:
+            weights = self._weigh_one(chosen, logits)
+        elif kept is None:
+            weights = self._shares(chosen)
+        else:
+            weights = self._shares(chosen.masked_fill(~kept, torch.finfo(chosen.dtype).min))
+            alone = kept.sum(-1, keepdim=True) == 1
+            weights = torch.where(alone, self._weigh_one(chosen, logits), weights)
+        return weights if kept is None else weights * kept
+
+    def _weigh_one(self, chosen: Tensor, logits: Tensor) -> Tensor:
+        """Weights of experts that are alone: exactly 1, with the gradient of the log-score."""
+        if not (self.straight_through and logits.requires_grad):
+            return torch.ones_like(chosen)
+        log_scores = self._log_scores_of(chosen, logits)
+        return (log_scores - log_scores.detach()).exp()
 
     @abstractmethod
     def _route(self, logits: Tensor, mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +194,8 @@ class TopKRouter(Router):
 
     ========================  ====================================================================
     Switch                    ``top_k=1, normalize=False, jitter_noise=0.01, capacity_factor=1.25``
-    GShard                    ``top_k=2, second_expert="random", capacity_factor=2.0``
+    GShard                    ``top_k=2, second_expert="random", capacity_factor=1.0``; a first
+                              expert that stays alone has weight 1 here, and less in GShard
     Shazeer et al. 2017       ``top_k=k, noisy=True``
     Mixtral, Qwen3-MoE        ``top_k=k``
     gpt-oss                   ``top_k=k, bias=True``
@@ -170,10 +220,11 @@ class TopKRouter(Router):
     jitter_noise : float
         In training, multiply inputs by numbers drawn from [1 − jitter, 1 + jitter].
     capacity_factor : float, optional
-        In training every expert has room for ``ceil(capacity_factor · k · T / E)`` tokens, first
-        choices of all tokens before second ones, then in the order of tokens. What finds no room
-        is dropped, and a token whose choices all are gets 0: behind a residual connection it
-        passes through unchanged (Fedus et al., arXiv:2101.03961, section 2.2).
+        In training every expert has room for ``ceil(capacity_factor · k · T / E)`` tokens
+        (GShard's 2 T / E is a factor of 1), first choices of all tokens before second ones, then
+        in the order of tokens. What finds no room is dropped, and a token whose choices all are
+        gets 0: behind a residual connection it passes through unchanged (Fedus et al.,
+        arXiv:2101.03961, section 2.2).
     eval_capacity_factor : float, optional
         The same out of training; by default nothing is dropped there.
     capacity_scope : {"batch", "sequence"}
@@ -184,7 +235,7 @@ class TopKRouter(Router):
     bias : bool
         Whether every expert has a bias on its logits.
     straight_through : bool
-        Only for ``top_k=1`` with ``normalize``: see Notes.
+        With ``normalize``, whether a weight that is 1 by itself teaches the router: see Notes.
     scale : float
         Multiplies all weights (DeepSeek-V3's routed scaling factor).
     load_bias : bool
@@ -228,11 +279,12 @@ class TopKRouter(Router):
     - with a capacity, for tokens whose every choice is dropped: they get 0.
 
     **Top-1 and the router's gradient.** The one weight of ``top_k=1`` with ``normalize`` is 1
-    whatever the logits are, so the task's loss would not reach the router. ``straight_through``
-    (the default) therefore treats the divisor as a constant in the backward pass: the weight is
-    exactly 1, and its gradient that of the logarithm of the chosen score. An expert that lowers
-    the loss is made more likely, as in Switch, where the gradient is that of the score itself, p
-    times as large. False leaves the router to the auxiliary losses alone.
+    whatever the logits are, so the task's loss would not reach the router; likewise where all but
+    one of a token's choices are dropped. ``straight_through`` (the default) therefore treats the
+    divisor as a constant in the backward pass: the weight is exactly 1, and its gradient that of
+    the logarithm of the chosen score. An expert that lowers the loss is made more likely, as in
+    Switch, where the gradient is that of the score itself, p times as large. False leaves such
+    tokens to the auxiliary losses alone.
 
     Examples
     --------
@@ -269,28 +321,30 @@ class TopKRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_experts, score_function, bias, jitter_noise, device, dtype
-        )
+            hidden_size, num_experts, score_function, normalize, straight_through, bias,
+            jitter_noise, device, dtype,
+        )  # fmt: skip
         self.top_k = positive_int("top_k", top_k)
         if top_k > num_experts:
             raise InputError(f"top_k={top_k} exceeds num_experts={num_experts}")
-        check_capacity("capacity_factor", capacity_factor)
-        check_capacity("eval_capacity_factor", eval_capacity_factor)
+        for name, factor in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+        ):
+            if factor is not None:
+                number_in(name, factor, "(0, inf)")
         one_of("capacity_scope", capacity_scope, SCOPES)
         one_of("second_expert", second_expert, SECOND_EXPERT)
         if second_expert != "all" and top_k != 2:
             raise InputError(f"second_expert={second_expert!r} needs top_k=2, got top_k={top_k}")
-        if not 0 <= second_threshold <= 1:
-            raise InputError(f"second_threshold must be in [0, 1], got {second_threshold!r}")
-        if not 0 < scale < inf:
-            raise InputError(f"scale must be positive and finite, got {scale!r}")
         _check_groups(num_experts, top_k, num_groups, top_groups)
-        self.normalize, self.straight_through, self.scale = normalize, straight_through, scale
+        self.scale = number_in("scale", scale, "(0, inf)")
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.capacity_scope = capacity_scope
         self.num_groups, self.top_groups = num_groups, top_groups
         self.group_score = min(positive_int("group_score", group_score), num_experts // num_groups)
-        self.second_expert, self.second_threshold = second_expert, second_threshold
+        self.second_expert = second_expert
+        self.second_threshold = number_in("second_threshold", second_threshold, "[0, 1]")
         self.noise_weight = nn.Parameter(torch.empty_like(self.weight)) if noisy else None
         self.load_bias = LoadBias(num_experts, device) if load_bias else None
         self.reset_parameters()
@@ -318,7 +372,7 @@ class TopKRouter(Router):
         if self.load_bias is not None and self.training and not is_transformed():
             self.load_bias.count(index, mask)
         kept = self._kept(index, chosen, mask, sequences)
-        weights = self._weights(chosen, logits, kept)
+        weights = self._weigh(chosen, logits, kept)
         if self.scale != 1:
             weights = weights * self.scale
         if kept is not None:
@@ -338,7 +392,7 @@ class TopKRouter(Router):
             scores = scores + self.load_bias.value.to(scores.dtype)
         if self.num_groups > 1:
             size = self.num_experts // self.num_groups
-            groups = scores.view(len(scores), self.num_groups, size)
+            groups = scores.view(scores.shape[0], self.num_groups, size)
             merit = groups.topk(self.group_score).values.sum(-1)
             best = merit.topk(self.top_groups, sorted=False).indices
             out = torch.ones_like(merit, dtype=torch.bool).scatter(1, best, False)
@@ -359,13 +413,10 @@ class TopKRouter(Router):
             return kept
         kept = torch.ones_like(index, dtype=torch.bool) if kept is None else kept
         sequences = sequences if self.capacity_scope == "sequence" else 1
-        capacity = room(factor * self.top_k / self.num_experts, mask, len(index), sequences, index)
+        capacity = room(
+            factor * self.top_k, self.num_experts, mask, index.shape[0], sequences, index
+        )
         return first_of_each(index, kept, capacity, self.num_experts)
-
-    def _shares(self, chosen: Tensor) -> Tensor:
-        """Scores of chosen logits (T, k), divided by their sum."""
-        # Of exponentials of the logits, a softmax over all experts or over these is the same.
-        return (chosen if self.score_function == "softmax" else F.logsigmoid(chosen)).softmax(-1)
 
     def _wants_second(self, share: Tensor) -> Tensor:
         """Which tokens go to their second choice, given its share of the weights, (T,)."""
@@ -374,23 +425,6 @@ class TopKRouter(Router):
         if self.second_expert == "random" and self.training:
             return 2 * share > torch.rand_like(share)
         return torch.full_like(share, self.second_expert != "none", dtype=torch.bool)
-
-    def _weights(self, chosen: Tensor, logits: Tensor, kept: Tensor | None) -> Tensor:
-        """Weights of the choices that are followed, from their logits (T, k) and all (T, E)."""
-        if self.normalize and self.top_k > 1:
-            if kept is not None:
-                chosen = chosen.masked_fill(~kept, torch.finfo(chosen.dtype).min)
-            weights = self._shares(chosen)
-        elif self.normalize and not (self.straight_through and logits.requires_grad):
-            weights = torch.ones_like(chosen)
-        else:
-            if self.score_function == "softmax":
-                log_scores = chosen - logits.logsumexp(-1, keepdim=True)
-            else:
-                log_scores = F.logsigmoid(chosen)
-            # Straight through: exactly 1, with the gradient of the logarithm.
-            weights = (log_scores - log_scores.detach() if self.normalize else log_scores).exp()
-        return weights if kept is None else weights * kept
 
     def extra_repr(self) -> str:
         return (

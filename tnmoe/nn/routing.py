@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_mask
 from tnmoe.nn.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.router import SCOPES, Router
+from tnmoe.nn.transforms import in_backward
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class RoutingCall:
         The tokens were so many sequences of the same length.
     score_function : str
         The router's.
+    lost_gradient : bool
+        The router is in training, but the call was without gradients.
     """
 
     name: str
@@ -46,6 +49,7 @@ class RoutingCall:
     token_mask: Tensor | None
     sequences: int
     score_function: str
+    lost_gradient: bool
 
     def counted(self, attention_mask: Tensor | None) -> Tensor | None:
         """Tokens that count, as (T,) of bool: a given mask, else the router's own."""
@@ -113,7 +117,19 @@ class Routing:
         )
 
     def counts(self, attention_mask: Tensor | None = None) -> Tensor:
-        """Slots each expert received, per recorded call, shape (calls, E)."""
+        """Slots each expert received, per recorded call, shape (calls, E).
+
+        Raises
+        ------
+        InputError
+            If nothing was recorded, or routers have different numbers of experts.
+        """
+        numbers = sorted({call.logits.shape[-1] for call in self.calls})
+        if len(numbers) != 1:
+            raise InputError(
+                "counts are of routers with one number of experts, got "
+                + (", ".join(map(str, numbers)) if numbers else "no call of a router")
+            )
         rows = []
         for call in self.calls:
             mask = call.counted(attention_mask)
@@ -122,16 +138,59 @@ class Routing:
             rows.append(torch.bincount(kept.reshape(-1), minlength=experts + 1)[:experts])
         return torch.stack(rows)
 
-    @staticmethod
-    def _mean(losses: list[Tensor]) -> Tensor:
+    def _mean(self, losses: list[Tensor]) -> Tensor:
         if not losses:
             raise InputError("no routing was recorded: no forward pass reached a Router")
+        if torch.is_grad_enabled() and any(call.lost_gradient for call in self.calls):
+            warnings.warn(
+                "this loss teaches no router: the recorded pass was without gradients, as the "
+                "first one of activation checkpointing with use_reentrant=True is",
+                stacklevel=3,
+            )
         return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Tells a Routing of the calls of one router."""
+
+    routing: Routing
+    name: str
+
+    def __call__(
+        self,
+        router: Router,
+        logits: Tensor,
+        weights: Tensor,
+        index: Tensor,
+        token_mask: Tensor | None,
+        sequences: int,
+    ) -> None:
+        if in_backward():
+            return
+        choices = router.choices(logits, index)
+        learns = router.training and router.weight.requires_grad
+        self.routing.calls.append(
+            RoutingCall(
+                self.name,
+                logits,
+                weights,
+                index,
+                choices,
+                token_mask,
+                sequences,
+                router.score_function,
+                learns and not logits.requires_grad,
+            )
+        )
 
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[Routing]:
     """Record the decisions of all routers of a model, for losses and statistics.
+
+    What activation checkpointing calls again in a backward pass is not recorded again. With its
+    ``use_reentrant=True`` the pass that is recorded has no gradients, which losses warn of.
 
     Parameters
     ----------
@@ -155,30 +214,15 @@ def record_routing(model: nn.Module) -> Iterator[Routing]:
     """
     routing = Routing()
 
-    def record(name: str, router: Router, args: tuple, kwargs: dict, output: Any) -> None:
-        logits, weights, index = output
-        x = args[0] if args else kwargs["x"]
-        mask = args[1] if len(args) > 1 else kwargs.get("token_mask")
-        routing.calls.append(
-            RoutingCall(
-                name,
-                logits,
-                weights,
-                index,
-                router.choices(logits, index),
-                mask,
-                router.count_sequences(x),
-                router.score_function,
-            )
-        )
-
-    handles = [
-        module.register_forward_hook(lambda *call, name=name: record(name, *call), with_kwargs=True)
+    recorders = [
+        (module, _Recorder(routing, name))
         for name, module in model.named_modules()
         if isinstance(module, Router)
     ]
+    for router, recorder in recorders:
+        router._recorders = (*router._recorders, recorder)
     try:
         yield routing
     finally:
-        for handle in handles:
-            handle.remove()
+        for router, recorder in recorders:
+            router._recorders = tuple(each for each in router._recorders if each is not recorder)

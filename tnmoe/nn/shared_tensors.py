@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in
 from tnmoe.nn.experts import PROJECTIONS, Experts
 from tnmoe.nn.projection import SharedProjection
 
@@ -146,7 +146,7 @@ def parameter_groups(
         if len(counts) > 1:
             raise InputError(f"give shared_scale: layers have {counts} experts")
         shared_scale = 1 / counts[0]
-    _check_scale("shared_scale", shared_scale)
+    number_in("shared_scale", shared_scale, "[0, inf)")
     trained = [each for each in model.parameters() if each.requires_grad]
     return [
         {"params": [each for each in trained if id(each) not in shared], "lr": lr, **options},
@@ -189,7 +189,7 @@ class SharedGradientScale:
     def __init__(self, model: nn.Module, scale: float | None = None) -> None:
         find_shared(model)
         if scale is not None:
-            _check_scale("scale", scale)
+            number_in("scale", scale, "[0, inf)")
         scales = {
             id(core): (core, 1 / each.num_experts if scale is None else scale)
             for each in shared_projections(model)
@@ -234,8 +234,3 @@ def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
     for core in shared:
         core.requires_grad_(not frozen)
     return sum(core.numel() for core in shared)
-
-
-def _check_scale(name: str, scale: float) -> None:
-    if not 0 <= scale < float("inf"):
-        raise InputError(f"{name} must be at least 0 and finite, got {scale!r}")

@@ -57,7 +57,7 @@ STATISTICS = tuple(entry.name for entry in fields(RouterStatistics))
 def routing_statistics(
     routing: Routing, attention_mask: Tensor | None = None
 ) -> dict[str, RouterStatistics]:
-    """Statistics of every router that was recorded, calls of the same one averaged.
+    """Statistics of every router that was recorded, tokens of several calls taken together.
 
     Parameters
     ----------
@@ -81,34 +81,46 @@ def routing_statistics(
     >>> float(routing_statistics(routing)[""].load.sum())
     1.0
     """
-    by_name: dict[str, list[RouterStatistics]] = {}
+    by_name: dict[str, list[tuple[Tensor, RouterStatistics]]] = {}
     for call in routing.calls:
         by_name.setdefault(call.name, []).append(_of_call(call, attention_mask))
-    return {
-        name: RouterStatistics(
-            *(torch.stack([getattr(call, name) for call in calls]).mean(0) for name in STATISTICS)
-        )
-        for name, calls in by_name.items()
-    }
+    return {name: _together(calls) for name, calls in by_name.items()}
 
 
-def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> RouterStatistics:
+def _together(calls: list[tuple[Tensor, RouterStatistics]]) -> RouterStatistics:
+    """Means of statistics, weighted by tokens."""
+    tokens = torch.stack([count for count, _ in calls])
+    shares = tokens / tokens.sum().clamp(min=1)
+    means = (
+        sum(share * getattr(each, name) for share, (_, each) in zip(shares, calls, strict=True))
+        for name in STATISTICS
+    )
+    return RouterStatistics(*means)
+
+
+def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> tuple[Tensor, RouterStatistics]:
+    """How many tokens counted, and their statistics."""
     logits = call.logits.float()
     experts = logits.shape[-1]
     mask = call.counted(attention_mask)
     tokens = logits.new_ones(len(logits)) if mask is None else mask.float()
     share = tokens / tokens.sum().clamp(min=1)
     everyone = torch.arange(experts, device=logits.device)
-    asked = share @ (call.choices[..., None] == everyone).sum(1).float()
-    followed = share @ (call.index < experts).float()
+
+    def mean(values: Tensor) -> Tensor:
+        # No matrix product, which autocast would do in half precision.
+        return (share.view(-1, *[1] * (values.ndim - 1)) * values).sum(0)
+
+    asked = mean((call.choices[..., None] == everyone).sum(1))
+    followed = mean((call.index < experts).sum(-1))
     load = asked / asked.sum().clamp(min=1e-9)
     scores = normalized_scores(logits, call.score_function)
-    return RouterStatistics(
+    return tokens.sum(), RouterStatistics(
         load=load,
-        importance=share @ scores,
-        entropy=share @ torch.special.entr(scores).sum(-1),
-        dropped=1 - followed.sum() / asked.sum().clamp(min=1e-9),
-        untouched=share @ (call.index == experts).all(-1).float(),
+        importance=mean(scores),
+        entropy=mean(torch.special.entr(scores).sum(-1)),
+        dropped=1 - followed / asked.sum().clamp(min=1e-9),
+        untouched=mean((call.index == experts).all(-1)),
         max_violation=experts * load.max() - 1,
     )
 
@@ -165,9 +177,11 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
                 self._look_at(name, steps[-self.window :])
 
     def _look_at(self, name: str, steps: list[RouterStatistics]) -> None:
-        load = torch.stack([step.load for step in steps]).mean(0)
-        experts, needed = len(load), self._choices[name]
-        used = exp(float(torch.special.entr(load).sum()))
+        load = torch.stack([step.load for step in steps]).sum(0)
+        total, experts, needed = float(load.sum()), len(load), self._choices[name]
+        if total == 0 or experts <= needed:
+            return
+        used = exp(float(torch.special.entr(load / total).sum()))
         if used < needed + (experts - needed) / 8:
             self._collapsed.add(name)
             warnings.warn(
