@@ -1,5 +1,6 @@
 """Gradient masks: skipped is skipped, momentum and weight decay included, as (seed, step) says."""
 
+import copy
 import io
 import subprocess
 import sys
@@ -65,12 +66,17 @@ def test_masked_steps_leave_central_tensors_exactly_alone_and_move_all_others(na
     centers, others = centers_and_others(layer)
     assert {id(c) for c in centers} == {id(layer.experts.up.center), id(layer.experts.down.center)}
     before = [p.detach().clone() for p in (*centers, *others)]
-    with nn.GradientMask(optimizer, layer, probability=1.0):
+    memory = copy.deepcopy([optimizer.state[center] for center in centers])
+    with nn.GradientMask(optimizer, layer, probability=1.0) as mask:
         train_step(layer, optimizer, 3, closure)
     for old, new in zip(before, (*centers, *others), strict=True):
         assert bool((old == new).all()) == any(new is center for center in centers)
+    for old, center in zip(memory, centers, strict=True):
+        for key, value in optimizer.state[center].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(old[key])), key
     # Out of the block the mask is gone.
     train_step(layer, optimizer, 4, closure)
+    assert mask.step == 1
     assert all((old != c).any() for old, c in zip(before, centers, strict=False))
 
 
@@ -130,6 +136,8 @@ def test_frequency_of_masked_steps_is_the_probability(probability, per_layer):
     for name in mask.updates:
         share = sum(draw[name] for draw in drawn) / steps
         assert abs(share - probability) < 4 * deviation
+    other = nn.GradientMask(optimizer, model, probability, seed=4, per_layer=per_layer)
+    assert [other.masks(step) for step in range(200)] != drawn[:200]
     # Tensors of a layer go together; layers do, or are independent.
     names = [f"{layer}.experts.{side}.center" for layer in (0, 1) for side in ("up", "down")]
     assert all(draw[names[0]] == draw[names[1]] for draw in drawn)
@@ -142,7 +150,7 @@ def test_draws_depend_on_seed_and_step_alone_and_resume_from_a_state_dict():
     def run(steps, state=None):
         layer = make_layer()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
-        mask = nn.GradientMask(optimizer, layer, 0.5, seed=11)
+        mask = nn.GradientMask(optimizer, layer, 0.5, seed=12 if state else 11)
         if state:
             mask.load_state_dict(state)
         draws = []
@@ -315,6 +323,20 @@ def test_updates_are_counted_where_there_was_a_gradient():
         "experts.down.center": 0,
     }
     assert 0 < mask.masked_steps < 12
+
+
+def test_steps_that_spare_any_tensor_are_counted_as_masked():
+    model = torch.nn.ModuleList(make_layer() for _ in range(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mask = nn.GradientMask(optimizer, model, 0.5, per_layer=True)
+    for step in range(10):
+        for layer in model:
+            loss_of(layer, step).backward()
+        optimizer.step()
+    draws = [mask.masks(step) for step in range(10)]
+    assert mask.masked_steps == sum(any(draw.values()) for draw in draws)
+    assert mask.masked_steps != sum(all(draw.values()) for draw in draws)
+    assert mask.updates == {name: sum(not draw[name] for draw in draws) for name in mask.updates}
 
 
 def test_given_parameters_are_masked_by_number_each_its_own_layer():
