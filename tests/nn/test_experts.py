@@ -173,9 +173,10 @@ def test_parameter_names_are_one_center_and_stacked_aux_per_projection():
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "split"])
-def test_fresh_weights_have_the_variance_of_a_linear_layer(layout):
+@pytest.mark.parametrize("shared", ["center", "none", (0, 1)])
+def test_fresh_weights_have_the_variance_of_a_linear_layer(layout, shared):
     torch.manual_seed(0)
-    experts = nn.MPOExperts(E, 128, 256, layout=layout, sites=3)
+    experts = nn.MPOExperts(E, 128, 256, layout=layout, sites=3, shared=shared)
     for projection in (experts.up, experts.down):
         expected = 1 / (3 * projection.in_features)
         for matrix in projection.weight():
@@ -200,6 +201,11 @@ def test_noise_makes_experts_differ_around_the_pretrained_network():
     deviations = (matrices - ffn["up"]).flatten(1).norm(dim=1) / ffn["up"].norm()
     assert ((deviations > 1e-3) & (deviations < 0.1)).all()
     assert (matrices[0] != matrices[1]).any()
+    # Projections have noise of their own.
+    same = nn.MPOExperts.from_dense(
+        ffn["up"], ffn["down"], ffn["up"], num_experts=E, sites=3, noise=0.01, rng=0
+    )
+    assert (same.up.aux[0] != same.gate.aux[0]).any()
 
 
 def test_noise_on_whole_matrices_is_relative_to_their_size():

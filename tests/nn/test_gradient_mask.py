@@ -44,7 +44,9 @@ def train_step(layer, optimizer, step, closure=False) -> None:
         loss.backward()
         return loss
 
-    if closure:
+    if closure == "keyword":
+        optimizer.step(closure=evaluate)
+    elif closure:
         optimizer.step(evaluate)
     else:
         evaluate()
@@ -56,7 +58,7 @@ def centers_and_others(layer):
     return centers, [p for p in layer.parameters() if all(p is not c for c in centers)]
 
 
-@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("closure", [False, "positional", "keyword"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_masked_steps_leave_central_tensors_exactly_alone_and_move_all_others(name, closure):
     layer = make_layer()

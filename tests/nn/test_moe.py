@@ -345,6 +345,21 @@ def test_slots_without_an_expert_give_zero_and_no_gradient_on_every_route(route,
         torch.testing.assert_close(one, other)
 
 
+def test_experts_that_take_turns_leave_zeros_where_there_is_no_expert(monkeypatch):
+    monkeypatch.setattr("tnmoe.nn.experts._CACHED", 0)
+    experts = nn.MPOExperts(E, H, F, bias=True, sites=3)
+    index = torch.tensor([[0, E], [E, E], [3, 1]])
+    x, weights = torch.randn(3, H), torch.rand(3, 2)
+    torch.use_deterministic_algorithms(True)  # fills what nobody writes with NaN
+    try:
+        with torch.no_grad():
+            turns = experts(x, index, weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(turns, experts(x, index, weights))
+    assert (turns[1] == 0).all()
+
+
 def test_transformed_functions_give_padding_nothing_whatever_it_holds():
     torch.manual_seed(0)
     experts = nn.MPOExperts(E, H, F, bias=True, sites=3, dropout=0.5)

@@ -114,11 +114,11 @@ def test_weights_and_gradients_are_those_of_transformers_router(name):
     torch.manual_seed(0)
     theirs, ours = PEERS[name]()
     same_weights(ours, theirs)
-    x, probe = torch.randn(2, 9, H), torch.randn(18, E)
+    x, probe = torch.randn(2, 50, H), torch.randn(100, E)
     gradients = []
     for router in (theirs, ours):
         tokens = x.clone().requires_grad_()
-        logits, weights, index = router(tokens.view(18, H))
+        logits, weights, index = router(tokens.view(100, H))
         found = [logits, as_matrix(weights, index)]
         ((found[1] * probe).sum() + found[0].square().sum()).backward()
         gradients.append([*found, tokens.grad, router.weight.grad])
@@ -172,7 +172,7 @@ def test_top_2_with_a_capacity_is_that_of_nllb_moe(capacity):
 
 def test_second_experts_are_followed_by_policy():
     torch.manual_seed(0)
-    count = 6000
+    count = 40_000
     x = torch.randn(count, H)
     routers = {
         policy: nn.TopKRouter(H, E, 2, second_expert=policy, second_threshold=0.4)

@@ -561,6 +561,29 @@ def test_the_cache_keeps_to_its_limit_and_lets_go(cache):
     assert "cached" not in second.plan(100, training=False).seconds
 
 
+def test_a_step_of_an_optimiser_leaves_the_matrices_of_other_models_alone(cache):
+    trained, other = projection(dtype=torch.float32), projection("split", dtype=torch.float32)
+    optimizer = WritesPastTorch(trained.parameters())
+    with torch.no_grad():
+        for each in (trained, other):
+            each.route = "cached"
+            each(torch.randn(1, each.in_features), grouped(torch.tensor([0]), 3))
+        both = cache.used
+        optimizer.step()
+        assert 0 < cache.used < both
+        other.train(other.training)  # no change of mode
+        assert 0 < cache.used < both
+
+
+def test_cores_made_in_inference_mode_are_used_and_not_kept(cache):
+    with torch.inference_mode():
+        made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
+        rows, index = torch.randn(3, made.in_features), torch.tensor([0, 1, 2])
+        assert "cached" not in made.plan(3, training=False).seconds
+        torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
+    assert cache.used == 0
+
+
 def test_nothing_is_cached_while_gradients_are_asked_for(cache):
     layer = experts(None)
     states, index, weights = routing()

@@ -97,12 +97,15 @@ def test_experts_start_as_the_pretrained_matrix_and_noise_spares_what_they_share
     noisy = nn.MPOExperts.from_dense(up, down, **details, noise=0.01, rng=0)
     for name, matrix in (("up", up), ("down", down)):
         clean, varied = getattr(exact, name), getattr(noisy, name)
+        named = {"center": {clean.site}, "none": set()}
+        common = set(shared) if isinstance(shared, tuple) else named[shared]
+        assert clean.shared_sites == varied.shared_sites == common
         best = tn.decompose(matrix, clean.shape, max_bond=max_bond).to_matrix()
         torch.testing.assert_close(clean.weight().detach(), best.expand(E, -1, -1))
         for site in range(3):
             core, other = clean.core_at(site), varied.core_at(site)
             same = bool((core == other).all())
-            assert same == (site in varied.shared_sites)
+            assert same == (site in common)
             if not same:
                 change = (other - core).detach().flatten(1)
                 relative = change.norm() / core.norm()
