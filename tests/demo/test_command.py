@@ -113,8 +113,8 @@ def test_help_and_version_answer():
 
 
 def no_known_ffn(folder: Path) -> Path:
-    config = transformers.GPT2Config(vocab_size=30522, n_embd=8, n_layer=1, n_head=1)
-    transformers.GPT2Model(config).save_pretrained(folder)
+    config = transformers.BloomConfig(vocab_size=30522, hidden_size=8, n_layer=1, n_head=1)
+    transformers.BloomModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(packaged_model(), local_files_only=True).save_pretrained(folder)
     return folder
 

@@ -13,71 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import tnmoe as tn
+from tests.hf.families import IDS, MASK, make, relative
 from tnmoe import hf, nn
 from tnmoe.demo.data import packaged_model
 
-ENCODER = {
-    "vocab_size": 50,
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-}
-DECODER = ENCODER | {"num_key_value_heads": 1, "head_dim": 12}
-
-MODELS = {
-    "bert": lambda: transformers.BertModel(transformers.BertConfig(**ENCODER)),
-    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**ENCODER)),
-    "electra": lambda: transformers.ElectraModel(transformers.ElectraConfig(**ENCODER)),
-    "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**ENCODER)),
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
-    "llama with biases": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**DECODER, mlp_bias=True)
-    ),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**DECODER)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER)),
-    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**DECODER)),
-}
-IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
-
-
-def make(name: str) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():  # biases start at zero, where mistakes do not show
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model
 
 
 @torch.no_grad()
 def outputs(model: transformers.PreTrainedModel) -> torch.Tensor:
-    mask = torch.ones_like(IDS)
-    mask[1, 5:] = 0
-    return model(input_ids=IDS, attention_mask=mask)[0]
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
-    model = make(name)
-    expected = outputs(model)
-    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=top_k, layout=layout, sites=3)
-    assert hf.upcycle(model, config) is model
-    assert sum(isinstance(module, nn.MPOMoE) for module in model.modules()) == 3
-    assert relative(outputs(model), expected) < 1e-5
-
-
-def test_greedy_generation_with_a_cache_is_unchanged():
-    model = make("llama")
-    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = model.generate(IDS, **arguments)
-    assert (hf.upcycle(model, CONFIG).generate(IDS, **arguments) == expected).all()
+    return model(input_ids=IDS, attention_mask=MASK)[0]
 
 
 def test_only_the_chosen_layers_are_converted():
@@ -184,7 +129,7 @@ def test_configurations_survive_json():
 @pytest.mark.parametrize("options", [{}, {"layout": "split"}, {"max_bond": 3}, {"layers": [1]}])
 def test_the_report_counts_what_really_built_models_hold(name, options):
     config = hf.MPOEConfig(num_experts=3, sites=3, **options)
-    report = hf.parameter_report(MODELS[name]().config, config)
+    report = hf.parameter_report(make(name).config, config)
     from_model = hf.parameter_report(make(name), config)
     # The configuration alone is laid out as the bare model, whose layers have shorter names.
     assert [(c.dense, c.moe, c.mpoe) for c in report.ffns] == [

@@ -13,7 +13,7 @@ except ImportError as error:
 
 from tnmoe.hf.checkpoint import from_pretrained
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns, register_family
+from tnmoe.hf.families import FFN, find_ffns, of_module, register_family
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.hf.upcycle import upcycle
 
@@ -23,6 +23,7 @@ __all__ = [
     "ParameterReport",
     "find_ffns",
     "from_pretrained",
+    "of_module",
     "parameter_report",
     "register_family",
     "upcycle",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from inspect import signature
 from typing import Any
 
+import torch
+
 from tnmoe.errors import InputError, number_in, one_of
-from tnmoe.nn.experts import LAYOUTS, layout_shape
+from tnmoe.nn.expert_choice import ExpertChoiceRouter
+from tnmoe.nn.experts import LAYOUTS, layout_shape, per_projection
+from tnmoe.nn.router import Router, TopKRouter
 from tnmoe.shapes import MPOShape, positive_int
 
 Size = tuple[int, int]
@@ -22,25 +27,34 @@ class MPOEConfig:
     num_experts : int
         Experts per layer.
     num_experts_per_tok : int
-        Experts per token.
+        Experts per token; on average, if experts choose.
     layout : {"interleaved", "split", "dense"}
         How matrices split over sites (:func:`tnmoe.nn.experts.layout_shape`); ``dense`` shares
         nothing: an ordinary mixture, for comparison.
     sites : int
         Sites of interleaved shapes.
-    max_bond : int, optional
-        Largest bond dimension. The default, exact bonds, preserves the model's function;
-        pretrained matrices compress badly.
-    layers : sequence of int, optional
-        Which of the feed-forward networks to convert, counted as ``find_ffns`` lists them; all by
-        default.
+    max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
+        Largest bond dimension, of all matrices or of each. The default, exact bonds, preserves
+        the model's function; pretrained matrices compress badly.
+    shared : {"center", "none"}, sequence of int, or mapping from "up", "gate", "down" to these
+        Sites whose cores all experts of a layer share; see :class:`tnmoe.nn.MPOExperts`.
+    shared_bias : bool
+        Keep the pretrained biases once for all experts, and not a copy for each.
+    layers : sequence of int, or str, optional
+        Which of the feed-forward networks to convert, counted as ``find_ffns`` lists them, or a
+        regular expression to look for in their names (``"encoder"``); all by default.
+    every : int
+        Of those, convert the last of each so many: 2 is every second.
     shapes : mapping from (out, in) to MPOShape
         Shapes for matrices of these sizes instead of the layout's.
     expert_noise : float
         Noise on every expert's auxiliary cores at the start, relative to each core's size. 0
         keeps the model's function exactly; experts then differ once their tokens do.
-    normalize_router, jitter_noise
-        As in :class:`tnmoe.nn.TopKRouter`.
+    router_kind : {"top_k", "expert_choice"}
+        Whether tokens choose experts or experts tokens.
+    router : mapping
+        Settings of :class:`tnmoe.nn.TopKRouter` or :class:`tnmoe.nn.ExpertChoiceRouter` by name:
+        ``{"jitter_noise": 0.01, "capacity_factor": 1.25}``.
     mask_probability : float
         Probability with which a training step leaves the central tensors alone, for
         :class:`tnmoe.nn.GradientMask`.
@@ -55,20 +69,26 @@ class MPOEConfig:
     num_experts_per_tok: int = 1
     layout: str = "interleaved"
     sites: int = 5
-    max_bond: int | None = None
-    layers: Sequence[int] | None = None
+    max_bond: int | Mapping[str, int | None] | None = None
+    shared: Any = "center"
+    shared_bias: bool = False
+    layers: Sequence[int] | str | None = None
+    every: int = 1
     shapes: Mapping[Size, MPOShape] = field(default_factory=dict)
     expert_noise: float = 0.0
-    normalize_router: bool = True
-    jitter_noise: float = 0.0
+    router_kind: str = "top_k"
+    router: Mapping[str, Any] = field(default_factory=dict)
     mask_probability: float = 0.0
 
     def __post_init__(self) -> None:
         positive_int("num_experts", self.num_experts)
         positive_int("num_experts_per_tok", self.num_experts_per_tok)
         positive_int("sites", self.sites)
-        if self.max_bond is not None:
-            positive_int("max_bond", self.max_bond)
+        positive_int("every", self.every)
+        for bond in per_projection("max_bond", self.max_bond, None).values():
+            if bond is not None:
+                positive_int("max_bond", bond)
+        per_projection("shared", self.shared, "center")
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
@@ -81,6 +101,38 @@ class MPOEConfig:
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")
 
+        one_of("router_kind", self.router_kind, ("top_k", "expert_choice"))
+        self.make_router(1, device="meta")
+
+    def make_router(
+        self,
+        hidden_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Router:
+        """A new router for a layer.
+
+        Raises
+        ------
+        InputError
+            If a router has no such setting, or not with that value.
+        """
+        make: type[Router] = TopKRouter
+        settings: dict[str, Any] = {"top_k": self.num_experts_per_tok}
+        if self.router_kind == "expert_choice":
+            make, settings = ExpertChoiceRouter, {"capacity_factor": self.num_experts_per_tok}
+        known = set(signature(make).parameters) - {
+            "hidden_size", "num_experts", "top_k", "device", "dtype",
+        }  # fmt: skip
+        if unknown := sorted(set(self.router) - known):
+            raise InputError(
+                f"router has no settings {', '.join(unknown)}; known ones are "
+                f"{', '.join(sorted(known))}"
+            )
+        settings |= self.router
+        return make(hidden_size, self.num_experts, device=device, dtype=dtype, **settings)
+
     def shape_for(self, out_features: int, in_features: int) -> MPOShape:
         """Shape of a matrix of this size."""
         given = self.shapes.get((out_features, in_features))
@@ -88,7 +140,20 @@ class MPOEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        data = asdict(self) | {"layers": None if self.layers is None else list(self.layers)}
+
+        def plain(value: Any) -> Any:
+            """Numbers of sites or layers as a list."""
+            if isinstance(value, Mapping):
+                return {key: plain(entry) for key, entry in value.items()}
+            return value if value is None or isinstance(value, str) else sorted(value)
+
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        data |= {"layers": plain(self.layers), "shared": plain(self.shared)}
+        data |= {
+            name: dict(data[name])
+            for name in ("router", "max_bond")
+            if isinstance(data[name], Mapping)
+        }
         data["shapes"] = [asdict(shape) for shape in self.shapes.values()]
         return data
 

@@ -97,7 +97,7 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
             _count(empty_moe(ffn, replace(config, layout="dense"))),
             _count(empty_moe(ffn, config)),
         )
-        for ffn in find_ffns(model, config.layers)
+        for ffn in find_ffns(model, config.layers, config.every)
     )
     dense = _count(model)
     rest = dense - sum(count.dense for count in ffns)

@@ -1,61 +1,63 @@
-"""Empty mixtures of experts in the place of dense networks: what a checkpoint is loaded into."""
+"""Mixtures of experts in the place of dense networks: what both building and loading need."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import nn
 
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns
+from tnmoe.hf.families import FFN, find_ffns, weight_of
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.router import TopKRouter
 
 
-def make_router(
-    ffn: FFN, config: MPOEConfig, *, device: torch.device | str, dtype: torch.dtype
-) -> TopKRouter:
-    """A new router for the experts that replace ``ffn``."""
-    return TopKRouter(
-        ffn.up.in_features,
-        config.num_experts,
-        config.num_experts_per_tok,
-        normalize=config.normalize_router,
-        jitter_noise=config.jitter_noise,
-        device=device,
-        dtype=dtype,
+def make_moe(ffn: FFN, config: MPOEConfig, experts: Experts) -> MPOMoE:
+    """The layer that replaces ``ffn``, of given experts and with a new router beside them."""
+    weight = next(experts.parameters())
+    router = config.make_router(
+        weight_of(ffn.up).shape[1], device=weight.device, dtype=weight.dtype
     )
+    return MPOMoE(router, experts, dropout=ffn.output_dropout)
+
+
+def expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
+    """What experts in the place of ``ffn`` are made with, besides their sizes and matrices."""
+    settings: dict[str, Any] = {
+        "num_experts": config.num_experts,
+        "activation": ffn.activation,
+        "dropout": ffn.dropout,
+    }
+    if config.layout != "dense":
+        settings |= {
+            "up_shape": config.shape_for(*weight_of(ffn.up).shape),
+            "down_shape": config.shape_for(*weight_of(ffn.down).shape),
+            "max_bond": config.max_bond,
+            "shared": config.shared,
+        }
+    return settings
 
 
 def empty_moe(ffn: FFN, config: MPOEConfig) -> MPOMoE:
     """The layer that replaces ``ffn``, on the meta device: shapes and dtypes, no numbers."""
-    dtype = ffn.up.weight.dtype
-    hidden, inner, gated = ffn.up.in_features, ffn.up.out_features, ffn.gate is not None
-    experts: Experts
-    if config.layout == "dense":
-        experts = DenseExperts(
-            config.num_experts, hidden, inner, ffn.activation, gated, bias=True,
-            device="meta", dtype=dtype,
-        )  # fmt: skip
-    else:
-        experts = MPOExperts(
-            config.num_experts, hidden, inner, ffn.activation, gated, bias=True,
-            up_shape=config.shape_for(inner, hidden),
-            down_shape=config.shape_for(hidden, inner),
-            max_bond=config.max_bond,
-            device="meta", dtype=dtype,
-        )  # fmt: skip
-    for projection, linear in (
-        (experts.up, ffn.up),
-        (experts.down, ffn.down),
-        (experts.gate, ffn.gate),
-    ):
-        if projection is not None and linear is not None and linear.bias is None:
-            projection.bias = None
-    return MPOMoE(make_router(ffn, config, device="meta", dtype=dtype), experts)
+    inner, hidden = weight_of(ffn.up).shape
+    make: type[Experts] = DenseExperts if config.layout == "dense" else MPOExperts
+    experts = make(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        gated=ffn.gate is not None,
+        bias="shared" if config.shared_bias else True,
+        device="meta",
+        dtype=weight_of(ffn.up).dtype,
+        **expert_settings(ffn, config),
+    )  # type: ignore[call-arg]
+    for name, matrix in ffn.matrices.items():
+        if matrix.bias is None:
+            getattr(experts, name).bias = None
+    return make_moe(ffn, config, experts)
 
 
 def install_empty(model: nn.Module, config: MPOEConfig) -> None:
     """Put empty mixtures of experts in the place of a dense model's networks."""
-    for ffn in find_ffns(model, config.layers):
+    for ffn in find_ffns(model, config.layers, config.every):
         ffn.install(empty_moe(ffn, config))

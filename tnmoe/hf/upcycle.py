@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.checkpoint import mark_as_mpoe
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns
-from tnmoe.hf.structure import make_router
+from tnmoe.hf.families import FFN, find_ffns, weight_of
+from tnmoe.hf.structure import expert_settings, make_moe
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
-from tnmoe.nn.moe import MPOMoE
 from tnmoe.truncation import TruncationInfo
 
 
@@ -27,8 +25,9 @@ def upcycle(
 ) -> PreTrainedModel:
     """Turn the dense feed-forward networks of a pretrained model into mixtures of experts.
 
-    Every expert starts as the pretrained network. With exact bonds, no expert noise and a
-    normalised router the model computes what it did, to rounding.
+    Every expert starts as the pretrained network. With exact bonds, no expert noise and weights
+    that sum to 1 (see :class:`tnmoe.nn.TopKRouter`; the default) the model computes what it did,
+    to rounding.
 
     Parameters
     ----------
@@ -60,48 +59,27 @@ def upcycle(
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(f"{type(model).__name__} is already converted or quantized")
     # Everything is built before anything is replaced: an error leaves the model as it was.
-    ffns = find_ffns(model, config.layers)
-    layers = [_upcycled(ffn, config, on_matrix) for ffn in ffns]
+    ffns = find_ffns(model, config.layers, config.every)
+    layers = [make_moe(ffn, config, _experts(ffn, config, on_matrix)) for ffn in ffns]
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
     mark_as_mpoe(model, config)
     return model
 
 
-def _upcycled(
-    ffn: FFN, config: MPOEConfig, on_matrix: Callable[[str, TruncationInfo], None] | None
-) -> MPOMoE:
-    weight = ffn.up.weight
-    router = make_router(ffn, config, device=weight.device, dtype=weight.dtype)
-    return MPOMoE(router, _experts(ffn, config, on_matrix))
-
-
 def _experts(
     ffn: FFN, config: MPOEConfig, on_matrix: Callable[[str, TruncationInfo], None] | None
 ) -> Experts:
-    def bias_of(linear: nn.Linear | None) -> Tensor | None:
-        return None if linear is None else linear.bias
-
-    up, down = ffn.up.weight, ffn.down.weight
-    gate = None if ffn.gate is None else ffn.gate.weight
-    common: dict[str, Any] = {
-        "up_bias": bias_of(ffn.up),
-        "down_bias": bias_of(ffn.down),
-        "gate_bias": bias_of(ffn.gate),
-        "num_experts": config.num_experts,
-        "activation": ffn.activation,
+    pretrained: dict[str, Any] = {}
+    for name, matrix in ffn.matrices.items():
+        pretrained |= {name: weight_of(matrix), f"{name}_bias": matrix.bias}
+    pretrained |= {
+        "shared_bias": config.shared_bias,
+        "noise": config.expert_noise,
+        "rng": np.random.default_rng(int(torch.randint(2**62, ()))),
     }
+    settings = expert_settings(ffn, config)
     if config.layout == "dense":
-        return DenseExperts.from_dense(up, down, gate, **common)
-    return MPOExperts.from_dense(
-        up,
-        down,
-        gate,
-        **common,
-        up_shape=config.shape_for(*up.shape),
-        down_shape=config.shape_for(*down.shape),
-        max_bond=config.max_bond,
-        noise=config.expert_noise,
-        rng=np.random.default_rng(int(torch.randint(2**62, ()))),
-        on_matrix=on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info)),
-    )
+        return DenseExperts.from_dense(**pretrained, **settings)
+    report = on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info))
+    return MPOExperts.from_dense(**pretrained, **settings, on_matrix=report)

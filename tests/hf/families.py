@@ -1,0 +1,111 @@
+"""Small random models of real transformers classes, one or more per family, and their inputs."""
+
+import torch
+import transformers as tf
+
+IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, 5:] = 0
+
+_SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+}
+_GROUPED = _SMALL | {"num_key_value_heads": 1, "head_dim": 12}
+_T5 = {
+    "vocab_size": 50, "d_model": 24, "d_kv": 12, "d_ff": 40, "num_layers": 3, "num_heads": 2,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_GPT2 = {"vocab_size": 50, "n_embd": 24, "n_layer": 3, "n_head": 2}
+_BART = {
+    "vocab_size": 50, "d_model": 24, "encoder_layers": 2, "decoder_layers": 3,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 32,
+}  # fmt: skip
+_VISION = _SMALL | {"image_size": 16, "patch_size": 8, "num_channels": 3}
+
+# Name: the model, and how many feed-forward networks it has.
+MODELS = {
+    "bert": (lambda: tf.BertModel(tf.BertConfig(**_SMALL)), 3),
+    "roberta": (lambda: tf.RobertaModel(tf.RobertaConfig(**_SMALL)), 3),
+    "electra": (lambda: tf.ElectraModel(tf.ElectraConfig(**_SMALL)), 3),
+    "mpnet": (lambda: tf.MPNetModel(tf.MPNetConfig(**_SMALL)), 3),
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GROUPED)), 3),
+    "llama with biases": (
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GROUPED, mlp_bias=True)), 3,
+    ),
+    "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**_GROUPED)), 3),
+    "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_GROUPED)), 3),
+    "gemma": (lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**_GROUPED)), 3),
+    "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**_GPT2)), 3),
+    "gptj": (lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**_GPT2, rotary_dim=4)), 3),
+    "gpt_neox": (lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_SMALL)), 3),
+    "falcon": (lambda: tf.FalconForCausalLM(tf.FalconConfig(**_SMALL)), 3),
+    "phi": (lambda: tf.PhiForCausalLM(tf.PhiConfig(**_SMALL)), 3),
+    "opt": (
+        lambda: tf.OPTForCausalLM(
+            tf.OPTConfig(**_SMALL, ffn_dim=40, word_embed_proj_dim=24, max_position_embeddings=64)
+        ),
+        3,
+    ),
+    "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)), 6),
+    "flan-t5": (
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        ),
+        6,
+    ),
+    "mt5": (lambda: tf.MT5ForConditionalGeneration(tf.MT5Config(**_T5)), 6),
+    "bart": (lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_BART)), 5),
+    "whisper": (
+        lambda: tf.WhisperForConditionalGeneration(
+            tf.WhisperConfig(
+                **_BART, num_mel_bins=8, max_source_positions=6, max_target_positions=20,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+            )
+        ),
+        5,
+    ),
+    "vit": (lambda: tf.ViTModel(tf.ViTConfig(**_VISION)), 3),
+    "clip vision": (lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_VISION)), 3),
+}  # fmt: skip
+
+ENCODER_DECODERS = ("t5", "flan-t5", "mt5", "bart")
+GENERATORS = (
+    "llama", "mistral", "qwen2", "gemma", "gpt2", "gptj", "gpt_neox", "falcon", "phi", "opt",
+    *ENCODER_DECODERS,
+)  # fmt: skip
+
+
+def make(name: str) -> tf.PreTrainedModel:
+    """The model in evaluation mode; nothing of it is zero, where mistakes would not show."""
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    """A batch, with padding on the right where the model takes tokens."""
+    generator = torch.Generator().manual_seed(1)
+    if name in ("vit", "clip vision"):
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    if name == "whisper":
+        features = torch.randn(2, 8, 12, generator=generator)
+        return {"input_features": features, "decoder_input_ids": IDS}
+    tokens = {"input_ids": IDS, "attention_mask": MASK}
+    return tokens | ({"decoder_input_ids": IDS.flip(1)} if name in ENCODER_DECODERS else {})
+
+
+@torch.no_grad()
+def outputs(model: tf.PreTrainedModel, name: str) -> torch.Tensor:
+    """Logits, or hidden states where there is no head."""
+    return model(**inputs(name))[0]
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())

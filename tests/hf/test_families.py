@@ -1,0 +1,177 @@
+"""Every family is found, converted without a change of function, and trained and saved as one."""
+
+import pytest
+import torch
+
+import tnmoe as tn
+from tests.hf.families import GENERATORS, IDS, MASK, MODELS, inputs, make, outputs, relative
+from tnmoe import hf, nn
+
+CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
+
+
+def moes(model):
+    return {name: each for name, each in model.named_modules() if isinstance(each, nn.MPOMoE)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
+    model = make(name)
+    expected = outputs(model, name)
+    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=top_k, layout=layout, sites=3)
+    assert hf.upcycle(model, config) is model
+    assert len(moes(model)) == MODELS[name][1]
+    assert relative(outputs(model, name), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generation_with_a_cache_and_padding_on_either_side_is_unchanged(name, side):
+    model = make(name)
+    mask = MASK.flip(1) if side == "left" else MASK
+    batch = {"input_ids": IDS * mask, "attention_mask": mask}
+    settings = {
+        "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+        "use_cache": True, "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    dense = model.generate(**batch, **settings)
+    converted = hf.upcycle(model, CONFIG).generate(**batch, **settings)
+    assert torch.equal(converted.sequences, dense.sequences)
+    for one, other in zip(converted.logits, dense.logits, strict=True):
+        assert relative(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_converted_family_trains_saves_and_loads(name, tmp_path):
+    model = hf.upcycle(make(name), CONFIG).train()
+    loss = model(**inputs(name))[0].square().mean()
+    loss.backward()
+    centers = nn.shared_parameters(model)
+    assert len(centers) >= 2 * MODELS[name][1]
+    assert all(center.grad is not None for center in centers)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as after training: experts differ
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.eval().save_pretrained(tmp_path / "saved")
+    loaded = hf.from_pretrained(tmp_path / "saved").eval()
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(outputs(loaded, name), outputs(model, name))
+
+
+def test_dropout_of_a_network_stays_where_it_was():
+    t5 = hf.upcycle(make("t5"), CONFIG)
+    gpt2 = hf.upcycle(make("gpt2"), CONFIG)
+    rates = {name: (each.experts.dropout, each.dropout) for name, each in moes(t5).items()}
+    assert set(rates.values()) == {(0.1, 0.0)}
+    assert {(each.experts.dropout, each.dropout) for each in moes(gpt2).values()} == {(0.0, 0.1)}
+    bart = make("bart")
+    bart.model.decoder.layers[1].activation_dropout = 0.3
+    hf.upcycle(bart, CONFIG)
+    layer = bart.model.decoder.layers[1]
+    assert (layer.fc1.experts.dropout, layer.activation_dropout) == (0.3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "every", "expected"),
+    [
+        (None, 2, ["encoder.block.1", "decoder.block.0", "decoder.block.2"]),
+        ("encoder", 1, ["encoder.block.0", "encoder.block.1", "encoder.block.2"]),
+        ("decoder", 3, ["decoder.block.2"]),
+        (r"block\.(0|2)\.", 1, [f"{s}coder.block.{n}" for s in ("en", "de") for n in (0, 2)]),
+        ([5, 0], 1, ["encoder.block.0", "decoder.block.2"]),
+    ],
+)
+def test_layers_are_chosen_by_name_number_and_distance(layers, every, expected, tmp_path):
+    model = make("t5")
+    dense = outputs(model, "t5")
+    config = hf.MPOEConfig(num_experts=2, sites=3, layers=layers, every=every)
+    report = hf.parameter_report(model.config, config)
+    hf.upcycle(model, config)
+    assert [name.split(".layer")[0] for name in moes(model)] == expected
+    assert [each.name.split(".layer")[0] for each in report.ffns] == expected
+    assert report.total.mpoe == sum(p.numel() for p in model.parameters())
+    assert relative(outputs(model, "t5"), dense) < 1e-5
+    model.save_pretrained(tmp_path)
+    assert list(moes(hf.from_pretrained(tmp_path))) == list(moes(model))
+
+
+def test_settings_of_routers_and_sharing_reach_every_layer_and_its_checkpoint(tmp_path):
+    config = hf.MPOEConfig(
+        num_experts=4, num_experts_per_tok=2, sites=3, max_bond={"down": 8}, shared={"up": (0, 1)},
+        shared_bias=True,
+        router={"score_function": "sigmoid", "load_bias": True, "capacity_factor": 1.5},
+    )  # fmt: skip
+    model = hf.upcycle(make("bert"), config)
+    model.save_pretrained(tmp_path)
+    for each in (model, hf.from_pretrained(tmp_path)):
+        assert len(moes(each)) == 3
+        for layer in moes(each).values():
+            router, experts = layer.router, layer.experts
+            assert (router.top_k, router.score_function, router.capacity_factor) == (
+                2, "sigmoid", 1.5,
+            )  # fmt: skip
+            assert router.load_bias is not None
+            assert experts.up.shared_sites == {0, 1}
+            assert experts.down.shared_sites == {1}
+            assert len(experts.up.bias) == 1
+            assert max(experts.down.center.shape[0::3]) == 8
+    choosing = hf.MPOEConfig(num_experts=4, num_experts_per_tok=2, router_kind="expert_choice")
+    model = hf.upcycle(make("bert"), choosing)
+    assert {each.router.capacity_factor for each in moes(model).values()} == {2}
+
+
+def test_a_family_of_ones_own_is_one_line():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ff = torch.nn.Module()
+            self.ff.inner, self.ff.outer = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+            self.ff.act = torch.nn.Tanh()
+
+    model = torch.nn.ModuleList([Layer(), Layer()])
+    with pytest.raises(tn.InputError, match="no feed-forward network of a known family"):
+        hf.find_ffns(model)
+    hf.register_family("mine")(hf.of_module("ff", "inner", "outer"))
+    try:
+        assert [ffn.name for ffn in hf.find_ffns(model)] == ["0", "1"]
+    finally:
+        from tnmoe.hf import families
+
+        del families._FAMILIES["mine"]
+
+
+@pytest.mark.parametrize(
+    ("make_config", "message"),
+    [
+        (lambda: hf.MPOEConfig(every=0), "every must be a positive integer, got 0"),
+        (lambda: hf.MPOEConfig(router_kind="hash"), "router_kind must be one of top_k, expert_ch"),
+        (
+            lambda: hf.MPOEConfig(router={"jiter_noise": 0.1}),
+            "router has no settings jiter_noise; known ones are bias, capacity_factor",
+        ),
+        (lambda: hf.MPOEConfig(router={"top_k": 2}), "router has no settings top_k"),
+        (
+            lambda: hf.MPOEConfig(router={"capacity_factor": 0}),
+            r"capacity_factor must be in \(0, inf\), got 0",
+        ),
+        (lambda: hf.MPOEConfig(max_bond={"out": 3}), r"max_bond is for up, gate, down, got"),
+        (
+            lambda: hf.upcycle(make("bert"), hf.MPOEConfig(layers="decoder")),
+            "layers='decoder', every=1 leave none of the 3 feed-forward networks of BertModel: "
+            "encoder.layer.0 … encoder.layer.2",
+        ),
+        (
+            lambda: hf.upcycle(make("bert"), hf.MPOEConfig(every=4)),
+            "layers=None, every=4 leave none of the 3",
+        ),
+        (
+            lambda: hf.upcycle(make("bert"), hf.MPOEConfig(layers="(")),
+            r"layers='\(' is no regular expression",
+        ),
+    ],
+)
+def test_bad_input_is_named(make_config, message):
+    with pytest.raises(tn.InputError, match=message):
+        make_config()
