@@ -67,9 +67,28 @@ def test_freezing_leaves_what_experts_own_and_can_be_undone():
     assert all(each.requires_grad for each in layer.parameters())
 
 
+def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
+    layer = make()
+    count = nn.train_auxiliary(layer)
+    trained = {name for name, each in layer.named_parameters() if each.requires_grad}
+    assert trained == {f"experts.{side}.aux.{site}" for side in ("up", "down") for site in (0, 1)}
+    assert count == sum(each.numel() for each in layer.parameters() if each.requires_grad)
+    more = nn.train_auxiliary(layer, also=["router"])
+    assert more == count + layer.router.weight.numel()
+    other = nn.MPOExperts(4, 8, 12, sites=3, shared={"up": (0, 1), "down": (0, 2)})
+    nn.train_auxiliary(other)
+    trained = {name for name, each in other.named_parameters() if each.requires_grad}
+    assert trained == {"up.aux.1", "down.center"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: nn.train_auxiliary(torch.nn.Linear(2, 2)), "Linear has no tensor that"),
+        (
+            lambda: nn.train_auxiliary(make(), also=["router", "head"]),
+            "no parameter has head in its name",
+        ),
         (lambda: nn.parameter_groups(torch.nn.Linear(2, 2), 0.1), "Linear has no tensor that"),
         (lambda: nn.SharedGradientScale(torch.nn.Linear(2, 2)), "Linear has no tensor that"),
         (lambda: nn.freeze_shared(nn.DenseExperts(2, 8, 8)), "DenseExperts has no tensor that"),

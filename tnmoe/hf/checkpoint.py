@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.structure import install_empty
 
 METHOD = "tnmoe"
@@ -78,6 +79,7 @@ class StructureLoader(HfQuantizer):
                 module.config._is_quantized = False
         for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
             delattr(model, mark)
+        attach_router_losses(model, MPOEConfig.from_dict(self.quantization_config.mpoe))
         return model
 
 

@@ -55,6 +55,9 @@ class MPOEConfig:
     router : mapping
         Settings of :class:`tnmoe.nn.TopKRouter` or :class:`tnmoe.nn.ExpertChoiceRouter` by name:
         ``{"jitter_noise": 0.01, "capacity_factor": 1.25}``.
+    balance_weight, z_weight : float
+        In training, what a converted model adds to its loss: so many times the load-balancing
+        loss and the z-loss of its routers, means over layers.
     mask_probability : float
         Probability with which a training step leaves the central tensors alone, for
         :class:`tnmoe.nn.GradientMask`.
@@ -78,6 +81,8 @@ class MPOEConfig:
     expert_noise: float = 0.0
     router_kind: str = "top_k"
     router: Mapping[str, Any] = field(default_factory=dict)
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
     mask_probability: float = 0.0
 
     def __post_init__(self) -> None:
@@ -96,7 +101,8 @@ class MPOEConfig:
             )
         one_of("layout", self.layout, (*LAYOUTS, "dense"))
         number_in("mask_probability", self.mask_probability, "[0, 1]")
-        number_in("expert_noise", self.expert_noise, "[0, inf)")
+        for name in ("expert_noise", "balance_weight", "z_weight"):
+            number_in(name, getattr(self, name), "[0, inf)")
         for size, shape in self.shapes.items():
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")

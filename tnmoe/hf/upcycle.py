@@ -13,6 +13,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.checkpoint import mark_as_mpoe
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns, weight_of
+from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.structure import expert_settings, make_moe
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.truncation import TruncationInfo
@@ -43,7 +44,8 @@ def upcycle(
     Returns
     -------
     PreTrainedModel
-        ``model``; ``save_pretrained`` and ``from_pretrained`` work on it as on any other.
+        ``model``; ``save_pretrained`` and ``from_pretrained`` work on it as on any other. In
+        training its loss holds those of its routers (:func:`attach_router_losses`).
 
     Raises
     ------
@@ -64,6 +66,7 @@ def upcycle(
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
     mark_as_mpoe(model, config)
+    attach_router_losses(model, config)
     return model
 
 

@@ -25,6 +25,7 @@ from tnmoe.nn.shared_tensors import (
     parameter_groups,
     shared_parameters,
     tie_layers,
+    train_auxiliary,
 )
 from tnmoe.nn.statistics import (
     RouterCollapseWarning,
@@ -67,5 +68,6 @@ __all__ = [
     "routing_statistics",
     "shared_parameters",
     "tie_layers",
+    "train_auxiliary",
     "weight_cache",
 ]

@@ -216,6 +216,51 @@ def _scale_gradient(core: Tensor, scale: float) -> RemovableHandle:
     return core.register_hook(lambda grad: grad * scale)
 
 
+def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
+    """Train the auxiliary cores and nothing else: lightweight fine-tuning, as in MPOP.
+
+    Liu et al., arXiv:2106.02205, section 3.2: the central tensors keep what was learned, and the
+    small cores around them adapt to a task.
+
+    Parameters
+    ----------
+    model : Module
+        All its parameters are frozen but those that experts own as cores, and what ``also`` says.
+    also : iterable of str
+        Parts of names of parameters to train as well: ``["router", "classifier"]``.
+
+    Returns
+    -------
+    int
+        How many numbers are trained.
+
+    Raises
+    ------
+    InputError
+        If nothing is shared, or a part of ``also`` is in no name.
+
+    Examples
+    --------
+    >>> from tnmoe.nn import MPOExperts, MPOMoE, TopKRouter
+    >>> layer = MPOMoE(TopKRouter(64, 4), MPOExperts(4, 64, 256))
+    >>> train_auxiliary(layer), sum(each.numel() for each in layer.parameters())
+    (16640, 49664)
+    """
+    find_shared(model)
+    parts, named = list(also), dict(model.named_parameters())
+    if absent := [part for part in parts if not any(part in name for name in named)]:
+        raise InputError(f"no parameter has {', '.join(absent)} in its name")
+    owned = {
+        id(core)
+        for each in shared_projections(model)
+        for site in set(range(each.shape.sites)) - each.shared_sites
+        for core in [each.core_at(site)]
+    }
+    for name, each in named.items():
+        each.requires_grad_(id(each) in owned or any(part in name for part in parts))
+    return sum(each.numel() for each in named.values() if each.requires_grad)
+
+
 def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
     """Train only what experts own; returns how many numbers are shared.
 
