@@ -228,19 +228,21 @@ def test_accumulated_gradients_share_the_draw_of_their_step():
     assert 0 < mask.masked_steps < 10
 
 
-@pytest.mark.parametrize("way", ["helper", "apply"])
+@pytest.mark.parametrize("way", ["helper", "apply", "on arrival"])
 def test_masked_gradients_do_not_spend_the_budget_of_clipping(way):
     layer, plain = make_layer(), make_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    mask = nn.GradientMask(optimizer, layer, 1.0)
+    mask = nn.GradientMask(optimizer, layer, 1.0, on_arrival=way == "on arrival")
     centers, others = centers_and_others(plain)
-    loss_of(layer, 0).backward()
-    loss_of(plain, 0).backward()
+    for part in range(2):
+        loss_of(layer, part).backward()
+        loss_of(plain, part).backward()
     expected = torch.nn.utils.clip_grad_norm_(others, 0.5)
     if way == "helper":
         norm = mask.clip_grad_norm_(layer.parameters(), 0.5)
     else:
-        mask.apply()
+        if way == "apply":
+            mask.apply()
         norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.5)
     torch.testing.assert_close(norm, expected)
     for one, other in zip(layer.parameters(), plain.parameters(), strict=True):
@@ -250,6 +252,9 @@ def test_masked_gradients_do_not_spend_the_budget_of_clipping(way):
             torch.testing.assert_close(one.grad, other.grad)
     optimizer.step()
     assert (mask.step, mask.masked_steps) == (1, 1)
+    mask.remove()
+    loss_of(layer, 0).backward()
+    assert layer.experts.up.center.grad is not None
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -15,12 +15,16 @@ from tnmoe.hf.checkpoint import from_pretrained
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns, of_module, register_family
 from tnmoe.hf.report import ParameterReport, parameter_report
+from tnmoe.hf.router_losses import attach_router_losses
+from tnmoe.hf.trainer import GradientMaskCallback
 from tnmoe.hf.upcycle import upcycle
 
 __all__ = [
     "FFN",
+    "GradientMaskCallback",
     "MPOEConfig",
     "ParameterReport",
+    "attach_router_losses",
     "find_ffns",
     "from_pretrained",
     "of_module",

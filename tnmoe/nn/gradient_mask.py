@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -153,6 +154,9 @@ class GradientMask(_Mask):
         Seed of the draws.
     per_layer : bool
         Draw for every layer of experts by itself; by default one draw is for all.
+    on_arrival : bool
+        Drop gradients as soon as a backward pass has them, so that whatever clips does not count
+        them. Not for ``DistributedDataParallel``, which needs them when they arrive.
 
     Raises
     ------
@@ -164,7 +168,7 @@ class GradientMask(_Mask):
     -----
     **Clipping.** A norm taken over all gradients before ``step`` counts those that the mask is
     about to drop, and the others are cut by more than need be. :meth:`clip_grad_norm_` drops them
-    first; so does :meth:`apply`, before any other way of clipping.
+    first; so does :meth:`apply`, before any other way of clipping, and so does ``on_arrival``.
 
     **GradScaler.** ``scaler.step(optimizer)`` makes no step, and no draw, where it finds infinity;
     with a fused optimiser, which looks for infinity itself, the draw is spent and the update
@@ -202,6 +206,7 @@ class GradientMask(_Mask):
         probability: Probability,
         seed: int = 0,
         per_layer: bool = False,
+        on_arrival: bool = False,
     ) -> None:
         super().__init__(parameters_or_model, probability, seed, per_layer)
         optimizer = innermost(optimizer, "; for engines with their own steps, use AutogradMask")
@@ -218,10 +223,20 @@ class GradientMask(_Mask):
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if on_arrival:
+            self._handles += [
+                each.register_post_accumulate_grad_hook(partial(self._arrived, name))
+                for name, each in self._tensors.items()
+                if each.requires_grad
+            ]
 
     def apply(self) -> None:
         """Drop the gradients that the coming step is to do without; that step changes no more."""
         for parameter in self._masked_now():
+            parameter.grad = None
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        if self.masks(self.step)[name]:
             parameter.grad = None
 
     def clip_grad_norm_(

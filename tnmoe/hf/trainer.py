@@ -1,0 +1,99 @@
+"""The gradient mask in transformers' Trainer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tnmoe.errors import InputError, one_of
+from tnmoe.nn.gradient_mask import AutogradMask, GradientMask, Probability
+
+ENGINES = ("auto", "optimizer", "autograd")
+
+
+class GradientMaskCallback(TrainerCallback):
+    """Mask the tensors that experts share, in ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
+
+    The draw of every step is a function of the seed and of Trainer's own count of steps: ranks
+    agree, and a run that is resumed from a checkpoint goes on as if it had not been interrupted.
+
+    Parameters
+    ----------
+    probability, seed, per_layer
+        As for :class:`tnmoe.nn.GradientMask`.
+    engine : {"auto", "optimizer", "autograd"}
+        How gradients are kept from the optimiser: by a hook into its step, or, for DeepSpeed,
+        whose optimiser steps inside ``backward``, by :class:`tnmoe.nn.AutogradMask`. ``auto``
+        takes the second under DeepSpeed.
+
+    Attributes
+    ----------
+    mask : GradientMask or AutogradMask, or None
+        Of the run; ``mask.updates`` counts the updates since training began.
+
+    Notes
+    -----
+    Trainer clips before the optimiser's step. In a run of one process masked gradients are
+    dropped as they arrive and do not count for the norm; in distributed ones they do.
+
+    Examples
+    --------
+    >>> callback = GradientMaskCallback(lambda step: 0.5 if step < 1000 else 0.0, seed=1)
+    """
+
+    def __init__(
+        self,
+        probability: Probability,
+        seed: int = 0,
+        per_layer: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        one_of("engine", engine, ENGINES)
+        self.probability, self.seed, self.per_layer = probability, seed, per_layer
+        self.engine = engine
+        self.mask: GradientMask | AutogradMask | None = None
+        self._step = ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the run's optimiser."""
+        model: nn.Module = kwargs["model"]
+        settings = (self.probability, self.seed, self.per_layer)
+        engine = self.engine
+        if engine == "auto":
+            engine = "autograd" if getattr(args, "deepspeed", None) else "optimizer"
+        if engine == "autograd":
+            self.mask = AutogradMask(model, *settings)
+            return
+        if kwargs.get("optimizer") is None:
+            raise InputError("Trainer has no optimiser yet: give engine='autograd'")
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        self.mask = GradientMask(kwargs["optimizer"], model, *settings, on_arrival=alone)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw for the step that Trainer is at."""
+        assert self.mask is not None
+        self.mask.step = state.global_step
+        if isinstance(self.mask, AutogradMask):
+            self._step.enter_context(self.mask.next_step())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the step."""
+        self._step.close()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach."""
+        self._step.close()
+        if isinstance(self.mask, GradientMask):
+            self.mask.remove()
