@@ -110,7 +110,7 @@ def test_trainers_loss_holds_the_balance_loss_and_its_checkpoint_loads(tmp_path)
     model.eval()
     plain = model(**batch).loss
     model.train()
-    assert float(run.compute_loss(model, dict(batch)) - plain) > 0.05
+    assert (run.compute_loss(model, dict(batch)) - plain).item() > 0.05
     run.train()
     run.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
@@ -127,6 +127,10 @@ def test_lora_on_attention_beside_experts_saves_only_what_is_trained(tmp_path):
     )
     trained = [name for name, each in adapted.named_parameters() if each.requires_grad]
     assert trained
+    with nn.record_routing(adapted) as routing:
+        losses = [adapted.train(mode)(input_ids=IDS, labels=IDS).loss for mode in (True, False)]
+    expected = 0.1 * nn.Routing(routing.calls[:3]).balance_loss()
+    torch.testing.assert_close(losses[0] - losses[1], expected)
     assert all("lora_" in name or "router" in name for name in trained)
     run, _ = trainer(tmp_path, model=adapted, steps=3)
     run.callback_handler.callbacks = [

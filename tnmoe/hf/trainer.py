@@ -16,7 +16,7 @@ ENGINES = ("auto", "optimizer", "autograd")
 
 
 class GradientMaskCallback(TrainerCallback):
-    """Mask the tensors that experts share, in ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
+    """Mask the tensors that experts share: ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
 
     The draw of every step is a function of the seed and of Trainer's own count of steps: ranks
     agree, and a run that is resumed from a checkpoint goes on as if it had not been interrupted.
