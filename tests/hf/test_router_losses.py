@@ -109,6 +109,24 @@ def test_what_a_model_adds_is_saved_with_it_and_goes_along_with_copies(tmp_path)
         torch.testing.assert_close(loss, expected + 0.7 * routing.balance_loss(MASK))
 
 
+@pytest.mark.parametrize("way", ["compiled", "checkpointed"])
+def test_the_losses_and_gradients_are_the_same_compiled_and_checkpointed(way):
+    torch.compiler.reset()
+    model = causal(balance_weight=1.0, z_weight=0.1).train()
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
+    results = []
+    for function in (model, torch.compile(model, backend="aot_eager")):
+        if function is not model and way == "checkpointed":
+            function = model
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        loss = function(**batch).loss
+        loss.backward()
+        results.append([loss.detach(), *(each.grad.clone() for each in model.parameters())])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other)
+
+
 def test_a_call_that_fails_leaves_nothing_recording():
     model = causal()
     model.train()
