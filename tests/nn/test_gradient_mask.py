@@ -228,8 +228,9 @@ def test_accumulated_gradients_share_the_draw_of_their_step():
     assert 0 < mask.masked_steps < 10
 
 
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
 @pytest.mark.parametrize("way", ["helper", "apply", "on arrival"])
-def test_masked_gradients_do_not_spend_the_budget_of_clipping(way):
+def test_masked_gradients_do_not_spend_the_budget_of_clipping(way, norm_type):
     layer, plain = make_layer(), make_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     mask = nn.GradientMask(optimizer, layer, 1.0, on_arrival=way == "on arrival")
@@ -237,13 +238,13 @@ def test_masked_gradients_do_not_spend_the_budget_of_clipping(way):
     for part in range(2):
         loss_of(layer, part).backward()
         loss_of(plain, part).backward()
-    expected = torch.nn.utils.clip_grad_norm_(others, 0.5)
+    expected = torch.nn.utils.clip_grad_norm_(others, 0.5, norm_type=norm_type)
     if way == "helper":
-        norm = mask.clip_grad_norm_(layer.parameters(), 0.5)
+        norm = mask.clip_grad_norm_(layer.parameters(), 0.5, norm_type=norm_type)
     else:
         if way == "apply":
             mask.apply()
-        norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.5, norm_type=norm_type)
     torch.testing.assert_close(norm, expected)
     for one, other in zip(layer.parameters(), plain.parameters(), strict=True):
         if any(other is center for center in centers):

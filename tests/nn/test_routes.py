@@ -518,6 +518,17 @@ class WritesPastTorch(torch.optim.Optimizer):
                 core.detach().numpy().flat[1] += 1  # one number among many
 
 
+@pytest.mark.parametrize("site", range(3))
+def test_cached_matrices_follow_the_change_of_a_single_number(site, cache):
+    made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
+    made.route = "cached"
+    rows, index = torch.randn(3, made.in_features), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        made(rows, grouped(index, 3))
+        made.core_at(site).view(-1)[1] += 1  # not one of those that are looked at
+        torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
+
+
 @pytest.mark.parametrize("change", ["data", "numpy", "an optimiser", "before evaluation"])
 def test_cached_matrices_follow_changes_that_torch_does_not_count(change, cache):
     made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
