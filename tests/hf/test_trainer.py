@@ -74,6 +74,25 @@ def test_masked_steps_of_trainer_spare_the_shared_tensors(tmp_path, engine, accu
     assert run.model.model.layers[0].mlp.experts.up.center.grad is not None
 
 
+class Interrupt(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("engine", ["optimizer", "autograd"])
+def test_a_run_after_an_interrupted_one_is_masked_once(tmp_path, engine):
+    callback = hf.GradientMaskCallback(lambda step: float(step == 0), engine=engine)
+    run, watch = trainer(tmp_path, callback, steps=3)
+    run.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(Interrupt)
+    watch.moved.clear()
+    run.train()
+    assert watch.moved == [[False, True], [True, True], [True, True]]
+    assert set(callback.mask.updates.values()) == {2}
+
+
 def test_masked_gradients_do_not_spend_the_norm_that_trainer_clips_to(tmp_path):
     run, _ = trainer(tmp_path, hf.GradientMaskCallback(1.0), steps=1, max_grad_norm=0.1)
     reference = hf.upcycle(make("llama"), CONFIG).train()

@@ -75,6 +75,7 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
     assert count == sum(each.numel() for each in layer.parameters() if each.requires_grad)
     more = nn.train_auxiliary(layer, also=["router"])
     assert more == count + layer.router.weight.numel()
+    assert nn.train_auxiliary(layer, also="router") == more
     other = nn.MPOExperts(4, 8, 12, sites=3, shared={"up": (0, 1), "down": (0, 2)})
     nn.train_auxiliary(other)
     trained = {name for name, each in other.named_parameters() if each.requires_grad}

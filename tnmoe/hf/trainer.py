@@ -61,7 +61,8 @@ class GradientMaskCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the run's optimiser."""
+        """Attach to the run's optimiser, and let go of a run that ended with an exception."""
+        self._detach()
         model: nn.Module = kwargs["model"]
         settings = (self.probability, self.seed, self.per_layer)
         engine = self.engine
@@ -94,6 +95,9 @@ class GradientMaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detach."""
+        self._detach()
+
+    def _detach(self) -> None:
         self._step.close()
         if isinstance(self.mask, GradientMask):
             self.mask.remove()

@@ -226,7 +226,7 @@ def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
     ----------
     model : Module
         All its parameters are frozen but those that experts own as cores, and what ``also`` says.
-    also : iterable of str
+    also : str or iterable of str
         Parts of names of parameters to train as well: ``["router", "classifier"]``.
 
     Returns
@@ -247,7 +247,8 @@ def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
     (16640, 49664)
     """
     find_shared(model)
-    parts, named = list(also), dict(model.named_parameters())
+    parts = [also] if isinstance(also, str) else list(also)
+    named = dict(model.named_parameters())
     if absent := [part for part in parts if not any(part in name for name in named)]:
         raise InputError(f"no parameter has {', '.join(absent)} in its name")
     owned = {
