@@ -398,8 +398,10 @@ def test_layers_can_be_made_in_half_precision(dtype):
     assert all(each.grad.dtype == dtype for each in layer.parameters())
 
 
-def test_a_layer_in_which_no_token_has_an_expert_gives_zeros_and_zero_gradients():
+@pytest.mark.parametrize("route", ["dense", "shared", "chain", None])
+def test_a_layer_in_which_no_token_has_an_expert_gives_zeros_and_zero_gradients(route):
     layer = nn.MPOExperts(E, H, F, bias=True, sites=3)
+    layer.up.route = layer.down.route = route
     index, weights = torch.full((5, 2), E), torch.ones(5, 2)
     output = layer(torch.randn(5, H), index, weights)
     assert (output == 0).all()

@@ -621,6 +621,14 @@ def test_routing_that_does_not_fit_is_named_and_never_read_from_elsewhere(
         experts(None)(torch.randn(states), torch.tensor(index), torch.ones(weights))
 
 
+def test_kept_matrices_are_refused_where_gradients_are_wanted():
+    layer = experts("cached")
+    with pytest.raises(tn.InputError, match="route='cached' has no gradients"):
+        layer(*routing())
+    with torch.no_grad():
+        layer(*routing())
+
+
 def test_an_unknown_route_is_named():
     with pytest.raises(tn.InputError, match=r"route must be one of .*, got 'fast'"):
         experts("fast")(*routing())

@@ -239,6 +239,7 @@ def test_input_cores_tied_between_gate_and_up_are_applied_once_under_autocast(mo
     [
         (lambda: layers(1), "center", "at least two layers, got 1"),
         (lambda: layers(), "aux", "sites must be 'center' or the numbers of sites, got 'aux'"),
+        (lambda: layers(), [], "sites must name at least one site, got none"),
         (lambda: layers(), [1, 3], r"sites must be from 0 to 2, got \[3\]"),
         (
             lambda: [*layers(2), *layers(1, max_bond={"down": 2})],

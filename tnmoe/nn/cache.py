@@ -43,8 +43,9 @@ class _Entry:
 class WeightCache:
     """Built matrices of projections, dropped as soon as a core changes or is gone.
 
-    On an accelerator, call :meth:`clear` after writing to ``core.data`` in place in the middle of
-    an evaluation: nothing tells of it there.
+    Call :meth:`clear` after writing to ``core.data`` in place in the middle of an evaluation:
+    nothing tells of it on an accelerator, and on a CPU only if it meets one of the few numbers
+    that are looked at, which a change of some numbers only, by pruning for instance, may not.
 
     Parameters
     ----------

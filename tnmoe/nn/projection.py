@@ -252,7 +252,7 @@ class SharedProjection(Projection):
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
     ) -> SharedProjection:
-        """Experts that all start as one MPO of torch tensors.
+        """Experts that all start as one MPO of torch tensors, whose shared cores are not copied.
 
         Parameters
         ----------
@@ -380,6 +380,8 @@ class SharedProjection(Projection):
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         route = self.route or self._chosen_route(rows, groups)
         if route == "cached":
+            if self.route and self._in_training(rows):
+                raise InputError("route='cached' has no gradients: use it under torch.no_grad()")
             size = self.out_features, self.in_features
             cores = self.center, self.aux_cores
             return cached_linear(rows, groups.offsets, *cores, self.site, self.legs, size)
@@ -465,7 +467,8 @@ class SharedProjection(Projection):
             )
             for expert, block in groups.spans
         ]
-        return torch.cat(blocks) if blocks else rows.new_zeros(0, self.shape.padded_out)
+        # Without rows, too, cores have gradients: zeros.
+        return torch.cat(blocks) if blocks else self._dense(rows, groups)
 
     @property
     def _stored(self) -> tuple[nn.Parameter, ...]:
@@ -530,6 +533,8 @@ def resolve_shared(shared: str | Iterable[int], sites: int, center: int) -> froz
         if shared not in named:
             raise InputError(f"shared must be one of {', '.join(named)} or sites, got {shared!r}")
         return named[shared]
+    if not isinstance(shared, Iterable):
+        raise InputError(f"shared must be a name or the numbers of sites, got {shared!r}")
     chosen = frozenset(shared)
     if bad := sorted(site for site in chosen if site not in range(sites)):
         raise InputError(f"shared sites must be from 0 to {sites - 1}, got {bad}")

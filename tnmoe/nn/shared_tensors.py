@@ -80,6 +80,8 @@ def tie_layers(layers: Sequence[Experts], sites: str | Iterable[int] = "center")
     if isinstance(sites, str) and sites != "center":
         raise InputError(f"sites must be 'center' or the numbers of sites, got {sites!r}")
     numbers = None if isinstance(sites, str) else sorted(set(sites))
+    if numbers == []:
+        raise InputError("sites must name at least one site, got none")
     pairs = []
     for name in PROJECTIONS:
         first, *others = (getattr(layer, name) for layer in layers)
