@@ -12,7 +12,7 @@ import opt_einsum
 
 from tnmoe.backends import Array, Backend
 from tnmoe.costs import Rates, get_rates
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, integer_from_zero
 from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
 from tnmoe.shapes import MPOShape, positive_int
 
@@ -64,6 +64,11 @@ def contraction_plan(
         Paths are optimal among pairwise contractions without outer products (opt_einsum's
         dynamic programming; Pfeifer, Haegeman, Verstraete, Phys. Rev. E 90, 033315 (2014)).
 
+    Raises
+    ------
+    InputError
+        If the bonds do not fit the shape, the centre is none of its sites, or a count is none.
+
     Examples
     --------
     >>> shape = MPOShape((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))
@@ -80,9 +85,14 @@ def contraction_plan(
         raise InputError(
             f"bond_dims needs one value per bond: got {bonds} for {shape.sites - 1} bonds"
         )
+    for bond in bonds:
+        positive_int("every bond dimension", bond)
+    batch = integer_from_zero("batch", batch)
+    center = shape.center if center is None else center
+    if center not in range(shape.sites):
+        raise InputError(f"center must be a site from 0 to {shape.sites - 1}, got {center!r}")
     if experts is None:
         return _plan_of_one(shape, bonds, batch)
-    center = shape.center if center is None else center
     rates = get_rates(device)
     return _plan_of_experts(shape, bonds, center, batch, experts, training, itemsize, cached, rates)
 
@@ -100,10 +110,6 @@ def _plan_of_experts(
     rates: Rates,
 ) -> ContractionPlan:
     positive_int("experts", experts)
-    if not 0 <= center < shape.sites:
-        raise InputError(f"center must be a site from 0 to {shape.sites - 1}, got {center}")
-    if batch < 0:
-        raise InputError(f"batch must not be negative, got {batch}")
     work = Work(shape, bonds, center, batch, experts, training, itemsize)
     chain = _plan_of_one(shape, bonds, max(1, round(batch / work.active)))
     return expert_routes(work, rates, chain, cached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 
@@ -43,3 +44,10 @@ def number_in(name: str, value: Any, interval: str) -> float:
     if not (above and below):
         raise InputError(f"{name} must be in {interval}, got {value!r}")
     return number
+
+
+def integer_from_zero(name: str, value: Any) -> int:
+    """The value as an int, NumPy's integers included; an InputError if it is below 0 or none."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{name} must be an integer of at least 0, got {value!r}")
+    return int(value)

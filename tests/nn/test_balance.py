@@ -1,9 +1,7 @@
 """Balance: losses against transformers', biases moved by load, and what is recorded."""
 
 import copy
-import multiprocessing
 import pickle
-import socket
 import warnings
 
 import pytest
@@ -17,6 +15,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 import tnmoe as tn
+from tests.nn.ranks import on_two_ranks
 from tnmoe import nn
 
 
@@ -431,22 +430,6 @@ def _balance_one_rank(rank, port, results):
     bias.update(0.5)
     results.put((rank, bias.value.tolist()))
     torch.distributed.destroy_process_group()
-
-
-def on_two_ranks(function):
-    """What a function puts of each of two processes of a distributed run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=function, args=(rank, port, results)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    found = dict(results.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=60)
-    return found
 
 
 def test_ranks_of_a_distributed_run_move_biases_by_the_load_of_all():

@@ -257,6 +257,15 @@ def test_projections_can_have_different_bonds():
     assert bonds == {"up": 4, "gate": max(experts.up.shape.bond_dims()), "down": 6}
 
 
+def test_every_projection_keeps_its_own_bonds_of_pretrained_matrices():
+    up, down, gate = torch.randn(12, 8), torch.randn(8, 12), torch.randn(12, 8)
+    made = nn.MPOExperts.from_dense(
+        up, down, gate, num_experts=2, sites=2, max_bond={"up": 3, "gate": 2, "down": 5}
+    )
+    assert [made.up.center.shape[0], made.gate.center.shape[0]] == [3, 2]
+    assert made.down.center.shape[0] == 5
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_that_transformers_has_by_that_name(name):
     x = torch.linspace(-8, 8, 101)
@@ -316,6 +325,32 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
         (
             lambda: nn.MPOExperts(E, H, F_, sites=3, shared=range(3)),
             "experts that share all 3 sites would be one",
+        ),
+        (
+            lambda: nn.DenseExperts.from_dense(
+                torch.ones(4, 3), torch.ones(3, 4), num_experts=2, up_bias=torch.ones(3)
+            ),
+            r"bias must be of shape \(4,\) or \(2, 4\), got \(3,\)",
+        ),
+        (
+            lambda: nn.StackedProjection(2, 4, 3).set_bias(torch.ones(2, 4), shared=True),
+            r"bias must be of shape \(4,\), got \(2, 4\)",
+        ),
+        (
+            lambda: nn.MPOExperts.from_dense(
+                torch.ones(4, 3), torch.ones(3, 4), gate_bias=torch.ones(4)
+            ),
+            "gate_bias was given without a gate",
+        ),
+        (
+            lambda: nn.SharedProjection.from_mpo(tn.MPO.random(tn.MPOShape((2, 2), (2, 2))), 2),
+            "cores must be torch tensors, got ndarray",
+        ),
+        (
+            lambda: nn.SharedProjection.from_shared(
+                tn.SharedMPO.replicate(tn.MPO.random(tn.MPOShape((2, 2), (2, 2))), 2)
+            ),
+            "cores must be torch tensors, got ndarray",
         ),
         (
             lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.ones(3, 4), noise=-1.0),

@@ -2,12 +2,15 @@
 
 import copy
 import io
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.nn.utils import prune
 
 import tnmoe as tn
 from tnmoe import nn
@@ -119,7 +122,7 @@ def test_a_closure_that_fails_leaves_nothing_behind_for_the_next_step():
 
     with pytest.raises(RuntimeError, match="no loss"):
         optimizer.step(fail)
-    assert mask.step == 0
+    assert (mask.step, mask.masked_steps) == (0, 0)
     value = layer.experts.up.center.detach() + 1
     layer.experts.up.center.data.copy_(value)
     train_step(layer, optimizer, 0)
@@ -175,6 +178,19 @@ def test_draws_depend_on_seed_and_step_alone_and_resume_from_a_state_dict():
     assert resumed.state_dict() == mask.state_dict()
 
 
+def test_a_state_brings_its_probability_and_is_not_changed_by_going_on():
+    layer = make_layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    mask = nn.GradientMask(optimizer, layer, 0.5, seed=np.int64(3))
+    state = nn.GradientMask(optimizer, layer, np.float32(0.25), seed=4).state_dict()
+    mask.load_state_dict(state)
+    assert (mask.probability, mask.seed) == (0.25, 4)
+    assert json.loads(json.dumps(state)) == state
+    before = copy.deepcopy(state)
+    mask._finish_step(lambda _: True)
+    assert state == before
+
+
 def test_another_process_draws_the_same():
     layer = make_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -228,6 +244,171 @@ def test_accumulated_gradients_share_the_draw_of_their_step():
     assert 0 < mask.masked_steps < 10
 
 
+def test_a_closure_that_fails_in_the_middle_leaves_masked_tensors_where_they_were():
+    layer = make_layer()
+    optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.1, max_iter=4)
+    mask = nn.GradientMask(optimizer, layer, lambda step: float(step == 1))
+    train_step(layer, optimizer, 0, closure=True)
+    before = [each.detach().clone() for each in nn.shared_parameters(layer)]
+    calls = []
+
+    def fails_later():
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("no loss")
+        optimizer.zero_grad()
+        loss = loss_of(layer, 1)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step(fails_later)
+    assert mask.step == 1
+    for old, new in zip(before, nn.shared_parameters(layer), strict=True):
+        assert torch.equal(old, new)
+
+
+class Parent(torch.optim.SGD):
+    """An optimiser whose step goes on to its parent's, with hooks at every level."""
+
+    def step(self, closure=None, note=None):
+        self.note = note
+        return super().step(closure)
+
+
+class Child(Parent):
+    fails = False
+
+    def step(self, closure=None, note=None):
+        try:
+            super().step(closure, note)
+            if self.fails == "inside":
+                raise KeyError("inside")
+        except KeyError:
+            pass
+        if self.fails is True:
+            raise RuntimeError("lost")
+
+
+def child_of(layer):
+    Parent([torch.nn.Parameter(torch.zeros(1))], lr=0.1)  # torch hooks a class when it is used
+    return Child(layer.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_that_goes_on_to_its_parents_is_one_step(compiled):
+    layer = make_layer()
+    optimizer = child_of(layer)
+    mask = nn.GradientMask(optimizer, layer, lambda step: float(step % 2))
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    for number in range(4):
+        loss_of(layer, number).backward()
+        before = layer.experts.up.center.detach().clone()
+        step()
+        assert torch.equal(layer.experts.up.center, before) == bool(number % 2)
+        assert mask.step == number + 1
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("fails", [True, "inside"])
+def test_a_nested_step_that_fails_leaves_the_count_of_the_next_ones_right(fails):
+    layer = make_layer()
+    optimizer = child_of(layer)
+    mask = nn.GradientMask(optimizer, layer, 0.5)
+    optimizer.fails = fails
+    if fails == "inside":
+        optimizer.step()
+        assert mask.step == 1
+    else:
+        with pytest.raises(RuntimeError, match="lost"):
+            optimizer.step()
+        assert mask.step == 0
+    begun = mask.step
+    optimizer.fails = False
+    for number in range(3):
+        train_step(layer, optimizer, number)
+        assert mask.step == begun + number + 1
+
+
+def test_further_arguments_of_a_step_arrive():
+    layer = make_layer()
+    optimizer = child_of(layer)
+    nn.GradientMask(optimizer, layer, 0.5)
+    optimizer.step(lambda: loss_of(layer, 0), "hello")
+    assert optimizer.note == "hello"
+
+
+@pytest.mark.parametrize("way", ["helper", "on arrival"])
+def test_a_gradient_scaler_steps_where_every_tensor_of_its_optimiser_is_masked(way):
+    layer = make_layer()
+    centers = nn.shared_parameters(layer)
+    optimizer = torch.optim.SGD(centers, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    mask = nn.GradientMask(optimizer, layer, 1.0, on_arrival=way == "on arrival")
+    before = [each.detach().clone() for each in centers]
+    scaler.scale(loss_of(layer, 0)).backward()
+    scaler.unscale_(optimizer)
+    if way == "helper":
+        assert mask.clip_grad_norm_(centers, 1.0) == 0
+    scaler.step(optimizer)
+    scaler.update()
+    assert mask.masked_steps == 1
+    assert all(torch.equal(old, new) for old, new in zip(before, centers, strict=True))
+
+
+def test_gradients_are_masked_on_arrival_by_the_step_that_is_coming():
+    layer = make_layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    mask = nn.GradientMask(optimizer, layer, lambda step: float(step == 2), on_arrival=True)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(layer, step).backward()
+        assert bool(layer.experts.up.center.grad.any()) == (step != 2)
+        optimizer.step()
+    assert mask.updates == {"experts.up.center": 3, "experts.down.center": 3}
+
+
+def test_tensors_thawed_later_are_masked_on_arrival_too():
+    layer = make_layer()
+    nn.freeze_shared(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    nn.GradientMask(optimizer, layer, 1.0, on_arrival=True)
+    assert not layer.experts.up.center.requires_grad
+    nn.freeze_shared(layer, frozen=False)
+    loss_of(layer, 0).backward()
+    assert not layer.experts.up.center.grad.any()
+
+
+def test_a_mask_of_a_step_asks_for_the_probability_of_that_step():
+    layer = make_layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    mask = nn.GradientMask(optimizer, layer, lambda step: float(step > 5))
+    assert not any(mask.masks(5).values())
+    assert all(mask.masks(6).values())
+
+
+@pytest.mark.parametrize("how", ["parametrized", "pruned"])
+def test_what_a_central_core_is_made_from_is_masked_in_its_place(how):
+    layer = make_layer()
+    up = layer.experts.up
+    if how == "parametrized":
+        torch.nn.utils.parametrize.register_parametrization(up, "center", torch.nn.Tanh())
+        stored = up.parametrizations.center.original
+    else:
+        prune.l1_unstructured(up, "center", amount=0.3)
+        stored = up.center_orig
+    assert any(each is stored for each in nn.shared_parameters(layer))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    mask = nn.GradientMask(optimizer, layer, 1.0)
+    assert len(mask.updates) == 2
+    before = stored.detach().clone()
+    train_step(layer, optimizer, 0)
+    assert torch.equal(stored, before)
+    assert sum(len(group["params"]) for group in nn.parameter_groups(layer, 0.1)[1:]) == 2
+    nn.freeze_shared(layer)
+    assert not stored.requires_grad
+
+
 @pytest.mark.parametrize("norm_type", [2.0, 1.0])
 @pytest.mark.parametrize("way", ["helper", "apply", "on arrival"])
 def test_masked_gradients_do_not_spend_the_budget_of_clipping(way, norm_type):
@@ -248,10 +429,11 @@ def test_masked_gradients_do_not_spend_the_budget_of_clipping(way, norm_type):
     torch.testing.assert_close(norm, expected)
     for one, other in zip(layer.parameters(), plain.parameters(), strict=True):
         if any(other is center for center in centers):
-            assert one.grad is None
+            assert not one.grad.any()  # there for a GradScaler, which wants one gradient at least
         else:
             torch.testing.assert_close(one.grad, other.grad)
     optimizer.step()
+    assert all(each.grad is None for each in nn.shared_parameters(layer))
     assert (mask.step, mask.masked_steps) == (1, 1)
     mask.remove()
     loss_of(layer, 0).backward()
@@ -308,9 +490,20 @@ class Wrapper(torch.optim.Optimizer):
         return self.optimizer.step(closure)
 
 
-def test_an_optimiser_is_found_inside_its_wrappers():
+class HasNoHooks(torch.optim.Optimizer):
+    """As torch's PostLocalSGDOptimizer is."""
+
+    def __init__(self, optim):
+        self.optim = optim
+
+    def step(self, closure=None):
+        return self.optim.step(closure)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, HasNoHooks])
+def test_an_optimiser_is_found_inside_its_wrappers(wrap):
     layer = make_layer()
-    optimizer = Wrapper(Wrapper(torch.optim.SGD(layer.parameters(), lr=0.1)))
+    optimizer = Wrapper(wrap(torch.optim.SGD(layer.parameters(), lr=0.1)))
     before = layer.experts.up.center.detach().clone()
     with nn.GradientMask(optimizer, layer, 1.0) as mask:
         loss_of(layer, 0).backward()
@@ -398,6 +591,31 @@ def test_a_step_that_fails_is_no_step_and_frozen_tensors_stay_frozen():
     assert layer.experts.down.aux[0].grad is not None
 
 
+def test_gradients_left_as_zeros_move_no_masked_tensor_by_its_momentum():
+    layer = make_layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    mask = nn.AutogradMask(layer, lambda step: float(step == 1))
+    for step in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        before = layer.experts.up.center.detach().clone()
+        with mask.next_step():
+            loss_of(layer, step).backward()
+        optimizer.step()
+        assert torch.equal(before, layer.experts.up.center) == (step == 1)
+
+
+def load(layer, only=None, **changes):
+    """Give a mask the state of another one, with changes; it must be as before if it refuses."""
+    mask = mask_of(layer)
+    state = mask_of(layer, 0.25, seed=9).state_dict() | changes
+    before = mask.state_dict()
+    try:
+        mask.load_state_dict({only: state[only]} if only else state)
+    except tn.InputError:
+        assert mask.state_dict() == before
+        raise
+
+
 def mask_of(layer, probability=0.5, **details):
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     return nn.GradientMask(optimizer, layer, probability, **details)
@@ -435,7 +653,23 @@ def mask_of(layer, probability=0.5, **details):
             "optimizer must be a torch.optim.Optimizer, got MPOMoE; .* AutogradMask",
         ),
         (lambda layer: nn.AutogradMask(layer, 2), r"probability must be in \[0, 1\], got 2"),
-        (lambda layer: mask_of(layer).load_state_dict({"seed": 1}), "lacks masked_steps, prob"),
+        (
+            lambda layer: mask_of(layer, seed=True),
+            "seed must be an integer of at least 0, got True",
+        ),
+        (
+            lambda layer: nn.GradientMask(HasNoHooks(None), layer, 0.5),
+            "optimizer must be a torch.optim.Optimizer, got HasNoHooks",
+        ),
+        (lambda layer: load(layer, only="seed"), "lacks masked_steps, per_layer, prob"),
+        (
+            lambda layer: load(layer, per_layer=True),
+            "with per_layer=True, this one has per_layer=F",
+        ),
+        (lambda layer: load(layer, step=-1), "the state's step must be an integer of at least 0"),
+        (lambda layer: load(layer, seed=0.5), "the state's seed must be an integer of at least 0"),
+        (lambda layer: load(layer, probability=2), r"the state's probability must be in \[0, 1\]"),
+        (lambda layer: load(layer, updates=None), "the state is of a mask of None, this one"),
         (
             lambda layer: mask_of(layer).load_state_dict(
                 mask_of(layer).state_dict() | {"updates": {"a": 1}}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import tnmoe as tn
@@ -570,6 +571,110 @@ def test_the_cache_keeps_to_its_limit_and_lets_go(cache):
     assert cache.used == 0
     cache.enabled = False
     assert "cached" not in second.plan(100, training=False).seconds
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor", "another address"])
+def test_kept_matrices_follow_changes_where_numbers_are_not_looked_at(change, cache, monkeypatch):
+    """As on an accelerator, which would have to be waited for."""
+    monkeypatch.setattr("tnmoe.nn.cache._numbers_of", lambda cores: [])
+    made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
+    made.route = "cached"
+    rows, index = torch.randn(3, made.in_features), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        made(rows, grouped(index, 3))
+        if change == "in place":
+            made.aux[0].mul_(2)
+        elif change == "another tensor":
+            made.aux[0] = torch.nn.Parameter(made.aux[0] * 2)
+        else:
+            made.aux[0].data = made.aux[0].data * 2
+        torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
+
+
+@pytest.mark.parametrize("site", range(3))
+def test_matrices_go_with_a_step_on_any_one_of_their_cores(site, cache):
+    made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
+    made.route = "cached"
+    with torch.no_grad():
+        made(torch.randn(1, made.in_features), grouped(torch.tensor([0]), 3))
+    assert cache.used
+    WritesPastTorch([made.core_at(site)]).step()
+    assert cache.used == 0
+
+
+def test_matrices_beyond_the_limit_are_built_and_not_kept_and_switching_off_lets_all_go(cache):
+    first, second = projection(dtype=torch.float32), projection("split", dtype=torch.float32)
+    cache.limit = 4 * 3 * 12 * 12
+    with torch.no_grad():
+        for each in (first, second):
+            each.route = "cached"
+            each(torch.randn(1, each.in_features), grouped(torch.tensor([0]), 3))
+    assert cache.used == cache.limit
+    cache.enabled = False
+    assert cache.used == 0
+
+
+def test_old_matrices_go_before_new_ones_are_built(cache, monkeypatch):
+    made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
+    made.route = "cached"
+    used = []
+    monkeypatch.setattr(
+        "tnmoe.nn.cache.build", lambda *args: used.append(cache.used) or build(*args)
+    )
+    with torch.no_grad():
+        for _ in range(2):
+            made(torch.randn(1, made.in_features), grouped(torch.tensor([0]), 3))
+            made.center.mul_(2)
+    assert used == [0, 0]
+
+
+def test_modules_with_kept_matrices_can_swap_their_tensors(cache):
+    made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
+    made.route = "cached"
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.no_grad():
+            for change in (
+                lambda: made.to(torch.float64),
+                lambda: made.load_state_dict(copy.deepcopy(made.state_dict())),
+            ):
+                rows = torch.randn(1, made.in_features, dtype=made.center.dtype)
+                made(rows, grouped(torch.tensor([0]), 3))
+                change()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_matrices_may_come_from_another_thread_while_some_are_forgotten(cache):
+    made, other = projection(dtype=torch.float32), projection("split", dtype=torch.float32)
+
+    def evaluate(each):
+        each.route = "cached"
+        with torch.no_grad():
+            each(torch.randn(1, each.in_features), grouped(torch.tensor([0]), 3))
+
+    class Interrupted(tuple):
+        """A key that another thread comes in between to look at."""
+
+        def __iter__(self):
+            evaluate(other)
+            return super().__iter__()
+
+    evaluate(made)
+    ((key, entry),) = cache._entries.items()
+    cache._entries = {Interrupted(key): entry}
+    cache.forget([made.center])
+    assert cache.used == 4 * 3 * 12 * 8
+
+
+@pytest.mark.parametrize("site", [0, 1])
+def test_pruned_cores_are_found_at_their_sites(site):
+    made = projection()
+    prune.l1_unstructured(made.aux, str(site), amount=0.5)
+    assert not made.aux_cores[site].all()
+    rows, index = torch.randn(3, made.in_features, dtype=torch.float64), torch.tensor([0, 1, 2])
+    made.route = "dense"
+    torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
 
 
 def test_a_step_of_an_optimiser_leaves_the_matrices_of_other_models_alone(cache):

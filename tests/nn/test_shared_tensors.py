@@ -2,14 +2,24 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize, prune
 
 import tnmoe as tn
+from tests.nn.ranks import on_two_ranks
 from tnmoe import nn
+from tnmoe.nn import cache
 
 
 def make(experts=4):
     torch.manual_seed(0)
     return nn.MPOMoE(nn.TopKRouter(8, experts, 2), nn.MPOExperts(experts, 8, 12, sites=3))
+
+
+def tied(*experts):
+    layers = torch.nn.ModuleList(make(each) for each in experts)
+    nn.tie_layers(layers)
+    return layers
 
 
 def backward(layer):
@@ -82,6 +92,99 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
     assert trained == {"up.aux.1", "down.center"}
 
 
+def test_tensors_thawed_later_are_scaled_too():
+    plain, scaled = make(), make()
+    nn.freeze_shared(scaled)
+    with nn.SharedGradientScale(scaled, 0.5):
+        assert not scaled.experts.up.center.requires_grad
+        nn.freeze_shared(scaled, frozen=False)
+        backward(scaled)
+    backward(plain)
+    torch.testing.assert_close(scaled.experts.up.center.grad, plain.experts.up.center.grad * 0.5)
+
+
+def test_auxiliary_cores_are_trained_through_their_parametrizations():
+    layer = make()
+    aux = layer.experts.up.aux
+    parametrize.register_parametrization(aux, "0", torch.nn.Tanh())
+    prune.l1_unstructured(aux, "1", amount=0.3)
+    nn.train_auxiliary(layer)
+    assert aux.parametrizations["0"].original.requires_grad
+    assert aux.get_parameter("1_orig").requires_grad
+    assert not layer.experts.up.center.requires_grad
+
+
+def _scale_sharded(rank, port, results):
+    """Gradients and a step of a layer under FSDP, with scaled gradients, against one process."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    plain, sharded = make(), make()
+    with nn.SharedGradientScale(plain, 0.5):
+        backward(plain)
+    fully_shard(sharded)
+    scale = nn.SharedGradientScale(sharded, 0.5)
+    differences = []
+    for _ in range(2):  # hooked once, however often it goes forward
+        sharded.zero_grad()
+        backward(sharded)
+        differences += [
+            float((one.grad.full_tensor() - two.grad).abs().max())
+            for one, two in zip(sharded.parameters(), plain.parameters(), strict=True)
+        ]
+    scale.remove()
+    plain.zero_grad()
+    sharded.zero_grad()
+    backward(plain)
+    backward(sharded)
+    differences += [
+        float((one.grad.full_tensor() - two.grad).abs().max())
+        for one, two in zip(sharded.parameters(), plain.parameters(), strict=True)
+    ]
+    results.put((rank, max(differences)))
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_that_fsdp_gathers_are_scaled():
+    assert max(on_two_ranks(_scale_sharded).values()) < 1e-5
+
+
+def _evaluate_sharded(rank, port, results):
+    """Evaluation after a step under FSDP; nothing looks at the numbers, as on an accelerator."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    cache._numbers_of = lambda cores: []
+    plain, sharded = make(), make()
+    fully_shard(sharded)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (plain, sharded)]
+    for layer in (plain, sharded):
+        for name in ("up", "down"):
+            getattr(layer.experts, name).route = "cached"
+    states = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    differences = []
+    for _ in range(3):
+        with torch.no_grad():
+            cache.weight_cache.clear()
+            outputs = sharded(states)
+            kept = cache.weight_cache.used
+            differences.append(float((outputs - plain(states)).abs().max()) + kept)
+        for layer, optimizer in zip((plain, sharded), optimizers, strict=True):
+            for each in (layer.experts.up, layer.experts.down):
+                each.route = "dense"
+            optimizer.zero_grad()
+            backward(layer)
+            optimizer.step()
+            for each in (layer.experts.up, layer.experts.down):
+                each.route = "cached"
+    results.put((rank, max(differences)))
+    torch.distributed.destroy_process_group()
+
+
+def test_matrices_of_cores_that_fsdp_gathers_are_not_kept():
+    assert max(on_two_ranks(_evaluate_sharded).values()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -106,6 +209,7 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
             lambda: nn.parameter_groups(torch.nn.ModuleList([make(4), make(2)]), 0.1),
             r"give shared_scale: layers have \[2, 4\] experts",
         ),
+        (lambda: nn.SharedGradientScale(tied(4, 2)), "give scale: layers that share a tensor"),
     ],
 )
 def test_bad_input_is_named(make, message):

@@ -123,6 +123,51 @@ def test_a_shared_mpo_becomes_a_projection_and_back(shared):
         nn.SharedProjection(E, SHAPES["interleaved"], shared="none").to_shared()
     with pytest.raises(tn.InputError, match="expert must be from 0 to 2, got 3"):
         made.expert(3)
+    for reach in (made.core_at, lambda site: made.set_core(site, made.center)):
+        with pytest.raises(tn.InputError, match="site must be from 0 to 2, got 3"):
+            reach(3)
+
+
+@pytest.mark.parametrize("center", range(SITES))
+def test_projections_share_the_site_that_the_cores_are_centred_at(center):
+    matrix = torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).double()
+    mpo = tn.decompose(matrix, SHAPES["interleaved"], center=center)
+    single = nn.SharedProjection.from_mpo(mpo, E)
+    several = nn.SharedProjection.from_shared(tn.SharedMPO.replicate(mpo, E))
+    for made in (single, several):
+        assert made.site == center
+        assert made.shared_sites == {center}
+        torch.testing.assert_close(made.weight(), matrix.expand(E, -1, -1))
+
+
+def test_every_site_of_many_can_be_replaced():
+    made = nn.SharedProjection(E, tn.MPOShape((2,) * 5, (2,) * 5))
+    for site in range(5):
+        core = torch.nn.Parameter(made.core_at(site).detach().clone())
+        made.set_core(site, core)
+        assert made.core_at(site) is core
+
+
+def test_layers_given_one_after_the_other_or_with_their_routers_are_tied():
+    for given in (iter(layers(3)), [nn.MPOMoE(nn.TopKRouter(H, E), each) for each in layers(2)]):
+        made = list(given)
+        nn.tie_layers(iter(made))
+        experts = [getattr(each, "experts", each) for each in made]
+        assert all(each.up.center is experts[0].up.center for each in experts)
+
+
+@pytest.mark.parametrize("route", ["dense", "shared", "chain", "cached"])
+def test_cores_of_several_dtypes_are_used_as_they_train(route, cache):
+    torch.manual_seed(0)
+    made = nn.SharedProjection(E, SHAPES["interleaved"])
+    made.center = torch.nn.Parameter(made.center.detach().bfloat16(), requires_grad=False)
+    full = copy.deepcopy(made).float()
+    rows, groups = torch.randn(4, made.in_features), Groups.of(torch.tensor([0, 1, 2, 2]), E)
+    for each in (made, full):
+        each.route = route
+    with torch.no_grad():
+        torch.testing.assert_close(made(rows, groups), full(rows, groups))
+        torch.testing.assert_close(made.weight(), full.weight())
 
 
 @pytest.mark.parametrize("shared", ["none", (0, 1)], ids=str)
@@ -234,10 +279,31 @@ def test_input_cores_tied_between_gate_and_up_are_applied_once_under_autocast(mo
     assert len(products) == 3 * 3 - 1
 
 
+def recentred():
+    """Experts of the same shapes whose centres lie elsewhere."""
+    (made,) = layers(1)
+    for name in ("up", "gate", "down"):
+        each = getattr(made, name)
+        mpo = tn.decompose(each.weight()[0].detach(), each.shape, center=2)
+        setattr(made, name, nn.SharedProjection.from_mpo(mpo, E))
+    return made
+
+
 @pytest.mark.parametrize(
     ("make", "sites", "message"),
     [
         (lambda: layers(1), "center", "at least two layers, got 1"),
+        (lambda: layers(), 1, "sites must be 'center' or the numbers of sites, got 1"),
+        (
+            lambda: [*layers(1), torch.nn.Linear(2, 2)],
+            "center",
+            "layers must be Experts, or an MPOMoE of them, got Linear",
+        ),
+        (
+            lambda: [*layers(1), recentred()],
+            "center",
+            "up differs in the site of its centre: 1 and 2",
+        ),
         (lambda: layers(), "aux", "sites must be 'center' or the numbers of sites, got 'aux'"),
         (lambda: layers(), [], "sites must name at least one site, got none"),
         (lambda: layers(), [1, 3], r"sites must be from 0 to 2, got \[3\]"),

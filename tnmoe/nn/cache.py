@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tnmoe.nn.grouped import multiply_groups
-from tnmoe.nn.materialize import Legs, build, environments, experts_of
+from tnmoe.nn.materialize import Legs, build, common_dtype, environments, experts_of
 from tnmoe.nn.transforms import without_autocast
 
 # Numbers of a core that are looked at for changes that nothing tells of.
@@ -89,7 +89,8 @@ class WeightCache:
         if not self._entries:
             return
         gone = {id(core) for core in cores}
-        for key in [key for key in self._entries if not gone.isdisjoint(key)]:
+        # A list first: another thread may use the cache meanwhile.
+        for key in [key for key in list(self._entries) if not gone.isdisjoint(key)]:
             self._entries.pop(key, None)
 
     def has_room(self, cores: Sequence[Tensor], size: int) -> bool:
@@ -136,6 +137,8 @@ class WeightCache:
         del entry
         self._entries.pop(key, None)
         with without_autocast(center.device):
+            built_in = common_dtype(cores)
+            center, *aux = (core.to(built_in) for core in cores)
             left, right = environments(aux[:site], aux[site:], experts_of(center, aux))
             matrices = build(center, left, right, legs)[:, : size[0], : size[1]]
         matrices = matrices.to(dtype).contiguous()

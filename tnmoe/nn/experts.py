@@ -332,7 +332,7 @@ class DenseExperts(Experts):
 
         The others are those of :meth:`MPOExperts.from_dense`.
         """
-        matrices = check_ffn(up, down, gate)
+        matrices = check_ffn(up, down, gate, gate_bias)
         rng = np.random.default_rng(rng)
         projections = {
             name: StackedProjection.from_dense(matrix, num_experts, noise, rng)
@@ -472,9 +472,10 @@ class MPOExperts(Experts):
         Raises
         ------
         InputError
-            If the matrices do not fit each other or the shapes, or hold NaN or infinity.
+            If the matrices do not fit each other or the shapes, a bias does not fit its matrix,
+            or they hold NaN or infinity.
         """
-        matrices = check_ffn(up, down, gate)
+        matrices = check_ffn(up, down, gate, gate_bias)
         up_shape = up_shape or layout_shape(layout, up.shape[0], up.shape[1], sites)
         down_shape = down_shape or layout_shape(layout, down.shape[0], down.shape[1], sites)
         bonds = per_projection("max_bond", max_bond, None)
@@ -512,9 +513,13 @@ def per_projection(name: str, value: Any, default: Any) -> dict[str, Any]:
     return {**dict.fromkeys(PROJECTIONS, default), **value}
 
 
-def check_ffn(up: Tensor, down: Tensor, gate: Tensor | None) -> dict[str, Tensor]:
+def check_ffn(
+    up: Tensor, down: Tensor, gate: Tensor | None, gate_bias: Tensor | None = None
+) -> dict[str, Tensor]:
     """The matrices by name, or an InputError unless they are those of one feed-forward network."""
     matrices = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
+    if gate is None and gate_bias is not None:
+        raise InputError("gate_bias was given without a gate")
     fits = up.ndim == 2 and all(
         matrix.shape == (up.shape[::-1] if name == "down" else up.shape)
         for name, matrix in matrices.items()

@@ -6,7 +6,7 @@ mask evens that out (Gao et al., arXiv:2203.01104, section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, number_in
+from tnmoe.errors import InputError, integer_from_zero, number_in
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.optimizers import innermost
+from tnmoe.nn.optimizers import Arguments, StepHook, innermost
 from tnmoe.nn.projection import SharedProjection
-from tnmoe.nn.shared_tensors import find_shared
+from tnmoe.nn.shared_tensors import find_shared, hook_gradient
 
 Probability = float | Callable[[int], float]
 
@@ -53,13 +53,12 @@ class _Mask:
             layer_of = {id(each): i for i, each in enumerate(self._tensors.values())}
         if not self._tensors:
             raise InputError("there is nothing to mask: no tensor was given")
-        if not isinstance(seed, int) or seed < 0:
-            raise InputError(f"seed must be an integer of at least 0, got {seed!r}")
         self._layer = {
             name: layer_of[id(each)] if per_layer else 0 for name, each in self._tensors.items()
         }
         self.probability = probability
-        self.seed = seed
+        self.seed = integer_from_zero("seed", seed)
+        self.per_layer = per_layer
         self.step = 0
         self.masked_steps = 0
         self.updates = dict.fromkeys(self._tensors, 0)
@@ -73,9 +72,9 @@ class _Mask:
         InputError
             If it is not in [0, 1].
         """
-        value = self.probability(step) if callable(self.probability) else self.probability
-        at = f" at step {step}" if callable(self.probability) else ""
-        return number_in(f"probability{at}", value, "[0, 1]")
+        if not callable(self.probability):
+            return number_in("probability", self.probability, "[0, 1]")
+        return number_in(f"probability at step {step}", self.probability(step), "[0, 1]")
 
     def masks(self, step: int) -> dict[str, bool]:
         """Which tensors sit out a step, by name."""
@@ -104,7 +103,8 @@ class _Mask:
             "seed": self.seed,
             "step": self.step,
             "masked_steps": self.masked_steps,
-            "probability": None if callable(self.probability) else self.probability,
+            "probability": None if callable(self.probability) else self.probability_at(self.step),
+            "per_layer": self.per_layer,
             "updates": dict(self.updates),
         }
 
@@ -114,20 +114,34 @@ class _Mask:
         Raises
         ------
         InputError
-            If the state is of a mask of other tensors, or lacks something. Nothing is changed
-            then.
+            If the state is of a mask of other tensors or of another kind, or lacks something, or
+            holds what no mask can have. Nothing is changed then.
         """
         if missing := sorted(set(_Mask.state_dict(self)) - set(state)):
             raise InputError(f"the state of a mask lacks {', '.join(missing)}")
-        if set(state["updates"]) != set(self.updates):
+        if not isinstance(state["updates"], Mapping) or set(state["updates"]) != set(self.updates):
             raise InputError(
-                f"the state is of a mask of {sorted(state['updates'])}, "
-                f"this one is of {sorted(self.updates)}"
+                f"the state is of a mask of {_names(state['updates'])}, "
+                f"this one is of {_names(self.updates)}"
             )
-        self.seed, self.step = state["seed"], state["step"]
-        self.masked_steps, self.updates = state["masked_steps"], dict(state["updates"])
-        if not callable(self.probability) and state["probability"] is not None:
-            self.probability = state["probability"]
+        if state["per_layer"] != self.per_layer:
+            raise InputError(
+                f"the state is of a mask with per_layer={state['per_layer']}, "
+                f"this one has per_layer={self.per_layer}"
+            )
+        counts = {
+            name: integer_from_zero(f"the state's {name}", state[name])
+            for name in ("seed", "step", "masked_steps")
+        }
+        updates = {
+            name: integer_from_zero(f"the state's updates of {name}", count)
+            for name, count in state["updates"].items()
+        }
+        probability = state["probability"]
+        if not callable(self.probability) and probability is not None:
+            self.probability = number_in("the state's probability", probability, "[0, 1]")
+        self.seed, self.step, self.masked_steps = counts.values()
+        self.updates = updates
 
 
 class GradientMask(_Mask):
@@ -155,7 +169,7 @@ class GradientMask(_Mask):
     per_layer : bool
         Draw for every layer of experts by itself; by default one draw is for all.
     on_arrival : bool
-        Drop gradients as soon as a backward pass has them, so that whatever clips does not count
+        Zero gradients as soon as a backward pass has them, so that whatever clips does not count
         them. Not for ``DistributedDataParallel``, which needs them when they arrive.
 
     Raises
@@ -167,7 +181,7 @@ class GradientMask(_Mask):
     Notes
     -----
     **Clipping.** A norm taken over all gradients before ``step`` counts those that the mask is
-    about to drop, and the others are cut by more than need be. :meth:`clip_grad_norm_` drops them
+    about to drop, and the others are cut by more than need be. :meth:`clip_grad_norm_` zeroes them
     first; so does :meth:`apply`, before any other way of clipping, and so does ``on_arrival``.
 
     **GradScaler.** ``scaler.step(optimizer)`` makes no step, and no draw, where it finds infinity;
@@ -219,25 +233,28 @@ class GradientMask(_Mask):
             )
         # Values that masked tensors have before a step with a closure.
         self._before: list[tuple[nn.Parameter, Tensor]] = []
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles: list[Any] = [StepHook(optimizer, self._before_step, self._after_step)]
         if on_arrival:
             self._handles += [
-                each.register_post_accumulate_grad_hook(partial(self._arrived, name))
+                hook_gradient(each, partial(self._arrived, name))
                 for name, each in self._tensors.items()
-                if each.requires_grad
             ]
 
     def apply(self) -> None:
-        """Drop the gradients that the coming step is to do without; that step changes no more."""
+        """Zero the gradients that the coming step is to do without; it drops them altogether.
+
+        Until then they are there: a GradScaler wants to see one at least.
+        """
+        for parameter in self._masked_now():
+            _zero_gradient(parameter)
+
+    def _drop(self) -> None:
         for parameter in self._masked_now():
             parameter.grad = None
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
         if self.masks(self.step)[name]:
-            parameter.grad = None
+            _zero_gradient(parameter)
 
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor], max_norm: float, **options: Any
@@ -257,29 +274,35 @@ class GradientMask(_Mask):
         self.apply()
         return nn.utils.clip_grad_norm_(parameters, max_norm, **options)
 
-    def _before_step(
-        self, _optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
-        self.apply()
+    def _before_step(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+        self._drop()
         self._before = []
-        # The first argument is the optimiser itself.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = args[0] if args else kwargs.get("closure")
         if closure is None:
-            return None
+            return args, kwargs
         self._before = [(each, each.detach().clone()) for each in self._masked_now()]
 
         def masked_closure() -> Any:
-            loss = closure()
-            self.apply()
+            try:
+                loss = closure()
+            except BaseException:
+                self._restore()
+                raise
+            self._drop()
             return loss
 
-        return args[:1], {**kwargs, "closure": masked_closure}
+        if args:
+            return (masked_closure, *args[1:]), kwargs
+        return args, {**kwargs, "closure": masked_closure}
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
+    def _restore(self) -> None:
         for parameter, value in self._before:
             parameter.copy_(value)
         self._before = []
+
+    def _after_step(self) -> None:
+        self._restore()
         self._finish_step(lambda parameter: parameter.grad is not None)
 
     def remove(self) -> None:
@@ -347,12 +370,23 @@ class AutogradMask(_Mask):
         masked = [each for each in self._masked_now() if each.requires_grad]
         for parameter in masked:
             parameter.requires_grad_(False)
+            # An optimiser would go on with one that has been left there, a zero even.
+            parameter.grad = None
         try:
             yield
         finally:
             for parameter in masked:
                 parameter.requires_grad_(True)
         self._finish_step(lambda parameter: parameter.requires_grad)
+
+
+def _zero_gradient(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad.zero_()
+
+
+def _names(updates: Any) -> Any:
+    return sorted(updates) if isinstance(updates, Mapping) else updates
 
 
 def _named_shared(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, number_in
-from tnmoe.nn.optimizers import innermost
+from tnmoe.nn.optimizers import StepHook, innermost
 from tnmoe.nn.transforms import in_backward
 
 
@@ -119,9 +119,9 @@ class BiasBalancer:
         if not self.biases:
             raise InputError("there is nothing to balance: no router has load_bias=True")
         self.rate = number_in("rate", rate, "[0, inf)")
-        self._handle = innermost(optimizer).register_step_post_hook(self._after_step)
+        self._handle = StepHook(innermost(optimizer), after=self._after_step)
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self) -> None:
         for bias in self.biases:
             bias.update(self.rate)
 

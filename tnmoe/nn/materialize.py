@@ -10,8 +10,9 @@ not waited for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import ceil
 
 import torch
@@ -43,6 +44,11 @@ class Legs:
 def experts_of(center: Tensor, aux: Sequence[Tensor]) -> int:
     """How many experts cores are for; shared auxiliary ones are stacks of one."""
     return max(len(core) for core in ([*aux, center] if center.ndim == 5 else aux))
+
+
+def common_dtype(cores: Iterable[Tensor]) -> torch.dtype:
+    """The dtype to multiply cores of several dtypes in: frozen and trained ones may differ."""
+    return reduce(torch.promote_types, (core.dtype for core in cores))
 
 
 def environments(

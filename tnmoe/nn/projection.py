@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod, sqrt
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.backends import backend_named
 from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
@@ -19,7 +20,7 @@ from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear
 from tnmoe.nn.in_order import chain_linear, chain_linears
-from tnmoe.nn.materialize import Legs, environments, shared_linear
+from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
 from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape, positive_int
 from tnmoe.shared import SharedMPO, replicate
@@ -108,10 +109,21 @@ class Projection(nn.Module, ABC):
         bias : Tensor, shape (out,) or (E, out), or None
         shared : bool
             Keep one bias for all experts, and not a copy for each.
+
+        Raises
+        ------
+        InputError
+            If the bias is of another shape.
         """
         if bias is None:
             self.bias = None
             return
+        allowed: list[tuple[int, ...]] = [(self.out_features,)]
+        if not shared:
+            allowed.append((self.num_experts, self.out_features))
+        if tuple(bias.shape) not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise InputError(f"bias must be of shape {expected}, got {tuple(bias.shape)}")
         rows = 1 if shared else self.num_experts
         self.bias = nn.Parameter(bias.detach().expand(rows, self.out_features).clone())
 
@@ -265,6 +277,7 @@ class SharedProjection(Projection):
         rng : numpy Generator or int, optional
             Source of the noise.
         """
+        _check_torch(mpo.cores)
         projection = cls(num_experts, mpo.shape, max_bond=1, device="meta")
         projection.site = mpo.shape.center if mpo.center is None else mpo.center
         common = resolve_shared(shared, mpo.shape.sites, projection.site)
@@ -279,7 +292,11 @@ class SharedProjection(Projection):
 
     @classmethod
     def from_shared(cls, shared: SharedMPO) -> SharedProjection:
-        """Take over the cores of a SharedMPO of torch tensors, with any bonds and centre."""
+        """Take over the cores of a SharedMPO of torch tensors, with any bonds and centre.
+
+        Its central core is shared; the others are every expert's own.
+        """
+        _check_torch([shared.center_core])
         projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
         projection.site = shared.center
         cores = list(shared.aux)
@@ -298,20 +315,35 @@ class SharedProjection(Projection):
         ]
         self.center = parameters.pop(self.site)
         self.aux = nn.ParameterList(parameters)
+        self._aux_names = tuple(self.aux._parameters)
 
     @property
     def shared_cores(self) -> list[nn.Parameter]:
         """Cores that all experts share: every token of the layer updates them."""
-        return [self.core_at(site) for site in sorted(self.shared_sites)]
+        return [each for site in sorted(self.shared_sites) for each in self.parameters_at(site)]
+
+    def parameters_at(self, site: int) -> list[nn.Parameter]:
+        """What a site's core is stored as: itself, or what a parametrization makes it from."""
+        module, name = (self, "center") if site == self.site else (self.aux, self._aux_name(site))
+        if is_parametrized(module, name):
+            return list(module.get_submodule(f"parametrizations.{name}").parameters())
+        # torch.nn.utils.prune keeps the tensor itself under another name.
+        stored = name if name in module._parameters else f"{name}_orig"
+        return [module.get_parameter(stored)]
+
+    def _aux_name(self, site: int) -> str:
+        return str(site - (site > self.site))
 
     def core_at(self, site: int) -> nn.Parameter:
         """The stored core of a site."""
+        self._check_site(site)
         if site == self.site:
             return self.center
         return self.aux_cores[site - (site > self.site)]
 
     def set_core(self, site: int, core: nn.Parameter) -> None:
         """Store this tensor, another projection's perhaps, as the core of a site."""
+        self._check_site(site)
         if site == self.site:
             self.center = core
         else:
@@ -320,9 +352,14 @@ class SharedProjection(Projection):
     @property
     def aux_cores(self) -> tuple[nn.Parameter, ...]:
         """The cores in ``aux``; a ParameterList takes a microsecond for each."""
-        cores = tuple(self.aux._parameters.values())
-        # Under a parametrization they are attributes of another kind.
-        return cores if len(cores) == len(self.aux) else tuple(self.aux)  # type: ignore[return-value]
+        stored = self.aux._parameters
+        # Parametrized or pruned cores are attributes of another kind.
+        plain = tuple(stored) == self._aux_names
+        return tuple(stored.values() if plain else self.aux)
+
+    def _check_site(self, site: int) -> None:
+        if site not in range(self.shape.sites):
+            raise InputError(f"site must be from 0 to {self.shape.sites - 1}, got {site!r}")
 
     def to_shared(self) -> SharedMPO:
         """The cores as a SharedMPO that shares memory and gradients with this module.
@@ -344,10 +381,10 @@ class SharedProjection(Projection):
         return MPO(cores, self.shape)
 
     def weight(self) -> Tensor:
-        aux = self._stacked()
-        matrices = stacked_to_padded_matrices(
-            _TORCH, self.center, aux[: self.site], aux[self.site :]
-        )
+        dtype = common_dtype(self._stored)
+        aux = [core.to(dtype) for core in self._stacked()]
+        center = self.center.to(dtype)
+        matrices = stacked_to_padded_matrices(_TORCH, center, aux[: self.site], aux[self.site :])
         return matrices[:, : self.out_features, : self.in_features]
 
     def _stacked(self) -> list[Tensor]:
@@ -360,6 +397,16 @@ class SharedProjection(Projection):
             weight_cache.forget(self._stored)
         return super().train(mode)
 
+    # Torch may swap tensors with others when it moves or loads them, and not while the cache
+    # watches them.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        weight_cache.forget(self._stored)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        weight_cache.forget(self._stored)
+        super()._load_from_state_dict(*args, **kwargs)
+
     def plan(self, rows: int, training: bool) -> ContractionPlan:
         """How so many rows go through; ``print`` it to see what every route would cost."""
         return contraction_plan(
@@ -369,7 +416,9 @@ class SharedProjection(Projection):
             experts=self.num_experts,
             center=self.site,
             training=training,
-            cached=not training and weight_cache.has_room(self._stored, self._matrices_bytes),
+            cached=not training
+            and not self._is_sharded
+            and weight_cache.has_room(self._stored, self._matrices_bytes),
             device=self.center.device.type,
             itemsize=self.center.element_size(),
         )
@@ -379,6 +428,8 @@ class SharedProjection(Projection):
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         route = self.route or self._chosen_route(rows, groups)
+        if route == "cached" and self._is_sharded:
+            route = "dense"
         if route == "cached":
             if self.route and self._in_training(rows):
                 raise InputError("route='cached' has no gradients: use it under torch.no_grad()")
@@ -427,6 +478,14 @@ class SharedProjection(Projection):
         if self.shape.is_split(self.site):
             return "shared"
         return "dense" if training else "cached"
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether FSDP gathers the cores before every use.
+
+        It writes to the gathered ones in ways that leave no trace, so matrices cannot be kept.
+        """
+        return getattr(self, "_is_fsdp_managed_module", False)
 
     def _in_training(self, rows: Tensor) -> bool:
         return torch.is_grad_enabled() and any(each.requires_grad for each in (rows, *self._stored))
@@ -518,6 +577,11 @@ class SharedProjection(Projection):
             f"{super().extra_repr()}, shape={self.shape}, bond_dims={self._bond_dims}, "
             f"shared_sites={sorted(self.shared_sites)}"
         )
+
+
+def _check_torch(cores: Iterable[Any]) -> None:
+    if odd := {type(core).__name__ for core in cores if not isinstance(core, Tensor)}:
+        raise InputError(f"cores must be torch tensors, got {', '.join(odd)}")
 
 
 def resolve_shared(shared: str | Iterable[int], sites: int, center: int) -> frozenset[int]:

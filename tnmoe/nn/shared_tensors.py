@@ -7,7 +7,8 @@ cures to compare it with: a smaller learning rate, smaller gradients, no updates
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def find_shared(model: nn.Module) -> list[nn.Parameter]:
     raise InputError(f"{type(model).__name__} has no tensor that experts share")
 
 
-def tie_layers(layers: Sequence[Experts], sites: str | Iterable[int] = "center") -> None:
+def tie_layers(layers: Iterable[nn.Module], sites: str | Iterable[int] = "center") -> None:
     """Let layers share cores as well: one stored tensor, with the gradients of all of them.
 
     MPOBERT (Liu et al., arXiv:2303.16753, section 3.1) shares the central tensors of all layers.
@@ -55,8 +56,8 @@ def tie_layers(layers: Sequence[Experts], sites: str | Iterable[int] = "center")
 
     Parameters
     ----------
-    layers : sequence of Experts
-        ``MPOExperts`` of the same shapes and bonds. Their up projections are tied to each other,
+    layers : iterable of MPOExperts, or of MPOMoE with such experts
+        Of the same shapes and bonds. Their up projections are tied to each other,
         their gates, and their down projections.
     sites : {"center"} or iterable of int
         Which sites' cores become one.
@@ -75,9 +76,12 @@ def tie_layers(layers: Sequence[Experts], sites: str | Iterable[int] = "center")
     >>> first.up.center is second.up.center, first.up.aux[0] is second.up.aux[0]
     (True, False)
     """
+    layers = [getattr(layer, "experts", layer) for layer in layers]
     if len(layers) < 2:
         raise InputError(f"tying needs at least two layers, got {len(layers)}")
-    if isinstance(sites, str) and sites != "center":
+    if odd := [type(layer).__name__ for layer in layers if not isinstance(layer, Experts)]:
+        raise InputError(f"layers must be Experts, or an MPOMoE of them, got {', '.join(odd)}")
+    if sites != "center" and (isinstance(sites, str) or not isinstance(sites, Iterable)):
         raise InputError(f"sites must be 'center' or the numbers of sites, got {sites!r}")
     numbers = None if isinstance(sites, str) else sorted(set(sites))
     if numbers == []:
@@ -99,8 +103,10 @@ def _check_tie(name: str, first: Any, other: Any, sites: list[int] | None) -> No
     for each in (first, other):
         if not isinstance(each, SharedProjection):
             raise InputError(f"{name} is no MPO in one of the layers: {each}")
-    if first.shape != other.shape or first.site != other.site:
+    if first.shape != other.shape:
         raise InputError(f"{name} differs in its shape: {first.shape} and {other.shape}")
+    if first.site != other.site:
+        raise InputError(f"{name} differs in the site of its centre: {first.site} and {other.site}")
     count = first.shape.sites
     chosen = [first.site] if sites is None else sites
     if bad := [site for site in chosen if site not in range(count)]:
@@ -176,7 +182,12 @@ class SharedGradientScale:
     Raises
     ------
     InputError
-        If nothing is shared or the scale is negative.
+        If nothing is shared, the scale is negative, or it is not given and layers that share a
+        tensor differ in E.
+
+    Notes
+    -----
+    With ``fully_shard``, make it afterwards.
 
     Examples
     --------
@@ -192,14 +203,15 @@ class SharedGradientScale:
         find_shared(model)
         if scale is not None:
             number_in("scale", scale, "[0, inf)")
-        scales = {
-            id(core): (core, 1 / each.num_experts if scale is None else scale)
-            for each in shared_projections(model)
-            for core in each.shared_cores
-        }
-        # A frozen tensor takes no hook, and needs none.
-        self._handles = [
-            _scale_gradient(core, by) for core, by in scales.values() if core.requires_grad
+        scales = _scales(model, scale)
+        self._handles: list[Any] = [
+            hook_gradient(core, partial(_scaled, by=by), accumulated=False)
+            for core, by in scales.values()
+        ]
+        self._handles += [
+            _GatheredScale(module, scale, set(scales))
+            for module in model.modules()
+            if isinstance(module, Experts) and getattr(module, "_is_fsdp_managed_module", False)
         ]
 
     def remove(self) -> None:
@@ -214,8 +226,58 @@ class SharedGradientScale:
         self.remove()
 
 
-def _scale_gradient(core: Tensor, scale: float) -> RemovableHandle:
-    return core.register_hook(lambda grad: grad * scale)
+def _scales(model: nn.Module, scale: float | None) -> dict[int, tuple[nn.Parameter, float]]:
+    """Every shared tensor of a model, once, and what its gradient is multiplied by."""
+    found: dict[int, tuple[nn.Parameter, float]] = {}
+    for each in shared_projections(model):
+        by = 1 / each.num_experts if scale is None else scale
+        for core in each.shared_cores:
+            if found.setdefault(id(core), (core, by))[1] != by:
+                raise InputError("give scale: layers that share a tensor differ in their experts")
+    return found
+
+
+def _scaled(gradient: Tensor, by: float) -> Tensor:
+    return gradient * by
+
+
+class _GatheredScale:
+    """Scale the gradients of the tensors that FSDP gathers for a layer, in its parameters' place.
+
+    They are there from the first forward pass on; gradients of the parameters never arrive.
+    """
+
+    def __init__(self, experts: Experts, scale: float | None, others: set[int]) -> None:
+        self._scale, self._others = scale, others
+        # The tensors are held, so that no other gets the identity of one that is gone.
+        self._hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
+        self._handle = experts.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, experts: nn.Module, _: Any) -> None:
+        for key, (core, by) in _scales(experts, self._scale).items():
+            if core.requires_grad and key not in self._others and key not in self._hooked:
+                self._hooked[key] = core, core.register_hook(partial(_scaled, by=by))
+
+    def remove(self) -> None:
+        for handle in (self._handle, *(handle for _, handle in self._hooked.values())):
+            handle.remove()
+
+
+def hook_gradient(
+    parameter: nn.Parameter, hook: Callable[[Tensor], Any], accumulated: bool = True
+) -> RemovableHandle:
+    """Call a function with a parameter whose gradient is there, or with the gradient before that.
+
+    A frozen parameter takes a hook as well, for the day when it is thawed.
+    """
+    frozen = not parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        if accumulated:
+            return parameter.register_post_accumulate_grad_hook(hook)
+        return parameter.register_hook(hook)
+    finally:
+        parameter.requires_grad_(not frozen)
 
 
 def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
@@ -257,7 +319,7 @@ def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
         id(core)
         for each in shared_projections(model)
         for site in set(range(each.shape.sites)) - each.shared_sites
-        for core in [each.core_at(site)]
+        for core in each.parameters_at(site)
     }
     for name, each in named.items():
         each.requires_grad_(id(each) in owned or any(part in name for part in parts))
