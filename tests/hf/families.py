@@ -39,6 +39,7 @@ MODELS = {
     ),
     "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**_GROUPED)), 3),
     "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_GROUPED)), 3),
+    "qwen3": (lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_GROUPED | {"head_dim": 16})), 3),
     "gemma": (lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**_GROUPED)), 3),
     "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**_GPT2)), 3),
     "gptj": (lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**_GPT2, rotary_dim=4)), 3),
@@ -75,8 +76,8 @@ MODELS = {
 
 ENCODER_DECODERS = ("t5", "flan-t5", "mt5", "bart")
 GENERATORS = (
-    "llama", "mistral", "qwen2", "gemma", "gpt2", "gptj", "gpt_neox", "falcon", "phi", "opt",
-    *ENCODER_DECODERS,
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gptj", "gpt_neox", "falcon", "phi",
+    "opt", *ENCODER_DECODERS,
 )  # fmt: skip
 
 

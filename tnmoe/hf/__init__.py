@@ -13,7 +13,7 @@ except ImportError as error:
 
 from tnmoe.hf.checkpoint import from_pretrained
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.export import average_experts, to_mixtral
+from tnmoe.hf.export import average_experts, to_moe
 from tnmoe.hf.families import FFN, find_ffns, of_module, register_family
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.hf.router_losses import attach_router_losses
@@ -32,6 +32,6 @@ __all__ = [
     "of_module",
     "parameter_report",
     "register_family",
-    "to_mixtral",
+    "to_moe",
     "upcycle",
 ]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.checkpoint import METHOD
 from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.families import find_ffns, weight_of
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.router import TopKRouter
 
 
 @torch.no_grad()
@@ -41,88 +41,77 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
         If the model is no converted one.
     """
     config = _config_of(model)
-    make: Any = type(model)
-    dense = make(_plain_config(model)).to(dtype=model.dtype)
+    plain = copy.deepcopy(model.config)
+    del plain.quantization_config
+    dense = _new(type(model), plain, model)
     ffns = find_ffns(dense, config.layers, config.every)
     networks = [matrix for ffn in ffns for matrix in ffn.matrices.values()]
-    _copy_the_rest(model, dense, networks)
-    for ffn, layer in zip(ffns, _layers(model), strict=True):
+    mixtures = _mixtures(model)
+    _fill(dense, _outside(model, mixtures), networks)
+    for ffn, layer in zip(ffns, mixtures.values(), strict=True):
         for name, matrix in ffn.matrices.items():
             projection = getattr(layer.experts, name)
             weight_of(matrix).copy_(projection.weight().mean(0))
             if matrix.bias is not None:
                 matrix.bias.copy_(projection.bias.mean(0))
-    return dense.to(model.device).train(model.training)
+    return dense
 
 
 @torch.no_grad()
-def to_mixtral(model: PreTrainedModel) -> MixtralForCausalLM:
-    """The same function as a Mixtral model, which serving engines know: nothing is shared there.
+def to_moe(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function as an ordinary mixture of experts, which serving engines know.
+
+    ===========================  ================================================================
+    ``LlamaForCausalLM``,        ``MixtralForCausalLM``: experts in all layers, weights that sum
+    ``MistralForCausalLM``       to 1
+    ``Qwen2ForCausalLM``         ``Qwen2MoeForCausalLM``, whose shared expert is zero
+    ``Qwen3ForCausalLM``         ``Qwen3MoeForCausalLM``
+    ``T5ForConditionalGen…``     ``SwitchTransformersForConditionalGeneration``: one expert per
+                                 token, no gates; per stack, experts in no layer, in all, or in
+                                 layers 1, 1 + n, 1 + 2 n, …
+    ===========================  ================================================================
 
     Parameters
     ----------
     model : PreTrainedModel
-        A Llama or Mistral for causal language modelling, converted in all its layers, without
-        biases, and with plain top-k routers.
+        A converted model of a class above; it stays as it is. Experts have no biases, and routers
+        of type :class:`tnmoe.nn.TopKRouter` none of the settings that these classes lack.
 
     Returns
     -------
-    MixtralForCausalLM
-        A new model, in the same dtype, on the same device.
+    PreTrainedModel
+        A new model, in the same dtype and mode, on the same device. Nothing is shared there: it is
+        as large as an ordinary mixture.
 
     Raises
     ------
     InputError
-        If Mixtral cannot express the model, with what it cannot.
+        If the model is no converted one, or has something that the other class cannot express.
+
+    Notes
+    -----
+    The function is that out of training: noise and capacities that only training knows are not
+    carried over, and jitter only where the class has it. In half precision, the Mixtral and Qwen
+    classes compute routers' logits in that precision and not in float32 as here, so close choices
+    may fall otherwise.
+
+    Switch multiplies an expert's output by its probability. Where weights are to be 1 instead
+    (``normalize``, the default), the router is multiplied by 2⁶⁴: the probability of the same
+    expert then rounds to 1, unless the two best logits are equal to the last bit. Such a router
+    learns nothing more, and does not fit into float16. Switch's capacity is set so high that no
+    token is dropped.
     """
     config = _config_of(model)
-    layers = _layers(model)
-    _check_mixtral(model, config, layers)
-    known = set(MixtralConfig().to_dict()) - {"model_type", "architectures", "transformers_version"}
-    source = {key: value for key, value in _plain_config(model).to_dict().items() if key in known}
-    source |= {
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "router_aux_loss_coef": config.balance_weight,
-    }
-    make: Any = MixtralForCausalLM
-    mixtral = make(MixtralConfig(**source)).to(dtype=model.dtype)
-    _copy_the_rest(model, mixtral, [block.mlp for block in mixtral.model.layers])
-    for block, layer in zip(mixtral.model.layers, layers, strict=True):
-        experts = layer.experts
-        assert experts.gate is not None
-        block.mlp.gate.weight.copy_(layer.router.weight)
-        both = torch.cat([experts.gate.weight(), experts.up.weight()], dim=1)
-        block.mlp.experts.gate_up_proj.copy_(both)
-        block.mlp.experts.down_proj.copy_(experts.down.weight())
-    return mixtral.to(model.device).train(model.training)
-
-
-def _check_mixtral(model: PreTrainedModel, config: MPOEConfig, layers: list[MPOMoE]) -> None:
-    kind, total = model.config.model_type, model.config.num_hidden_layers
-    if kind not in ("llama", "mistral") or not type(model).__name__.endswith("ForCausalLM"):
-        raise InputError(
-            "only LlamaForCausalLM and MistralForCausalLM become Mixtral, got "
-            f"{type(model).__name__}"
-        )
-    if len(layers) != total:
-        raise InputError(f"Mixtral has experts in all {total} layers, the model in {len(layers)}")
-    if any(name.endswith("bias") for name, _ in model.named_parameters()):
-        raise InputError("Mixtral has no biases, the model has some")
-    for layer in layers:
-        plain = TopKRouter(layer.router.hidden_size, config.num_experts, config.num_experts_per_tok)
-        differs = [
-            name
-            for name, value in vars(plain).items()
-            if isinstance(value, bool | int | float | str | None)
-            and name not in ("training", "jitter_noise", "straight_through")
-            and getattr(layer.router, name, value) != value
-        ]
-        if differs or type(layer.router) is not TopKRouter or layer.router.load_bias is not None:
-            raise InputError(
-                "Mixtral has softmax top-k routers with weights that sum to 1, the model has "
-                f"{layer.router}{' with ' + ', '.join(differs) if differs else ''}"
-            )
+    target, mixtures = target_of(model), _mixtures(model)
+    for layer in mixtures.values():
+        target.check(layer)
+    moe = _new(target.model_class, target.config(model, mixtures, config), model)
+    blocks = {path: moe.get_submodule(target.rename(path)) for path in mixtures}
+    rest = {target.rename(name): each for name, each in _outside(model, mixtures).items()}
+    _fill(moe, rest, blocks.values())
+    for path, layer in mixtures.items():
+        blocks[path].load_state_dict(target.weights(layer))
+    return moe
 
 
 def _config_of(model: PreTrainedModel) -> MPOEConfig:
@@ -134,21 +123,41 @@ def _config_of(model: PreTrainedModel) -> MPOEConfig:
     return MPOEConfig.from_dict(stored.mpoe)
 
 
-def _plain_config(model: PreTrainedModel) -> Any:
-    """The model's configuration without what :func:`upcycle` wrote into it."""
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
-    return config
+def _new(make: Any, config: Any, model: PreTrainedModel) -> Any:
+    """A new model in the state of another one; its numbers are of no use yet."""
+    # Unlike a conversion afterwards, this leaves tables of rotary embeddings in float32.
+    with model.device:
+        other = make._from_config(config, dtype=model.dtype)
+    if model.can_generate():
+        other.generation_config = copy.deepcopy(model.generation_config)
+    return other.train(model.training)
 
 
-def _layers(model: nn.Module) -> list[MPOMoE]:
-    return [module for module in model.modules() if isinstance(module, MPOMoE)]
+def _mixtures(model: nn.Module) -> dict[str, MPOMoE]:
+    return {path: each for path, each in model.named_modules() if isinstance(each, MPOMoE)}
 
 
-def _copy_the_rest(model: nn.Module, other: nn.Module, networks: Iterable[nn.Module]) -> None:
-    """Everything but the networks, which has the same names in both."""
+def _outside(model: nn.Module, mixtures: Iterable[str]) -> dict[str, Tensor]:
+    """What a model holds beside its mixtures, which are at these paths."""
+    inside = tuple(f"{path}." for path in mixtures)
+    return {name: each for name, each in model.state_dict().items() if not name.startswith(inside)}
+
+
+def _fill(other: nn.Module, tensors: Mapping[str, Tensor], networks: Iterable[nn.Module]) -> None:
+    """Copy tensors by name to where they fit: everywhere but in the networks."""
     own = {id(each) for network in networks for each in network.parameters()}
-    ours, theirs = model.state_dict(), other.state_dict(keep_vars=True)
-    if lost := [n for n, each in theirs.items() if n not in ours and id(each) not in own]:
-        raise InputError(f"{type(model).__name__} has nothing for {', '.join(lost[:4])}")
-    other.load_state_dict({name: ours[name] for name in theirs if name in ours}, strict=False)
+    theirs = {
+        name: each for name, each in other.state_dict(keep_vars=True).items() if id(each) not in own
+    }
+    _check_none(other, "has no place for", tensors.keys() - theirs.keys())
+    _check_none(other, "needs", theirs.keys() - tensors.keys())
+    other.load_state_dict(tensors, strict=False)
+    changed = {
+        name for name, each in theirs.items() if not torch.equal(tensors[name].to(each), each)
+    }
+    _check_none(other, "ties what the model does not", changed)
+
+
+def _check_none(other: nn.Module, what: str, names: Iterable[str]) -> None:
+    if named := sorted(names):
+        raise InputError(f"{type(other).__name__} {what}: {', '.join(named[:4])}")

@@ -1,0 +1,281 @@
+"""Ordinary mixtures of experts in transformers that converted models become: one entry each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tnmoe.errors import InputError
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.nn.moe import MPOMoE
+from tnmoe.nn.router import TopKRouter
+
+# Entries that say what a configuration is of.
+_OWN = ("architectures", "model_type", "transformers_version")
+
+# Entries that classes read without listing them.
+_UNLISTED = ("decoder_start_token_id", "head_dim")
+
+# Makes probabilities 1: differences of logits in float32 become large or stay 0, and no logit
+# overflows.
+_SHARPNESS = 2.0**64
+
+# More tokens than a sequence has.
+_NO_LIMIT = 2**31 - 1
+
+# Size of a shared expert that is zero: engines split it over devices, and not all of them know 0.
+_UNUSED = 64
+
+
+@dataclass(frozen=True)
+class Target:
+    """A class of ordinary mixtures, and how a converted model becomes one.
+
+    Attributes
+    ----------
+    name : str
+        The class, in transformers.
+    stacks : tuple of str
+        Paths of the model's lists of layers.
+    settings : callable
+        From the model's configuration, and for every stack which of its layers have experts,
+        entries of the new configuration besides those of all targets. Raises an InputError for
+        what the class cannot express.
+    weights : callable
+        From a layer, what its counterpart holds, by name.
+    renamed : (str, str)
+        What parts of paths are called in the model and in the class.
+    max_top_k : int or inf
+        Most experts per token.
+    unnormalized, router_bias, gated : bool
+        Whether the class knows weights that do not sum to 1, biases of routers, gates.
+    """
+
+    name: str
+    stacks: tuple[str, ...]
+    settings: Callable[..., dict[str, Any]]
+    weights: Callable[[MPOMoE], dict[str, Tensor]]
+    renamed: tuple[str, str] = ("", "")
+    max_top_k: float = inf
+    unnormalized: bool = True
+    router_bias: bool = False
+    gated: bool = True
+
+    @property
+    def model_class(self) -> Any:
+        """The class itself, imported when it is needed."""
+        return getattr(transformers, self.name)
+
+    def rename(self, path: str) -> str:
+        """What is called so in the model, as it is called in the class."""
+        return path.replace(*self.renamed)
+
+    def check(self, layer: MPOMoE) -> None:
+        """Raise an InputError for what a layer does, out of training, that the class does not."""
+        router, experts = layer.router, layer.experts
+        if type(router) is not TopKRouter:
+            raise InputError(f"{self.name} has top-k routers, the model has {router}")
+        projections = [each for each in (experts.up, experts.gate, experts.down) if each]
+        # Its weight is 1 whatever its score.
+        alone = router.normalize and router.top_k == 1
+        beyond = {
+            f"top_k={router.top_k}": router.top_k > self.max_top_k,
+            "normalize=False": not (router.normalize or self.unnormalized),
+            "score_function='sigmoid'": router.score_function == "sigmoid" and not alone,
+            "bias=True": router.bias is not None and not self.router_bias,
+            "load_bias=True": router.load_bias is not None,
+            f"num_groups={router.num_groups}": router.top_groups < router.num_groups,
+            f"second_expert={router.second_expert!r}": (
+                router.second_expert in ("none", "threshold")
+            ),
+            f"eval_capacity_factor={router.eval_capacity_factor}": (
+                router.eval_capacity_factor is not None
+            ),
+            "biases of experts": any(each.bias is not None for each in projections),
+            "gates": experts.gate is not None and not self.gated,
+            "a shared expert": layer.shared_expert is not None,
+        }
+        if named := [what for what, has in beyond.items() if has]:
+            raise InputError(f"{self.name} cannot express {', '.join(named)}")
+
+    def config(
+        self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE], config: MPOEConfig
+    ) -> Any:
+        """The configuration of the model that computes the same."""
+        make = self.model_class.config_class
+        known, source = make(), model.config.to_dict()
+        # All layers have the router that one configuration describes.
+        router: Any = next(iter(mixtures.values())).router
+        common = {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": router.top_k,
+            "norm_topk_prob": router.normalize,
+            "router_bias": router.bias is not None,
+            "router_jitter_noise": router.jitter_noise,
+            "router_aux_loss_coef": config.balance_weight,
+            "router_z_loss_coef": config.z_weight,
+        }
+        shared = {
+            name: value
+            for name, value in {**source, **common}.items()
+            if name not in _OWN and (name in _UNLISTED or hasattr(known, name))
+        }
+        return make(**shared | self.settings(model.config, *self._sparse(model, mixtures)))
+
+    def _sparse(self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE]) -> list[set[int]]:
+        """Layers of every stack that have experts."""
+        return [
+            {
+                layer
+                for layer in range(len(model.get_submodule(stack)))  # type: ignore[arg-type]
+                if any(path.startswith(f"{stack}.{layer}.") for path in mixtures)
+            }
+            for stack in self.stacks
+        ]
+
+
+def target_of(model: PreTrainedModel) -> Target:
+    """What a converted model becomes.
+
+    Raises
+    ------
+    InputError
+        If there is no such class.
+    """
+    name = type(model).__name__
+    if name not in _TARGETS:
+        raise InputError(
+            f"transformers has no ordinary mixture like {name} that tnmoe knows, only like "
+            f"{', '.join(_TARGETS)}"
+        )
+    return _TARGETS[name]
+
+
+def _matrices(layer: MPOMoE) -> dict[str, Tensor]:
+    """All experts' matrices, (E, out, in), with the scale of the router's weights in the last."""
+    experts, router = layer.experts, layer.router
+    assert isinstance(router, TopKRouter)
+    matrices = {"up": experts.up.weight(), "down": experts.down.weight() * router.scale}
+    return matrices if experts.gate is None else {**matrices, "gate": experts.gate.weight()}
+
+
+def _mixtral_weights(layer: MPOMoE) -> dict[str, Tensor]:
+    """Mixtral's and Qwen3-MoE's."""
+    matrices = _matrices(layer)
+    return {
+        "gate.weight": layer.router.weight,
+        "experts.gate_up_proj": torch.cat([matrices["gate"], matrices["up"]], dim=1),
+        "experts.down_proj": matrices["down"],
+    }
+
+
+def _qwen2_weights(layer: MPOMoE) -> dict[str, Tensor]:
+    zeros = layer.router.weight.new_zeros(_UNUSED, layer.router.hidden_size)
+    return _mixtral_weights(layer) | {
+        "shared_expert.gate_proj.weight": zeros,
+        "shared_expert.up_proj.weight": zeros,
+        "shared_expert.down_proj.weight": zeros.T,
+        "shared_expert_gate.weight": zeros[:1],
+    }
+
+
+def _switch_weights(layer: MPOMoE) -> dict[str, Tensor]:
+    router, matrices = layer.router, _matrices(layer)
+    sharpness = _SHARPNESS if router.normalize else 1.0
+    weights = {"router.classifier.weight": router.weight * sharpness}
+    if router.bias is not None:
+        weights["router.classifier.bias"] = router.bias * sharpness
+    if not all(each.isfinite().all() for each in weights.values()):
+        raise InputError(f"Switch cannot express normalize=True in {router.weight.dtype}")
+    for expert, (up, down) in enumerate(zip(matrices["up"], matrices["down"], strict=True)):
+        weights |= {f"experts.expert_{expert}.wi.weight": up}
+        weights |= {f"experts.expert_{expert}.wo.weight": down}
+    return weights
+
+
+def _mixtral_settings(config: Any, sparse: set[int]) -> dict[str, Any]:
+    total = config.num_hidden_layers
+    if len(sparse) < total:
+        raise InputError(f"Mixtral has experts in all {total} layers, the model in {len(sparse)}")
+    return {}
+
+
+def _qwen2_settings(config: Any, sparse: set[int]) -> dict[str, Any]:
+    return {
+        "mlp_only_layers": sorted(set(range(config.num_hidden_layers)) - sparse),
+        "moe_intermediate_size": config.intermediate_size,
+        "shared_expert_intermediate_size": _UNUSED,
+    }
+
+
+def _qwen3_settings(config: Any, sparse: set[int]) -> dict[str, Any]:
+    kinds = set(config.layer_types)
+    if len(kinds) > 1:
+        raise InputError(
+            "Qwen3-MoE has sliding windows in all layers or in none, the model in "
+            f"{config.layer_types.count('sliding_attention')} of {len(config.layer_types)}"
+        )
+    return {
+        "mlp_only_layers": sorted(set(range(config.num_hidden_layers)) - sparse),
+        "moe_intermediate_size": config.intermediate_size,
+        "use_sliding_window": kinds == {"sliding_attention"},
+    }
+
+
+def _switch_settings(config: Any, encoder: set[int], decoder: set[int]) -> dict[str, Any]:
+    return {
+        "expert_capacity": _NO_LIMIT,
+        # There the one entry stands for both.
+        "tie_word_embeddings": config.scale_decoder_outputs,
+        **_switch_steps("encoder", encoder, config.num_layers),
+        **_switch_steps("decoder", decoder, config.num_decoder_layers),
+    }
+
+
+def _switch_steps(stack: str, sparse: set[int], total: int) -> dict[str, Any]:
+    """The distance between layers with experts: 1 for all of them, 0 for none."""
+    for step in range(total + 1):
+        if sparse == {each for each in range(total) if step == 1 or (step and each % step == 1)}:
+            return {f"num_sparse_{stack}_layers": len(sparse), f"{stack}_sparse_step": step}
+    raise InputError(
+        "Switch has experts in no layer of a stack, in all, or in layers 1, 1 + n, 1 + 2 n, …, "
+        f"the model's {stack} in {', '.join(map(str, sorted(sparse)))} of {total}"
+    )
+
+
+_MIXTRAL = Target(
+    "MixtralForCausalLM",
+    ("model.layers",),
+    _mixtral_settings,
+    _mixtral_weights,
+    unnormalized=False,
+)
+
+# By the class of the converted model.
+_TARGETS: Mapping[str, Target] = {
+    "LlamaForCausalLM": _MIXTRAL,
+    "MistralForCausalLM": _MIXTRAL,
+    "Qwen2ForCausalLM": Target(
+        "Qwen2MoeForCausalLM", ("model.layers",), _qwen2_settings, _qwen2_weights
+    ),
+    "Qwen3ForCausalLM": Target(
+        "Qwen3MoeForCausalLM", ("model.layers",), _qwen3_settings, _mixtral_weights
+    ),
+    "T5ForConditionalGeneration": Target(
+        "SwitchTransformersForConditionalGeneration",
+        ("encoder.block", "decoder.block"),
+        _switch_settings,
+        _switch_weights,
+        renamed=("DenseReluDense", "mlp"),
+        max_top_k=1,
+        router_bias=True,
+        gated=False,
+    ),
+}
