@@ -25,6 +25,7 @@ _BART = {
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 40,
     "decoder_ffn_dim": 32,
 }  # fmt: skip
+_ONE_KEY = _SMALL | {"num_key_value_heads": 1, "pad_token_id": 0}
 _VISION = _SMALL | {"image_size": 16, "patch_size": 8, "num_channels": 3}
 
 # Name: the model, and how many feed-forward networks it has.
@@ -52,6 +53,55 @@ MODELS = {
         ),
         3,
     ),
+    "phi3": (lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_ONE_KEY)), 3),
+    "glm4": (lambda: tf.Glm4ForCausalLM(tf.Glm4Config(**_GROUPED, pad_token_id=0)), 3),
+    "nemotron": (
+        lambda: tf.NemotronForCausalLM(tf.NemotronConfig(**_GROUPED, mlp_bias=True)), 3,
+    ),
+    "starcoder2": (lambda: tf.Starcoder2ForCausalLM(tf.Starcoder2Config(**_ONE_KEY)), 3),
+    "bloom": (
+        lambda: tf.BloomForCausalLM(
+            tf.BloomConfig(vocab_size=50, hidden_size=24, n_layer=3, n_head=2, hidden_dropout=0.1)
+        ),
+        3,
+    ),
+    "mpt": (
+        lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=50, d_model=24, n_layers=3, n_heads=2)),
+        3,
+    ),
+    "bamba": (
+        lambda: tf.BambaForCausalLM(
+            tf.BambaConfig(
+                **_ONE_KEY, mamba_n_heads=4, mamba_d_head=12, mamba_d_state=8,
+                attn_layer_indices=[1],
+            )
+        ),
+        3,
+    ),
+    "modernbert": (
+        lambda: tf.ModernBertModel(
+            tf.ModernBertConfig(**_SMALL, mlp_bias=True, mlp_dropout=0.1, pad_token_id=0)
+        ),
+        3,
+    ),
+    "distilbert": (
+        lambda: tf.DistilBertModel(
+            tf.DistilBertConfig(vocab_size=50, dim=24, hidden_dim=40, n_layers=3, n_heads=2)
+        ),
+        3,
+    ),
+    # Five layers, two networks.
+    "albert": (
+        lambda: tf.AlbertModel(
+            tf.AlbertConfig(
+                **_SMALL | {"num_hidden_layers": 5}, embedding_size=8, num_hidden_groups=2
+            )
+        ),
+        2,
+    ),
+    "xlm": (
+        lambda: tf.XLMModel(tf.XLMConfig(vocab_size=50, emb_dim=24, n_layers=3, n_heads=2)), 3,
+    ),
     "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)), 6),
     "flan-t5": (
         lambda: tf.T5ForConditionalGeneration(
@@ -60,6 +110,22 @@ MODELS = {
         6,
     ),
     "mt5": (lambda: tf.MT5ForConditionalGeneration(tf.MT5Config(**_T5)), 6),
+    "t5gemma": (
+        lambda: tf.T5GemmaForConditionalGeneration(
+            tf.T5GemmaConfig(encoder=_GROUPED, decoder=_GROUPED, vocab_size=50, dropout_rate=0.1)
+        ),
+        6,
+    ),
+    "prophetnet": (
+        lambda: tf.ProphetNetForConditionalGeneration(
+            tf.ProphetNetConfig(
+                vocab_size=50, hidden_size=24, encoder_ffn_dim=40, decoder_ffn_dim=32,
+                num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=2,
+                num_decoder_attention_heads=2,
+            )
+        ),
+        4,
+    ),
     "bart": (lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_BART)), 5),
     "whisper": (
         lambda: tf.WhisperForConditionalGeneration(
@@ -70,14 +136,23 @@ MODELS = {
         ),
         5,
     ),
+    "wav2vec2": (
+        lambda: tf.Wav2Vec2Model(
+            tf.Wav2Vec2Config(
+                **_SMALL, conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(5, 4),
+                num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.0,
+            )
+        ),
+        3,
+    ),
     "vit": (lambda: tf.ViTModel(tf.ViTConfig(**_VISION)), 3),
     "clip vision": (lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_VISION)), 3),
 }  # fmt: skip
 
-ENCODER_DECODERS = ("t5", "flan-t5", "mt5", "bart")
+ENCODER_DECODERS = ("t5", "flan-t5", "mt5", "t5gemma", "prophetnet", "bart")
 GENERATORS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gptj", "gpt_neox", "falcon", "phi",
-    "opt", *ENCODER_DECODERS,
+    "opt", "phi3", "glm4", "nemotron", "starcoder2", "bloom", "mpt", "bamba", *ENCODER_DECODERS,
 )  # fmt: skip
 
 
@@ -95,6 +170,8 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if name in ("vit", "clip vision"):
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    if name == "wav2vec2":
+        return {"input_values": torch.randn(2, 400, generator=generator)}
     if name == "whisper":
         features = torch.randn(2, 8, 12, generator=generator)
         return {"input_features": features, "decoder_input_ids": IDS}

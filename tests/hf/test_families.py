@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers as tf
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tnmoe as tn
 from tests.hf.families import GENERATORS, IDS, MASK, MODELS, inputs, make, outputs, relative
@@ -71,6 +73,126 @@ def test_dropout_of_a_network_stays_where_it_was():
     hf.upcycle(bart, CONFIG)
     layer = bart.model.decoder.layers[1]
     assert (layer.fc1.experts.dropout, layer.activation_dropout) == (0.3, 0.0)
+
+
+def test_dropout_of_other_kinds_of_networks_stays_as_well():
+    bloom, wav2vec2 = make("bloom"), make("wav2vec2")
+    hf.upcycle(bloom, CONFIG)
+    assert {(each.experts.dropout, each.dropout) for each in moes(bloom).values()} == {(0.0, 0.0)}
+    assert {layer.mlp.hidden_dropout for layer in bloom.transformer.h} == {0.1}
+    hf.upcycle(wav2vec2, CONFIG)
+    assert {each.experts.dropout for each in moes(wav2vec2).values()} == {0.1}
+    network = wav2vec2.encoder.layers[0].feed_forward
+    assert isinstance(network.intermediate_dropout, torch.nn.Identity)
+    starcoder = tf.Starcoder2Model(
+        tf.Starcoder2Config(
+            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2, residual_dropout=0.3,
+        )
+    )  # fmt: skip
+    assert [(ffn.dropout, ffn.output_dropout) for ffn in hf.find_ffns(starcoder)] == [(0.0, 0.3)]
+    assert {ffn.dropout for ffn in hf.find_ffns(make("t5gemma"))} == {0.1}
+
+
+@pytest.mark.parametrize("name", ["phi3", "modernbert"])
+def test_halves_of_a_fused_matrix_are_the_gates_and_the_others_in_place(name):
+    model = make(name)
+    ffn = hf.find_ffns(model)[1]
+    fused = ffn.network.gate_up_proj if name == "phi3" else ffn.network.Wi
+    rows = torch.randn(5, 24)
+    gate, up = fused(rows).chunk(2, -1)
+    for half, expected in ((ffn.gate, gate), (ffn.up, up)):
+        torch.testing.assert_close(
+            torch.nn.functional.linear(rows, half.weight, half.bias), expected
+        )
+    with torch.no_grad():
+        ffn.up.weight.zero_()
+        if fused.bias is not None:
+            ffn.up.bias.zero_()
+    torch.testing.assert_close(fused(rows), torch.cat([gate, torch.zeros_like(up)], -1))
+    assert ffn.num_params == sum(p.numel() for p in ffn.network.parameters())
+
+
+@pytest.mark.parametrize("name", ["phi3", "modernbert", "albert", "bloom", "bamba"])
+@pytest.mark.parametrize("layout", ["interleaved", "dense"])
+def test_the_report_counts_fused_and_repeated_networks_once(name, layout):
+    config = hf.MPOEConfig(num_experts=3, sites=3, layout=layout)
+    model = make(name)
+    report = hf.parameter_report(model, config)
+    assert len(report.ffns) == MODELS[name][1]
+    assert report.total.dense == sum(p.numel() for p in model.parameters())
+    assert report.total.mpoe == sum(p.numel() for p in hf.upcycle(model, config).parameters())
+
+
+def test_layers_that_share_a_network_share_its_experts_and_count_in_every_call():
+    model = hf.upcycle(make("albert"), CONFIG)
+    assert len(model(**inputs("albert"), output_router_logits=True)["router_logits"]) == 5
+    with nn.record_routing(model) as routing:
+        model(**inputs("albert"))
+    assert len({call.name for call in routing.calls}) == 2
+
+
+def test_a_network_in_two_places_becomes_one_mixture_in_both():
+    model = make("llama")
+    layers = model.model.layers
+    layers[2].mlp = layers[0].mlp
+    expected = outputs(model, "llama")
+    assert [ffn.name for ffn in hf.find_ffns(model)] == ["model.layers.0", "model.layers.1"]
+    hf.upcycle(model, CONFIG)
+    assert layers[2].mlp is layers[0].mlp
+    assert isinstance(layers[2].mlp, nn.MPOMoE)
+    assert relative(outputs(model, "llama"), expected) < 1e-5
+
+
+def test_a_network_that_two_families_know_is_converted_once(monkeypatch):
+    model, families = make("distilbert"), dict(hf.families._FAMILIES)
+    families["parts"] = hf.in_place("lin1", "lin2", "activation")
+    monkeypatch.setattr(hf.families, "_FAMILIES", families)
+    expected = outputs(model, "distilbert")
+    hf.upcycle(model, CONFIG)
+    assert len(moes(model)) == 3
+    assert relative(outputs(model, "distilbert"), expected) < 1e-5
+
+
+_TINY = {
+    "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+_HYBRID = {
+    "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+}  # fmt: skip
+
+
+class Clamped(LlamaMLP):
+    """Nothing but its forward tells that it holds back large values."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-7, 7))
+
+
+def clamped():
+    model = tf.LlamaModel(tf.LlamaConfig(**_TINY))
+    model.layers[0].mlp = Clamped(model.config)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda: tf.BitNetModel(tf.BitNetConfig(**_TINY)),  # a norm before the last matrix
+        lambda: tf.FalconH1Model(  # fixed factors
+            tf.FalconH1Config(**_TINY, mlp_multipliers=[0.5, 2.0], mamba_d_ssm=16, mamba_n_heads=2)
+        ),
+        lambda: tf.SegformerModel(tf.SegformerConfig()),  # a convolution, of the image's size
+        clamped,
+    ],
+)
+def test_a_network_that_does_more_than_its_family_is_refused(make_model):
+    model = make_model()
+    before = {name: type(each) for name, each in model.named_modules()}
+    with pytest.raises(tn.InputError, match=r"feed-forward network of .* does more than its matr"):
+        hf.upcycle(model, CONFIG)
+    assert before == {name: type(each) for name, each in model.named_modules()}
 
 
 @pytest.mark.parametrize(
@@ -161,6 +283,16 @@ def test_a_family_of_ones_own_is_one_line():
             lambda: hf.upcycle(make("bert"), hf.MPOEConfig(layers="decoder")),
             "layers='decoder', every=1 leave none of the 3 feed-forward networks of BertModel: "
             "encoder.layer.0 … encoder.layer.2",
+        ),
+        (
+            lambda: hf.find_ffns(
+                tf.RobertaPreLayerNormModel(tf.RobertaPreLayerNormConfig(**_TINY))
+            ),
+            "RobertaPreLayerNormModel has no feed-forward network of a known family",
+        ),
+        (
+            lambda: hf.upcycle(tf.ZambaModel(tf.ZambaConfig(**_TINY | _HYBRID)), CONFIG),
+            r"ZambaModel ties layers.*feed_forward\.down_proj\.weight by name",
         ),
         (
             lambda: hf.upcycle(make("bert"), hf.MPOEConfig(every=4)),

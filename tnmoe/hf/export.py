@@ -14,7 +14,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.checkpoint import METHOD
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.export_targets import target_of
-from tnmoe.hf.families import find_ffns, weight_of
+from tnmoe.hf.families import FFN, find_ffns, weight_of
 from tnmoe.nn.moe import MPOMoE
 
 
@@ -49,12 +49,17 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     mixtures = _mixtures(model)
     _fill(dense, _outside(model, mixtures), networks)
     for ffn, layer in zip(ffns, mixtures.values(), strict=True):
-        for name, matrix in ffn.matrices.items():
-            projection = getattr(layer.experts, name)
-            weight_of(matrix).copy_(projection.weight().mean(0))
-            if matrix.bias is not None:
-                matrix.bias.copy_(projection.bias.mean(0))
+        average_into(ffn, layer)
     return dense
+
+
+def average_into(ffn: FFN, layer: MPOMoE) -> None:
+    """Give a dense network the mean of a mixture's experts."""
+    for name, matrix in ffn.matrices.items():
+        projection = getattr(layer.experts, name)
+        weight_of(matrix).copy_(projection.weight().mean(0))
+        if matrix.bias is not None:
+            matrix.bias.copy_(projection.bias.mean(0))
 
 
 @torch.no_grad()

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnmoe.errors import InputError
+from tnmoe.nn.activations import resolve_activation
 
-Matrix = nn.Linear | Conv1D
+
+class FusedHalf(nn.Module):
+    """The upper or the lower half of a linear layer that holds gate and up in one matrix.
+
+    Its weight and bias are parts of that layer's: what is written into them is written there.
+
+    Parameters
+    ----------
+    both : Linear
+        The layer of 2 F rows.
+    half : {0, 1}
+        The upper half or the lower one.
+    """
+
+    def __init__(self, both: nn.Linear, half: int) -> None:
+        super().__init__()
+        self.both = both
+        size = both.out_features // 2
+        self.rows = slice(half * size, (half + 1) * size)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.both.weight[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.both.bias is None else self.both.bias[self.rows]
+
+
+Matrix = nn.Linear | Conv1D | FusedHalf
 
 
 @dataclass(frozen=True)
@@ -21,9 +54,9 @@ class FFN:
 
     Attributes
     ----------
-    up, down : Linear or Conv1D
+    up, down : Linear, Conv1D or FusedHalf
         Into and out of the intermediate size.
-    gate : Linear, Conv1D or None
+    gate : Linear, Conv1D, FusedHalf or None
         Second matrix into the intermediate size, activated and multiplied onto ``up``'s output.
     activation : callable
         The model's own activation.
@@ -31,8 +64,10 @@ class FFN:
         Puts a module (..., H) → (..., H) in the network's place.
     dropout, output_dropout : float
         The network's own dropout between its matrices, and of its output.
-    name : str
-        Path of the layer that holds it.
+    name, family : str
+        Path of the layer that holds it, and the family that found it.
+    network : Module, optional
+        What computes it, and nothing else, in the model: looked at by :func:`check_formula`.
     """
 
     up: Matrix
@@ -43,6 +78,8 @@ class FFN:
     dropout: float = 0.0
     output_dropout: float = 0.0
     name: str = ""
+    family: str = ""
+    network: nn.Module | None = None
 
     @property
     def matrices(self) -> dict[str, Matrix]:
@@ -51,9 +88,20 @@ class FFN:
         return found if self.gate is None else {**found, "gate": self.gate}
 
     @property
+    def modules(self) -> list[Any]:
+        """What its parameters belong to: its matrices, and its activation."""
+        return [*self.matrices.values(), self.activation]
+
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        """Whatever was learned of it."""
+        parts = [each for each in self.modules if isinstance(each, nn.Module)]
+        return {parameter for each in parts for parameter in each.parameters()}
+
+    @property
     def num_params(self) -> int:
-        """Numbers in its matrices and biases."""
-        return sum(p.numel() for matrix in self.matrices.values() for p in matrix.parameters())
+        """Numbers in its matrices, biases and activation."""
+        return sum(parameter.numel() for parameter in self.parameters)
 
 
 def weight_of(matrix: Matrix) -> Tensor:
@@ -99,9 +147,11 @@ def of_module(
     holder : str
         Attribute of a layer that is the network.
     up, down, gate, activation : str
-        Attributes of the network that are its matrices and its activation.
+        Attributes of the network that are its matrices and its activation. Where ``gate`` is the
+        same as ``up``, one linear layer holds both, the gate's rows first.
     dropout, output_dropout : str, optional
-        Attributes that are its ``torch.nn.Dropout`` between the matrices, and after the last one.
+        Attributes that are its dropout between the matrices, and after the last one: a
+        ``torch.nn.Dropout`` or a probability.
 
     Examples
     --------
@@ -113,33 +163,116 @@ def of_module(
 
     def find(layer: Any) -> FFN | None:
         network = getattr(layer, holder, None)
-        found = {name: _matrix(network, name) for name in (up, down, gate) if name is not None}
-        act = getattr(network, activation, None)
-        if act is None or any(matrix is None for matrix in found.values()):
+        parts = _parts(network, up, down, gate, activation, dropout)
+        output_rate = _rate(network, output_dropout)
+        if parts is None or output_rate is None:
             return None
-
-        def rate(name: str | None) -> float:
-            return 0.0 if name is None else getattr(network, name).p
-
         return FFN(
-            found[up],  # type: ignore[arg-type]
-            found[down],  # type: ignore[arg-type]
-            None if gate is None else found[gate],
-            act,
-            lambda module: setattr(layer, holder, module),
-            rate(dropout),
-            rate(output_dropout),
+            **parts,
+            install=lambda module: setattr(layer, holder, module),
+            output_dropout=output_rate,
+            network=network,
         )
 
     return find
 
 
-# Llama, Mistral, Qwen, Gemma.
+def in_place(
+    up: str,
+    down: str,
+    activation: str = "act",
+    dropout: str | None = None,
+    beside: str | None = None,
+) -> Finder:
+    """A finder for networks whose parts are called by something that does more, and so stays.
+
+    ``up`` gives way to the whole network; activation, dropout and ``down`` then do nothing.
+
+    Parameters
+    ----------
+    up, down, activation : str
+        Attributes that are its matrices and its activation.
+    dropout : str, optional
+        Attribute that is its dropout between the matrices.
+    beside : str, optional
+        Attribute by which to tell the family, where the others' names are common.
+    """
+
+    def find(layer: Any) -> FFN | None:
+        parts = _parts(layer, up, down, None, activation, dropout)
+        if parts is None or (beside is not None and not hasattr(layer, beside)):
+            return None
+
+        def install(module: nn.Module) -> None:
+            setattr(layer, up, module)
+            setattr(layer, activation, nn.Identity())
+            setattr(layer, down, nn.Identity())
+            if dropout is not None:
+                is_module = isinstance(getattr(layer, dropout), nn.Module)
+                setattr(layer, dropout, nn.Identity() if is_module else 0.0)
+
+        return FFN(**parts, install=install)
+
+    return find
+
+
+def _parts(
+    module: object,
+    up: str,
+    down: str,
+    gate: str | None,
+    activation: str,
+    dropout: str | None,
+) -> dict[str, Any] | None:
+    """What of a network these attributes are, if they are all there and fit each other."""
+    into, out, gating = (name and _matrix(module, name) for name in (up, down, gate))
+    act, rate = getattr(module, activation, None), _rate(module, dropout)
+    if not into or not out or (gate and not gating) or act is None or rate is None:
+        return None
+    if gate == up:
+        gating, into = FusedHalf(into, 0), FusedHalf(into, 1)
+    shape = weight_of(into).shape
+    if weight_of(out).shape != shape[::-1] or (gating and weight_of(gating).shape != shape):
+        return None
+    return {"up": into, "down": out, "gate": gating, "activation": act, "dropout": rate}
+
+
+def _matrix(module: object, name: str) -> Any:
+    child = getattr(module, name, None)
+    return child if isinstance(child, nn.Linear | Conv1D) else None
+
+
+def _rate(module: object, name: str | None) -> float | None:
+    """A dropout's probability: 0 where none is named, None where the named one is missing."""
+    dropout = 0.0 if name is None else getattr(module, name, None)
+    return getattr(dropout, "p", dropout)
+
+
+# T5Gemma, GTE: must come before those without dropout.
+register_family("gated MLP with dropout")(
+    of_module("mlp", "up_proj", "down_proj", "gate_proj", "act_fn", dropout="dropout")
+)
+# Llama, Mistral, Qwen, Gemma, Cohere, OLMo, StableLM, Granite and many more.
 register_family("gated MLP")(of_module("mlp", "up_proj", "down_proj", "gate_proj", "act_fn"))
+# Bamba, Falcon-H1, Pixtral, Jamba's dense layers.
+register_family("gated feed-forward")(
+    of_module("feed_forward", "up_proj", "down_proj", "gate_proj", "act_fn")
+)
+# Nemotron, Arcee, DINOv3.
+register_family("MLP without gate")(of_module("mlp", "up_proj", "down_proj", activation="act_fn"))
+# Phi-3, Phi-4, GLM, GLM-4.
+register_family("fused gated MLP")(
+    of_module("mlp", "gate_up_proj", "down_proj", "gate_up_proj", "activation_fn")
+)
+register_family("ModernBERT")(of_module("mlp", "Wi", "Wo", "Wi", dropout="drop"))
 register_family("GPT-2")(of_module("mlp", "c_fc", "c_proj", output_dropout="dropout"))
+register_family("StarCoder2")(of_module("mlp", "c_fc", "c_proj", output_dropout="residual_dropout"))
 register_family("GPT-J")(of_module("mlp", "fc_in", "fc_out", output_dropout="dropout"))
 # Falcon too.
 register_family("GPT-NeoX")(of_module("mlp", "dense_h_to_4h", "dense_4h_to_h"))
+# Both add the residual themselves.
+register_family("Bloom")(in_place("dense_h_to_4h", "dense_4h_to_h", "gelu_impl"))
+register_family("MPT")(in_place("up_proj", "down_proj", beside="hidden_dropout"))
 # CLIP, SigLIP and Phi too.
 register_family("ViT")(of_module("mlp", "fc1", "fc2", activation="activation_fn"))
 # T5, mT5, UMT5, LongT5; Flan-T5 is the gated one.
@@ -147,6 +280,28 @@ register_family("T5")(of_module("DenseReluDense", "wi", "wo", dropout="dropout")
 register_family("gated T5")(
     of_module("DenseReluDense", "wi_1", "wo", gate="wi_0", dropout="dropout")
 )
+# BART, Whisper, Marian, M2M-100, Pegasus.
+register_family("BART-like")(
+    in_place("fc1", "fc2", "activation_fn", "activation_dropout", beside="self_attn")
+)
+register_family("OPT")(in_place("fc1", "fc2", "activation_fn", beside="self_attn"))
+# One network is used by all layers of a group.
+register_family("ALBERT")(in_place("ffn", "ffn_output", "activation"))
+register_family("DistilBERT")(
+    of_module("ffn", "lin1", "lin2", activation="activation", output_dropout="dropout")
+)
+# Flaubert and SAM too.
+register_family("XLM")(in_place("lin1", "lin2"))
+# HuBERT, WavLM, SpeechT5; Conformers have two per layer.
+register_family("wav2vec 2.0")(
+    in_place("intermediate_dense", "output_dense", "intermediate_act_fn", "intermediate_dropout")
+)
+register_family("ProphetNet")(
+    of_module(
+        "feed_forward", "intermediate", "output", activation="activation_fn",
+        dropout="activation_dropout", output_dropout="dropout",
+    )
+)  # fmt: skip
 
 
 @register_family("BERT-like")
@@ -155,10 +310,13 @@ def _bert_like(layer: Any) -> FFN | None:
 
     ``output`` goes on to dropout, residual and norm, so only its ``dense`` gives way.
     """
-    inner, outer = getattr(layer, "intermediate", None), getattr(layer, "output", None)
-    up, down = _matrix(inner, "dense"), _matrix(outer, "dense")
+    inner: Any = getattr(layer, "intermediate", None)
+    up, down = _matrix(inner, "dense"), _matrix(getattr(layer, "output", None), "dense")
     activation = getattr(inner, "intermediate_act_fn", None)
     if up is None or down is None or activation is None:
+        return None
+    # RoBERTa-PreLayerNorm, for one, has a norm there as well.
+    if {name for name, _ in inner.named_children()} - {"dense", "intermediate_act_fn"}:
         return None
 
     def install(module: nn.Module) -> None:
@@ -168,25 +326,45 @@ def _bert_like(layer: Any) -> FFN | None:
     return FFN(up, down, None, activation, install)
 
 
-@register_family("BART-like")
-def _bart_like(layer: Any) -> FFN | None:
-    """BART, Whisper, OPT, Marian, M2M-100: ``fc1``, activation, dropout, ``fc2`` of the layer."""
-    up, down = _matrix(layer, "fc1"), _matrix(layer, "fc2")
-    activation = getattr(layer, "activation_fn", None)
-    if up is None or down is None or activation is None or not hasattr(layer, "self_attn"):
-        return None
+def check_formula(ffn: FFN) -> None:
+    """Refuse a network that does more than its matrices and its activation.
 
-    def install(module: nn.Module) -> None:
-        layer.fc1, layer.activation_fn, layer.fc2 = module, nn.Identity(), nn.Identity()
-        layer.activation_dropout = 0.0
+    Families are told by the names of their parts. A norm between them, a clamp or a scale shows
+    only in what comes out.
 
-    dropout = float(getattr(layer, "activation_dropout", 0.0))
-    return FFN(up, down, None, activation, install, dropout)
+    Raises
+    ------
+    InputError
+    """
+    if ffn.network is not None and not _computes(ffn.network, ffn):
+        raise InputError(
+            f"the feed-forward network of {ffn.name} does more than its matrices and activation: "
+            "leave it out with layers=, or register a finder that does it justice"
+        )
 
 
-def _matrix(module: object, name: str) -> Matrix | None:
-    child = getattr(module, name, None)
-    return child if isinstance(child, nn.Linear | Conv1D) else None
+@torch.no_grad()
+def _computes(network: nn.Module, ffn: FFN) -> bool:
+    """Whether a network is the formula and no more, by what it makes of a few rows."""
+    if set(network.parameters()) - ffn.parameters:
+        return False
+    network, matrices, activation = copy.deepcopy((network, ffn.matrices, ffn.activation))
+    network.float().eval()
+
+    def product(name: str, rows: Tensor) -> Tensor:
+        return F.linear(rows, weight_of(matrices[name]), matrices[name].bias)
+
+    weight = weight_of(ffn.up)
+    rows = torch.sin(torch.arange(3.0 * weight.shape[1], device=weight.device)).view(1, 3, -1)
+    # Of several sizes: small ones pass a clamp unchanged.
+    rows = rows * torch.tensor([1.0, 1e2, 1e4], device=weight.device)[:, None]
+    sides = [product(name, rows) for name in ("gate", "up") if name in matrices]
+    expected = product("down", resolve_activation(activation, len(sides) == 2)(*sides))
+    try:
+        difference = (network(rows) - expected).norm(dim=-1)
+    except TypeError:  # it takes or gives something else as well
+        return False
+    return not bool((difference > 1e-3 * expected.norm(dim=-1)).any())
 
 
 def find_ffns(
@@ -207,15 +385,19 @@ def find_ffns(
     Raises
     ------
     InputError
-        If there is none of a known family, ``layers`` names one that is not there, or none is
-        left.
+        If there is none of a known family, ``layers`` names one that is not there, none is left,
+        or the model ties their parameters by name.
     """
-    found = []
+    by_matrix: dict[int, FFN] = {}
     for name, module in model.named_modules():
-        for finder in _FAMILIES.values():
-            if (ffn := finder(module)) is not None:
-                found.append(replace(ffn, name=name))
-                break
+        found_by = ((family, finder(module)) for family, finder in _FAMILIES.items())
+        family, ffn = next((each for each in found_by if each[1]), ("", None))
+        if ffn is not None:
+            key = id(next(ffn.up.parameters()))
+            known = by_matrix.get(key)
+            ffn = replace(ffn, name=name, family=family)
+            by_matrix[key] = ffn if known is None else _at_both(known, ffn)
+    found = list(by_matrix.values())
     if not found:
         raise InputError(
             f"{type(model).__name__} has no feed-forward network of a known family "
@@ -227,7 +409,29 @@ def find_ffns(
             f"layers={layers!r}, every={every} leave none of the {len(found)} feed-forward "
             f"networks of {type(model).__name__}: {found[0].name} … {found[-1].name}"
         )
+    _check_untied(model, chosen)
     return chosen
+
+
+def _check_untied(model: nn.Module, ffns: list[FFN]) -> None:
+    """Refuse networks that a model ties by name: their experts would have other names."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    own = {parameter for ffn in ffns for parameter in ffn.parameters}
+    names = {name for name, each in model.named_parameters(remove_duplicate=False) if each in own}
+    if named := sorted(names & {*tied, *tied.values()}):
+        raise InputError(
+            f"{type(model).__name__} ties {named[0]} by name, which a converted network lacks"
+        )
+
+
+def _at_both(ffn: FFN, again: FFN) -> FFN:
+    """One network that is found in two places."""
+
+    def install(module: nn.Module) -> None:
+        ffn.install(module)
+        again.install(module)
+
+    return replace(ffn, install=install)
 
 
 def _chosen(found: list[FFN], layers: Sequence[int] | str | None, model: str) -> list[FFN]:

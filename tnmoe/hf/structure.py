@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns, weight_of
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.nn.router import Router
 
 
-def make_moe(ffn: FFN, config: MPOEConfig, experts: Experts) -> MPOMoE:
-    """The layer that replaces ``ffn``, of given experts and with a new router beside them."""
-    weight = next(experts.parameters())
-    router = config.make_router(
-        weight_of(ffn.up).shape[1], device=weight.device, dtype=weight.dtype
-    )
-    return MPOMoE(router, experts, dropout=ffn.output_dropout)
+def new_router(ffn: FFN, config: MPOEConfig, device: torch.device | str | None = None) -> Router:
+    """A router for the layer that replaces ``ffn``, on the device of its matrices by default."""
+    weight = weight_of(ffn.up)
+    device = weight.device if device is None else device
+    return config.make_router(weight.shape[1], device=device, dtype=weight.dtype)
 
 
 def expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def empty_moe(ffn: FFN, config: MPOEConfig) -> MPOMoE:
     for name, matrix in ffn.matrices.items():
         if matrix.bias is None:
             getattr(experts, name).bias = None
-    return make_moe(ffn, config, experts)
+    return MPOMoE(new_router(ffn, config), experts, dropout=ffn.output_dropout)
 
 
 def install_empty(model: nn.Module, config: MPOEConfig) -> None:

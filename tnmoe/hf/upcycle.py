@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from transformers import PreTrainedModel
 from tnmoe.errors import InputError
 from tnmoe.hf.checkpoint import mark_as_mpoe
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns, weight_of
+from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.structure import expert_settings, make_moe
+from tnmoe.hf.structure import expert_settings, new_router
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.moe import MPOMoE
+from tnmoe.nn.router import Router
 from tnmoe.truncation import TruncationInfo
 
 
@@ -50,8 +53,8 @@ def upcycle(
     Raises
     ------
     InputError
-        If the model has no known feed-forward network, is already converted or quantized, or
-        holds NaN or infinity.
+        If the model has no known feed-forward network or one that does more than its family's,
+        is already converted or quantized, or holds NaN or infinity.
 
     Notes
     -----
@@ -62,7 +65,9 @@ def upcycle(
         raise InputError(f"{type(model).__name__} is already converted or quantized")
     # Everything is built before anything is replaced: an error leaves the model as it was.
     ffns = find_ffns(model, config.layers, config.every)
-    layers = [make_moe(ffn, config, _experts(ffn, config, on_matrix)) for ffn in ffns]
+    for ffn in ffns:
+        check_formula(ffn)
+    layers = [converted(ffn, config, Draws.for_layer(ffn, config), on_matrix) for ffn in ffns]
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
     mark_as_mpoe(model, config)
@@ -70,19 +75,48 @@ def upcycle(
     return model
 
 
-def _experts(
-    ffn: FFN, config: MPOEConfig, on_matrix: Callable[[str, TruncationInfo], None] | None
-) -> Experts:
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for a layer.
+
+    Attributes
+    ----------
+    router : Router
+    seed : int
+        Of the noise on its experts.
+    """
+
+    router: Router
+    seed: int
+
+    @classmethod
+    def for_layer(
+        cls, ffn: FFN, config: MPOEConfig, device: torch.device | str | None = None
+    ) -> Draws:
+        """From torch's global generator; the router is on the device of the layer by default."""
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        return cls(new_router(ffn, config, device), seed)
+
+
+def converted(
+    ffn: FFN,
+    config: MPOEConfig,
+    draws: Draws,
+    on_matrix: Callable[[str, TruncationInfo], None] | None = None,
+) -> MPOMoE:
+    """The layer that replaces a network and computes the same."""
     pretrained: dict[str, Any] = {}
     for name, matrix in ffn.matrices.items():
         pretrained |= {name: weight_of(matrix), f"{name}_bias": matrix.bias}
     pretrained |= {
         "shared_bias": config.shared_bias,
         "noise": config.expert_noise,
-        "rng": np.random.default_rng(int(torch.randint(2**62, ()))),
+        "rng": np.random.default_rng(draws.seed),
     }
     settings = expert_settings(ffn, config)
     if config.layout == "dense":
-        return DenseExperts.from_dense(**pretrained, **settings)
-    report = on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info))
-    return MPOExperts.from_dense(**pretrained, **settings, on_matrix=report)
+        experts: Experts = DenseExperts.from_dense(**pretrained, **settings)
+    else:
+        report = on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info))
+        experts = MPOExperts.from_dense(**pretrained, **settings, on_matrix=report)
+    return MPOMoE(draws.router, experts, dropout=ffn.output_dropout)
