@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from tnmoe.errors import InputError
+from tnmoe.folders import check_target, move_into_place
 
 
 @contextmanager
@@ -36,10 +37,7 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         If ``target`` cannot be made, is a file, or is not empty and ``overwrite`` is not given.
     """
     target = target.absolute()
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise InputError(f"{target} is not empty: choose another folder or give --overwrite")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file, not a folder")
+    check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir() and not os.access(target, os.W_OK):
@@ -50,22 +48,6 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         sibling.chmod(0o755)  # mkdtemp keeps others out; a finished folder is an ordinary one
         yield sibling
-        _swap(sibling, target)
+        move_into_place(sibling, target)
     finally:
         shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; what was there goes only once ``new`` is in its place."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    target.rename(old / "old")
-    try:
-        new.rename(target)
-    except BaseException:
-        (old / "old").rename(target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

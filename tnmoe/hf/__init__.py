@@ -1,9 +1,10 @@
 """Hugging Face: pretrained models in, MPOE models out, saved and loaded as any other model.
 
-Importing this module teaches ``transformers`` to load MPOE checkpoints with ``from_pretrained``.
+Importing this module teaches ``transformers`` to load MPOE checkpoints with ``from_pretrained``,
+and to compute its own mixtures of experts with ``experts_implementation="tnmoe"``.
 """
 
-import tnmoe.nn  # noqa: F401 - names the extra to install where torch is missing
+import tnmoe.nn
 from tnmoe.errors import MissingExtraError
 
 try:
@@ -11,10 +12,14 @@ try:
 except ImportError as error:
     raise MissingExtraError("tnmoe.hf", "transformers", "hf") from error
 
+import tnmoe.hf.experts_implementation  # noqa: F401 - registers itself
 from tnmoe.hf.checkpoint import from_pretrained
 from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.conversion import Conversion
 from tnmoe.hf.export import average_experts, to_moe
-from tnmoe.hf.families import FFN, find_ffns, of_module, register_family
+from tnmoe.hf.families import FFN, find_ffns, in_place, of_module, register_family
+from tnmoe.hf.inspection import Inspection, inspect_checkpoint
+from tnmoe.hf.plans import plan_export, plan_upcycle
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trainer import GradientMaskCallback
@@ -22,15 +27,21 @@ from tnmoe.hf.upcycle import upcycle
 
 __all__ = [
     "FFN",
+    "Conversion",
     "GradientMaskCallback",
+    "Inspection",
     "MPOEConfig",
     "ParameterReport",
     "attach_router_losses",
     "average_experts",
     "find_ffns",
     "from_pretrained",
+    "in_place",
+    "inspect_checkpoint",
     "of_module",
     "parameter_report",
+    "plan_export",
+    "plan_upcycle",
     "register_family",
     "to_moe",
     "upcycle",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import find_ffns
+from tnmoe.hf.skeleton import model_without_numbers
 from tnmoe.hf.structure import empty_moe
 from tnmoe.tables import format_table
 
@@ -88,8 +87,7 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
     >>> report.ffns[0].dense, report.ffns[0].moe, report.ffns[0].mpoe
     (4722432, 37785600, 7710976)
     """
-    if not isinstance(model, nn.Module):
-        model = _on_meta(model)
+    dense = model if isinstance(model, nn.Module) else model_without_numbers(model)
     ffns = tuple(
         ParameterCount(
             ffn.name,
@@ -97,23 +95,17 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
             _count(empty_moe(ffn, replace(config, layout="dense"))),
             _count(empty_moe(ffn, config)),
         )
-        for ffn in find_ffns(model, config.layers, config.every)
+        for ffn in find_ffns(dense, config.layers, config.every)
     )
-    dense = _count(model)
-    rest = dense - sum(count.dense for count in ffns)
+    whole = _count(dense)
+    rest = whole - sum(count.dense for count in ffns)
     total = ParameterCount(
         "whole model",
-        dense,
+        whole,
         rest + sum(count.moe for count in ffns),
         rest + sum(count.mpoe for count in ffns),
     )
     return ParameterReport(config.num_experts, ffns, total)
-
-
-def _on_meta(config: PreTrainedConfig) -> nn.Module:
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return AutoModel.from_config(config) if model_class is None else model_class(config)
 
 
 def _count(module: nn.Module) -> int:

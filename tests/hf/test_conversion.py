@@ -1,0 +1,257 @@
+"""Conversions are whole or not there, the same whatever happened, and need little memory."""
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import tnmoe as tn
+from tnmoe import hf
+from tnmoe.hf import conversion
+
+CONFIG = hf.MPOEConfig(num_experts=2, sites=3, expert_noise=0.1)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A Llama of eight layers, as a folder with a tokenizer's file and others."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=8, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=48,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("mine")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "model.py").write_text("never run")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"mean": true}')
+    return folder
+
+
+def contents(folder):
+    """Every file of a folder, with a number that stands for its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dense, tmp_path_factory):
+    """What a run makes that nothing came in between."""
+    target = tmp_path_factory.mktemp("whole") / "target"
+    hf.plan_upcycle(dense, CONFIG).run(target, shard_bytes=20_000, jobs=1)
+    return contents(target)
+
+
+def test_the_files_beside_the_weights_come_along_and_nothing_else(undisturbed):
+    shards = [name for name in undisturbed if name.startswith("model-")]
+    assert len(shards) > 3
+    assert set(undisturbed) == {
+        *shards, "model.safetensors.index.json", "config.json", "generation_config.json",
+        "tokenizer.json", "LICENSE", "1_Pooling/config.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("jobs", [2, 5])
+def test_the_bytes_do_not_depend_on_how_many_work_at_a_time(jobs, dense, undisturbed, tmp_path):
+    threads = torch.get_num_threads()
+    hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000, jobs=jobs)
+    assert contents(tmp_path / "target") == undisturbed
+    assert torch.get_num_threads() == threads
+
+
+KILLED = """
+import os, signal, sys
+from tnmoe import hf
+calls = 0
+def progress(done, total):
+    global calls
+    calls += 1
+    if calls > int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+config = hf.MPOEConfig(num_experts=2, sites=3, expert_noise=0.1)
+hf.plan_upcycle(sys.argv[1], config).run(
+    sys.argv[2], shard_bytes=20_000, jobs=2, on_progress=progress
+)
+"""
+
+
+def kill(dense, target, after):
+    done = subprocess.run([sys.executable, "-c", KILLED, dense, target, str(after)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_run_that_was_killed_goes_on_and_makes_the_same_bytes(dense, undisturbed, tmp_path):
+    target, part = tmp_path / "target", tmp_path / "target.partial"
+    source = contents(dense)
+    kill(dense, target, after=4)
+    assert part.is_dir()
+    assert not target.exists()
+    # What is done is not done again, and what broke off within a line does not count.
+    journal = part / ".tnmoe-journal"
+    with open(journal, "a") as file:
+        file.write("model.layers.6.ml")
+    begun = []
+    hf.plan_upcycle(dense, CONFIG).run(
+        target, shard_bytes=20_000, on_progress=lambda done, total: begun.append((done, total))
+    )
+    assert 0 < begun[0][0] < begun[0][1] == begun[-1][0]
+    assert len(begun) == 1 + 9 - 4
+    assert contents(target) == undisturbed
+    assert contents(dense) == source
+    assert [each.name for each in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_a_run_that_broke_off_at_its_beginning_goes_on(line, dense, undisturbed, tmp_path):
+    kill(dense, tmp_path / "target", after=1)
+    journal = tmp_path / "target.partial" / ".tnmoe-journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[: line + 1]))
+    if line == 0:  # the files may not have been laid out
+        for path in (tmp_path / "target.partial").glob("*.safetensors"):
+            path.write_bytes(b"")
+    hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
+    assert contents(tmp_path / "target") == undisturbed
+
+
+def test_work_of_another_conversion_is_not_gone_on_with(dense, tmp_path):
+    target = tmp_path / "target"
+    kill(dense, target, after=2)
+    other = hf.plan_upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3))
+    before = contents(tmp_path)
+    for plan, size in ((other, 20_000), (hf.plan_upcycle(dense, CONFIG), 30_000),
+                       (hf.plan_upcycle(dense, CONFIG, seed=1), 20_000)):  # fmt: skip
+        with pytest.raises(tn.InputError, match="unfinished work of another conversion: remove"):
+            plan.run(target, shard_bytes=size)
+    assert contents(tmp_path) == before
+    other.run(target, overwrite=True)
+    assert hf.from_pretrained(target).num_parameters() > 0
+    assert [each.name for each in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_source_that_changed_is_not_gone_on_with(dense, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(dense, source)
+    kill(source, tmp_path / "target", after=2)
+    os.utime(source / "model.safetensors", ns=(0, 0))
+    with pytest.raises(tn.InputError, match="unfinished work of another conversion"):
+        hf.plan_upcycle(source, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
+
+
+def test_what_is_in_the_way_is_kept(dense, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    plan = hf.plan_upcycle(dense, CONFIG)
+    with pytest.raises(tn.InputError, match="target is not empty: choose another folder"):
+        plan.run(target)
+    (tmp_path / "target2.partial").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(tn.InputError, match=r"target2.partial is in the way"):
+            plan.run(tmp_path / "target2", overwrite=overwrite)
+    (tmp_path / "file").touch()
+    with pytest.raises(tn.InputError, match="file is a file, not a folder"):
+        plan.run(tmp_path / "file", overwrite=True)
+    for inside in (dense, dense / "new", dense.parent):
+        with pytest.raises(tn.InputError, match="is, holds or lies in the source"):
+            plan.run(inside, overwrite=True)
+    assert (target / "thesis.txt").read_text() == "years of work"
+    plan.run(target, overwrite=True)
+    assert not (target / "thesis.txt").exists()
+    hf.from_pretrained(target)
+
+
+@pytest.mark.parametrize("settings", [{"jobs": 0}, {"shard_bytes": 0}])
+def test_bad_settings_are_named_and_leave_begun_work_alone(settings, dense, tmp_path):
+    kill(dense, tmp_path / "target", after=2)
+    before = contents(tmp_path)
+    with pytest.raises(tn.InputError, match="must be a positive integer, got 0"):
+        hf.plan_upcycle(dense, CONFIG).run(
+            tmp_path / "target", **{"shard_bytes": 20_000} | settings
+        )
+    assert contents(tmp_path) == before
+
+
+def test_a_result_larger_than_the_disk_is_not_begun(dense, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(tn.InputError, match=r"has room for 1e-06 GB, the result needs .* GB"):
+        hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_reported_and_the_work_goes_on_later(
+    dense, undisturbed, tmp_path, monkeypatch
+):
+    write, calls = conversion.ShardWriter.write, []
+
+    def fails_later(self, tensors):
+        calls.append(None)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, tensors)
+
+    monkeypatch.setattr(conversion.ShardWriter, "write", fails_later)
+    plan = hf.plan_upcycle(dense, CONFIG)
+    with pytest.raises(tn.InputError, match="No space left on device; the same call goes on"):
+        plan.run(tmp_path / "target", shard_bytes=20_000)
+    assert not (tmp_path / "target").exists()
+    plan.run(tmp_path / "target", shard_bytes=20_000)
+    assert contents(tmp_path / "target") == undisturbed
+
+
+def test_weights_that_are_no_numbers_leave_nothing_behind(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
+            intermediate_size=40,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.encoder.layer[2].output.dense.weight[3, 3] = torch.inf
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(tn.InputError, match="contains NaN or infinity"):
+        hf.plan_upcycle(tmp_path / "dense", CONFIG).run(tmp_path / "target")
+    assert [each.name for each in tmp_path.iterdir()] == ["dense"]
+
+
+MEASURED = """
+import resource, sys
+from tnmoe import hf
+small, large = sys.argv[1:3]
+config = hf.MPOEConfig(num_experts=2, sites=3)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+hf.plan_upcycle(small, config).run(small + "-out", jobs=1)
+before = peak()
+hf.plan_upcycle(large, config).run(large + "-out", jobs=1)
+print((peak() - before) * 1024)
+"""
+
+
+def test_memory_for_a_large_checkpoint_is_that_for_a_small_one(tmp_path):
+    sizes = {}
+    for name, layers, vocabulary in (("small", 1, 100), ("large", 24, 100_000)):
+        config = transformers.LlamaConfig(
+            vocab_size=vocabulary, hidden_size=256, num_hidden_layers=layers,
+            num_attention_heads=2, intermediate_size=512, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(tmp_path / name)
+        sizes[name] = sum(each.numel() * 4 for each in model.parameters())
+    script = [sys.executable, "-c", MEASURED, tmp_path / "small", tmp_path / "large"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 0.15 * (sizes["large"] - sizes["small"])

@@ -1,0 +1,301 @@
+"""From one folder of weights to another, a piece at a time: resumable, parallel, whole or not.
+
+What is being made lies in a folder beside the target, ``TARGET.partial``, whose files have their
+full size from the start; a journal says which pieces are done. After a crash, the same call goes
+on where the journal ends, and the files come out the same. The last step renames the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnmoe import __version__
+from tnmoe.errors import InputError
+from tnmoe.folders import check_target, move_into_place
+from tnmoe.hf.ahead import results_of
+from tnmoe.hf.shards import CONFIG, Checkpoint, ShardWriter, Spec, inside, write_json
+from tnmoe.shapes import positive_int
+
+# Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
+_COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+
+_JOURNAL, _LAID_OUT = ".tnmoe-journal", "laid out"
+
+# Bytes of copied tensors that make a piece.
+_COPIED = 64 * 2**20
+
+# Done bytes of the source, and all of them.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors of the target that are made together.
+
+    Attributes
+    ----------
+    name : str
+    reads : tuple of str
+        Tensors of the source that it takes.
+    specs : mapping from str to Spec
+        Tensors of the target that it makes.
+    make : callable, optional
+        Makes them; without it they are copies, in the same order.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    specs: Mapping[str, Spec]
+    make: Callable[[], Mapping[str, Tensor]] | None = None
+
+
+def copies(source: Checkpoint, names: Mapping[str, str]) -> Iterator[Piece]:
+    """Tensors taken over as they are, some megabytes to a piece.
+
+    Parameters
+    ----------
+    source : Checkpoint
+    names : mapping from str to str
+        From names in the target to names in the source.
+    """
+    group: dict[str, str] = {}
+    size = 0
+    for name, original in names.items():
+        group[name] = original
+        size += source.specs[original].num_bytes
+        if size >= _COPIED:
+            yield _copy(source, group)
+            group, size = {}, 0
+    if group:
+        yield _copy(source, group)
+
+
+def _copy(source: Checkpoint, names: Mapping[str, str]) -> Piece:
+    specs = {name: source.specs[original] for name, original in names.items()}
+    return Piece(next(iter(names)), tuple(names.values()), specs)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be made of a checkpoint.
+
+    Attributes
+    ----------
+    source : Checkpoint
+    pieces : tuple of Piece
+        All that the target holds, in order.
+    config : dict
+        Its config.json.
+    settings : dict
+        What the numbers depend on besides, as plain data.
+    """
+
+    source: Checkpoint
+    pieces: tuple[Piece, ...]
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """All tensors of the target."""
+        return {name: spec for piece in self.pieces for name, spec in piece.specs.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors of the target."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    @property
+    def num_params(self) -> int:
+        """Numbers in all tensors of the target."""
+        return sum(spec.num_params for spec in self.specs.values())
+
+    def run(
+        self,
+        target: str | os.PathLike,
+        *,
+        overwrite: bool = False,
+        jobs: int | None = None,
+        shard_bytes: int = 5 * 10**9,
+        on_progress: Progress | None = None,
+    ) -> list[Path]:
+        """Make the target, or go on making it.
+
+        Parameters
+        ----------
+        target : path
+            Folder to make.
+        overwrite : bool
+            Replace what is there, and start anew what was begun with other settings.
+        jobs : int, optional
+            Pieces at a time, each on one thread; as many as there are cores by default. The
+            result does not depend on it.
+        shard_bytes : int
+            Size of a file of weights at most.
+        on_progress : callable, optional
+            Called with the bytes of the source that are dealt with, and with all of them.
+
+        Returns
+        -------
+        list of Path
+            The files of weights.
+
+        Raises
+        ------
+        InputError
+            If the target cannot be made, or begun work there is of something else.
+        """
+        target = Path(target).absolute()
+        self.check_target(target, overwrite)
+        part = target.with_name(f"{target.name}.partial")
+        writer = ShardWriter(part, self.specs, positive_int("shard_bytes", shard_bytes))
+        jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
+        done = self._open(part, overwrite, self._identity(shard_bytes))
+        try:
+            if not done:
+                writer.create()
+                _append(part / _JOURNAL, _LAID_OUT)
+            for piece, tensors in self._made(done, jobs, on_progress):
+                writer.write(self._copied(piece) if tensors is None else tensors)
+                _append(part / _JOURNAL, piece.name)
+            self._finish(part, writer)
+        except InputError:
+            # The source itself is at fault, and this work of no use once it is mended.
+            shutil.rmtree(part)
+            raise
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or part}: {error.strerror}; the same call goes on from there"
+            ) from error
+        move_into_place(part, target)
+        (target / _JOURNAL).unlink()
+        return [target / file.name for file in writer.files]
+
+    def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
+        """Raise an InputError if :meth:`run` would refuse this folder."""
+        target = Path(target).absolute()
+        source = self.source.folder.resolve()
+        if target.resolve().is_relative_to(source) or source.is_relative_to(target.resolve()):
+            raise InputError(f"{target} is, holds or lies in the source {source}")
+        check_target(target, overwrite)
+
+    def _identity(self, shard_bytes: int) -> str:
+        """A number that changes with whatever the target's bytes depend on."""
+        content = {
+            "versions": [__version__, torch.__version__],
+            "source": self.source.fingerprint,
+            "settings": self.settings,
+            "config": self.config,
+            "shard_bytes": shard_bytes,
+            "specs": {name: [spec.dtype, spec.shape] for name, spec in self.specs.items()},
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _open(self, part: Path, overwrite: bool, identity: str) -> set[str]:
+        """What is done: nothing if the work begins now, else the layout and pieces by name."""
+        begun = _lines(part / _JOURNAL)
+        if begun and begun[0] == identity:
+            # A line that broke off goes, so that the next one stands by itself.
+            _write_whole(part / _JOURNAL, begun)
+            return set(begun[1:])
+        if part.exists() and not (overwrite and begun):
+            raise InputError(
+                f"{part} is unfinished work of another conversion: remove it or give --overwrite"
+                if begun
+                else f"{part} is in the way"
+            )
+        try:
+            if begun:
+                shutil.rmtree(part)
+            part.mkdir(parents=True)
+            self._check_space(part)
+            _write_whole(part / _JOURNAL, [identity])
+        except OSError as error:
+            raise InputError(f"cannot write to {part}: {error.strerror}") from error
+        return set()
+
+    def _check_space(self, part: Path) -> None:
+        free = shutil.disk_usage(part).free
+        if self.num_bytes > free:
+            part.rmdir()
+            raise InputError(
+                f"{part.parent} has room for {free / 1e9:.3g} GB, "
+                f"the result needs {self.num_bytes / 1e9:.3g} GB"
+            )
+
+    def _made(
+        self, done: set[str], jobs: int, on_progress: Progress | None
+    ) -> Iterator[tuple[Piece, Mapping[str, Tensor] | None]]:
+        """Pieces that are not done yet and what they hold, in order, a few of them ahead."""
+        sizes = {
+            piece.name: sum(self.source.specs[name].num_bytes for name in piece.reads)
+            for piece in self.pieces
+        }
+        total = sum(sizes.values())
+        dealt = sum(size for name, size in sizes.items() if name in done)
+        if on_progress is not None:
+            on_progress(dealt, total)
+        todo = [piece for piece in self.pieces if piece.name not in done]
+        made = results_of([piece.make or _nothing for piece in todo], jobs)
+        for piece, tensors in zip(todo, made, strict=True):
+            yield piece, tensors
+            dealt += sizes[piece.name]
+            if on_progress is not None:
+                on_progress(dealt, total)
+
+    def _copied(self, piece: Piece) -> dict[str, Iterable[bytes]]:
+        return {
+            name: self.source.chunks(original)
+            for name, original in zip(piece.specs, piece.reads, strict=True)
+        }
+
+    def _finish(self, part: Path, writer: ShardWriter) -> None:
+        writer.write_index()
+        for path in _companions(self.source.folder):
+            copied = part / path.relative_to(self.source.folder)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+        write_json(part / CONFIG, self.config)
+
+
+def _lines(journal: Path) -> list[str]:
+    """Whole lines of a journal: one that was being written when the work broke off is none."""
+    if not journal.is_file():
+        return []
+    return journal.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def _append(journal: Path, line: str) -> None:
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def _nothing() -> None:
+    """What is made of tensors that are copied."""
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    part.replace(path)
+
+
+def _companions(folder: Path) -> Iterator[Path]:
+    """Files of a folder to take along."""
+    for path in sorted(folder.rglob("*")):
+        belongs = path.suffix in _COMPANIONS or path.stem.upper() in _LICENCES
+        weights = path.name.endswith(".index.json") or path == folder / CONFIG
+        if path.is_file() and belongs and not weights:
+            yield inside(folder, str(path.relative_to(folder)))

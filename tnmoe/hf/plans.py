@@ -1,0 +1,243 @@
+"""Checkpoints converted from folder to folder: a few matrices in memory, and never the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from tnmoe.errors import InputError, integer_from_zero, one_of
+from tnmoe.hf.checkpoint import METHOD, StoredConfig
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.conversion import Conversion, Piece, copies
+from tnmoe.hf.export import average_into
+from tnmoe.hf.export_targets import Target, target_of
+from tnmoe.hf.families import FFN, check_formula, find_ffns
+from tnmoe.hf.shards import Checkpoint, Spec
+from tnmoe.hf.skeleton import Skeleton, held, model_without_numbers, stored_name
+from tnmoe.hf.structure import install_empty
+from tnmoe.hf.upcycle import Draws, converted
+from tnmoe.nn.moe import MPOMoE
+
+FORMATS = ("moe", "dense")
+
+
+def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -> Conversion:
+    """How a dense checkpoint becomes an MPOE checkpoint, a layer at a time.
+
+    ``plan.run(target)`` does it: the result is what ``upcycle`` and ``save_pretrained`` make of
+    the loaded model after ``torch.manual_seed(seed)``, to rounding.
+
+    Parameters
+    ----------
+    folder : path
+        A Hugging Face folder with config.json and safetensors files, of any size.
+    config : MPOEConfig
+    seed : int
+        Of routers and noise.
+
+    Returns
+    -------
+    Conversion
+        Nothing but headers has been read for it.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is incomplete or damaged, its tensors do not suit its config.json,
+        nothing in it can be converted, or it is converted or quantized already.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> folder = tempfile.mkdtemp()
+    >>> GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
+    >>> plan = plan_upcycle(folder, MPOEConfig(num_experts=4, sites=3))
+    >>> [piece.name for piece in plan.pieces if piece.make]
+    ['h.0.mlp']
+    >>> [path.name for path in plan.run(f"{folder}-mpoe")]
+    ['model.safetensors']
+    """
+    source = Checkpoint(folder)
+    if source.config.get("quantization_config"):
+        raise InputError(f"{source.folder} is already converted or quantized")
+    dense, moe = Skeleton(source), Skeleton(source).model
+    ffns = find_ffns(dense.model, config.layers, config.every)
+    reads = [dense.names_of(ffn.modules) for ffn in ffns]
+    needed = [name for names in reads for name in names]
+    dense.match(needed)
+    dense.give_dtypes(moe)
+    install_empty(moe, config)
+    draws = _draw(ffns, config, integer_from_zero("seed", seed))
+    pieces = [
+        _upcycled(dense, ffn, names, path, layer, config, drawn)
+        for ffn, names, (path, layer), drawn in zip(
+            ffns, reads, _mixtures(moe).items(), draws, strict=True
+        )
+    ]
+    replaced = set(map(dense.rename, needed))
+    kept = copies(source, {name: name for name in source.specs if name not in replaced})
+    entries = source.config | {
+        "architectures": [type(moe).__name__],
+        "quantization_config": StoredConfig(config.to_dict()).to_dict(),
+    }
+    return Conversion(source, (*kept, *pieces), entries, {"seed": seed})
+
+
+def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
+    """How an MPOE checkpoint becomes one that other software runs, a layer at a time.
+
+    Parameters
+    ----------
+    folder : path
+        A Hugging Face folder with an MPOE checkpoint, of any size.
+    to : {"moe", "dense"}
+        An ordinary mixture of the family, as :func:`to_moe`, or a dense model with the mean of
+        the experts, as :func:`average_experts`.
+
+    Returns
+    -------
+    Conversion
+        Nothing but headers has been read for it.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no sound MPOE checkpoint, or something that the other class cannot
+        express.
+    """
+    one_of("to", to, FORMATS)
+    source = Checkpoint(folder)
+    stored = source.config.get("quantization_config") or {}
+    if stored.get("quant_method") != METHOD:
+        raise InputError(f"{source.folder} is no MPOE checkpoint: its config.json has none")
+    config = MPOEConfig.from_dict(StoredConfig(**stored).mpoe)
+    plain = {key: each for key, each in source.config.items() if key != "quantization_config"}
+    skeleton = Skeleton(source, plain)
+    install_empty(skeleton.model, config)
+    mixtures = _mixtures(skeleton.model)
+    skeleton.match(skeleton.names_of(mixtures.values()))
+    used = {
+        skeleton.rename(f"{path}.{name}")
+        for path, layer in mixtures.items()
+        for name in layer.state_dict()
+    }
+    rest = [name for name in source.specs if name not in used]
+    if to == "dense":
+        return _to_dense(skeleton, mixtures, plain, config, rest)
+    return _to_moe(skeleton, mixtures, config, rest)
+
+
+def _upcycled(
+    dense: Skeleton,
+    ffn: FFN,
+    reads: list[str],
+    path: str,
+    layer: MPOMoE,
+    config: MPOEConfig,
+    draws: Draws,
+) -> Piece:
+    """The piece that makes a mixture of one network."""
+
+    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {dense.rename(f"{path}.{name}"): each for name, each in tensors.items()}
+
+    @torch.no_grad()
+    def make() -> dict[str, Tensor]:
+        with dense.filled(reads):
+            check_formula(ffn)
+            return named(converted(ffn, config, draws).state_dict())
+
+    sources = tuple(map(dense.rename, reads))
+    return Piece(dense.rename(path), sources, _specs(named(layer.state_dict())), make)
+
+
+def _to_dense(
+    skeleton: Skeleton,
+    mixtures: Mapping[str, MPOMoE],
+    plain: Mapping[str, Any],
+    config: MPOEConfig,
+    rest: Iterable[str],
+) -> Conversion:
+    dense = Skeleton(skeleton.source, plain)
+    ffns = find_ffns(dense.model, config.layers, config.every)
+    pieces = [
+        _averaged(skeleton, path, layer, dense, ffn)
+        for (path, layer), ffn in zip(mixtures.items(), ffns, strict=True)
+    ]
+    kept = copies(skeleton.source, {name: name for name in rest})
+    return Conversion(skeleton.source, (*kept, *pieces), plain, {"to": "dense"})
+
+
+def _averaged(skeleton: Skeleton, path: str, layer: MPOMoE, dense: Skeleton, ffn: FFN) -> Piece:
+    """The piece that makes a dense network of one mixture."""
+    reads, dtype = skeleton.names_of([layer]), layer.experts.up.weight().dtype
+    empty = {
+        name: dense.model.get_parameter(name).to(dtype) for name in dense.names_of(ffn.modules)
+    }
+
+    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {skeleton.rename(name): each for name, each in tensors.items()}
+
+    @torch.no_grad()
+    def make() -> dict[str, Tensor]:
+        numbers = {name: torch.empty_like(each, device="cpu") for name, each in empty.items()}
+        with skeleton.filled(reads), held(dense.model, numbers):
+            average_into(ffn, layer)
+        return named(numbers)
+
+    sources = tuple(map(skeleton.rename, reads))
+    return Piece(skeleton.rename(path), sources, _specs(named(empty)), make)
+
+
+def _to_moe(
+    skeleton: Skeleton, mixtures: Mapping[str, MPOMoE], config: MPOEConfig, rest: Iterable[str]
+) -> Conversion:
+    target = target_of(skeleton.model)
+    for layer in mixtures.values():
+        target.check(layer)
+    entries = target.config(skeleton.model, mixtures, config)
+    entries.architectures = [target.name]
+    moe = model_without_numbers(entries)
+    pieces = [_ordinary(skeleton, path, layer, moe, target) for path, layer in mixtures.items()]
+    names = {stored_name(moe, target.rename(name)): name for name in rest}
+    kept = copies(skeleton.source, names)
+    settings = {"to": target.name}
+    return Conversion(skeleton.source, (*kept, *pieces), entries.to_diff_dict(), settings)
+
+
+def _ordinary(skeleton: Skeleton, path: str, layer: MPOMoE, moe: Any, target: Target) -> Piece:
+    """The piece that makes an ordinary mixture of one with shared cores."""
+    block, reads = target.rename(path), skeleton.names_of([layer])
+    dtype = layer.experts.up.weight().dtype
+
+    def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = {f"{block}.{name}": tensor.to(dtype) for name, tensor in tensors.items()}
+        return revert_weight_conversion(moe, named)
+
+    @torch.no_grad()
+    def make() -> dict[str, Tensor]:
+        with skeleton.filled(reads):
+            return stored(target.weights(layer))
+
+    sources = tuple(map(skeleton.rename, reads))
+    return Piece(block, sources, _specs(stored(moe.get_submodule(block).state_dict())), make)
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: Spec.of(tensor) for name, tensor in tensors.items()}
+
+
+def _mixtures(model: nn.Module) -> dict[str, MPOMoE]:
+    return {path: each for path, each in model.named_modules() if isinstance(each, MPOMoE)}
+
+
+def _draw(ffns: Iterable[FFN], config: MPOEConfig, seed: int) -> list[Draws]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [Draws.for_layer(ffn, config, "cpu") for ffn in ffns]

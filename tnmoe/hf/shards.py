@@ -1,0 +1,362 @@
+"""Hugging Face folders read and written tensor by tensor: never more of a model than one at a time.
+
+The format is safetensors: eight bytes with the length of a header, the header as JSON (every
+tensor's dtype, shape and place), then the numbers one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tnmoe.errors import InputError
+
+INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# Bytes that are copied at a time.
+_CHUNK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a file says of a tensor: its dtype, by safetensors' name, its shape, and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        """Of a tensor on any device, meta too."""
+        return cls(_NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.itemsize)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number; those smaller than a byte count as one."""
+        return max(1, self.num_bytes // max(1, self.num_params))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the numbers of a tensor are: the file, and how many bytes into it."""
+
+    path: Path
+    offset: int
+
+
+class Checkpoint:
+    """The tensors of a folder that holds config.json and safetensors files.
+
+    Only headers are read until a tensor is asked for.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Attributes
+    ----------
+    config : dict
+        Contents of config.json.
+    specs : dict from str to Spec
+        Every tensor by name, in the order of the files.
+    places : dict from str to Place
+
+    Raises
+    ------
+    InputError
+        If the folder is no such folder, a file is missing, damaged or outside of it, or tensors
+        are not where the index says. Pickled weights are never read.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder).absolute()
+        self.config = read_config(self.folder)
+        self.specs: dict[str, Spec] = {}
+        self.places: dict[str, Place] = {}
+        index = self._index()
+        for path in _files(self.folder, index):
+            for name, spec, offset in _header(path):
+                if name in self.specs:
+                    raise InputError(f"{path} and {self.places[name].path} both hold {name}")
+                self.specs[name], self.places[name] = spec, Place(path, offset)
+        if absent := sorted(set(index) - set(self.specs)):
+            raise InputError(
+                f"{self.folder / INDEX} lists {len(absent)} tensors that its files lack: "
+                f"{', '.join(absent[:4])}"
+            )
+        if lost := [name for name, file in index.items() if self.places[name].path.name != file]:
+            raise InputError(f"{lost[0]} is not in {index[lost[0]]}, where the index puts it")
+
+    def _index(self) -> dict[str, str]:
+        """Which file holds which tensor, as far as the folder says so."""
+        path = self.folder / INDEX
+        if not path.exists():
+            return {}
+        index = _read_json(inside(self.folder, INDEX)).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
+            raise InputError(f"{path} has no weight_map from tensors to files")
+        return index
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    @property
+    def num_params(self) -> int:
+        """Numbers in all tensors."""
+        return sum(spec.num_params for spec in self.specs.values())
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this checkpoint from another one, or from itself after a change."""
+        files = sorted({place.path for place in self.places.values()})
+        stats = [(path.name, path.stat()) for path in files]
+        return {
+            "config": self.config,
+            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        }
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, on the CPU.
+
+        Raises
+        ------
+        InputError
+            If its file has become shorter.
+        """
+        spec, place = self.specs[name], self.places[name]
+        data = bytearray(spec.num_bytes)
+        with open(place.path, "rb") as file:
+            file.seek(place.offset)
+            if file.readinto(data) < spec.num_bytes:
+                raise InputError(f"{place.path} ends within {name}")
+        if not data:
+            return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+        return torch.frombuffer(data, dtype=_DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor, a few at a time."""
+        spec, place = self.specs[name], self.places[name]
+        left = spec.num_bytes
+        with open(place.path, "rb") as file:
+            file.seek(place.offset)
+            while left:
+                data = file.read(min(left, _CHUNK))
+                if not data:
+                    raise InputError(f"{place.path} ends within {name}")
+                left -= len(data)
+                yield data
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Contents of a folder's config.json, or of such a file itself."""
+    if folder.is_file():
+        return _read_json(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}")
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{folder} is not a Hugging Face folder: no config.json there")
+    return _read_json(inside(folder, CONFIG))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name in a folder, unless it lies elsewhere.
+
+    Links are followed within the folder, and from a snapshot of the Hugging Face cache to the
+    files that it is made of.
+
+    Raises
+    ------
+    InputError
+        If it lies elsewhere, or is not there.
+    """
+    path = folder / name
+    if not path.exists():
+        raise InputError(f"{path} is missing")
+    allowed = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent.resolve() / "blobs")
+    if not any(path.resolve().is_relative_to(each) for each in allowed):
+        raise InputError(f"{path} leads out of the folder: refused")
+    return path
+
+
+def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
+    if index:
+        return [inside(folder, file) for file in sorted(set(index.values()))]
+    if (folder / SINGLE).exists():
+        return [inside(folder, SINGLE)]
+    pickled = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt"))
+    instead = f"; {pickled[0]} is a pickle, which is never read" if pickled else ""
+    raise InputError(f"{folder} has no {SINGLE} and no {INDEX}{instead}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} should hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _header(path: Path) -> Iterator[tuple[str, Spec, int]]:
+    """Name, spec and offset of every tensor of a file, once the library has found it sound."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield name, Spec(entry["dtype"], tuple(entry["shape"]), end - begin), 8 + length + begin
+
+
+class ShardWriter:
+    """Safetensors files of a size that is known before any number is, filled in any order.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they go.
+    specs : mapping from str to Spec
+        The tensors, in order.
+    limit : int
+        Bytes of a file at most, except where a single tensor has more.
+
+    Attributes
+    ----------
+    num_bytes : int
+        Bytes of all numbers.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, Spec], limit: int) -> None:
+        self._folder, self._specs = folder, specs
+        self.num_bytes = sum(spec.num_bytes for spec in specs.values())
+        shards = list(_packed(specs, limit))
+        names = [SINGLE] if len(shards) == 1 else [
+            f"model-{number:05}-of-{len(shards):05}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]  # fmt: skip
+        self._places: dict[str, Place] = {}
+        self._headers: dict[Path, tuple[bytes, int]] = {}
+        for file, shard in zip(names, shards, strict=True):
+            self._lay_out(folder / file, shard)
+
+    def _lay_out(self, path: Path, names: Iterable[str]) -> None:
+        # The widest numbers first, so that all of them are aligned.
+        ordered = sorted(names, key=lambda name: -self._specs[name].item_bytes)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for name in ordered:
+            spec = self._specs[name]
+            end = begin + spec.num_bytes
+            header[name] = {
+                "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end],
+            }  # fmt: skip
+            begin = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        self._headers[path] = struct.pack("<Q", len(text)) + text, start + begin
+        for name in ordered:
+            self._places[name] = Place(path, start + header[name]["data_offsets"][0])
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, in order."""
+        return list(self._headers)
+
+    def create(self) -> None:
+        """Make the files, with their headers and room for the numbers."""
+        for path, (header, size) in self._headers.items():
+            with open(path, "wb") as file:
+                file.write(header)
+                file.truncate(size)
+
+    def write(self, tensors: Mapping[str, Tensor | Iterable[bytes]]) -> None:
+        """Put tensors, or their bytes, in their places, and wait until they are on the disk."""
+        with ExitStack() as opened:
+            files: dict[Path, BinaryIO] = {}
+            for name, tensor in tensors.items():
+                place = self._places[name]
+                if place.path not in files:
+                    files[place.path] = opened.enter_context(open(place.path, "r+b"))
+                file = files[place.path]
+                file.seek(place.offset)
+                for chunk in self._bytes_of(name, tensor):
+                    file.write(chunk)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _bytes_of(self, name: str, tensor: Tensor | Iterable[bytes]) -> Iterable[Any]:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if Spec.of(tensor) != self._specs[name]:
+            raise ValueError(f"{name} was to be {self._specs[name]}, got {Spec.of(tensor)}")
+        return [tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data]
+
+    def write_index(self) -> None:
+        """Say which file holds which tensor, if there are several."""
+        if len(self._headers) == 1:
+            return
+        index = {
+            "metadata": {"total_size": self.num_bytes},
+            "weight_map": {name: place.path.name for name, place in sorted(self._places.items())},
+        }
+        write_json(self._folder / INDEX, index)
+
+
+def _packed(specs: Mapping[str, Spec], limit: int) -> Iterator[list[str]]:
+    """Names in order, in lists whose tensors have ``limit`` bytes at most."""
+    shard: list[str] = []
+    size = 0
+    for name, spec in specs.items():
+        if shard and size + spec.num_bytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += spec.num_bytes
+    yield shard
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON as Hugging Face does, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

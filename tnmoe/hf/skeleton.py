@@ -1,0 +1,185 @@
+"""Models without numbers, of which a part at a time is filled from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tnmoe.errors import InputError
+from tnmoe.hf.shards import Checkpoint
+
+# From a parameter's name in a model to its name in a checkpoint.
+Rename = Callable[[str], str]
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+_OTHERWISE = (
+    "load the model by its own code, add its networks with tnmoe.hf.register_family, "
+    "and use tnmoe.hf.upcycle"
+)
+
+
+def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration that a config.json describes.
+
+    Raises
+    ------
+    InputError
+        If transformers has no such architecture, or the entries do not suit it.
+    """
+    kind: Any = entries.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise InputError(f"transformers has no architecture with model_type {kind!r}: {_OTHERWISE}")
+    with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
+        # Numbers that JSON does not have, infinity for one, are understood in files only.
+        json.dump(entries, file)
+        file.flush()
+        try:
+            return CONFIG_MAPPING[kind].from_json_file(file.name)
+        except Exception as error:  # every class checks its entries in its own way
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"config.json does not suit a model of type {kind!r}: {reason}"
+            ) from error
+
+
+def model_without_numbers(config: PreTrainedConfig) -> Any:
+    """The model of a configuration, on the meta device.
+
+    Raises
+    ------
+    InputError
+        If the class that it names is none of transformers'.
+    """
+    names = config.architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if names and model_class is None:
+        raise InputError(f"transformers has no architecture {names[0]!r}: {_OTHERWISE}")
+    with torch.device("meta"):
+        return AutoModel.from_config(config) if model_class is None else model_class(config)
+
+
+def stored_name(model: Any, name: str) -> str:
+    """What ``save_pretrained`` calls a tensor of a model: some classes have changed since."""
+    (stored,) = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    return stored
+
+
+class Skeleton:
+    """The model of a checkpoint, on the meta device.
+
+    Parameters
+    ----------
+    source : Checkpoint
+    entries : mapping, optional
+        Its config.json, or a changed one.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+    rename : callable
+        From names in the model to names in the checkpoint; see :meth:`match`.
+    """
+
+    rename: Rename
+
+    def __init__(self, source: Checkpoint, entries: Mapping[str, Any] | None = None) -> None:
+        self.source = source
+        self.model = model_without_numbers(config_from(entries or source.config))
+
+    def names_of(self, parts: Iterable[Any]) -> list[str]:
+        """Names of the parameters that modules among these hold."""
+        own = {
+            id(parameter)
+            for part in parts
+            if isinstance(part, nn.Module)
+            for parameter in part.parameters()
+        }
+        return [name for name, each in self.model.named_parameters() if id(each) in own]
+
+    def match(self, needed: Iterable[str]) -> None:
+        """Find out what the checkpoint calls parameters, and take over their dtypes.
+
+        Parameters
+        ----------
+        needed : iterable of str
+            Those that will be read.
+
+        Raises
+        ------
+        InputError
+            If one of these is not there or holds no floats, or any is of another shape.
+        """
+        needed = list(needed)
+        self.rename = self._naming(needed)
+        for name, parameter in self.model.named_parameters():
+            spec = self.source.specs.get(self.rename(name))
+            if spec is not None and spec.shape != tuple(parameter.shape):
+                raise InputError(
+                    f"{self.rename(name)} is of shape {spec.shape} in {self.source.folder}, its "
+                    f"config.json says {tuple(parameter.shape)}"
+                )
+        for name in needed:
+            dtype = self.source.specs[self.rename(name)].dtype
+            if dtype not in _FLOATS:
+                raise InputError(
+                    f"{self.rename(name)} holds {dtype}: quantized weights are not converted"
+                )
+        self.give_dtypes(self.model)
+
+    def _naming(self, needed: list[str]) -> Rename:
+        prefix = f"{self.model.base_model_prefix}."
+        stored: Rename = cache(partial(stored_name, self.model))
+        renames: list[Rename] = [
+            stored,
+            lambda name: stored(name).removeprefix(prefix),
+            lambda name: prefix + stored(name),
+            lambda name: name,
+        ]
+        missing = [[n for n in needed if rename(n) not in self.source.specs] for rename in renames]
+        fewest = min(range(len(renames)), key=lambda i: len(missing[i]))
+        if lost := missing[fewest]:
+            raise InputError(
+                f"{self.source.folder} lacks {len(lost)} of the {len(needed)} tensors that "
+                f"{type(self.model).__name__} needs of it: "
+                f"{', '.join(map(renames[fewest], lost[:4]))}"
+            )
+        return renames[fewest]
+
+    def give_dtypes(self, model: nn.Module) -> None:
+        """Give the parameters of a model the dtypes that they have in the checkpoint."""
+        for name, parameter in model.named_parameters():
+            spec = self.source.specs.get(self.rename(name))
+            if spec is not None and spec.dtype in _FLOATS:
+                parameter.data = parameter.data.to(spec.torch_dtype)
+
+    def filled(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """A block in which these parameters have their numbers."""
+        return held(self.model, {name: self.source.load(self.rename(name)) for name in names})
+
+
+@contextmanager
+def held(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block in which these tensors are a model's parameters of those names."""
+    empty = {}
+    try:
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            empty[module, leaf] = module._parameters[leaf]
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        yield
+    finally:
+        for (module, leaf), parameter in empty.items():
+            module._parameters[leaf] = parameter
