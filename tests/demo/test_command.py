@@ -113,8 +113,11 @@ def test_help_and_version_answer():
 
 
 def no_known_ffn(folder: Path) -> Path:
-    config = transformers.BloomConfig(vocab_size=30522, hidden_size=8, n_layer=1, n_head=1)
-    transformers.BloomModel(config).save_pretrained(folder)
+    config = transformers.EsmConfig(
+        vocab_size=30522, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=16, pad_token_id=0, mask_token_id=103,
+    )  # fmt: skip
+    transformers.EsmModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(packaged_model(), local_files_only=True).save_pretrained(folder)
     return folder
 

@@ -72,15 +72,21 @@ class StructureLoader(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        # The weights are ordinary floating-point ones: undo the marks that would keep Trainer,
-        # ``half`` and others from treating them so.
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
-        for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
-            delattr(model, mark)
+        unmark_as_quantized(model)
         attach_router_losses(model, MPOEConfig.from_dict(self.quantization_config.mpoe))
         return model
+
+
+def unmark_as_quantized(model: PreTrainedModel) -> None:
+    """Undo the marks that would keep Trainer, ``half`` and others from treating weights as floats.
+
+    For models that came through a quantizer of transformers and are not quantized all the same.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        vars(model).pop(mark, None)
 
 
 def mark_as_mpoe(model: PreTrainedModel, config: MPOEConfig) -> None:

@@ -128,10 +128,10 @@ def inspect_checkpoint(
     >>> from transformers import GPT2Config, GPT2Model
     >>> folder = tempfile.mkdtemp()
     >>> GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
-    >>> found = inspect_checkpoint(folder, MPOEConfig(num_experts=4, sites=3), bonds=[8, 16])
+    >>> found = inspect_checkpoint(folder, MPOEConfig(num_experts=4, sites=3), bonds=[4, 8])
     >>> [(each.name, each.bond_dims) for each in found.matrices]
-    [('h.0.up', (16, 16)), ('h.0.down', (16, 16))]
-    >>> found.matrices[0].errors[8] > 0.1 > found.matrices[0].errors[16]
+    [('h.0.up', (8, 8)), ('h.0.down', (8, 8))]
+    >>> found.matrices[0].errors[4] > 0.1 > found.matrices[0].errors[8]
     True
     """
     path = Path(path).absolute()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
 
 from tnmoe.errors import InputError
-from tnmoe.hf.checkpoint import mark_as_mpoe
+from tnmoe.hf.checkpoint import mark_as_mpoe, unmark_as_quantized
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
 from tnmoe.hf.router_losses import attach_router_losses
@@ -61,7 +62,9 @@ def upcycle(
     Routers and expert noise are drawn from torch's global generator: seed it to reproduce them.
     Sparse upcycling: Komatsuzaki et al., arXiv:2212.05055.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
+    stored: Any = getattr(model.config, "quantization_config", None)
+    # What was loaded from a GGUF file is in floats again.
+    if stored is not None and getattr(stored, "quant_method", None) != QuantizationMethod.GGUF:
         raise InputError(f"{type(model).__name__} is already converted or quantized")
     # Everything is built before anything is replaced: an error leaves the model as it was.
     ffns = find_ffns(model, config.layers, config.every)
@@ -70,6 +73,7 @@ def upcycle(
     layers = [converted(ffn, config, Draws.for_layer(ffn, config), on_matrix) for ffn in ffns]
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
+    unmark_as_quantized(model)
     mark_as_mpoe(model, config)
     attach_router_losses(model, config)
     return model
