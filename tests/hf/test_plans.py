@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import tnmoe as tn
 from tests.hf.families import MODELS, make, outputs, relative
-from tnmoe import hf
+from tnmoe import hf, nn
 from tnmoe.hf.shards import Checkpoint
 
 CONFIG = hf.MPOEConfig(num_experts=3, sites=3, num_experts_per_tok=2, expert_noise=0.1)
@@ -103,6 +103,28 @@ def test_some_layers_are_converted_and_others_stay(tmp_path):
     plan.run(tmp_path / "mpoe")
     loaded = load(tmp_path / "mpoe", model)
     assert relative(outputs(loaded, "t5"), outputs(model, "t5")) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_some_matrices_become_mpos_and_experts_own_the_others_whole(name, tmp_path):
+    model = make(name)
+    model.save_pretrained(tmp_path / "dense")
+    config = hf.MPOEConfig(num_experts=2, sites=3, matrices=["down"])
+    report = hf.parameter_report(model, config)
+    assert [each.name for each in hf.inspect_checkpoint(tmp_path / "dense", config).matrices] == [
+        f"{ffn.name}.down" for ffn in hf.find_ffns(model)
+    ]
+    hf.plan_upcycle(tmp_path / "dense", config).run(tmp_path / "mpoe")
+    loaded = load(tmp_path / "mpoe", model)
+    assert relative(outputs(loaded, name), outputs(model, name)) < 1e-5
+    layers = [each for each in loaded.modules() if isinstance(each, nn.MPOExperts)]
+    assert len(layers) == 3
+    for layer in layers:
+        assert isinstance(layer.up, nn.StackedProjection)
+        assert isinstance(layer.down, nn.SharedProjection)
+    assert loaded.num_parameters() == report.total.mpoe < report.total.moe
+    hf.plan_export(tmp_path / "mpoe", to="dense").run(tmp_path / "back")
+    assert relative(outputs(load(tmp_path / "back", model), name), outputs(model, name)) < 1e-5
 
 
 def test_ordinary_mixtures_too_are_made_and_exported(tmp_path):

@@ -257,6 +257,29 @@ def test_projections_can_have_different_bonds():
     assert bonds == {"up": 4, "gate": max(experts.up.shape.bond_dims()), "down": 6}
 
 
+@pytest.mark.parametrize("matrices", ["up", ("gate", "down"), ["down"]])
+def test_matrices_that_are_no_mpos_are_owned_whole_and_train(matrices):
+    torch.manual_seed(0)
+    up, down, gate = torch.randn(12, 8), torch.randn(8, 12), torch.randn(12, 8)
+    made = nn.MPOExperts.from_dense(
+        up, down, gate, num_experts=3, sites=2, matrices=matrices, activation="silu"
+    )
+    fresh = nn.MPOExperts(3, 8, 12, "silu", gated=True, sites=2, matrices=matrices)
+    assert {n: p.shape for n, p in made.named_parameters()} == {
+        n: p.shape for n, p in fresh.named_parameters()
+    }
+    names = {matrices} if isinstance(matrices, str) else set(matrices)
+    for name in ("up", "gate", "down"):
+        kind = nn.SharedProjection if name in names else nn.StackedProjection
+        assert type(getattr(made, name)) is kind
+    states, index = torch.randn(5, 8), torch.tensor([[0], [1], [2], [0], [2]])
+    result = made(states, index, torch.ones(5, 1))
+    expected = (torch.nn.functional.silu(states @ gate.T) * (states @ up.T)) @ down.T
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    result.sum().backward()
+    assert all(each.grad is not None for each in made.parameters())
+
+
 def test_every_projection_keeps_its_own_bonds_of_pretrained_matrices():
     up, down, gate = torch.randn(12, 8), torch.randn(8, 12), torch.randn(12, 8)
     made = nn.MPOExperts.from_dense(
@@ -322,6 +345,11 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
         (lambda: nn.MPOExperts(E, H, F_, shared="aux"), "shared must be one of center, none or"),
         (lambda: nn.MPOExperts(E, H, F_, shared=1), "a name or the numbers of sites, got 1"),
         (lambda: nn.MPOExperts(E, H, F_, shared={7}), r"sites must be from 0 to 4, got \[7\]"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, matrices="out"),
+            "must be some of up, gate, down, got 'out'",
+        ),
+        (lambda: nn.MPOExperts(E, H, F_, matrices=[]), r"must be some of up, gate, down, got \[\]"),
         (
             lambda: nn.MPOExperts(E, H, F_, sites=3, shared=range(3)),
             "experts that share all 3 sites would be one",

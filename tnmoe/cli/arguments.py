@@ -79,6 +79,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     add("--sites", "sites of an interleaved MPO (default: 5)", type=from_two)
     add("--max-bond", "largest bond dimension (default: exact)", type=from_one)
     add(
+        "--matrices",
+        "which become MPOs, between commas (default: up,gate,down)",
+        type=lambda text: text.split(","),
+    )
+    add(
         "--layers",
         "networks to convert: positions between commas, or a regular expression (default: all)",
         type=layers,

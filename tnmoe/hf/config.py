@@ -11,7 +11,13 @@ import torch
 
 from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
-from tnmoe.nn.experts import LAYOUTS, layout_shape, per_projection
+from tnmoe.nn.experts import (
+    LAYOUTS,
+    PROJECTIONS,
+    check_matrices,
+    layout_shape,
+    per_projection,
+)
 from tnmoe.nn.router import Router, TopKRouter
 from tnmoe.shapes import MPOShape, positive_int
 
@@ -38,6 +44,8 @@ class MPOEConfig:
         the model's function; pretrained matrices compress badly.
     shared : {"center", "none"}, sequence of int, or mapping from "up", "gate", "down" to these
         Sites whose cores all experts of a layer share; see :class:`tnmoe.nn.MPOExperts`.
+    matrices : sequence of "up", "gate", "down"
+        Which matrices become MPOs; every expert has a copy of the others.
     shared_bias : bool
         Keep the pretrained biases once for all experts, and not a copy for each.
     layers : sequence of int, or str, optional
@@ -74,6 +82,7 @@ class MPOEConfig:
     sites: int = 5
     max_bond: int | Mapping[str, int | None] | None = None
     shared: Any = "center"
+    matrices: Sequence[str] = PROJECTIONS
     shared_bias: bool = False
     layers: Sequence[int] | str | None = None
     every: int = 1
@@ -94,6 +103,7 @@ class MPOEConfig:
             if bond is not None:
                 positive_int("max_bond", bond)
         per_projection("shared", self.shared, "center")
+        check_matrices(self.matrices)
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
@@ -155,6 +165,7 @@ class MPOEConfig:
 
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         data |= {"layers": plain(self.layers), "shared": plain(self.shared)}
+        data["matrices"] = list(check_matrices(self.matrices))
         data |= {
             name: dict(data[name])
             for name in ("router", "max_bond")

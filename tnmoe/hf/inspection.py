@@ -16,11 +16,11 @@ from tnmoe.decompose import decompose
 from tnmoe.errors import InputError
 from tnmoe.hf.ahead import results_of
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns, weight_of
+from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.hf.shards import Checkpoint, read_config
 from tnmoe.hf.skeleton import Skeleton, config_from, model_without_numbers
-from tnmoe.nn.experts import per_projection
+from tnmoe.nn.experts import check_matrices, per_projection
 from tnmoe.shapes import MPOShape, positive_int
 from tnmoe.spectrum import entanglement_entropy
 from tnmoe.tables import format_table
@@ -150,10 +150,16 @@ def inspect_checkpoint(
     return Inspection(type(model).__name__, parameter_report(model, config), tuple(matrices))
 
 
+def _chosen(ffn: FFN, config: MPOEConfig) -> dict[str, Matrix]:
+    """The matrices of a network that become MPOs."""
+    names = check_matrices(config.matrices)
+    return {name: matrix for name, matrix in ffn.matrices.items() if name in names}
+
+
 def _described(ffn: FFN, config: MPOEConfig) -> Iterator[MatrixInspection]:
     """The matrices of a network, as far as their sizes go."""
     limits = per_projection("max_bond", config.max_bond, None)
-    for name, matrix in ffn.matrices.items():
+    for name, matrix in _chosen(ffn, config).items():
         shape = config.shape_for(*weight_of(matrix).shape)
         yield MatrixInspection(
             f"{ffn.name}.{name}", ffn.family, shape, shape.bond_dims(limits[name])
@@ -191,7 +197,9 @@ def _of_network(
 ) -> list[MatrixInspection]:
     found = []
     with skeleton.filled(names):
-        for described, matrix in zip(_described(ffn, config), ffn.matrices.values(), strict=True):
+        for described, matrix in zip(
+            _described(ffn, config), _chosen(ffn, config).values(), strict=True
+        ):
             weight = weight_of(matrix)
             info = decompose(weight, described.shape, method="eigh", return_info=True)[1]
             found.append(_with_spectra(described, info, bonds))

@@ -34,6 +34,7 @@ def expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
             "down_shape": config.shape_for(*weight_of(ffn.down).shape),
             "max_bond": config.max_bond,
             "shared": config.shared,
+            "matrices": config.matrices,
         }
     return settings
 

@@ -371,6 +371,8 @@ class MPOExperts(Experts):
     shared : {"center", "none"}, iterable of int, or mapping from "up", "gate", "down" to these
         Sites whose cores all experts share, of all projections or of each; not all of them.
         ``"center"`` is MPOE; ``"none"`` gives every expert an MPO of its own.
+    matrices : iterable of "up", "gate", "down"
+        Which matrices are MPOs; every expert owns the others whole, as in an ordinary mixture.
 
     Examples
     --------
@@ -400,15 +402,20 @@ class MPOExperts(Experts):
         shared: Shared | Mapping[str, Shared] = "center",
         dropout: float = 0.0,
         *,
+        matrices: Iterable[str] = PROJECTIONS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        chosen = check_matrices(matrices)
         up_shape = up_shape or layout_shape(layout, intermediate_size, hidden_size, sites)
         down_shape = down_shape or layout_shape(layout, hidden_size, intermediate_size, sites)
         bonds = per_projection("max_bond", max_bond, None)
         common = per_projection("shared", shared, "center")
 
-        def projection(name: str, shape: MPOShape) -> SharedProjection:
+        def projection(name: str, shape: MPOShape) -> Projection:
+            if name not in chosen:
+                size = shape.out_features, shape.in_features
+                return StackedProjection(num_experts, *size, bias, device=device, dtype=dtype)
             return SharedProjection(
                 num_experts, shape, bias, bonds[name], common[name], device=device, dtype=dtype
             )
@@ -441,6 +448,7 @@ class MPOExperts(Experts):
         down_shape: MPOShape | None = None,
         max_bond: int | Mapping[str, int | None] | None = None,
         shared: Shared | Mapping[str, Shared] = "center",
+        matrices: Iterable[str] = PROJECTIONS,
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
         on_matrix: Callable[[str, TruncationInfo], None] | None = None,
@@ -459,7 +467,7 @@ class MPOExperts(Experts):
             Pretrained biases.
         shared_bias : bool
             Keep them once for all experts, and not a copy for each.
-        activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared
+        activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared, matrices
             As for the class.
         noise : float
             Noise on every expert's own cores, relative to each core's root mean square: experts
@@ -475,15 +483,20 @@ class MPOExperts(Experts):
             If the matrices do not fit each other or the shapes, a bias does not fit its matrix,
             or they hold NaN or infinity.
         """
-        matrices = check_ffn(up, down, gate, gate_bias)
+        given, chosen = check_ffn(up, down, gate, gate_bias), check_matrices(matrices)
         up_shape = up_shape or layout_shape(layout, up.shape[0], up.shape[1], sites)
         down_shape = down_shape or layout_shape(layout, down.shape[0], down.shape[1], sites)
         bonds = per_projection("max_bond", max_bond, None)
         common = per_projection("shared", shared, "center")
         biases = {"up": up_bias, "down": down_bias, "gate": gate_bias}
         rng = np.random.default_rng(rng)
-        projections = {}
-        for name, matrix in matrices.items():
+        projections: dict[str, Projection] = {}
+        for name, matrix in given.items():
+            if name not in chosen:
+                whole = StackedProjection.from_dense(matrix, num_experts, noise, rng)
+                whole.set_bias(biases[name], shared_bias)
+                projections[name] = whole
+                continue
             shape = down_shape if name == "down" else up_shape
             # The Schmidt gauge spreads every auxiliary core over all its entries; the identity
             # matrices of method="qr" would leave nearly all of them zero, and noise without scale.
@@ -496,6 +509,14 @@ class MPOExperts(Experts):
             made.set_bias(biases[name], shared_bias)
             projections[name] = made
         return cls._from_projections(projections, activation, dropout)
+
+
+def check_matrices(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of some matrices of a feed-forward network; an InputError unless they are."""
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    if not chosen or not set(chosen) <= set(PROJECTIONS):
+        raise InputError(f"matrices must be some of {', '.join(PROJECTIONS)}, got {names!r}")
+    return chosen
 
 
 def per_projection(name: str, value: Any, default: Any) -> dict[str, Any]:
