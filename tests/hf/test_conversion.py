@@ -33,6 +33,8 @@ def dense(tmp_path_factory):
     (folder / "LICENSE").write_text("mine")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / "model.py").write_text("never run")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "download.json").write_text("{}")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"mean": true}')
     return folder
@@ -172,6 +174,18 @@ def test_what_is_in_the_way_is_kept(dense, tmp_path):
     plan.run(target, overwrite=True)
     assert not (target / "thesis.txt").exists()
     hf.from_pretrained(target)
+
+
+def test_a_file_beside_the_weights_that_leads_elsewhere_is_refused_before_any_work(dense, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(dense, source)
+    kill(source, tmp_path / "target", after=2)
+    (tmp_path / "secret.txt").write_text("secret")
+    (source / "merges.txt").symlink_to(tmp_path / "secret.txt")
+    before = contents(tmp_path)
+    with pytest.raises(tn.InputError, match=r"merges.txt leads out of the folder: refused"):
+        hf.plan_upcycle(source, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("settings", [{"jobs": 0}, {"shard_bytes": 0}])

@@ -145,6 +145,14 @@ def rewrite(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+ONLY_GATES = hf.MPOEConfig(num_experts=2, sites=3, matrices=["gate"])
+
+
+def ungated(folder):
+    make("bert").save_pretrained(folder / "bert")
+    return folder / "bert"
+
+
 def upcycled(folder, name="llama", **settings):
     make(name).save_pretrained(folder / "dense-of-it")
     config = hf.MPOEConfig(num_experts=2, sites=3, **settings)
@@ -162,6 +170,30 @@ def upcycled(folder, name="llama", **settings):
         (
             lambda f: (rewrite(f, architectures=["NovelModel"]), hf.plan_upcycle(f, CONFIG)),
             "no architecture 'NovelModel': .* tnmoe.hf.register_family",
+        ),
+        (
+            lambda f: (rewrite(f, architectures=["pipeline"]), hf.plan_upcycle(f, CONFIG)),
+            "no architecture 'pipeline'",
+        ),
+        (
+            lambda f: (rewrite(f, architectures=["AutoModel"]), hf.plan_upcycle(f, CONFIG)),
+            "no architecture 'AutoModel'",
+        ),
+        (
+            lambda f: (
+                rewrite(upcycled(f), architectures=["pipeline"]),
+                hf.from_pretrained(f / "made"),
+            ),
+            "names no class of transformers: got 'pipeline'",
+        ),
+        (lambda f: hf.plan_upcycle(ungated(f), ONLY_GATES), "are none of the network's up, down"),
+        (
+            lambda f: hf.inspect_checkpoint(ungated(f), ONLY_GATES),
+            r"matrices=\['gate'\] are none of the network's up, down",
+        ),
+        (
+            lambda f: hf.inspect_checkpoint(ungated(f) / "config.json", ONLY_GATES),
+            r"matrices=\['gate'\] are none of the network's up, down",
         ),
         (
             lambda f: (rewrite(f, hidden_size="wide"), hf.plan_upcycle(f, CONFIG)),

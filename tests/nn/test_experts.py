@@ -349,6 +349,13 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
             lambda: nn.MPOExperts(E, H, F_, matrices="out"),
             "must be some of up, gate, down, got 'out'",
         ),
+        (lambda: nn.MPOExperts(E, H, F_, matrices=["gate"]), "are none of the network's up, down"),
+        (
+            lambda: nn.MPOExperts.from_dense(
+                torch.ones(4, 3), torch.ones(3, 4), matrices=["gate"], sites=2
+            ),
+            "are none of the network's up, down",
+        ),
         (lambda: nn.MPOExperts(E, H, F_, matrices=[]), r"must be some of up, gate, down, got \[\]"),
         (
             lambda: nn.MPOExperts(E, H, F_, sites=3, shared=range(3)),

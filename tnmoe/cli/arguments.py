@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tnmoe.errors import InputError
 
 if TYPE_CHECKING:
     from tnmoe.hf import MPOEConfig
@@ -98,16 +95,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def config_of(options: argparse.Namespace) -> MPOEConfig:
     """The MPOEConfig that the command line asks for."""
     from tnmoe.hf import MPOEConfig
+    from tnmoe.hf.shards import read_json
 
     given = vars(options)
     entries: dict[str, Any] = {}
     if path := given.get("config"):
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
-        if not isinstance(entries, dict):
-            raise InputError(f"{path} should hold a JSON object")
+        entries = read_json(path)
     known = {field.name for field in fields(MPOEConfig)}
     entries |= {name: value for name, value in given.items() if name in known}
     return MPOEConfig.from_dict(entries)

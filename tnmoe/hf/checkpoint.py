@@ -94,6 +94,14 @@ def mark_as_mpoe(model: PreTrainedModel, config: MPOEConfig) -> None:
     model.config.quantization_config = StoredConfig(config.to_dict())
 
 
+def model_class_named(name: str) -> Any:
+    """The class of transformers' models of that name; None if it is none of them."""
+    found = getattr(transformers, name, None)
+    # A config.json may name anything: what it names is about to be called.
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if is_model else None
+
+
 def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load an MPOE checkpoint as the class it was saved from.
 
@@ -118,7 +126,7 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     if stored.get("quant_method") != METHOD:
         raise InputError(f"{os.fspath(folder)} is not an MPOE checkpoint: its config.json has none")
     names = config.architectures or ["none"]
-    model_class = getattr(transformers, names[0], None)
+    model_class = model_class_named(names[0])
     if model_class is None:
         raise InputError(f"{os.fspath(folder)} names no class of transformers: got {names[0]!r}")
     return model_class.from_pretrained(folder, local_files_only=True, **kwargs)

@@ -161,6 +161,7 @@ class Conversion:
         part = target.with_name(f"{target.name}.partial")
         writer = ShardWriter(part, self.specs, positive_int("shard_bytes", shard_bytes))
         jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
+        companions = list(_companions(self.source.folder))
         done = self._open(part, overwrite, self._identity(shard_bytes))
         try:
             if not done:
@@ -169,7 +170,7 @@ class Conversion:
             for piece, tensors in self._made(done, jobs, on_progress):
                 writer.write(self._copied(piece) if tensors is None else tensors)
                 _append(part / _JOURNAL, piece.name)
-            self._finish(part, writer)
+            self._finish(part, writer, companions)
         except InputError:
             # The source itself is at fault, and this work of no use once it is mended.
             shutil.rmtree(part)
@@ -261,9 +262,9 @@ class Conversion:
             for name, original in zip(piece.specs, piece.reads, strict=True)
         }
 
-    def _finish(self, part: Path, writer: ShardWriter) -> None:
+    def _finish(self, part: Path, writer: ShardWriter, companions: Iterable[Path]) -> None:
         writer.write_index()
-        for path in _companions(self.source.folder):
+        for path in companions:
             copied = part / path.relative_to(self.source.folder)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
@@ -293,8 +294,10 @@ def _write_whole(path: Path, lines: Iterable[str]) -> None:
 
 
 def _companions(folder: Path) -> Iterator[Path]:
-    """Files of a folder to take along."""
+    """Files of a folder to take along; an InputError for one that leads out of it."""
     for path in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         belongs = path.suffix in _COMPANIONS or path.stem.upper() in _LICENCES
         weights = path.name.endswith(".index.json") or path == folder / CONFIG
         if path.is_file() and belongs and not weights:

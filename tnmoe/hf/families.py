@@ -88,15 +88,11 @@ class FFN:
         return found if self.gate is None else {**found, "gate": self.gate}
 
     @property
-    def modules(self) -> list[Any]:
-        """What its parameters belong to: its matrices, and its activation."""
-        return [*self.matrices.values(), self.activation]
-
-    @property
     def parameters(self) -> set[nn.Parameter]:
         """Whatever was learned of it."""
-        parts = [each for each in self.modules if isinstance(each, nn.Module)]
-        return {parameter for each in parts for parameter in each.parameters()}
+        parts = [*self.matrices.values(), self.activation]
+        modules = [each for each in parts if isinstance(each, nn.Module)]
+        return {parameter for each in modules for parameter in each.parameters()}
 
     @property
     def num_params(self) -> int:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from tnmoe.decompose import decompose
-from tnmoe.errors import InputError
 from tnmoe.hf.ahead import results_of
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.hf.shards import Checkpoint, read_config
-from tnmoe.hf.skeleton import Skeleton, config_from, model_without_numbers
+from tnmoe.hf.skeleton import Skeleton, check_dense, config_from, model_without_numbers
 from tnmoe.nn.experts import check_matrices, per_projection
 from tnmoe.shapes import MPOShape, positive_int
 from tnmoe.spectrum import entanglement_entropy
@@ -136,8 +135,7 @@ def inspect_checkpoint(
     """
     path = Path(path).absolute()
     entries = read_config(path)
-    if entries.get("quantization_config"):
-        raise InputError(f"{path} is already converted or quantized")
+    check_dense(entries, path)
     bonds = None if bonds is None else [positive_int("every bond", bond) for bond in bonds]
     if path.is_file() or not weights:
         model = model_without_numbers(config_from(entries))
@@ -152,7 +150,7 @@ def inspect_checkpoint(
 
 def _chosen(ffn: FFN, config: MPOEConfig) -> dict[str, Matrix]:
     """The matrices of a network that become MPOs."""
-    names = check_matrices(config.matrices)
+    names = check_matrices(config.matrices, ffn.matrices)
     return {name: matrix for name, matrix in ffn.matrices.items() if name in names}
 
 
@@ -174,20 +172,15 @@ def _measured(
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[MatrixInspection]:
     """The matrices of all networks, with what their weights tell."""
-    ffns = find_ffns(skeleton.model, config.layers, config.every)
-    reads = [skeleton.names_of(ffn.modules) for ffn in ffns]
-    skeleton.match(name for names in reads for name in names)
+    networks = skeleton.networks(config)
     if bonds is None:
-        shapes = [each.shape for ffn in ffns for each in _described(ffn, config)]
+        shapes = [each.shape for ffn, _ in networks for each in _described(ffn, config)]
         largest = max(max(shape.bond_dims()) for shape in shapes)
         bonds = sorted({max(1, largest // 4), max(1, largest // 2)})
-    tasks = [
-        partial(_of_network, skeleton, ffn, names, config, bonds)
-        for ffn, names in zip(ffns, reads, strict=True)
-    ]
+    tasks = [partial(_of_network, skeleton, ffn, names, config, bonds) for ffn, names in networks]
     for done, matrices in enumerate(results_of(tasks, jobs)):
         if on_progress is not None:
-            on_progress(done + 1, len(ffns))
+            on_progress(done + 1, len(networks))
         yield from matrices
 
 

@@ -18,7 +18,13 @@ from tnmoe.hf.export import average_into
 from tnmoe.hf.export_targets import Target, target_of
 from tnmoe.hf.families import FFN, check_formula, find_ffns
 from tnmoe.hf.shards import Checkpoint, Spec
-from tnmoe.hf.skeleton import Skeleton, held, model_without_numbers, stored_name
+from tnmoe.hf.skeleton import (
+    Skeleton,
+    check_dense,
+    held,
+    model_without_numbers,
+    stored_name,
+)
 from tnmoe.hf.structure import install_empty
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
@@ -64,23 +70,19 @@ def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -
     ['model.safetensors']
     """
     source = Checkpoint(folder)
-    if source.config.get("quantization_config"):
-        raise InputError(f"{source.folder} is already converted or quantized")
+    check_dense(source.config, source.folder)
     dense, moe = Skeleton(source), Skeleton(source).model
-    ffns = find_ffns(dense.model, config.layers, config.every)
-    reads = [dense.names_of(ffn.modules) for ffn in ffns]
-    needed = [name for names in reads for name in names]
-    dense.match(needed)
+    networks = dense.networks(config)
     dense.give_dtypes(moe)
     install_empty(moe, config)
-    draws = _draw(ffns, config, integer_from_zero("seed", seed))
+    draws = _draw([ffn for ffn, _ in networks], config, integer_from_zero("seed", seed))
     pieces = [
         _upcycled(dense, ffn, names, path, layer, config, drawn)
-        for ffn, names, (path, layer), drawn in zip(
-            ffns, reads, _mixtures(moe).items(), draws, strict=True
+        for (ffn, names), (path, layer), drawn in zip(
+            networks, _mixtures(moe).items(), draws, strict=True
         )
     ]
-    replaced = set(map(dense.rename, needed))
+    replaced = {name for piece in pieces for name in piece.reads}
     kept = copies(source, {name: name for name in source.specs if name not in replaced})
     entries = source.config | {
         "architectures": [type(moe).__name__],
@@ -121,7 +123,7 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     skeleton = Skeleton(source, plain)
     install_empty(skeleton.model, config)
     mixtures = _mixtures(skeleton.model)
-    skeleton.match(skeleton.names_of(mixtures.values()))
+    skeleton.match(skeleton.names_of(p for each in mixtures.values() for p in each.parameters()))
     used = {
         skeleton.rename(f"{path}.{name}")
         for path, layer in mixtures.items()
@@ -176,9 +178,9 @@ def _to_dense(
 
 def _averaged(skeleton: Skeleton, path: str, layer: MPOMoE, dense: Skeleton, ffn: FFN) -> Piece:
     """The piece that makes a dense network of one mixture."""
-    reads, dtype = skeleton.names_of([layer]), layer.experts.up.weight().dtype
+    reads, dtype = skeleton.names_of(layer.parameters()), layer.experts.up.weight().dtype
     empty = {
-        name: dense.model.get_parameter(name).to(dtype) for name in dense.names_of(ffn.modules)
+        name: dense.model.get_parameter(name).to(dtype) for name in dense.names_of(ffn.parameters)
     }
 
     def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,7 +215,7 @@ def _to_moe(
 
 def _ordinary(skeleton: Skeleton, path: str, layer: MPOMoE, moe: Any, target: Target) -> Piece:
     """The piece that makes an ordinary mixture of one with shared cores."""
-    block, reads = target.rename(path), skeleton.names_of([layer])
+    block, reads = target.rename(path), skeleton.names_of(layer.parameters())
     dtype = layer.experts.up.weight().dtype
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

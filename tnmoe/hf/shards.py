@@ -120,7 +120,7 @@ class Checkpoint:
         path = self.folder / INDEX
         if not path.exists():
             return {}
-        index = _read_json(inside(self.folder, INDEX)).get("weight_map")
+        index = read_json(inside(self.folder, INDEX)).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
             raise InputError(f"{path} has no weight_map from tensors to files")
         return index
@@ -180,12 +180,12 @@ class Checkpoint:
 def read_config(folder: Path) -> dict[str, Any]:
     """Contents of a folder's config.json, or of such a file itself."""
     if folder.is_file():
-        return _read_json(folder)
+        return read_json(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
     if not (folder / CONFIG).exists():
         raise InputError(f"{folder} is not a Hugging Face folder: no config.json there")
-    return _read_json(inside(folder, CONFIG))
+    return read_json(inside(folder, CONFIG))
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -220,7 +220,8 @@ def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
     raise InputError(f"{folder} has no {SINGLE} and no {INDEX}{instead}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; an InputError if it holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -6,17 +6,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
+from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tnmoe.errors import InputError
+from tnmoe.hf.checkpoint import model_class_named
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.families import FFN, find_ffns
 from tnmoe.hf.shards import Checkpoint
 
 # From a parameter's name in a model to its name in a checkpoint.
@@ -63,7 +66,7 @@ def model_without_numbers(config: PreTrainedConfig) -> Any:
         If the class that it names is none of transformers'.
     """
     names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    model_class = model_class_named(names[0]) if names else None
     if names and model_class is None:
         raise InputError(f"transformers has no architecture {names[0]!r}: {_OTHERWISE}")
     with torch.device("meta"):
@@ -74,6 +77,12 @@ def stored_name(model: Any, name: str) -> str:
     """What ``save_pretrained`` calls a tensor of a model: some classes have changed since."""
     (stored,) = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
     return stored
+
+
+def check_dense(entries: Mapping[str, Any], path: Path) -> None:
+    """Raise an InputError if a config.json is of a converted or quantized model."""
+    if entries.get("quantization_config"):
+        raise InputError(f"{path} is already converted or quantized")
 
 
 class Skeleton:
@@ -98,14 +107,16 @@ class Skeleton:
         self.source = source
         self.model = model_without_numbers(config_from(entries or source.config))
 
-    def names_of(self, parts: Iterable[Any]) -> list[str]:
-        """Names of the parameters that modules among these hold."""
-        own = {
-            id(parameter)
-            for part in parts
-            if isinstance(part, nn.Module)
-            for parameter in part.parameters()
-        }
+    def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
+        """The networks to convert with the names of their parameters, which are matched."""
+        ffns = find_ffns(self.model, config.layers, config.every)
+        found = [(ffn, self.names_of(ffn.parameters)) for ffn in ffns]
+        self.match(name for _, names in found for name in names)
+        return found
+
+    def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
+        """Names of these parameters, in the order of the model."""
+        own = set(map(id, parameters))
         return [name for name, each in self.model.named_parameters() if id(each) in own]
 
     def match(self, needed: Iterable[str]) -> None:

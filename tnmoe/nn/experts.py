@@ -406,7 +406,7 @@ class MPOExperts(Experts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        chosen = check_matrices(matrices)
+        chosen = check_matrices(matrices, PROJECTIONS if gated else ("up", "down"))
         up_shape = up_shape or layout_shape(layout, intermediate_size, hidden_size, sites)
         down_shape = down_shape or layout_shape(layout, hidden_size, intermediate_size, sites)
         bonds = per_projection("max_bond", max_bond, None)
@@ -483,7 +483,8 @@ class MPOExperts(Experts):
             If the matrices do not fit each other or the shapes, a bias does not fit its matrix,
             or they hold NaN or infinity.
         """
-        given, chosen = check_ffn(up, down, gate, gate_bias), check_matrices(matrices)
+        given = check_ffn(up, down, gate, gate_bias)
+        chosen = check_matrices(matrices, given)
         up_shape = up_shape or layout_shape(layout, up.shape[0], up.shape[1], sites)
         down_shape = down_shape or layout_shape(layout, down.shape[0], down.shape[1], sites)
         bonds = per_projection("max_bond", max_bond, None)
@@ -511,11 +512,13 @@ class MPOExperts(Experts):
         return cls._from_projections(projections, activation, dropout)
 
 
-def check_matrices(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of some matrices of a feed-forward network; an InputError unless they are."""
+def check_matrices(names: Iterable[str], present: Iterable[str] = PROJECTIONS) -> tuple[str, ...]:
+    """Names of matrices, one of which a network has at least; an InputError unless they are."""
     chosen = (names,) if isinstance(names, str) else tuple(names)
     if not chosen or not set(chosen) <= set(PROJECTIONS):
         raise InputError(f"matrices must be some of {', '.join(PROJECTIONS)}, got {names!r}")
+    if not set(chosen) & set(present):
+        raise InputError(f"matrices={names!r} are none of the network's {', '.join(present)}")
     return chosen
 
 
