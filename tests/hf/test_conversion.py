@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +73,8 @@ def test_the_bytes_do_not_depend_on_how_many_work_at_a_time(jobs, dense, undistu
     hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000, jobs=jobs)
     assert contents(tmp_path / "target") == undisturbed
     assert torch.get_num_threads() == threads
+    with ThreadPoolExecutor(1) as later:  # threads to come are as they would have been
+        assert later.submit(torch.get_num_threads).result() == threads
 
 
 KILLED = """
