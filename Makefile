@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint bench bench-experts clean
+.PHONY: help env demo test lint reproduce bench bench-experts clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the algebra beside its peers (ARGS=--quick: minutes)"
 	@echo "make bench-experts  experts' layers beside other mixtures (ARGS=--check-plan, --building, --peak)"
+	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 15 minutes)"
 	@echo "make env    only create the environment in $(VENV)"
 	@echo "make clean  remove the environment and what the demo wrote"
 
@@ -46,6 +47,10 @@ $(VENV)/.bench: $(READY) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --no-build-isolation --requirement requirements/bench.txt
 	touch $@
+
+# Goes on where it was stopped. ARGS=--quick: minutes; --text OLD NEW: other texts.
+reproduce: env
+	$(BIN)/python -m experiments $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

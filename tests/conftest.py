@@ -1,6 +1,8 @@
 """Settings for the whole suite."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import hypothesis
@@ -15,3 +17,4 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Nor may it depend on what was measured on this machine before.
 os.environ["TNMOE_CACHE"] = tempfile.mkdtemp(prefix="tnmoe-tests-")
+atexit.register(shutil.rmtree, os.environ["TNMOE_CACHE"], ignore_errors=True)

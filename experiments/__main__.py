@@ -1,0 +1,76 @@
+"""``python -m experiments``: run the settings, then write tables, pictures and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from experiments.folder import SettingFolder
+from experiments.report import write_report
+from experiments.schedule import run_all
+from experiments.settings import SCALES, all_settings
+from experiments.texts import Text, default_texts
+from tnmoe.errors import InputError
+
+
+def main() -> int:
+    """Returns the exit status."""
+    options = _options()
+    texts = tuple(Text(path) for path in options.text) if options.text else default_texts()
+    if len(texts) != 2:
+        print("experiments: --text takes two files: to pretrain on, and the new domain",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    settings = all_settings(options.scale, *texts)
+    if unknown := sorted(set(options.settings or ()) - set(settings)):
+        names = ", ".join(settings)
+        print(f"experiments: no setting {', '.join(unknown)}; there are {names}", file=sys.stderr)
+        return 2
+    chosen = [settings[name] for name in options.settings or settings]
+    folders = [SettingFolder(options.output, setting) for setting in chosen]
+    try:
+        failures = [] if options.report_only else _run(folders, options)
+    except InputError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nexperiments: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    for path in write_report(folders, options.report or options.output / "report", options.device):
+        print(path)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _run(folders: list[SettingFolder], options: argparse.Namespace) -> list[str]:
+    return run_all(folders, options.seeds, options.device, options.jobs, options.threads)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="experiments", description=__doc__)
+    add = parser.add_argument
+    add("--scale", choices=SCALES, default="full", help="sizes and steps (default: %(default)s)")
+    add("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
+    add("--settings", nargs="+", metavar="NAME", help="only these")
+    add("--seeds", type=int, help="so many instead of each setting's own number")
+    add(
+        "--text",
+        nargs=2,
+        type=Path,
+        metavar="FILE",
+        help="texts to pretrain on, and of the new domain, instead of Python's help topics",
+    )
+    add("--output", type=Path, default=Path("reproduce-output"), help="(default: %(default)s)")
+    add("--report", type=Path, help="folder of tables, pictures, JSON (default: OUTPUT/report)")
+    add("--report-only", action="store_true", help="of the results there are; run nothing")
+    add("--device", default="cpu", help="torch device (default: %(default)s)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
+    add("--threads", type=int, default=1, help="threads of a run (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

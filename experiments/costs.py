@@ -1,0 +1,66 @@
+"""What a training step of a method costs, beside the dense model's, on the same batches in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from experiments.methods import METHODS
+from experiments.training import Run, batch_of
+
+# Turns that warm up, and turns that count.
+WARM_UP, TURNS = 2, 7
+
+
+def step_cost(run: Run, on_step: Callable[[], None]) -> dict[str, Any]:
+    """Median time of a method's step over that of a dense step, measured side by side.
+
+    Parameters
+    ----------
+    run : Run
+        Its method is compared with ``"dense"``.
+    on_step : callable
+        Called after every turn.
+    """
+    with ExitStack() as stack:
+        steps = {name: _stepper(run, name, stack) for name in ("dense", run.method)}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(WARM_UP + TURNS):
+            for name, step in steps.items():
+                seconds[name].append(_timed(step, turn, run.device))
+            on_step()
+    medians = {name: median(each[WARM_UP:]) for name, each in seconds.items()}
+    return {"method": run.method, "time_ratio": medians[run.method] / medians["dense"]}
+
+
+def _stepper(run: Run, method: str, stack: ExitStack) -> Callable[[int], None]:
+    """One training step of a method, as :func:`experiments.training.train` makes it."""
+    torch.manual_seed(run.seed)
+    dense: PreTrainedModel = run.stage.task.dense(run.data, run.seed)
+    model = METHODS[method].model(dense, **run.mixture).train()
+    nn.Module.to(model, run.device)
+    optimizer = METHODS[method].optimizer(model, run.learning_rate)
+    METHODS[method].attach(stack, model, optimizer, run.seed)
+
+    def step(turn: int) -> None:
+        loss = model(**batch_of(run, turn)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _timed(step: Callable[[int], None], turn: int, device: str) -> float:
+    start = time.perf_counter()
+    step(turn)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

