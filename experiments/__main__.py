@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from experiments.folder import SettingFolder
+from experiments.folder import SettingFolder, locked
 from experiments.report import write_report
 from experiments.schedule import run_all
 from experiments.settings import SCALES, all_settings
@@ -46,7 +46,8 @@ def main() -> int:
 
 
 def _run(folders: list[SettingFolder], options: argparse.Namespace) -> list[str]:
-    return run_all(folders, options.seeds, options.device, options.jobs, options.threads)
+    with locked(options.output):
+        return run_all(folders, options.seeds, options.device, options.jobs, options.threads)
 
 
 def _options() -> argparse.Namespace:

@@ -27,6 +27,9 @@ from experiments.training import Run, train
 _PRELOADED = ["experiments.schedule", "experiments.settings"]
 _POLL_SECONDS = 0.2
 
+# A setting's folder, and how many seeds it gets.
+Counted = tuple[SettingFolder, int]
+
 # What makes the results of a file, given what to call after every step.
 Make = Callable[[Callable[[], None]], dict[str, Any]]
 
@@ -53,30 +56,40 @@ class Job:
     name: str
 
 
-def training_jobs(folder: SettingFolder, seeds: int, device: str) -> Iterator[Job]:
-    """Runs that can be made now and are not.
+def training_jobs(folders: Sequence[Counted], device: str) -> Iterator[Job]:
+    """Runs that can be made now and are not: of all settings the first methods first.
 
     What is to be done is read from the files that are there, and so is known again after a crash.
     """
-    setting = folder.setting
+    for folder, seeds in folders:
+        yield from _pretraining_jobs(folder, seeds, device)
+    for place in range(max(len(folder.setting.methods) for folder, _ in folders)):
+        for folder, seeds in folders:
+            for method in folder.setting.methods[place : place + 1]:
+                yield from _method_jobs(folder, method, seeds, device)
+
+
+def _pretraining_jobs(folder: SettingFolder, seeds: int, device: str) -> Iterator[Job]:
+    stage = folder.setting.pretraining
     for seed in range(seeds):
-        if setting.pretraining is not None and not folder.is_pretrained(seed):
-            rate = setting.pretraining.learning_rates[0]
-            run = Run(
-                setting.pretraining, "dense", rate, seed, {}, folder.data("pretraining"), device,
-                folder.pretrained(seed),
-            )  # fmt: skip
-            path = folder.pretrained(seed).with_suffix(".json")
-            yield _training_job(path, run, f"{setting.name}: pretraining, seed {seed}")
-    for method in setting.methods:
-        best = folder.best_rate(method)
-        tried = [(rate, 0) for rate in setting.stage.learning_rates]
-        others = [] if best is None else [(best, seed) for seed in range(1, seeds)]
-        for rate, seed in (*tried, *others):
-            path = folder.result(method, rate, seed)
-            if not path.exists() and folder.is_pretrained(seed):
-                name = f"{setting.name}: {method}, {rate:g}, seed {seed}"
-                yield _training_job(path, _run(folder, method, rate, seed, device), name)
+        if stage is not None and not folder.is_pretrained(seed):
+            model = folder.pretrained(seed)
+            data = folder.data("pretraining")
+            run = Run(stage, "dense", stage.learning_rates[0], seed, {}, data, device, model)
+            name = f"{folder.setting.name}: pretraining, seed {seed}"
+            yield _training_job(model.with_suffix(".json"), run, name)
+
+
+def _method_jobs(folder: SettingFolder, method: str, seeds: int, device: str) -> Iterator[Job]:
+    """All learning rates with seed 0; the best with the others, once it is known."""
+    best = folder.best_rate(method)
+    tried = [(rate, 0) for rate in folder.setting.stage.learning_rates]
+    others = [] if best is None else [(best, seed) for seed in range(1, seeds)]
+    for rate, seed in (*tried, *others):
+        path = folder.result(method, rate, seed)
+        if not path.exists() and folder.is_pretrained(seed):
+            name = f"{folder.setting.name}: {method}, {rate:g}, seed {seed}"
+            yield _training_job(path, _run(folder, method, rate, seed, device), name)
 
 
 def cost_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
@@ -112,7 +125,7 @@ def total_steps(folder: SettingFolder, seeds: int) -> int:
 def run_all(
     folders: Sequence[SettingFolder], seeds: int | None, device: str, jobs: int, threads: int
 ) -> list[str]:
-    """Make all runs, the first setting's first; then, one at a time, measure what steps cost.
+    """Make all runs; then, one at a time, measure what steps cost.
 
     Returns
     -------
@@ -124,8 +137,7 @@ def run_all(
     counted = [(folder, seeds or folder.setting.seeds) for folder in folders]
 
     def training() -> Iterator[Job]:
-        for folder, count in counted:
-            yield from training_jobs(folder, count, device)
+        return training_jobs(counted, device)
 
     def costs() -> Iterator[Job]:
         for folder in folders:

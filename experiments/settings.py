@@ -102,7 +102,7 @@ def decoder(scale: str, old: Text, new: Text) -> Setting:
     return Setting(
         name="decoder",
         title="Small GPT-2, pretrained on one text, continued on another",
-        stage=Stage(SmallGPT2(new, **shared, pretrained="pretrained"), steps, (1e-3, 2e-3, 4e-3)),
+        stage=Stage(SmallGPT2(new, **shared, pretrained="pretrained"), steps, (2e-3, 4e-3, 8e-3)),
         methods=MAIN if scale == "quick" else GRID,
         seeds={"quick": 1, "full": 3, "large": 3}[scale],
         pretraining=Stage(SmallGPT2(old, **{**shared, **twice}), before, (2e-3,)),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import training
-from experiments.folder import SettingFolder, read
+from experiments.folder import SettingFolder, locked, read
 from experiments.report import rows, write_report
 from experiments.schedule import run_all, training_jobs
 from tests.experiments.tiny import setting, write_texts
@@ -65,7 +65,7 @@ def test_all_methods_start_from_the_same_pretrained_model_of_a_seed(folder):
 
 def test_what_is_done_is_not_done_again(folder):
     stamps = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.json")}
-    assert list(training_jobs(folder, 2, "cpu")) == []
+    assert list(training_jobs([(folder, 2)], "cpu")) == []
     assert run_all([folder], seeds=None, device="cpu", jobs=2, threads=1) == []
     later = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.json")}
     assert {k: v for k, v in later.items() if k.name != "setting.json"} == {
@@ -73,10 +73,34 @@ def test_what_is_done_is_not_done_again(folder):
     }
 
 
+def test_the_first_methods_of_all_settings_come_first(folder, texts, tmp_path):
+    one, other = (
+        SettingFolder(
+            tmp_path, replace(setting(*texts, methods=methods), name=name, pretraining=None)
+        )
+        for name, methods in (("one", ("dense", "moe")), ("other", ("mpoe", "mpoe-top2", "moe")))
+    )
+    jobs = training_jobs([(one, 1), (other, 1)], "cpu")
+    assert list(dict.fromkeys(job.name.split(",")[0] for job in jobs)) == [
+        "one: dense", "other: mpoe", "one: moe", "other: mpoe-top2", "other: moe",
+    ]  # fmt: skip
+
+
 def test_the_folder_of_another_setting_is_refused(folder, texts):
     other = setting(*texts, steps=5)
     with pytest.raises(InputError, match="holds results of other data, sizes, steps"):
         run_all([SettingFolder(folder.root, other)], None, "cpu", 1, 1)
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(InputError, match="another command works in"),
+        locked(tmp_path),
+    ):
+        pass
+    with locked(tmp_path):
+        pass
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(texts, tmp_path):
