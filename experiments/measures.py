@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.variants import mixtures
-from tnmoe.nn import SharedProjection, record_routing
+from experiments.variants import cores_of, mixtures
+from tnmoe.nn import record_routing
 
 
 def total_parameters(model: nn.Module) -> int:
@@ -22,7 +22,7 @@ def active_parameters(model: nn.Module) -> int:
     for layer in mixtures(model):
         experts: Any = layer.experts
         router: Any = layer.router
-        shared = {id(core) for core in _cores(layer)["shared"]}
+        shared = {id(core) for core in cores_of(layer)["shared"]}
         for parameter in experts.parameters():
             if id(parameter) not in shared and len(parameter) == experts.num_experts:
                 per_expert = parameter.numel() // experts.num_experts
@@ -35,30 +35,18 @@ class Drift:
 
     def __init__(self, model: nn.Module) -> None:
         self._start = {
-            kind: [each.detach().clone() for each in cores] for kind, cores in _cores(model).items()
+            kind: [each.detach().clone() for each in cores]
+            for kind, cores in cores_of(model).items()
         }
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Root mean square over cores, of those that are shared and those that are owned."""
         drift = {}
-        for kind, cores in _cores(model).items():
+        for kind, cores in cores_of(model).items():
             if cores:
                 moved = [_moved(*pair) for pair in zip(self._start[kind], cores, strict=True)]
                 drift[kind] = float(torch.stack(moved).mean().sqrt())
         return drift
-
-
-def _cores(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    projections = [each for each in model.modules() if isinstance(each, SharedProjection)]
-    return {
-        "shared": [core for each in projections for core in each.shared_cores],
-        "owned": [
-            core
-            for each in projections
-            for core in (*each.aux_cores, each.center)
-            if all(core is not other for other in each.shared_cores)
-        ],
-    }
 
 
 def _moved(old: Tensor, new: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments import variants
+from experiments.variants import cores_of
 from tnmoe import hf
-from tnmoe.nn import GradientMask, SharedGradientScale, freeze_shared, parameter_groups
+from tnmoe.nn import GradientMask, SharedGradientScale, freeze_shared
 
 # (dense model, configuration) -> the configuration, or a model that needs no conversion.
 Adapt = Callable[[PreTrainedModel, hf.MPOEConfig], hf.MPOEConfig]
@@ -38,7 +39,9 @@ class Method:
     mask : float
         Probability of the gradient mask.
     shared_rate : float
-        Learning rate of what experts share, relative to the others'; 0 freezes it.
+        Learning rate of the cores that experts share, relative to the others'; 0 freezes them.
+    owned_rate : float
+        The same of the cores that experts own.
     shared_gradient_scale : bool
         Divide gradients of what experts share by their number.
     fresh : bool
@@ -51,6 +54,7 @@ class Method:
     build: Build = hf.upcycle
     mask: float = 0.0
     shared_rate: float = 1.0
+    owned_rate: float = 1.0
     shared_gradient_scale: bool = False
     fresh: bool = False
 
@@ -65,13 +69,20 @@ class Method:
         return model
 
     def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-        """AdamW on what the method trains."""
+        """AdamW on what the method trains, with its learning rates."""
         if self.shared_rate == 0:
             freeze_shared(model)
-        groups: list[Any] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        if self.shared_rate not in (0, 1):
-            groups = parameter_groups(model, learning_rate, self.shared_rate)
-        return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+        cores = cores_of(model)
+        rates = {id(core): self.shared_rate for core in cores["shared"]}
+        rates |= {id(core): self.owned_rate for core in cores["owned"]}
+        groups: dict[float, list[Any]] = {}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                groups.setdefault(rates.get(id(parameter), 1.0), []).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": each, "lr": rate * learning_rate} for rate, each in groups.items()],
+            weight_decay=_WEIGHT_DECAY,
+        )
 
     def attach(
         self, stack: ExitStack, model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int
@@ -132,6 +143,11 @@ METHODS: dict[str, Method] = {
     "mpoe-mask-0.9": Method("MPOE, gradient mask 0.9", mask=0.9),
     "mpoe-frozen": Method("MPOE, central cores frozen", shared_rate=0),
     "mpoe-slow-0.1": Method("MPOE, central learning rate × 0.1", shared_rate=0.1),
+    "mpoe-fast-4": Method("MPOE, auxiliary learning rate × 4", owned_rate=4),
+    "mpoe-fast-16": Method("MPOE, auxiliary learning rate × 16", owned_rate=16),
+    "split-64-fast-4": Method(
+        "MPOE, split 64, auxiliary learning rate × 4", adapt=_split(64), owned_rate=4
+    ),
     "mpoe-scaled": Method("MPOE, central gradient / E", shared_gradient_scale=True),
     "mpoe-noise": Method("MPOE, auxiliary noise 0.1", {"expert_noise": 0.1}),
     "moe-noise": Method("ordinary mixture, noise 0.1", MOE | {"expert_noise": 0.1}),

@@ -66,7 +66,8 @@ MAIN = ("dense", "dense-wide", "moe", "mpoe", "split-64", "mpoe-mask-0.5", "moe-
 
 # Every method once, the first ones above first.
 GRID = (
-    *MAIN, "split-16", "split-128", "mpoe-half", "separate", "low-rank", "share-rest",
+    *MAIN, "mpoe-fast-4", "split-64-fast-4", "mpoe-fast-16",
+    "split-16", "split-128", "mpoe-half", "separate", "low-rank", "share-rest",
     "mpoe-frozen", "mpoe-slow-0.1", "mpoe-scaled", "mpoe-mask-0.25", "mpoe-mask-0.9",
     "split-64-mask-0.5", "mpoe-noise", "moe-noise",
     *(f"{kind}-e{count}" for count in (2, 4, 16, 32) for kind in ("moe", "mpoe", "split-64")),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnmoe import hf
-from tnmoe.nn import MPOMoE, Projection, StackedProjection
+from tnmoe.nn import MPOMoE, Projection, SharedProjection, StackedProjection
 from tnmoe.nn.grouped import Groups, grouped_linear
 from tnmoe.shapes import MPOShape
 
@@ -164,6 +164,20 @@ def low_rank(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
 def mixtures(model: nn.Module) -> list[MPOMoE]:
     """A model's mixture layers."""
     return [each for each in model.modules() if isinstance(each, MPOMoE)]
+
+
+def cores_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Cores of a model's shared projections: those that experts share, and those they own."""
+    projections = [each for each in model.modules() if isinstance(each, SharedProjection)]
+    return {
+        "shared": [core for each in projections for core in each.shared_cores],
+        "owned": [
+            core
+            for each in projections
+            for core in (*each.aux_cores, each.center)
+            if all(core is not other for other in each.shared_cores)
+        ],
+    }
 
 
 def draw_feed_forward_anew(model: PreTrainedModel) -> None:

@@ -87,9 +87,9 @@ def test_a_step_moves_what_the_method_trains(name):
     assert (mask is not None) == (method.mask > 0)
 
 
-def test_a_lower_central_rate_moves_the_central_cores_less():
+def test_learning_rates_of_cores_move_them_so_much_less_or_more():
     moved = {}
-    for name in ("mpoe", "mpoe-slow-0.1"):
+    for name in ("mpoe", "mpoe-slow-0.1", "mpoe-fast-4"):
         model = METHODS[name].model(gpt2())
         optimizer, drift = METHODS[name].optimizer(model, 1e-2), Drift(model)
         model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
