@@ -49,7 +49,7 @@ def main() -> None:
         "copy bytes/s": copy_rate(options.dtype, options.device),
     }
     report: dict[str, Any] = {
-        "environment": environment(libs, options.device, threads),
+        "environment": environment([lib.package for lib in libs], options.device, threads),
         "options": {name: str(value) for name, value in vars(options).items()},
         "rates": rates,
         "cases": [],

@@ -1,5 +1,6 @@
 """Layers of experts side by side: forward, and forward with backward, of the same tokens.
 
+    python benchmarks/experts.py --quick
     python benchmarks/experts.py --experts 8 --tokens 512 4096
     python benchmarks/experts.py --layers 'tnmoe*' grouped_mm --modes train
     python benchmarks/experts.py --check-plan      # every route beside the one that is planned
@@ -48,6 +49,7 @@ from tnmoe.nn.materialize import Workshop, environments
 from tnmoe.tables import format_table
 
 FFNS = {"768x3072": (768, 3072), "1024x4096": (1024, 4096)}
+PACKAGES = ("tnmoe", "transformers", "torchTT", "tensorly-torch")
 BASELINES = ("Switch loop", "grouped_mm")
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 ROUTES = ("shared", "chain", "dense", "cached")
@@ -62,7 +64,7 @@ def main() -> None:
     threads = set_threads()
     library = OnTorch(options.device)
     report: dict[str, Any] = {
-        "environment": environment([], options.device, threads),
+        "environment": environment(PACKAGES, options.device, threads),
         "dtype": DTYPES[options.device],
         "gemm flops/s": gemm_rate(DTYPES[options.device], options.device),
         "cases": [],
@@ -92,10 +94,11 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="8 and 512 tokens, a few minutes")
     parser.add_argument("--ffn", nargs="*", default=["768x3072"], choices=FFNS)
     parser.add_argument("--gates", nargs="*", default=["relu"], choices=("relu", "gated"))
     parser.add_argument("--experts", nargs="*", type=int, default=[8])
-    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 8, 64, 512, 4096])
+    parser.add_argument("--tokens", nargs="*", type=int, help="default 1, 8, 64, 512 and 4096")
     parser.add_argument("--modes", nargs="*", default=["infer", "train"])
     parser.add_argument("--layers", nargs="*", default=["*"], help="patterns of layer names")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
@@ -105,12 +108,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=18.0, help="GiB of addresses, on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.tokens = options.tokens or ([8, 512] if options.quick else [1, 8, 64, 512, 4096])
+    return options
 
 
 def default_output(options: argparse.Namespace) -> Path:
     kind = "-plan" * options.check_plan + "-building" * options.building + "-peak" * options.peak
-    name = f"experts{kind}-{hardware_slug(options.device)}.json"
+    name = f"experts{kind}-{hardware_slug(options.device)}{'-quick' * options.quick}.json"
     return Path(__file__).parent / "results" / name
 
 
@@ -166,6 +171,7 @@ def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace)
                 call = call_of(layer, inputs, mode)
                 call()
                 calls[name] = call, timed(call, library)[0]
+                rows[name]["weight bytes"] = weight_bytes(layer)
             except (Unsupported, RuntimeError, MemoryError) as reason:
                 rows[name][mode] = {"note": str(reason).split("\n")[0][:60]}
         seconds = take_turns(calls, library, options.repeats)
@@ -212,8 +218,11 @@ def _peak_of(name: str, case: dict[str, Any], device: str) -> dict[str, Any]:
             step()
         except (Unsupported, RuntimeError, MemoryError) as reason:
             return {"note": str(reason).split("\n")[0]}
-    weights = sum(each.numel() * each.element_size() for each in layer.parameters())
-    return {"peak bytes": memory.peak, "weight bytes": weights}
+    return {"peak bytes": memory.peak, "weight bytes": weight_bytes(layer)}
+
+
+def weight_bytes(layer: torch.nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in layer.parameters())
 
 
 def take_turns(

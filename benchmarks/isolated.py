@@ -46,15 +46,15 @@ def _run_one(case: Case, library: Library, options: argparse.Namespace) -> dict[
         row = {"library": library.name, "seconds": []}
         if answer.exists():
             row = json.loads(answer.read_text())
-        else:
-            row["note"] = _reason(done, options.limit)
+        if not row["seconds"]:
+            row.setdefault("note", _reason(done))
         return row
 
 
-def _reason(done: subprocess.CompletedProcess[str], limit: float) -> str:
-    """Why a worker ended without an answer, in a few words."""
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a worker ended without a time, in a few words."""
     if done.returncode == -signal.SIGALRM:
-        return f"over {limit:.0f} s"
+        return "over the time limit"
     if done.returncode in (-9, 137) or "memory" in done.stderr.lower():
         return "out of memory"
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -9,8 +9,9 @@ import re
 import resource
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -136,9 +137,9 @@ def copy_rate(dtype: str, device: str) -> float:
     return 2 * 2**26 / _best(lambda: b.copy_(a), device)
 
 
-def environment(libraries: list[Library], device: str, threads: int) -> dict[str, Any]:
-    """All that the JSON needs to be read on its own."""
-    packages = {library.package: library.version for library in libraries}
+def environment(packages: Iterable[str], device: str, threads: int) -> dict[str, Any]:
+    """All that the JSON needs to be read on its own, versions of the packages included."""
+    versions = {package: version(package) for package in packages}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
@@ -148,7 +149,7 @@ def environment(libraries: list[Library], device: str, threads: int) -> dict[str
         "threads": threads,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "python": platform.python_version(),
-        "versions": {**packages, "numpy": np.__version__, "torch": torch.__version__},
+        "versions": {**versions, "numpy": np.__version__, "torch": torch.__version__},
     }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import reduce
-from importlib.metadata import version
 from operator import add
 from typing import Any
 
@@ -48,10 +47,6 @@ class Library:
     package: str
     # The operations a variant does in its own way; the others would only be measured twice.
     only: tuple[str, ...] | None = None
-
-    @property
-    def version(self) -> str:
-        return version(self.package)
 
     def array(self, array: np.ndarray) -> Any:
         return array

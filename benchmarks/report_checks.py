@@ -1,0 +1,132 @@
+"""What is measured or counted without peers, on the page: routes, building, sizes of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from report_parts import (
+    NONE,
+    Kind,
+    count,
+    first_case,
+    network,
+    number,
+    plain,
+    ratio,
+    table,
+    times,
+    tokens,
+)
+
+ROUTES = """\
+tnmoe has several ways from tokens to outputs of experts, and plans one from a model of the
+machine: *shared* (nothing is built; the central core is one product for all tokens of all
+experts), *chain* (tokens through each expert's cores), *dense* (matrices are built, used and
+dropped), *cached* (matrices are kept, at inference). Here one projection is run by every route
+that is not expected to be hopeless, with cold caches, and the planned one is compared with the
+fastest."""
+
+BUILDING_LEGEND = """\
+Building the matrices of 8 experts (3072x768, interleaved legs) from their cores, as a training step
+does: the rate of the products that this takes, as a share of the rate that a large matrix product
+reached in the same run. 100 % would be as fast as the machine can multiply."""
+
+SIZES_LEGEND = """\
+Parameters of whole models, counted from their configurations and not measured: exact bonds, five
+sites, routers included, experts in every network or in every 2nd. *Times smaller* is the ordinary
+mixture over MPOE; for E experts it cannot exceed E."""
+
+
+def _exceptions(result: dict[str, Any]) -> list[list[str]]:
+    """The cases in which another route is more than 10 % faster than the planned one."""
+    lines = []
+    for case in result["cases"]:
+        for route in case["routes"]:
+            if (number(route["excess"]) or 0.0) > 0.1:
+                seconds = route["seconds"]
+                fastest = min(seconds, key=lambda name: seconds[name])
+                slower = ratio(seconds[route["planned"]], seconds[fastest])
+                mode = {"infer": "inference", "train": "training"}[route["mode"]]
+                cells = (
+                    network(case),
+                    tokens(case),
+                    plain(route["shape"]),
+                    mode,
+                    route["planned"],
+                    fastest,
+                )
+                lines.append([*cells, times(slower)])
+    return lines
+
+
+def _route_losses(result: dict[str, Any]) -> str:
+    total = sum(len(case["routes"]) for case in result["cases"])
+    missed = len(_exceptions(result))
+    return (
+        f"The planned route is more than 10 % slower than the fastest in {missed} of {total} cases."
+    )
+
+
+def _route_body(result: dict[str, Any]) -> str:
+    headers = ("network", "tokens", "shape", "mode", "planned", "fastest", "planned / fastest")
+    return f"{_route_losses(result)}\n\n{table(headers, _exceptions(result))}"
+
+
+def _building_body(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            str(row["bond"] or "exact"),
+            NONE if number(row["share"]) is None else f"{row['share']:.0%}",
+        ]
+        for row in result["building"]
+    ]
+    return table(["bond", "share of the machine's rate"], rows)
+
+
+def _sizes_body(rows: list[dict[str, Any]]) -> str:
+    headers = ("model", "experts", "in every … network", "dense", "ordinary mixture",
+               "MPOE interleaved", "times smaller", "MPOE split", "times smaller")  # fmt: skip
+    cells = [
+        [
+            plain(row["model"]),
+            count(row["experts"]),
+            ("1st", "2nd")[row["every"] - 1],
+            *map(count, (row["dense"], row["moe"], row["interleaved"])),
+            times(number(row["interleaved ratio"])),
+            count(row["split"]),
+            times(number(row["split ratio"])),
+        ]
+        for row in rows
+    ]
+    return table(headers, cells)
+
+
+def _is_sizes(result: Any) -> bool:
+    rows = result if isinstance(result, list) and result else [None]
+    return all(isinstance(row, dict) and "moe" in row for row in rows)
+
+
+PLAN = Kind(
+    title="Routes: the planned one beside the fastest",
+    legend=ROUTES,
+    packages=("tnmoe", "torch"),
+    fits=lambda result: "routes" in first_case(result),
+    losses=_route_losses,
+    body=_route_body,
+)
+BUILDING = Kind(
+    title="Building matrices beside the machine's rate",
+    legend=BUILDING_LEGEND,
+    packages=("tnmoe", "torch"),
+    fits=lambda result: isinstance(result, dict) and bool(result.get("building")),
+    losses=lambda result: "",
+    body=_building_body,
+)
+SIZES = Kind(
+    title="Sizes of the models behind the paper",
+    legend=SIZES_LEGEND,
+    packages=(),
+    fits=_is_sizes,
+    losses=lambda rows: "",
+    body=_sizes_body,
+)
