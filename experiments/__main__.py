@@ -28,7 +28,8 @@ def main() -> int:
         names = ", ".join(settings)
         print(f"experiments: no setting {', '.join(unknown)}; there are {names}", file=sys.stderr)
         return 2
-    chosen = [settings[name] for name in options.settings or settings]
+    usual = [name for name, setting in settings.items() if not setting.by_name]
+    chosen = [settings[name] for name in options.settings or usual]
     folders = [SettingFolder(options.output, setting) for setting in chosen]
     try:
         failures = [] if options.report_only else _run(folders, options)
@@ -55,7 +56,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--scale", choices=SCALES, default="full", help="sizes and steps (default: %(default)s)")
     add("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
-    add("--settings", nargs="+", metavar="NAME", help="only these")
+    add("--settings", nargs="+", metavar="NAME", help="only these; mpnet is run only if named")
     add("--seeds", type=int, help="so many instead of each setting's own number")
     add(
         "--text",

@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from experiments.settings import Setting
+from experiments.statistics import best_rate
 from tnmoe.errors import InputError
 
 
@@ -62,12 +63,13 @@ class SettingFolder:
         return [each for each in map(read, found) if each["method"] in self.setting.methods]
 
     def best_rate(self, method: str) -> float | None:
-        """Learning rate of the lowest validation loss with seed 0, once all were tried."""
-        tried = {rate: self.result(method, rate, 0) for rate in self.setting.stage.learning_rates}
-        if not all(path.exists() for path in tried.values()):
-            return None
-        losses = {rate: read(path)["validation"]["loss"] for rate, path in tried.items()}
-        return min(losses, key=lambda rate: inf if losses[rate] is None else losses[rate])
+        """The method's learning rate, once all were tried with the seeds that choose it."""
+        paths = [
+            self.result(method, rate, seed)
+            for rate in self.setting.stage.learning_rates
+            for seed in range(self.setting.tuning_seeds)
+        ]
+        return best_rate([read(path) for path in paths]) if all(p.exists() for p in paths) else None
 
     def prepare(self) -> None:
         """Prepare the data, unless they are there.

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.task import Batch
 from experiments.variants import cores_of, mixtures
-from tnmoe.nn import record_routing
+from tnmoe.nn import RoutingCall, record_routing
 
 
 def total_parameters(model: nn.Module) -> int:
@@ -54,7 +55,7 @@ def _moved(old: Tensor, new: Tensor) -> Tensor:
     return ((new.detach() - old).norm() / old.norm()).double() ** 2
 
 
-def router_load(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+def router_load(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
     """Shares of tokens per layer and expert, and what they amount to; empty for dense models.
 
     ``evenness`` is the entropy of a layer's shares over that of equal ones, averaged over layers.
@@ -68,7 +69,7 @@ def router_load(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str,
         for batch in batches:
             with record_routing(model) as routing:
                 model(**batch)
-            counts.append(routing.counts(None).double())
+            counts.append(torch.stack([_counts(call, batch) for call in routing.calls]))
     model.train(training)
     total = torch.stack(counts).sum(0)
     shares = total / total.sum(-1, keepdim=True)
@@ -79,3 +80,13 @@ def router_load(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str,
         "evenness": float(evenness.mean()),
         "largest_share": float(shares.max()),
     }
+
+
+def _counts(call: RoutingCall, batch: Batch) -> Tensor:
+    """Tokens per expert in a call, padding left out where the batch says which tokens are."""
+    mask = batch.get("attention_mask")
+    # A decoder's tokens are others than those of the mask.
+    counted = call.counted(mask if mask is not None and mask.numel() == len(call.index) else None)
+    chosen = call.index if counted is None else call.index[counted]
+    experts = call.logits.shape[1]
+    return torch.bincount(chosen.flatten(), minlength=experts + 1)[:experts].double()

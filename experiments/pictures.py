@@ -13,15 +13,13 @@ from matplotlib.figure import Figure
 from experiments.settings import Setting
 from experiments.statistics import chosen, mean_and_spread, values
 from tnmoe import plot
+from tnmoe.plot.style import COLORS, MARKERS
 
 # Methods of one line each, by their numbers of experts; 8 is the settings' own.
 _BY_EXPERTS = {"ordinary mixture": "moe", "MPOE, interleaved": "mpoe", "MPOE, split": "split-64"}
 _EXPERTS = (2, 4, 8, 16, 32)
 _MASKS = {0.0: "mpoe", 0.25: "mpoe-mask-0.25", 0.5: "mpoe-mask-0.5", 0.9: "mpoe-mask-0.9",
           1.0: "mpoe-frozen"}  # fmt: skip
-# Colour-blind-safe (Okabe and Ito), and told apart by their markers too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")
-_MARKERS = ("o", "s", "^")
 
 
 def draw(setting: Setting, data: dict[str, Any], target: Path) -> list[Path]:
@@ -49,7 +47,7 @@ def _against(size: str, label: str) -> Callable[[Axes, Setting, list], bool]:
     def drawing(ax: Axes, setting: Setting, results: list) -> bool:
         drawn: set[str] = set()
         for (title, kind), colour, marker in zip(
-            _BY_EXPERTS.items(), _COLOURS, _MARKERS, strict=True
+            _BY_EXPERTS.items(), COLORS, MARKERS, strict=False
         ):
             names = [kind if count == 8 else f"{kind}-e{count}" for count in _EXPERTS]
             points = [_point(setting, results, name, size) for name in names]
@@ -91,7 +89,7 @@ def _mask(ax: Axes, setting: Setting, results: list) -> bool:
     if len(found) < 3:
         return False
     means, spreads = zip(*((mean, spread) for _, mean, spread in found.values()), strict=True)
-    ax.errorbar(list(found), means, spreads, color=_COLOURS[1], marker="s", capsize=3)
+    ax.errorbar(list(found), means, spreads, color=COLORS[1], marker="s", capsize=3)
     ax.set(
         xlabel="mask probability (1: frozen)", ylabel=f"held-out {setting.metric}",
         title=setting.title,

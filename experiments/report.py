@@ -176,9 +176,10 @@ def _about(setting: Setting, data: dict[str, Any]) -> str:
         )
     place = data["environment"]
     lines = [
-        f"{data['steps']} steps for every method; learning rates tried for every method with "
-        f"seed 0: {', '.join(f'{rate:g}' for rate in data['learning_rates'])}; the best by "
-        f"validation loss is taken for all seeds. {place['device']}, torch {place['torch']}, "
+        f"{data['steps']} steps for every method; learning rates tried for every method with the "
+        f"first {setting.tuning_seeds} of {setting.seeds} seeds: "
+        f"{', '.join(f'{rate:g}' for rate in data['learning_rates'])}; the best by validation "
+        f"loss is taken for all seeds. {place['device']}, torch {place['torch']}, "
         f"transformers {place['transformers']}, tnmoe {place['tnmoe']}, {place['date'][:10]}.",
         "\n".join(texts),
     ]

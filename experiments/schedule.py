@@ -81,14 +81,16 @@ def _pretraining_jobs(folder: SettingFolder, seeds: int, device: str) -> Iterato
 
 
 def _method_jobs(folder: SettingFolder, method: str, seeds: int, device: str) -> Iterator[Job]:
-    """All learning rates with seed 0; the best with the others, once it is known."""
+    """All learning rates with the first seeds; the best with the others, once it is known."""
+    setting = folder.setting
     best = folder.best_rate(method)
-    tried = [(rate, 0) for rate in folder.setting.stage.learning_rates]
-    others = [] if best is None else [(best, seed) for seed in range(1, seeds)]
+    first = range(setting.tuning_seeds)
+    tried = [(rate, seed) for seed in first for rate in setting.stage.learning_rates]
+    others = [] if best is None else [(best, seed) for seed in range(len(first), seeds)]
     for rate, seed in (*tried, *others):
         path = folder.result(method, rate, seed)
         if not path.exists() and folder.is_pretrained(seed):
-            name = f"{folder.setting.name}: {method}, {rate:g}, seed {seed}"
+            name = f"{setting.name}: {method}, {rate:g}, seed {seed}"
             yield _training_job(path, _run(folder, method, rate, seed, device), name)
 
 
@@ -117,7 +119,9 @@ def _training_job(path: Path, run: Run, name: str) -> Job:
 def total_steps(folder: SettingFolder, seeds: int) -> int:
     """Steps of all runs, made or not."""
     setting = folder.setting
-    runs = len(setting.methods) * (len(setting.stage.learning_rates) + seeds - 1)
+    first = setting.tuning_seeds
+    each = len(setting.stage.learning_rates) * first + max(0, seeds - first)
+    runs = len(setting.methods) * each
     before = setting.pretraining.steps * seeds if setting.pretraining else 0
     return before + runs * setting.stage.steps
 

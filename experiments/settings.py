@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.task import Task
 from experiments.tasks.language import SmallGPT2, SmolLM2
+from experiments.tasks.reviews import MiniLM, MPNet
 from experiments.texts import Text
 
 SCALES = ("quick", "full", "large")
@@ -22,8 +23,8 @@ class Stage:
     task : Task
     steps : int
     learning_rates : tuple of float
-        Peaks of the schedule. All are tried with the first seed; the other seeds take the one of
-        the lowest validation loss.
+        Peaks of the schedule. All are tried with the first seeds; the others take the one of the
+        lowest validation loss.
     """
 
     task: Task
@@ -42,14 +43,16 @@ class Setting:
         What is compared.
     methods : tuple of str
         The most important first: that is the order in which they are run.
-    seeds : int
-        How many.
+    seeds, tuning_seeds : int
+        How many, and with how many of them all learning rates are tried.
     pretraining : Stage, optional
         Makes the dense model of every seed; without it the task has real weights.
     metric : str
         Of the held-out results, the one that the claims are about.
     mixture : mapping
         Settings of :class:`tnmoe.hf.MPOEConfig` for all methods.
+    by_name : bool
+        Run only if it is named, since it needs more than the environment has.
     """
 
     name: str
@@ -57,9 +60,11 @@ class Setting:
     stage: Stage
     methods: tuple[str, ...]
     seeds: int
+    tuning_seeds: int = 1
     pretraining: Stage | None = None
     metric: str = "loss"
     mixture: Mapping[str, Any] = field(default_factory=dict)
+    by_name: bool = False
 
 
 MAIN = ("dense", "dense-wide", "moe", "mpoe", "split-64", "mpoe-mask-0.5", "moe-top2", "mpoe-top2")
@@ -85,28 +90,29 @@ def all_settings(scale: str, old: Text, new: Text) -> dict[str, Setting]:
     old, new : Text
         What is pretrained on, and the new domain.
     """
-    settings = [decoder(scale, old, new), smollm2(scale, new)]
+    settings = [decoder(scale, old, new), smollm2(scale, new), minilm(scale), mpnet(scale)]
     return {setting.name: setting for setting in settings}
 
 
 def decoder(scale: str, old: Text, new: Text) -> Setting:
     """Setting A (i): a small GPT-2, pretrained on one text, continued on another."""
+    # Batches are large: an expert sees an eighth of one, and what it learns from fewer tokens is
+    # mostly noise. With batches of 8 windows no mixture was better than the dense model.
     sizes: dict[str, Any] = {
-        "quick": {"width": 64, "layers": 2, "vocabulary": 512, "window": 64},
-        "full": {"width": 128, "layers": 4, "vocabulary": 2048},
+        "quick": {"width": 64, "layers": 2, "vocabulary": 512, "window": 64, "windows": 8},
+        "full": {"width": 64, "layers": 2, "vocabulary": 512, "windows": 32},
         "large": {"width": 512, "layers": 8, "heads": 8, "vocabulary": 8192, "window": 256,
-                  "windows": 32},
+                  "windows": 64},
     }[scale]  # fmt: skip
-    before, steps = {"quick": (60, 30), "full": (1500, 300), "large": (6000, 1500)}[scale]
+    before, steps = {"quick": (60, 30), "full": (1500, 400), "large": (6000, 1500)}[scale]
     shared: dict[str, Any] = {"vocabulary_from": old, **sizes}
-    twice = {"windows": 2 * sizes.get("windows", 8)}
     return Setting(
         name="decoder",
         title="Small GPT-2, pretrained on one text, continued on another",
-        stage=Stage(SmallGPT2(new, **shared, pretrained="pretrained"), steps, (2e-3, 4e-3, 8e-3)),
+        stage=Stage(SmallGPT2(new, **shared, pretrained="pretrained"), steps, (3e-3, 6e-3, 1.2e-2)),
         methods=MAIN if scale == "quick" else GRID,
         seeds={"quick": 1, "full": 3, "large": 3}[scale],
-        pretraining=Stage(SmallGPT2(old, **{**shared, **twice}), before, (2e-3,)),
+        pretraining=Stage(SmallGPT2(old, **shared), before, (4e-3,)),
     )
 
 
@@ -122,4 +128,38 @@ def smollm2(scale: str, new: Text) -> Setting:
         methods=("dense", "moe", "mpoe", "split-64", "mpoe-mask-0.5"),
         seeds={"quick": 1, "full": 3, "large": 3}[scale],
         mixture={"every": 3},
+    )
+
+
+_REVIEWS = ("dense", "moe", "mpoe", "split-64", "mpoe-mask-0.5", "dense-wide", "mpoe-frozen")
+
+
+def minilm(scale: str) -> Setting:
+    """Setting C (i): the real MiniLM, fine-tuned on sentiment of sentences."""
+    batch_size, steps = {"quick": (4, 4), "full": (32, 50), "large": (64, 640)}[scale]
+    task = MiniLM(batch_size=batch_size, held_out=64 if scale == "quick" else None)
+    return Setting(
+        name="minilm",
+        title="all-MiniLM-L6-v2, fine-tuned on sentiment of reviews",
+        stage=Stage(task, steps, (5e-5, 1e-4, 2e-4)),
+        methods=_REVIEWS,
+        seeds={"quick": 1, "full": 5, "large": 5}[scale],
+        metric="accuracy",
+        mixture={"every": 2},
+    )
+
+
+def mpnet(scale: str) -> Setting:
+    """Setting C (ii): the real MPNet base, 768 × 3072."""
+    batch_size, steps = {"quick": (2, 2), "full": (16, 40), "large": (64, 640)}[scale]
+    held_out = {"quick": 16, "full": 200, "large": None}[scale]
+    return Setting(
+        name="mpnet",
+        title="all-mpnet-base-v2, fine-tuned on sentiment of reviews",
+        stage=Stage(MPNet(batch_size=batch_size, held_out=held_out), steps, (3e-5, 1e-4)),
+        methods=_REVIEWS[:4],
+        seeds={"quick": 1, "full": 3, "large": 5}[scale],
+        metric="accuracy",
+        mixture={"every": 3},
+        by_name=True,
     )

@@ -42,18 +42,28 @@ class Difference:
         return f"{self.mean:+.4f} {spread}"
 
 
-def chosen(results: Sequence[Result], method: str) -> list[Result]:
-    """A method's results at its learning rate, by seed; fewer than two seeds: what there is.
+def best_rate(results: Sequence[Result]) -> float | None:
+    """Learning rate of the lowest validation loss of one method, None without results.
 
-    The learning rate is the one of the lowest validation loss among those tried with seed 0.
+    Losses are means over the seeds with which all rates were tried.
     """
+    losses: dict[float, dict[int, float]] = {}
+    for each in results:
+        loss = _or_infinite(each["validation"]["loss"])
+        losses.setdefault(each["learning_rate"], {})[each["seed"]] = loss
+    if not losses:
+        return None
+    common = set.intersection(*(set(by_seed) for by_seed in losses.values()))
+    return min(losses, key=lambda rate: fmean(losses[rate][seed] for seed in sorted(common)))
+
+
+def chosen(results: Sequence[Result], method: str) -> list[Result]:
+    """A method's results at its learning rate (:func:`best_rate`), by seed."""
     own = [each for each in results if each["method"] == method]
-    tried = [each for each in own if each["seed"] == 0]
-    if not tried:
-        return []
-    best = min(tried, key=lambda each: _or_infinite(each["validation"]["loss"]))
-    at_best = [each for each in own if each["learning_rate"] == best["learning_rate"]]
-    return sorted(at_best, key=lambda each: each["seed"])
+    best = best_rate(own)
+    return sorted(
+        (each for each in own if each["learning_rate"] == best), key=lambda each: each["seed"]
+    )
 
 
 def values(results: Sequence[Result], method: str, metric: str) -> dict[int, float]:

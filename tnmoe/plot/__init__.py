@@ -1,0 +1,32 @@
+"""Pictures. Every function draws on ``ax`` (by default that of a new figure) and returns it.
+
+A new figure is one of pyplot's, so that notebooks and ``plt.show()`` show it; axes that are given
+are drawn on without pyplot. Nothing needs a display. Series differ in colour, marker and line
+style, and the colours are those that colour-blind readers can tell apart.
+"""
+
+from tnmoe.errors import MissingExtraError
+
+try:
+    import matplotlib  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("tnmoe.plot", "matplotlib", "plot") from error
+
+from tnmoe.plot.diagram import network
+from tnmoe.plot.parameters import error_against_parameters, parameter_bars
+from tnmoe.plot.routing import expert_load, load_history, routing_statistic
+from tnmoe.plot.spectra import entropy, schmidt_spectra
+from tnmoe.plot.training import core_drift, loss_curves
+
+__all__ = [
+    "core_drift",
+    "entropy",
+    "error_against_parameters",
+    "expert_load",
+    "load_history",
+    "loss_curves",
+    "network",
+    "parameter_bars",
+    "routing_statistic",
+    "schmidt_spectra",
+]

@@ -1,0 +1,177 @@
+"""How routers use their experts: load per expert and layer, and over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from tnmoe.errors import InputError, one_of
+from tnmoe.plot.data import named, numbers
+from tnmoe.plot.style import add_legend, count_on, line_style, new_axes, shown, shown_apart
+
+# Up to so many experts and layers, shares are written into the cells of a heat map.
+_MOST_WRITTEN = (16, 24)
+# A heat map over time has so many columns at most.
+_MOST_STEPS = 250
+
+
+def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = None) -> Axes:
+    """Heat map of the share of tokens per layer and expert.
+
+    Parameters
+    ----------
+    load : array, shape (layers, E)
+        Shares; every row sums to 1.
+    ax : Axes, optional
+    brightest : float, optional
+        Share at the bright end of the colours, for pictures that are to be compared; by default
+        the largest, but at least twice the balanced one.
+
+    Raises
+    ------
+    InputError
+        If ``load`` is not a table of finite numbers of at least 0.
+
+    Examples
+    --------
+    >>> ax = expert_load([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    >>> [text.get_text() for text in ax.texts]
+    ['50%', '30%', '20%', '10%', '10%', '80%']
+    """
+    load = numbers("load", load, axes=2, lowest=0)
+    ax = new_axes(ax)
+    layers, experts = load.shape
+    balanced = 1 / experts
+    brightest = brightest or _brightest(load)
+    image = ax.imshow(load, vmin=0, vmax=brightest, cmap="viridis", aspect="auto")
+    if experts <= _MOST_WRITTEN[0] and layers <= _MOST_WRITTEN[1]:
+        for (layer, expert), share in np.ndenumerate(load):
+            dark = share < brightest / 2
+            ax.text(
+                expert, layer, f"{share:.0%}", ha="center", va="center", fontsize=7,
+                color="white" if dark else "black",
+            )  # fmt: skip
+    else:
+        ax.figure.colorbar(image, ax=ax, label="share of tokens")
+    ax.set(xlabel="expert", ylabel="layer", title=f"Load per expert (balanced: {balanced:.1%})")
+    count_on(ax.xaxis)
+    count_on(ax.yaxis)
+    return ax
+
+
+def routing_statistic(
+    history: Mapping[str, Mapping[str, Any]],
+    statistic: str = "max_violation",
+    ax: Axes | None = None,
+) -> Axes:
+    """One statistic of every router against steps.
+
+    Parameters
+    ----------
+    history : RoutingHistory, or mapping from str to mapping from str to array
+        Per router, arrays of statistics over steps. NaN and infinity leave gaps.
+    statistic : {"max_violation", "entropy", "dropped", "untouched"}
+        Which one.
+    ax : Axes, optional
+
+    Raises
+    ------
+    InputError
+        If nothing was recorded, or the statistic is not one number per step.
+
+    Examples
+    --------
+    >>> ax = routing_statistic({"router": {"entropy": [1.4, 1.2, 1.3]}}, "entropy")
+    >>> ax.get_ylabel()
+    'entropy (nats)'
+    """
+    series = _series(history, statistic, axes=1, gaps=True)
+    ax = new_axes(ax)
+    labels, common = shown_apart(name or "router" for name in series)
+    for index, (label, values) in enumerate(zip(labels, series.values(), strict=True)):
+        steps = np.arange(1, len(values) + 1)
+        ax.plot(steps, values, label=label, **line_style(index, len(values)))
+    unit = " (nats)" if statistic == "entropy" else ""
+    ax.set(xlabel="step", ylabel=statistic.replace("_", " ") + unit, title="Routers in training")
+    count_on(ax.xaxis)
+    add_legend(ax, common)
+    return ax
+
+
+def load_history(
+    history: Mapping[str, Mapping[str, Any]], router: str, ax: Axes | None = None
+) -> Axes:
+    """Heat map of one router's load per expert against steps.
+
+    A column is one step, or the mean of several where there are more than 250.
+
+    Parameters
+    ----------
+    history : RoutingHistory, or mapping from str to mapping from str to array
+        Per router, arrays of statistics over steps.
+    router : str
+        Which one.
+    ax : Axes, optional
+
+    Raises
+    ------
+    InputError
+        If that router was not recorded.
+
+    Examples
+    --------
+    >>> ax = load_history({"router": {"load": [[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]]}}, "router")
+    >>> ax.images[0].get_array().shape
+    (2, 3)
+    """
+    load = _series(history, "load", axes=2, routers=[router])[router]
+    ax = new_axes(ax)
+    steps, experts = load.shape
+    block = -(-steps // _MOST_STEPS)
+    means = _block_means(load, block)
+    image = ax.imshow(
+        means.T, vmin=0, vmax=_brightest(means), cmap="viridis", interpolation="nearest",
+        aspect="auto", origin="lower", extent=(0.5, len(means) * block + 0.5, -0.5, experts - 0.5),
+    )  # fmt: skip
+    ax.set_xlim(0.5, steps + 0.5)
+    ax.figure.colorbar(image, ax=ax, label=f"share of choices (balanced: {1 / experts:.1%})")
+    ax.set(xlabel="step", ylabel="expert", title=f"Load of {shown(router or 'the router')}")
+    count_on(ax.xaxis)
+    count_on(ax.yaxis)
+    return ax
+
+
+def _brightest(load: np.ndarray) -> float:
+    """Share at the bright end: the largest, but at least twice the balanced one."""
+    return max(2 / load.shape[1], float(load.max()))
+
+
+def _block_means(load: np.ndarray, block: int) -> np.ndarray:
+    """Means over blocks of so many steps; the last may be shorter."""
+    starts = np.arange(0, len(load), block)
+    lengths = np.diff([*starts, len(load)])
+    return np.add.reduceat(load, starts) / lengths[:, None]
+
+
+def _series(
+    history: Mapping[str, Mapping[str, Any]],
+    statistic: str,
+    axes: int,
+    routers: Sequence[str] | None = None,
+    gaps: bool = False,
+) -> dict[str, np.ndarray]:
+    """A statistic of routers over steps, all of them with so many axes."""
+    names = list(history) if routers is None else routers
+    if not names or any(name not in list(history) for name in names):
+        raise InputError(f"routers {names} were not recorded, only {list(history)}")
+    series = {name: named(f"history[{name!r}]", history[name]) for name in names}
+    for values in series.values():
+        known = [key for key, value in values.items() if np.ndim(value) == axes]
+        one_of("statistic", statistic, known)
+    return {
+        name: numbers(f"{statistic} of {name!r}", values[statistic], axes, gaps=gaps)
+        for name, values in series.items()
+    }
