@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.task import Batch
-from experiments.variants import cores_of, mixtures
+from experiments.variants import cores_of, mixtures, owned_parameters
 from tnmoe.nn import RoutingCall, record_routing
 
 
@@ -23,11 +23,8 @@ def active_parameters(model: nn.Module) -> int:
     for layer in mixtures(model):
         experts: Any = layer.experts
         router: Any = layer.router
-        shared = {id(core) for core in cores_of(layer)["shared"]}
-        for parameter in experts.parameters():
-            if id(parameter) not in shared and len(parameter) == experts.num_experts:
-                per_expert = parameter.numel() // experts.num_experts
-                idle += per_expert * (experts.num_experts - router.top_k)
+        owned = sum(each.numel() for each in owned_parameters(layer))
+        idle += owned // experts.num_experts * (experts.num_experts - router.top_k)
     return total_parameters(model) - idle
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments import variants
-from experiments.variants import cores_of
+from experiments.variants import cores_of, owned_parameters
 from tnmoe import hf
 from tnmoe.nn import GradientMask, SharedGradientScale, freeze_shared
 
@@ -41,7 +41,7 @@ class Method:
     shared_rate : float
         Learning rate of the cores that experts share, relative to the others'; 0 freezes them.
     owned_rate : float
-        The same of the cores that experts own.
+        The same of what each expert owns.
     shared_gradient_scale : bool
         Divide gradients of what experts share by their number.
     fresh : bool
@@ -72,9 +72,8 @@ class Method:
         """AdamW on what the method trains, with its learning rates."""
         if self.shared_rate == 0:
             freeze_shared(model)
-        cores = cores_of(model)
-        rates = {id(core): self.shared_rate for core in cores["shared"]}
-        rates |= {id(core): self.owned_rate for core in cores["owned"]}
+        rates = {id(core): self.shared_rate for core in cores_of(model)["shared"]}
+        rates |= {id(each): self.owned_rate for each in owned_parameters(model)}
         groups: dict[float, list[Any]] = {}
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -143,10 +142,13 @@ METHODS: dict[str, Method] = {
     "mpoe-mask-0.9": Method("MPOE, gradient mask 0.9", mask=0.9),
     "mpoe-frozen": Method("MPOE, central cores frozen", shared_rate=0),
     "mpoe-slow-0.1": Method("MPOE, central learning rate × 0.1", shared_rate=0.1),
-    "mpoe-fast-4": Method("MPOE, auxiliary learning rate × 4", owned_rate=4),
-    "mpoe-fast-16": Method("MPOE, auxiliary learning rate × 16", owned_rate=16),
-    "split-64-fast-4": Method(
-        "MPOE, split 64, auxiliary learning rate × 4", adapt=_split(64), owned_rate=4
+    # An expert sees 1/E of the tokens; what suits Adam's noise is then a rate of about 1/√E.
+    "moe-owned-0.35": Method("ordinary mixture, experts' rate × 0.35", MOE, owned_rate=0.35),
+    "mpoe-owned-0.35": Method("MPOE, auxiliary learning rate × 0.35", owned_rate=0.35),
+    "mpoe-owned-0.1": Method("MPOE, auxiliary learning rate × 0.1", owned_rate=0.1),
+    "mpoe-owned-4": Method("MPOE, auxiliary learning rate × 4", owned_rate=4),
+    "split-64-owned-0.35": Method(
+        "MPOE, split 64, auxiliary learning rate × 0.35", adapt=_split(64), owned_rate=0.35
     ),
     "mpoe-scaled": Method("MPOE, central gradient / E", shared_gradient_scale=True),
     "mpoe-noise": Method("MPOE, auxiliary noise 0.1", {"expert_noise": 0.1}),

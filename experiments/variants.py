@@ -193,3 +193,14 @@ def draw_feed_forward_anew(model: PreTrainedModel) -> None:
             nn.init.normal_(matrix.weight, std=matrix.weight.shape[0] ** -0.5 / 3**0.5)
             if matrix.bias is not None:
                 nn.init.zeros_(matrix.bias)
+
+
+def owned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What experts own: auxiliary cores, or whole matrices, and biases."""
+    shared = {id(core) for core in cores_of(model)["shared"]}
+    return [
+        parameter
+        for layer in mixtures(model)
+        for parameter in layer.experts.parameters()
+        if id(parameter) not in shared and len(parameter) == layer.experts.num_experts
+    ]

@@ -89,7 +89,7 @@ def test_a_step_moves_what_the_method_trains(name):
 
 def test_learning_rates_of_cores_move_them_so_much_less_or_more():
     moved = {}
-    for name in ("mpoe", "mpoe-slow-0.1", "mpoe-fast-4"):
+    for name in ("mpoe", "mpoe-slow-0.1", "mpoe-owned-4"):
         model = METHODS[name].model(gpt2())
         optimizer, drift = METHODS[name].optimizer(model, 1e-2), Drift(model)
         model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
