@@ -150,6 +150,10 @@ METHODS: dict[str, Method] = {
     "split-64-owned-0.35": Method(
         "MPOE, split 64, auxiliary learning rate × 0.35", adapt=_split(64), owned_rate=0.35
     ),
+    "mpoe-schmidt": Method("MPOE, Schmidt gauge", {"gauge": "schmidt"}),
+    "split-64-schmidt": Method(
+        "MPOE, split 64, Schmidt gauge", {"gauge": "schmidt"}, adapt=_split(64)
+    ),
     "mpoe-scaled": Method("MPOE, central gradient / E", shared_gradient_scale=True),
     "mpoe-noise": Method("MPOE, auxiliary noise 0.1", {"expert_noise": 0.1}),
     "moe-noise": Method("ordinary mixture, noise 0.1", MOE | {"expert_noise": 0.1}),

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 import tnmoe as tn
 from tnmoe import nn
+from tnmoe.errors import InputError
 from tnmoe.nn.activations import ACTIVATIONS, resolve_activation
 
 H, F_, E = 16, 24, 4
@@ -192,6 +193,51 @@ def test_copies_pickles_and_state_dicts_keep_the_function(tmp_path):
     loaded.load_state_dict(experts.state_dict())
     for twin in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts)), loaded):
         torch.testing.assert_close(twin(x, index, weights), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+def test_in_the_identity_gauge_the_centre_is_the_matrix_and_the_rest_identities(layout):
+    up, down = torch.randn(32, 16), torch.randn(16, 32)
+    experts = nn.MPOExperts.from_dense(up, down, num_experts=E, layout=layout, sites=3)
+    for projection, matrix in ((experts.up, up), (experts.down, down)):
+        center = projection.center.detach().flatten()
+        assert torch.equal(center.sort().values, matrix.flatten().sort().values)
+        for stack in projection.aux:
+            for core in stack.detach():
+                isometry = core.reshape(-1, core.shape[-1]) if core.shape[0] == 1 else core
+                isometry = isometry.reshape(isometry.shape[0], -1)
+                assert torch.equal(isometry, torch.eye(len(isometry)))
+
+
+@pytest.mark.parametrize(("gauge", "same"), [("identity", True), ("schmidt", False)])
+def test_adam_moves_the_centre_as_the_matrix_in_the_identity_gauge_alone(gauge, same):
+    torch.manual_seed(0)
+    up, down, x = torch.randn(32, 16), torch.randn(16, 32), torch.randn(50, 16)
+    experts = nn.MPOExperts.from_dense(up, down, num_experts=1, sites=3, gauge=gauge)
+    dense = [torch.nn.Parameter(each.clone()) for each in (up, down)]
+    optimizers = (
+        torch.optim.Adam([experts.up.center, experts.down.center], lr=0.1),
+        torch.optim.Adam(dense, lr=0.1),
+    )
+    index, weights = torch.zeros(50, 1, dtype=torch.long), torch.ones(50, 1)
+    experts(x, index, weights).square().mean().backward()
+    (torch.relu(x @ dense[0].T) @ dense[1].T).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for projection, matrix in zip((experts.up, experts.down), dense, strict=True):
+        difference = (projection.weight()[0] - matrix).abs().max()
+        assert (difference < 1e-4) == same
+
+
+def test_truncated_matrices_are_in_the_schmidt_gauge_either_way():
+    up, down = torch.randn(32, 16), torch.randn(16, 32)
+    one, other = (
+        nn.MPOExperts.from_dense(up, down, num_experts=E, sites=3, max_bond=6, gauge=gauge)
+        for gauge in ("identity", "schmidt")
+    )
+    torch.testing.assert_close(one.up.weight(), other.up.weight())
+    with pytest.raises(InputError, match="gauge must be one of identity, schmidt, got 'qr'"):
+        nn.MPOExperts.from_dense(up, down, gauge="qr")
 
 
 def test_noise_makes_experts_differ_around_the_pretrained_network():

@@ -86,6 +86,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         type=layers,
     )
     add("--every", "of those, the last of each so many (default: 1)", type=from_one)
+    add(
+        "--gauge",
+        "how auxiliary cores of exact bonds start (default: identity)",
+        choices=("identity", "schmidt"),
+    )
     add("--expert-noise", "relative noise that sets experts apart (default: 0)", type=weight)
     add("--balance-weight", "weight of the load-balancing loss (default: 0.01)", type=weight)
     add("--z-weight", "weight of the router z-loss (default: 0)", type=weight)

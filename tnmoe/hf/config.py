@@ -12,6 +12,7 @@ import torch
 from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.experts import (
+    GAUGES,
     LAYOUTS,
     PROJECTIONS,
     check_matrices,
@@ -35,7 +36,7 @@ class MPOEConfig:
     num_experts_per_tok : int
         Experts per token; on average, if experts choose.
     layout : {"interleaved", "split", "dense"}
-        How matrices split over sites (:func:`tnmoe.nn.experts.layout_shape`); ``dense`` shares
+        How matrices split over sites, as for :class:`tnmoe.nn.MPOExperts`; ``dense`` shares
         nothing: an ordinary mixture, for comparison.
     sites : int
         Sites of interleaved shapes.
@@ -49,12 +50,14 @@ class MPOEConfig:
     shared_bias : bool
         Keep the pretrained biases once for all experts, and not a copy for each.
     layers : sequence of int, or str, optional
-        Which of the feed-forward networks to convert, counted as ``find_ffns`` lists them, or a
+        Which of the feed-forward networks to convert, counted as :func:`find_ffns` lists them, or a
         regular expression to look for in their names (``"encoder"``); all by default.
     every : int
         Of those, convert the last of each so many: 2 is every second.
     shapes : mapping from (out, in) to MPOShape
         Shapes for matrices of these sizes instead of the layout's.
+    gauge : {"identity", "schmidt"}
+        How auxiliary cores start where bonds are exact; see :meth:`tnmoe.nn.MPOExperts.from_dense`.
     expert_noise : float
         Noise on every expert's auxiliary cores at the start, relative to each core's size. 0
         keeps the model's function exactly; experts then differ once their tokens do.
@@ -87,6 +90,7 @@ class MPOEConfig:
     layers: Sequence[int] | str | None = None
     every: int = 1
     shapes: Mapping[Size, MPOShape] = field(default_factory=dict)
+    gauge: str = "identity"
     expert_noise: float = 0.0
     router_kind: str = "top_k"
     router: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +114,7 @@ class MPOEConfig:
                 f"num_experts={self.num_experts}"
             )
         one_of("layout", self.layout, (*LAYOUTS, "dense"))
+        one_of("gauge", self.gauge, GAUGES)
         number_in("mask_probability", self.mask_probability, "[0, 1]")
         for name in ("expert_noise", "balance_weight", "z_weight"):
             number_in(name, getattr(self, name), "[0, inf)")
@@ -128,6 +133,13 @@ class MPOEConfig:
         dtype: torch.dtype | None = None,
     ) -> Router:
         """A new router for a layer.
+
+        Parameters
+        ----------
+        hidden_size : int
+            Size H of the layer's tokens.
+        device, dtype : optional
+            As for :class:`tnmoe.nn.TopKRouter`.
 
         Raises
         ------
@@ -150,7 +162,7 @@ class MPOEConfig:
         return make(hidden_size, self.num_experts, device=device, dtype=dtype, **settings)
 
     def shape_for(self, out_features: int, in_features: int) -> MPOShape:
-        """Shape of a matrix of this size."""
+        """Shape of a matrix of size (``out_features``, ``in_features``)."""
         given = self.shapes.get((out_features, in_features))
         return given or layout_shape(self.layout, out_features, in_features, self.sites)
 
@@ -177,6 +189,11 @@ class MPOEConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MPOEConfig:
         """The configuration that :meth:`to_dict` described.
+
+        Parameters
+        ----------
+        data : mapping
+            Entries that are missing have their defaults.
 
         Raises
         ------

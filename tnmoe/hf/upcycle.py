@@ -122,5 +122,7 @@ def converted(
         experts: Experts = DenseExperts.from_dense(**pretrained, **settings)
     else:
         report = on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info))
-        experts = MPOExperts.from_dense(**pretrained, **settings, on_matrix=report)
+        experts = MPOExperts.from_dense(
+            **pretrained, **settings, gauge=config.gauge, on_matrix=report
+        )
     return MPOMoE(draws.router, experts, dropout=ffn.output_dropout)

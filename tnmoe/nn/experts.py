@@ -21,6 +21,7 @@ from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
 
 LAYOUTS = ("interleaved", "split")
+GAUGES = ("identity", "schmidt")
 
 PROJECTIONS = ("up", "gate", "down")
 
@@ -62,7 +63,7 @@ class Experts(nn.Module):
         (E, F, H); gated if given.
     activation : str or callable
         Name of an activation, or an elementwise function or module; with a gate also the name of
-        a gated unit or a :class:`tnmoe.nn.activations.Gated`.
+        a gated unit or a :class:`Gated`.
     dropout : float
         Probability, in training, of dropping an activated intermediate value (as in T5).
 
@@ -276,6 +277,8 @@ class DenseExperts(Experts):
         Whether there is a gate projection.
     bias : bool or "shared"
         Whether every expert's projections have biases, or all experts have them together.
+    device, dtype : optional
+        Where parameters are made, and of what dtype, as for any module of torch.
     """
 
     def __init__(
@@ -325,12 +328,19 @@ class DenseExperts(Experts):
 
         Parameters
         ----------
+        up, down, gate, up_bias, down_bias, gate_bias, shared_bias, num_experts
+            As for :meth:`MPOExperts.from_dense`.
+        activation, dropout
+            As for :class:`Experts`.
         noise : float
             Noise on every expert's matrices, relative to each one's root mean square.
         rng : numpy Generator or int, optional
             Source of the noise.
 
-        The others are those of :meth:`MPOExperts.from_dense`.
+        Raises
+        ------
+        InputError
+            If the matrices or biases do not fit each other.
         """
         matrices = check_ffn(up, down, gate, gate_bias)
         rng = np.random.default_rng(rng)
@@ -361,7 +371,8 @@ class MPOExperts(Experts):
     bias : bool or "shared"
         Whether every expert's projections have biases, or all experts have them together.
     layout : {"interleaved", "split"}
-        How matrices split over sites; see :func:`layout_shape`.
+        How matrices split over sites: as :meth:`tnmoe.MPOShape.for_matrix` splits them, or as
+        :meth:`tnmoe.MPOShape.split` does, in groups of 64 or the greatest common divisor with 64.
     sites : int
         Number of sites of interleaved shapes.
     up_shape, down_shape : MPOShape, optional
@@ -373,6 +384,13 @@ class MPOExperts(Experts):
         ``"center"`` is MPOE; ``"none"`` gives every expert an MPO of its own.
     matrices : iterable of "up", "gate", "down"
         Which matrices are MPOs; every expert owns the others whole, as in an ordinary mixture.
+    device, dtype : optional
+        Where parameters are made, and of what dtype, as for any module of torch.
+
+    Raises
+    ------
+    InputError
+        If sizes, shapes or bonds do not fit each other, or a name is unknown.
 
     Examples
     --------
@@ -449,6 +467,7 @@ class MPOExperts(Experts):
         max_bond: int | Mapping[str, int | None] | None = None,
         shared: Shared | Mapping[str, Shared] = "center",
         matrices: Iterable[str] = PROJECTIONS,
+        gauge: str = "identity",
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
         on_matrix: Callable[[str, TruncationInfo], None] | None = None,
@@ -467,8 +486,16 @@ class MPOExperts(Experts):
             Pretrained biases.
         shared_bias : bool
             Keep them once for all experts, and not a copy for each.
+        num_experts : int
+            Number of experts E.
         activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared, matrices
             As for the class.
+        gauge : {"identity", "schmidt"}
+            How a matrix becomes cores where nothing is cut. With ``identity`` auxiliary cores
+            start as identity matrices, and the centre as the matrix with its entries arranged
+            anew: an optimiser that scales entry by entry, such as Adam, then moves it as it
+            would move the matrix. ``schmidt`` rotates all bonds to the Schmidt basis, which is
+            what truncated bonds always have.
         noise : float
             Noise on every expert's own cores, relative to each core's root mean square: experts
             then differ from the start. What all experts share has none.
@@ -490,6 +517,9 @@ class MPOExperts(Experts):
         bonds = per_projection("max_bond", max_bond, None)
         common = per_projection("shared", shared, "center")
         biases = {"up": up_bias, "down": down_bias, "gate": gate_bias}
+        one_of("gauge", gauge, GAUGES)
+        # ``auto`` leaves identity matrices at bonds where nothing can be cut.
+        method = "auto" if gauge == "identity" else "eigh"
         rng = np.random.default_rng(rng)
         projections: dict[str, Projection] = {}
         for name, matrix in given.items():
@@ -499,10 +529,8 @@ class MPOExperts(Experts):
                 projections[name] = whole
                 continue
             shape = down_shape if name == "down" else up_shape
-            # The Schmidt gauge spreads every auxiliary core over all its entries; the identity
-            # matrices of method="qr" would leave nearly all of them zero, and noise without scale.
             mpo, info = decompose(
-                matrix.detach(), shape, max_bond=bonds[name], method="eigh", return_info=True
+                matrix.detach(), shape, max_bond=bonds[name], method=method, return_info=True
             )
             if on_matrix is not None:
                 on_matrix(name, info)
