@@ -58,9 +58,10 @@ class SettingFolder:
         return self.path / "costs" / f"{method}.json"
 
     def results(self) -> list[dict[str, Any]]:
-        """All there are, of the setting's methods."""
-        found = sorted((self.path / "runs").glob("*/*.json"))
-        return [each for each in map(read, found) if each["method"] in self.setting.methods]
+        """All there are, of those of the setting's methods whose learning rate is known."""
+        ready = [each for each in self.setting.methods if self.best_rate(each) is not None]
+        paths = [path for each in ready for path in (self.path / "runs" / each).glob("*.json")]
+        return [read(path) for path in sorted(paths)]
 
     def best_rate(self, method: str) -> float | None:
         """The method's learning rate, once all were tried with the seeds that choose it."""

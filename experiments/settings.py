@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.task import Task
 from experiments.tasks.language import SmallGPT2, SmolLM2
 from experiments.tasks.reviews import MiniLM, MPNet
+from experiments.tasks.text_to_text import FlanT5, Sentiment, SmallT5, SpanCorruption
 from experiments.texts import Text
 
 SCALES = ("quick", "full", "large")
@@ -91,7 +92,10 @@ def all_settings(scale: str, old: Text, new: Text) -> dict[str, Setting]:
     old, new : Text
         What is pretrained on, and the new domain.
     """
-    settings = [decoder(scale, old, new), smollm2(scale, new), minilm(scale), mpnet(scale)]
+    settings = [
+        decoder(scale, old, new), smollm2(scale, new), t5(scale, old, new), flan_t5(scale),
+        minilm(scale), mpnet(scale),
+    ]  # fmt: skip
     return {setting.name: setting for setting in settings}
 
 
@@ -129,6 +133,49 @@ def smollm2(scale: str, new: Text) -> Setting:
         methods=("dense", "moe", "mpoe", "split-64", "mpoe-mask-0.5"),
         seeds={"quick": 1, "full": 3, "large": 3}[scale],
         mixture={"every": 3},
+    )
+
+
+def t5(scale: str, old: Text, new: Text) -> Setting:
+    """Setting B (i): a small T5, pretrained on one text, continued on another."""
+    sizes: dict[str, Any] = {
+        "quick": {"width": 64, "hidden": 256, "vocabulary": 512},
+        "full": {"width": 64, "hidden": 256, "vocabulary": 640},
+        "large": {"width": 512, "hidden": 2048, "layers": 6, "heads": 8, "vocabulary": 8192},
+    }[scale]
+    examples, before, steps = {
+        "quick": (8, 30, 15), "full": (32, 1500, 400), "large": (64, 6000, 1500),
+    }[scale]  # fmt: skip
+    begin = SmallT5(old, **sizes)
+    main = SpanCorruption(
+        model=replace(begin, pretrained="pretrained"), text=new, examples=examples
+    )
+    return Setting(
+        name="t5",
+        title="Small T5, pretrained by span corruption on one text, continued on another",
+        stage=Stage(main, steps, (3e-3, 6e-3, 1.2e-2)),
+        methods=MAIN,
+        seeds={"quick": 1, "full": 3, "large": 3}[scale],
+        pretraining=Stage(replace(main, model=begin, text=old), before, (4e-3,)),
+    )
+
+
+def flan_t5(scale: str) -> Setting:
+    """Setting B (ii): the real flan-t5-small, on sentiment of sentences as text."""
+    examples, steps = {"quick": (4, 2), "full": (16, 30), "large": (64, 640)}[scale]
+    held_out = {"quick": 16, "full": 200, "large": None}[scale]
+    return Setting(
+        name="flan-t5",
+        title="flan-t5-small, fine-tuned on sentiment of reviews as text",
+        stage=Stage(
+            Sentiment(model=FlanT5(), examples=examples, held_out_examples=held_out),
+            steps,
+            (1e-4, 3e-4),
+        ),
+        methods=("dense", "moe", "mpoe", "split-64", "mpoe-mask-0.5"),
+        seeds={"quick": 1, "full": 3, "large": 5}[scale],
+        metric="accuracy",
+        mixture={"every": 4},
     )
 
 

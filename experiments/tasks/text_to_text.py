@@ -90,13 +90,14 @@ class SmallT5(T5):
             pretrained = folder.parent / self.pretrained / f"seed{seed}"
             return T5ForConditionalGeneration.from_pretrained(pretrained)
         tokenizer = _tokenizer(folder)
-        config = T5Config(
-            vocab_size=tokenizer.get_vocab_size(), d_model=self.width, d_ff=self.hidden,
-            d_kv=self.width // self.heads, num_layers=self.layers, num_heads=self.heads,
-            feed_forward_proj="gated-gelu" if self.gated else "relu", dropout_rate=0.0,
-            pad_token_id=_PAD, decoder_start_token_id=_PAD,
-            eos_token_id=tokenizer.token_to_id(_END),
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "vocab_size": tokenizer.get_vocab_size(), "d_model": self.width, "d_ff": self.hidden,
+            "d_kv": self.width // self.heads, "num_layers": self.layers, "num_heads": self.heads,
+            "feed_forward_proj": "gated-gelu" if self.gated else "relu", "dropout_rate": 0.0,
+            "pad_token_id": _PAD, "decoder_start_token_id": _PAD,
+            "eos_token_id": tokenizer.token_to_id(_END),
+        }  # fmt: skip
+        config = T5Config(**settings)
         # T5 draws embeddings as large as 1 and scales what the decoder gives. That suits Adafactor,
         # whose steps grow with what they change; AdamW's hardly move it. Drawn so small, logits
         # are as large without the scaling.

@@ -208,7 +208,7 @@ def test_what_was_stopped_goes_on_with_the_same_command(how, larger, tmp_path):
     command = [TNMOE, "upcycle", larger / "dense", target, "--jobs", "1"]
     journal = tmp_path / "target.partial" / ".tnmoe-journal"
     # The command gives way to this process, which must not come too late on a busy machine.
-    polite = ["nice", "-n", "19", *command]
+    polite = ["nice", "-n", "5", *command]
     with subprocess.Popen(polite, stderr=subprocess.PIPE, text=True) as process:
         while not (journal.exists() and journal.read_text().count("\n") > 5):
             assert process.poll() is None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import training
-from experiments.folder import SettingFolder, locked, read
+from experiments.folder import SettingFolder, locked, read, write
 from experiments.report import rows, write_report
 from experiments.schedule import run_all, training_jobs
 from tests.experiments.tiny import setting, write_texts
@@ -188,6 +188,9 @@ def test_the_report_has_every_run_and_says_what_it_is_of(folder, tmp_path):
 
 def test_an_interrupted_setting_is_reported_as_far_as_it_is(folder, texts, tmp_path):
     more = setting(*texts, methods=("dense", "mpoe", "split-64"))
+    half = folder.result("split-64", 1e-3, 0)  # one of two learning rates: not a fair row yet
+    half.parent.mkdir()
+    write(half, read(folder.result("mpoe", 1e-3, 0)) | {"method": "split-64"})
     write_report([SettingFolder(folder.root, more)], tmp_path, "cpu")
     page = (tmp_path / "tiny.md").read_text()
     assert "`mpoe`" in page
