@@ -5,14 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint reproduce bench bench-experts clean
+.PHONY: help env demo test lint reproduce bench clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
 	@echo "make test   run all tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  the algebra beside its peers (ARGS=--quick: minutes)"
-	@echo "make bench-experts  experts' layers beside other mixtures (ARGS=--check-plan, --building, --peak)"
+	@echo "make bench  everything beside its peers, on one page (half an hour; ARGS=--quick: minutes)"
 	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 15 minutes)"
 	@echo "make env    only create the environment in $(VENV)"
 	@echo "make clean  remove the environment and what the demo wrote"
@@ -35,11 +34,12 @@ demo: env
 test: env
 	$(BIN)/python -m pytest $(ARGS)
 
+# ARGS=--quick or none; for other options call the scripts (benchmarks/README.md).
 bench: $(VENV)/.bench
 	$(BIN)/python -W ignore benchmarks/algebra.py $(ARGS)
-
-bench-experts: $(VENV)/.bench
 	$(BIN)/python -W ignore benchmarks/experts.py $(ARGS)
+	$(BIN)/python benchmarks/paper_sizes.py --json benchmarks/results/paper_sizes.json
+	$(BIN)/python benchmarks/report.py $(ARGS)
 
 $(VENV)/.bench: $(READY) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
