@@ -14,6 +14,7 @@ import torch
 import transformers
 from onnx import numpy_helper
 from tokenizers import Tokenizer
+from torch import nn
 
 from tnmoe.demo.output import whole_folder
 from tnmoe.errors import InputError
@@ -98,10 +99,12 @@ def flan_t5() -> transformers.T5ForConditionalGeneration:
     settings: dict[str, Any] = {
         "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8,
         "num_heads": 6, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": 0, "dropout_rate": 0.0,
     }  # fmt: skip
     config = transformers.T5Config(**settings)
     model = transformers.T5ForConditionalGeneration(config)
+    # transformers ties these whatever the configuration says; flan-T5 has a matrix for its output.
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     weights = _onnx_weights(folder / "encoder.onnx") | _onnx_weights(folder / "decoder.onnx")
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     weights["decoder.embed_tokens.weight"] = weights["shared.weight"]
