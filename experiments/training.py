@@ -71,6 +71,7 @@ def train(run: Run, checkpoint: Path, on_step: Callable[[], None]) -> dict[str, 
         Called after every step, also for those that a checkpoint has already made.
     """
     task, method = run.stage.task, METHODS[run.method]
+    at_start = _peak_bytes(run.device)
     torch.manual_seed(run.seed)
     model = method.model(task.dense(run.data, run.seed), **run.mixture)
     nn.Module.to(model, run.device)  # transformers' own is typed for less
@@ -96,7 +97,7 @@ def train(run: Run, checkpoint: Path, on_step: Callable[[], None]) -> dict[str, 
         "load": router_load(model, looked_at),
         "masked_steps": mask.masked_steps if mask else 0,
         "seconds_per_step": median(seconds),
-        "peak_bytes": _peak_bytes(run.device),
+        "peak_bytes": _peak_bytes(run.device) - at_start,
     }
 
 
