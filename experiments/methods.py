@@ -125,14 +125,15 @@ def _share_all_but_center(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.M
 
 
 MOE = {"layout": "dense"}
+_TOP2 = {"num_experts_per_tok": 2}
 
 METHODS: dict[str, Method] = {
     "dense": Method("dense model", build=_dense),
     "dense-wide": Method("dense, widened to MPOE's parameters", build=variants.widened),
     "moe": Method("ordinary mixture, top-1 (Switch)", MOE),
-    "moe-top2": Method("ordinary mixture, top-2", MOE | {"num_experts_per_tok": 2}),
+    "moe-top2": Method("ordinary mixture, top-2", MOE | _TOP2),
     "mpoe": Method("MPOE, interleaved, exact bonds"),
-    "mpoe-top2": Method("MPOE, interleaved, top-2", {"num_experts_per_tok": 2}),
+    "mpoe-top2": Method("MPOE, interleaved, top-2", _TOP2),
     "mpoe-half": Method("MPOE, largest bond halved", adapt=_half_bond),
     "split-16": Method("MPOE, split, groups of 16", adapt=_split(16)),
     "split-64": Method("MPOE, split, groups of 64", adapt=_split(64)),
@@ -149,6 +150,11 @@ METHODS: dict[str, Method] = {
     "mpoe-owned-4": Method("MPOE, auxiliary learning rate × 4", owned_rate=4),
     "split-64-owned-0.35": Method(
         "MPOE, split 64, auxiliary learning rate × 0.35", adapt=_split(64), owned_rate=0.35
+    ),
+    "split-64-top2": Method("MPOE, split 64, top-2", _TOP2, adapt=_split(64)),
+    "mpoe-top2-owned-0.35": Method("MPOE, top-2, auxiliary rate × 0.35", _TOP2, owned_rate=0.35),
+    "split-64-top2-owned-0.35": Method(
+        "MPOE, split 64, top-2, auxiliary rate × 0.35", _TOP2, adapt=_split(64), owned_rate=0.35
     ),
     "mpoe-schmidt": Method("MPOE, Schmidt gauge", {"gauge": "schmidt"}),
     "split-64-schmidt": Method(

@@ -72,12 +72,14 @@ MAIN = ("dense", "dense-wide", "moe", "mpoe", "split-64", "mpoe-mask-0.5", "moe-
 
 # Every method once, the first ones above first.
 GRID = (
-    *MAIN, "mpoe-owned-0.35", "moe-owned-0.35", "split-64-owned-0.35",
+    *MAIN, "split-64-top2", "mpoe-owned-0.35", "split-64-owned-0.35", "moe-owned-0.35",
+    "mpoe-top2-owned-0.35", "split-64-top2-owned-0.35",
     "split-16", "split-128", "mpoe-half", "separate", "low-rank", "share-rest",
-    "mpoe-frozen", "mpoe-slow-0.1", "mpoe-scaled", "mpoe-mask-0.25", "mpoe-mask-0.9",
-    "split-64-mask-0.5", "dense-fresh", "moe-fresh", "mpoe-fresh",
-    *(f"{kind}-e{count}" for count in (2, 32, 4, 16) for kind in ("mpoe", "moe", "split-64")),
-    "mpoe-schmidt", "split-64-schmidt", "mpoe-owned-0.1", "mpoe-owned-4", "mpoe-noise", "moe-noise",
+    "mpoe-frozen", "mpoe-slow-0.1", "mpoe-mask-0.25", "mpoe-mask-0.9", "split-64-mask-0.5",
+    *(f"{kind}-e{count}" for count in (2, 32, 4, 16) for kind in ("mpoe", "moe")),
+    "dense-fresh", "moe-fresh", "mpoe-fresh", "mpoe-schmidt", "split-64-schmidt",
+    "mpoe-scaled", "mpoe-owned-0.1", "mpoe-owned-4", "mpoe-noise", "moe-noise",
+    *(f"split-64-e{count}" for count in (2, 32, 4, 16)),
 )  # fmt: skip
 
 
