@@ -9,7 +9,9 @@ from typing import Any
 from experiments.task import Task
 from experiments.tasks.language import SmallGPT2, SmolLM2
 from experiments.tasks.reviews import MiniLM, MPNet
-from experiments.tasks.text_to_text import FlanT5, Sentiment, SmallT5, SpanCorruption
+from experiments.tasks.sentiment import Sentiment
+from experiments.tasks.spans import SpanCorruption
+from experiments.tasks.t5 import FlanT5, SmallT5
 from experiments.texts import Text
 
 SCALES = ("quick", "full", "large")

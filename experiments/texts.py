@@ -61,18 +61,17 @@ class Text:
 
     def describe(self) -> dict[str, Any]:
         """Which text, its size and licence."""
-        data = self.path.read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        title, licence = _KNOWN.get(digest[:16], (self.path.name, "not known"))
+        file = fingerprint(self.path)
+        title, licence = _KNOWN.get(file["sha256"][:16], (self.path.name, "not known"))
         if self.path == Path(topics.__file__):
             title, licence = "help topics of Python", "PSF-2.0"
-        return {
-            "title": title,
-            "licence": licence,
-            "bytes": len(data),
-            "sha256": digest,
-            "part": [self.start, self.end],
-        }
+        return {"title": title, "licence": licence, **file, "part": [self.start, self.end]}
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def default_texts() -> tuple[Text, Text]:

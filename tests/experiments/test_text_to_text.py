@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from experiments.task import SPLITS
-from experiments.tasks.text_to_text import FlanT5, Sentiment, SmallT5, SpanCorruption, corrupt
+from experiments.tasks.sentiment import Sentiment
+from experiments.tasks.spans import SpanCorruption, corrupt
+from experiments.tasks.t5 import FlanT5, SmallT5
 from experiments.texts import Text
 
 SENTINELS = range(1000, 900, -1)

@@ -529,10 +529,12 @@ class MPOExperts(Experts):
                 projections[name] = whole
                 continue
             shape = down_shape if name == "down" else up_shape
-            mpo, info = decompose(
-                matrix.detach(), shape, max_bond=bonds[name], method=method, return_info=True
-            )
-            if on_matrix is not None:
+            cut: dict[str, Any] = {"max_bond": bonds[name], "method": method}
+            if on_matrix is None:
+                mpo = decompose(matrix.detach(), shape, **cut)
+            else:
+                # Spectra cost more than an exact conversion, which needs none.
+                mpo, info = decompose(matrix.detach(), shape, **cut, return_info=True)
                 on_matrix(name, info)
             made = SharedProjection.from_mpo(mpo, num_experts, common[name], noise, rng)
             made.set_bias(biases[name], shared_bias)
