@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, isfinite, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
@@ -21,7 +21,8 @@ class Difference:
     ----------
     mean : float
     half_width : float or None
-        Of the 95 % interval of Student's t over seeds; none with one seed.
+        Of the 95 % interval of Student's t over seeds; none with one seed, infinite where
+        training diverged.
     each : tuple of float
         Seed by seed.
     """
@@ -31,11 +32,14 @@ class Difference:
     each: tuple[float, ...]
 
     @property
-    def sign(self) -> int:
-        """-1 or 1 if the interval leaves no doubt, else 0."""
-        if self.half_width is None or not abs(self.mean) > self.half_width:
-            return 0
-        return -1 if self.mean < 0 else 1
+    def low(self) -> float:
+        """Lower end of the interval; minus infinity with one seed."""
+        return -inf if self.half_width is None else self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval; infinity with one seed."""
+        return inf if self.half_width is None else self.mean + self.half_width
 
     def __str__(self) -> str:
         spread = "one seed" if self.half_width is None else f"± {self.half_width:.4f}"
@@ -79,16 +83,25 @@ def difference(
     each = tuple(mine[seed] - theirs[seed] for seed in sorted(set(mine) & set(theirs)))
     if not each:
         return None
-    width = None
-    if len(each) > 1:
-        width = float(t.ppf(0.975, len(each) - 1)) * stdev(each) / sqrt(len(each))
-    return Difference(fmean(each), width, each)
+    return Difference(fmean(each), _half_width(each), each)
+
+
+def _half_width(numbers: Sequence[float]) -> float | None:
+    """Of the 95 % interval of Student's t for the mean."""
+    count = len(numbers)
+    if count < 2:
+        return None
+    if not all(map(isfinite, numbers)):
+        return inf
+    return float(t.ppf(0.975, count - 1)) * stdev(numbers) / sqrt(count)
 
 
 def mean_and_spread(numbers: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and standard deviation where there are several."""
-    return fmean(numbers), stdev(numbers) if len(numbers) > 1 else None
+    if len(numbers) < 2:
+        return fmean(numbers), None
+    return fmean(numbers), stdev(numbers) if all(map(isfinite, numbers)) else inf
 
 
 def _or_infinite(number: float | None) -> float:
-    return float("inf") if number is None else number
+    return inf if number is None else number
