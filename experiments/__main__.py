@@ -12,17 +12,15 @@ from experiments.report import write_report
 from experiments.schedule import run_all
 from experiments.settings import SCALES, all_settings
 from experiments.texts import Text, default_texts
+from tnmoe.cli.arguments import from_one
+from tnmoe.demo.run import usable_device
 from tnmoe.errors import InputError
 
 
 def main() -> int:
     """Returns the exit status."""
     options = _options()
-    texts = tuple(Text(path) for path in options.text) if options.text else default_texts()
-    if len(texts) != 2:
-        print("experiments: --text takes two files: to pretrain on, and the new domain",
-              file=sys.stderr)  # fmt: skip
-        return 2
+    texts = [Text(path) for path in options.text] if options.text else default_texts()
     settings = all_settings(options.scale, *texts)
     if unknown := sorted(set(options.settings or ()) - set(settings)):
         names = ", ".join(settings)
@@ -30,25 +28,34 @@ def main() -> int:
         return 2
     usual = [name for name, setting in settings.items() if not setting.by_name]
     chosen = [settings[name] for name in options.settings or usual]
-    folders = [SettingFolder(options.output, setting) for setting in chosen]
+    if options.seeds is not None:
+        chosen = [setting.with_seeds(options.seeds) for setting in chosen]
+    output = options.output or Path("reproduce-output") / options.scale
+    folders = [SettingFolder(output, setting) for setting in chosen]
     try:
-        failures = [] if options.report_only else _run(folders, options)
+        return _run_and_report(folders, output, options)
     except InputError as error:
         print(f"experiments: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"experiments: {error.filename or output}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nexperiments: interrupted; the same command goes on from there", file=sys.stderr)
         return 130
-    for path in write_report(folders, options.report or options.output / "report", options.device):
+
+
+def _run_and_report(folders: list[SettingFolder], output: Path, options: argparse.Namespace) -> int:
+    device = usable_device(options.device)
+    failures: list[str] = []
+    if not options.report_only:
+        with locked(output):
+            failures = run_all(folders, device, options.jobs, options.threads)
+    for path in write_report(folders, options.report or output / "report", device):
         print(path)
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
-
-
-def _run(folders: list[SettingFolder], options: argparse.Namespace) -> list[str]:
-    with locked(options.output):
-        return run_all(folders, options.seeds, options.device, options.jobs, options.threads)
 
 
 def _options() -> argparse.Namespace:
@@ -57,7 +64,7 @@ def _options() -> argparse.Namespace:
     add("--scale", choices=SCALES, default="full", help="sizes and steps (default: %(default)s)")
     add("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
     add("--settings", nargs="+", metavar="NAME", help="only these; mpnet is run only if named")
-    add("--seeds", type=int, help="so many instead of each setting's own number")
+    add("--seeds", type=from_one, help="so many instead of each setting's own number")
     add(
         "--text",
         nargs=2,
@@ -65,12 +72,14 @@ def _options() -> argparse.Namespace:
         metavar="FILE",
         help="texts to pretrain on, and of the new domain, instead of Python's help topics",
     )
-    add("--output", type=Path, default=Path("reproduce-output"), help="(default: %(default)s)")
+    add("--output", type=Path, help="(default: reproduce-output/SCALE)")
     add("--report", type=Path, help="folder of tables, pictures, JSON (default: OUTPUT/report)")
     add("--report-only", action="store_true", help="of the results there are; run nothing")
     add("--device", default="cpu", help="torch device (default: %(default)s)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
-    add("--threads", type=int, default=1, help="threads of a run (default: %(default)s)")
+    add(
+        "--jobs", type=from_one, default=os.cpu_count() or 1, help="runs at a time (default: cores)"
+    )
+    add("--threads", type=from_one, default=1, help="threads of a run (default: %(default)s)")
     return parser.parse_args()
 
 

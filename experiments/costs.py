@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from experiments.methods import METHODS
-from experiments.training import Run, batch_of
+from experiments.training import Run, batch_of, make_step
 
 # Turns that warm up, and turns that count.
 WARM_UP, TURNS = 2, 7
@@ -50,10 +50,7 @@ def _stepper(run: Run, method: str, stack: ExitStack) -> Callable[[int], None]:
     METHODS[method].attach(stack, model, optimizer, run.seed)
 
     def step(turn: int) -> None:
-        loss = model(**batch_of(run, turn)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        make_step(model, optimizer, batch_of(run, turn))
 
     return step
 

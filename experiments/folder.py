@@ -59,9 +59,13 @@ class SettingFolder:
 
     def results(self) -> list[dict[str, Any]]:
         """All there are, of those of the setting's methods whose learning rate is known."""
-        ready = [each for each in self.setting.methods if self.best_rate(each) is not None]
-        paths = [path for each in ready for path in (self.path / "runs" / each).glob("*.json")]
-        return [read(path) for path in sorted(paths)]
+        ready = {each for each in self.setting.methods if self.best_rate(each) is not None}
+        return [read(path) for path in self.run_files() if path.parent.name in ready]
+
+    def run_files(self) -> list[Path]:
+        """Files of all results there are."""
+        runs = self.path / "runs"
+        return sorted(path for each in self.setting.methods for path in runs.glob(f"{each}/*.json"))
 
     def best_rate(self, method: str) -> float | None:
         """The method's learning rate, once all were tried with the seeds that choose it."""

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments import variants
-from experiments.variants import cores_of, owned_parameters
+from experiments.variants import owned_parameters
 from tnmoe import hf
-from tnmoe.nn import GradientMask, SharedGradientScale, freeze_shared
+from tnmoe.nn import GradientMask, SharedGradientScale, freeze_shared, shared_parameters
 
 # (dense model, configuration) -> the configuration, or a model that needs no conversion.
 Adapt = Callable[[PreTrainedModel, hf.MPOEConfig], hf.MPOEConfig]
@@ -65,14 +65,14 @@ class Method:
             config = self.adapt(dense, config)
         model = self.build(dense, config)
         if self.fresh:
-            variants.draw_feed_forward_anew(model)
+            variants.draw_feed_forward_anew(model, config)
         return model
 
     def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
         """AdamW on what the method trains, with its learning rates."""
         if self.shared_rate == 0:
             freeze_shared(model)
-        rates = {id(core): self.shared_rate for core in cores_of(model)["shared"]}
+        rates = {id(core): self.shared_rate for core in shared_parameters(model)}
         rates |= {id(each): self.owned_rate for each in owned_parameters(model)}
         groups: dict[float, list[Any]] = {}
         for parameter in model.parameters():

@@ -168,11 +168,11 @@ def _page(setting: Setting, data: dict[str, Any], drawn: Sequence[Path]) -> str:
 def _about(setting: Setting, data: dict[str, Any]) -> str:
     texts = []
     for stage, description in data["data"].items():
-        source = description.get("text") or description.get("data") or {}
+        source = description["text"]
         sizes = ", ".join(f"{name} {size}" for name, size in _sizes(description).items())
         texts.append(
-            f"- {stage}: {source.get('title')} ({source.get('licence')}, "
-            f"{source.get('bytes', 0):,} bytes); {sizes}"
+            f"- {stage}: {source['title']} ({source['licence']}, "
+            f"{source['bytes']:,} bytes); {sizes}"
         )
     place = data["environment"]
     lines = [
@@ -191,8 +191,6 @@ def _about(setting: Setting, data: dict[str, Any]) -> str:
 def _sizes(description: dict[str, Any]) -> dict[str, str]:
     return {
         name: " and ".join(f"{count:,} {unit}" for unit, count in size.items())
-        if isinstance(size, dict)
-        else f"{size:,}"
         for name, size in description["sizes"].items()
     }
 

@@ -21,14 +21,12 @@ from tqdm import tqdm
 
 from experiments.costs import TURNS, WARM_UP, step_cost
 from experiments.folder import SettingFolder, write
+from experiments.settings import Setting
 from experiments.training import Run, train
 
 # Loaded once, and inherited by every run.
 _PRELOADED = ["experiments.schedule", "experiments.settings"]
 _POLL_SECONDS = 0.2
-
-# A setting's folder, and how many seeds it gets.
-Counted = tuple[SettingFolder, int]
 
 # What makes the results of a file, given what to call after every step.
 Make = Callable[[Callable[[], None]], dict[str, Any]]
@@ -56,22 +54,22 @@ class Job:
     name: str
 
 
-def training_jobs(folders: Sequence[Counted], device: str) -> Iterator[Job]:
+def training_jobs(folders: Sequence[SettingFolder], device: str) -> Iterator[Job]:
     """Runs that can be made now and are not: of all settings the first methods first.
 
     What is to be done is read from the files that are there, and so is known again after a crash.
     """
-    for folder, seeds in folders:
-        yield from _pretraining_jobs(folder, seeds, device)
-    for place in range(max(len(folder.setting.methods) for folder, _ in folders)):
-        for folder, seeds in folders:
+    for folder in folders:
+        yield from _pretraining_jobs(folder, device)
+    for place in range(max(len(folder.setting.methods) for folder in folders)):
+        for folder in folders:
             for method in folder.setting.methods[place : place + 1]:
-                yield from _method_jobs(folder, method, seeds, device)
+                yield from _method_jobs(folder, method, device)
 
 
-def _pretraining_jobs(folder: SettingFolder, seeds: int, device: str) -> Iterator[Job]:
+def _pretraining_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
     stage = folder.setting.pretraining
-    for seed in range(seeds):
+    for seed in range(folder.setting.seeds):
         if stage is not None and not folder.is_pretrained(seed):
             model = folder.pretrained(seed)
             data = folder.data("pretraining")
@@ -80,13 +78,13 @@ def _pretraining_jobs(folder: SettingFolder, seeds: int, device: str) -> Iterato
             yield _training_job(model.with_suffix(".json"), run, name)
 
 
-def _method_jobs(folder: SettingFolder, method: str, seeds: int, device: str) -> Iterator[Job]:
+def _method_jobs(folder: SettingFolder, method: str, device: str) -> Iterator[Job]:
     """All learning rates with the first seeds; the best with the others, once it is known."""
     setting = folder.setting
     best = folder.best_rate(method)
     first = range(setting.tuning_seeds)
     tried = [(rate, seed) for seed in first for rate in setting.stage.learning_rates]
-    others = [] if best is None else [(best, seed) for seed in range(len(first), seeds)]
+    others = [] if best is None else [(best, seed) for seed in range(len(first), setting.seeds)]
     for rate, seed in (*tried, *others):
         path = folder.result(method, rate, seed)
         if not path.exists() and folder.is_pretrained(seed):
@@ -116,19 +114,23 @@ def _training_job(path: Path, run: Run, name: str) -> Job:
     return Job(path, make, run.stage.steps, name)
 
 
-def total_steps(folder: SettingFolder, seeds: int) -> int:
+def total_steps(setting: Setting) -> int:
     """Steps of all runs, made or not."""
-    setting = folder.setting
-    first = setting.tuning_seeds
-    each = len(setting.stage.learning_rates) * first + max(0, seeds - first)
-    runs = len(setting.methods) * each
-    before = setting.pretraining.steps * seeds if setting.pretraining else 0
+    tried = len(setting.stage.learning_rates) * setting.tuning_seeds
+    runs = len(setting.methods) * (tried + setting.seeds - setting.tuning_seeds)
+    before = setting.pretraining.steps * setting.seeds if setting.pretraining else 0
     return before + runs * setting.stage.steps
 
 
-def run_all(
-    folders: Sequence[SettingFolder], seeds: int | None, device: str, jobs: int, threads: int
-) -> list[str]:
+def steps_made(folder: SettingFolder) -> int:
+    """Steps of the runs that are there."""
+    setting = folder.setting
+    before = setting.pretraining.steps if setting.pretraining else 0
+    pretrained = sum(folder.is_pretrained(seed) for seed in range(setting.seeds))
+    return before * pretrained + len(folder.run_files()) * setting.stage.steps
+
+
+def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: int) -> list[str]:
     """Make all runs; then, one at a time, measure what steps cost.
 
     Returns
@@ -136,43 +138,45 @@ def run_all(
     list of str
         What went wrong with runs that failed; the others were made nevertheless.
     """
-    for folder in folders:
+    for folder in tqdm(folders, desc="preparing data", unit="setting"):
         folder.prepare()
-    counted = [(folder, seeds or folder.setting.seeds) for folder in folders]
 
     def training() -> Iterator[Job]:
-        return training_jobs(counted, device)
+        return training_jobs(folders, device)
 
     def costs() -> Iterator[Job]:
         for folder in folders:
             yield from cost_jobs(folder, device)
 
     processes = _Processes(device, threads)
-    total = sum(total_steps(*each) for each in counted)
-    _work_off(training, processes, jobs, total, "training")
-    measured = sum(job.steps for job in costs())
-    _work_off(costs, processes, 1, measured, "measuring steps")
+    made = sum(steps_made(folder) for folder in folders)
+    total = sum(total_steps(folder.setting) for folder in folders)
+    bar = partial(tqdm, unit="step", smoothing=0.05)
+    with bar(desc="training", total=total, initial=made) as trained:
+        _work_off(training, processes, jobs, trained)
+    with bar(desc="measuring steps", total=sum(job.steps for job in costs())) as measured:
+        _work_off(costs, processes, 1, measured)
     return processes.failures
 
 
 def _work_off(
-    left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, total: int, title: str
+    left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, bar: tqdm
 ) -> None:
     """Start what is left until nothing is, a limited number at a time."""
-    with tqdm(total=total, unit="step", desc=title, smoothing=0.05) as bar:
-        try:
-            while True:
-                processes.collect()
-                free = (job for job in left() if job.path not in processes.known)
-                while len(processes.running) < limit and (job := next(free, None)) is not None:
-                    processes.start(job)
-                if not processes.running:
-                    return
-                bar.set_postfix_str(processes.names())
-                bar.update(processes.steps() - bar.n)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            processes.stop()
+    before = bar.n - processes.steps()
+    try:
+        while True:
+            processes.collect()
+            free = (job for job in left() if job.path not in processes.known)
+            while len(processes.running) < limit and (job := next(free, None)) is not None:
+                processes.start(job)
+            bar.update(before + processes.steps() - bar.n)
+            if not processes.running:
+                return
+            bar.set_postfix_str(processes.names())
+            time.sleep(_POLL_SECONDS)
+    finally:
+        processes.stop()
 
 
 class _Processes:

@@ -51,7 +51,7 @@ class Setting:
     pretraining : Stage, optional
         Makes the dense model of every seed; without it the task has real weights.
     metric : str
-        Of the held-out results, the one that the claims are about.
+        Of the held-out results, the one in tables and pictures; claims are about the loss.
     mixture : mapping
         Settings of :class:`tnmoe.hf.MPOEConfig` for all methods.
     by_name : bool
@@ -68,6 +68,10 @@ class Setting:
     metric: str = "loss"
     mixture: Mapping[str, Any] = field(default_factory=dict)
     by_name: bool = False
+
+    def with_seeds(self, seeds: int) -> Setting:
+        """The same with another number of seeds."""
+        return replace(self, seeds=seeds, tuning_seeds=min(self.tuning_seeds, seeds))
 
 
 MAIN = ("dense", "dense-wide", "moe", "mpoe", "split-64", "mpoe-mask-0.5", "moe-top2", "mpoe-top2")

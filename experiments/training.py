@@ -122,19 +122,24 @@ def _steps(
         start = time.perf_counter()
         # Dropout and the routers' noise, too, are functions of seed and step.
         torch.manual_seed(run.seed * 1_000_003 + step)
-        loss = model(**batch_of(run, step)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * _schedule(step, run.stage.steps)
-        optimizer.step()
+        make_step(model, optimizer, batch_of(run, step))
         seconds.append(time.perf_counter() - start)
         if time.monotonic() - saved > _CHECKPOINT_SECONDS:
             _save(checkpoint, parts, seconds)
             saved = time.monotonic()
         on_step()
     return seconds
+
+
+def make_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """One step of training: forward, backward, clipped, updated."""
+    loss = model(**batch).loss
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+    optimizer.step()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnmoe import hf
-from tnmoe.nn import MPOMoE, Projection, SharedProjection, StackedProjection
+from tnmoe.hf.families import weight_of
+from tnmoe.nn import MPOMoE, Projection, SharedProjection, StackedProjection, shared_parameters
 from tnmoe.nn.grouped import Groups, grouped_linear
 from tnmoe.shapes import MPOShape
 
@@ -82,14 +83,14 @@ def _width(ffn: hf.FFN) -> int:
 
 
 def _size(matrix: Any) -> Size:
-    rows, columns = matrix.weight.shape
-    return (columns, rows) if isinstance(matrix, Conv1D) else (rows, columns)
+    rows, columns = weight_of(matrix).shape
+    return rows, columns
 
 
 @torch.no_grad()
 def _widen(matrix: Any, more: int, outputs: bool) -> None:
     """Add rows as large as the old ones, or columns of zeros; in place."""
-    weight = matrix.weight.T if isinstance(matrix, Conv1D) else matrix.weight
+    weight = weight_of(matrix)
     if outputs:
         new = torch.randn(more, weight.shape[1]) * weight.std()
         weight = torch.cat([weight, new])
@@ -168,36 +169,38 @@ def mixtures(model: nn.Module) -> list[MPOMoE]:
 
 def cores_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Cores of a model's shared projections: those that experts share, and those they own."""
-    projections = [each for each in model.modules() if isinstance(each, SharedProjection)]
-    return {
-        "shared": [core for each in projections for core in each.shared_cores],
-        "owned": [
-            core
-            for each in projections
-            for core in (*each.aux_cores, each.center)
-            if all(core is not other for other in each.shared_cores)
-        ],
-    }
+    shared = shared_parameters(model)
+    common = {id(core) for core in shared}
+    cores = [
+        core
+        for each in model.modules()
+        if isinstance(each, SharedProjection)
+        for core in (*each.aux_cores, each.center)
+    ]
+    return {"shared": shared, "owned": [core for core in cores if id(core) not in common]}
 
 
-def draw_feed_forward_anew(model: PreTrainedModel) -> None:
-    """Forget what the feed-forward networks learned; the rest of the model stays pretrained."""
+def draw_feed_forward_anew(model: PreTrainedModel, config: hf.MPOEConfig) -> None:
+    """Forget what the chosen feed-forward networks learned; the rest stays pretrained.
+
+    The variance of what is drawn is that of ``torch.nn.Linear``'s own start.
+    """
     for layer in mixtures(model):
         for projection in layer.experts.children():
             if isinstance(projection, Projection):
                 projection.reset_parameters()
     if mixtures(model):
         return
-    for ffn in hf.find_ffns(model):
+    for ffn in hf.find_ffns(model, config.layers, config.every):
         for matrix in ffn.matrices.values():
-            nn.init.normal_(matrix.weight, std=matrix.weight.shape[0] ** -0.5 / 3**0.5)
+            nn.init.normal_(matrix.weight, std=(3 * _size(matrix)[1]) ** -0.5)
             if matrix.bias is not None:
                 nn.init.zeros_(matrix.bias)
 
 
 def owned_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What experts own: auxiliary cores, or whole matrices, and biases."""
-    shared = {id(core) for core in cores_of(model)["shared"]}
+    shared = {id(core) for core in shared_parameters(model)}
     return [
         parameter
         for layer in mixtures(model)

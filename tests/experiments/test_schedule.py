@@ -1,5 +1,7 @@
 """Settings are run whole, resume after any end, and are reported as they are."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from experiments import training
+from experiments.__main__ import main
 from experiments.folder import SettingFolder, locked, read, write
 from experiments.report import rows, write_report
-from experiments.schedule import run_all, training_jobs
+from experiments.schedule import run_all, steps_made, total_steps, training_jobs
 from tests.experiments.tiny import setting, write_texts
 from tnmoe.errors import InputError
 
@@ -30,7 +33,7 @@ def texts(tmp_path_factory):
 def folder(texts, tmp_path_factory):
     """A setting that has been run."""
     folder = SettingFolder(tmp_path_factory.mktemp("output"), setting(*texts))
-    assert run_all([folder], seeds=None, device="cpu", jobs=2, threads=1) == []
+    assert run_all([folder], device="cpu", jobs=2, threads=1) == []
     return folder
 
 
@@ -65,22 +68,63 @@ def test_all_methods_start_from_the_same_pretrained_model_of_a_seed(folder):
 
 def test_what_is_done_is_not_done_again(folder):
     stamps = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.json")}
-    assert list(training_jobs([(folder, 2)], "cpu")) == []
-    assert run_all([folder], seeds=None, device="cpu", jobs=2, threads=1) == []
+    assert list(training_jobs([folder], "cpu")) == []
+    assert run_all([folder], device="cpu", jobs=2, threads=1) == []
     later = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.json")}
     assert {k: v for k, v in later.items() if k.name != "setting.json"} == {
         k: v for k, v in stamps.items() if k.name != "setting.json"
     }
 
 
+def test_progress_counts_what_an_earlier_command_made(folder):
+    assert steps_made(folder) == total_steps(folder.setting) == 2 * 3 + 3 * 3 * 4
+    one = SettingFolder(folder.root, folder.setting.with_seeds(1))
+    assert total_steps(one.setting) == 3 + 3 * 2 * 4
+
+
+def test_fewer_seeds_than_choose_the_rate_are_all_that_choose(texts, tmp_path):
+    some = replace(setting(*texts, methods=("dense",)), tuning_seeds=2).with_seeds(1)
+    folder = SettingFolder(tmp_path, some)
+    assert run_all([folder], device="cpu", jobs=2, threads=1) == []
+    assert folder.best_rate("dense") is not None
+    assert len(folder.results()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--jobs", "0"], 2, "expected an integer from 1 up, got '0'"),
+        (["--seeds", "-1"], 2, "expected an integer from 1 up, got '-1'"),
+        (["--settings", "decoder", "encoder"], 2, "no setting encoder; there are decoder, smollm2"),
+        (["--device", "abacus"], 1, "torch has no device 'abacus' here"),
+        (["--text", "nowhere.txt", "nowhere.txt"], 1, "cannot read nowhere.txt: No such file"),
+        (["--output", "FILE/below"], 1, "Not a directory"),
+    ],
+)
+def test_what_cannot_be_run_is_told_in_a_line(arguments, status, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("")
+    monkeypatch.setattr(sys, "argv", ["experiments", "--quick", "--output", "new", *arguments])
+    complaint = io.StringIO()
+    with contextlib.redirect_stderr(complaint):
+        try:
+            found = main()
+        except SystemExit as stopped:  # argparse's
+            found = stopped.code
+    assert found == status
+    assert message in complaint.getvalue()
+    assert "Traceback" not in complaint.getvalue()
+
+
 def test_the_first_methods_of_all_settings_come_first(folder, texts, tmp_path):
     one, other = (
         SettingFolder(
-            tmp_path, replace(setting(*texts, methods=methods), name=name, pretraining=None)
+            tmp_path,
+            replace(setting(*texts, methods=methods), name=name, pretraining=None).with_seeds(1),
         )
         for name, methods in (("one", ("dense", "moe")), ("other", ("mpoe", "mpoe-top2", "moe")))
     )
-    jobs = training_jobs([(one, 1), (other, 1)], "cpu")
+    jobs = training_jobs([one, other], "cpu")
     assert list(dict.fromkeys(job.name.split(",")[0] for job in jobs)) == [
         "one: dense", "other: mpoe", "one: moe", "other: mpoe-top2", "other: moe",
     ]  # fmt: skip
@@ -89,7 +133,7 @@ def test_the_first_methods_of_all_settings_come_first(folder, texts, tmp_path):
 def test_the_folder_of_another_setting_is_refused(folder, texts):
     other = setting(*texts, steps=5)
     with pytest.raises(InputError, match="holds results of other data, sizes, steps"):
-        run_all([SettingFolder(folder.root, other)], None, "cpu", 1, 1)
+        run_all([SettingFolder(folder.root, other)], "cpu", 1, 1)
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path):
@@ -105,8 +149,8 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path):
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(texts, tmp_path):
     broken = replace(setting(*texts, methods=("dense", "mpoe")), mixture={"layers": "nowhere"})
-    folder = SettingFolder(tmp_path, broken)
-    failures = run_all([folder], seeds=1, device="cpu", jobs=2, threads=1)
+    folder = SettingFolder(tmp_path, broken.with_seeds(1))
+    failures = run_all([folder], device="cpu", jobs=2, threads=1)
     assert {each.split(", ")[0] for each in failures} >= {"tiny: mpoe"}
     assert all("layers='nowhere'" in each for each in failures)
     assert {each["method"] for each in folder.results()} == {"dense"}

@@ -78,11 +78,12 @@ def _job(
         balance_weight=options.balance_weight,
         z_weight=options.z_weight,
         seed=options.seed,
-        device=_device(options.device),
+        device=usable_device(options.device),
     )
 
 
-def _device(name: str) -> str:
+def usable_device(name: str) -> str:
+    """The name of a torch device, ``auto`` resolved; an InputError where there is none such."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
