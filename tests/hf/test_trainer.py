@@ -1,5 +1,7 @@
 """Trainer, PEFT and converted models: masks, losses, resumption, adapters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -72,6 +74,28 @@ def test_masked_steps_of_trainer_spare_the_shared_tensors(tmp_path, engine, accu
     # Training is over: nothing is masked any more.
     run.model(input_ids=IDS, labels=IDS).loss.backward()
     assert run.model.model.layers[0].mlp.experts.up.center.grad is not None
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_mask_without_a_probability_has_the_converted_models_own(tmp_path, saved):
+    model = hf.upcycle(make("llama"), replace(CONFIG, mask_probability=0.5))
+    if saved:
+        model.save_pretrained(tmp_path / "model")
+        model = hf.from_pretrained(tmp_path / "model")
+    callback = hf.GradientMaskCallback(seed=4)
+    run, watch = trainer(tmp_path, callback, model=model)
+    run.train()
+    masked = [all(callback.mask.masks(step).values()) for step in range(8)]
+    assert 0 < sum(masked) < 8
+    assert watch.moved == [[not each, True] for each in masked]
+
+
+def test_a_dense_model_has_no_probability_of_its_own(tmp_path):
+    callback = hf.GradientMaskCallback()
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[])
+    run = Trainer(make("llama"), arguments, train_dataset=Rows(), callbacks=[callback])
+    with pytest.raises(tn.InputError, match="LlamaForCausalLM is no converted model"):
+        run.train()
 
 
 class Interrupt(TrainerCallback):

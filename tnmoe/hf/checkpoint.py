@@ -8,6 +8,7 @@ included. Nothing is quantized, and a loaded model is not marked as if it were.
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -90,8 +91,31 @@ def unmark_as_quantized(model: PreTrainedModel) -> None:
 
 
 def mark_as_mpoe(model: PreTrainedModel, config: MPOEConfig) -> None:
-    """Let ``save_pretrained`` write how to rebuild the model."""
+    """Let ``save_pretrained`` write how to rebuild the model, in a configuration of its own."""
+    # A caller may make further models of the one it was given.
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        held = vars(module).get("config")
+        if id(held) in copies:
+            module.config = copies[id(held)]
     model.config.quantization_config = StoredConfig(config.to_dict())
+
+
+def config_of(model: PreTrainedModel) -> MPOEConfig:
+    """How a model was converted.
+
+    Raises
+    ------
+    InputError
+        If it was not.
+    """
+    stored: Any = getattr(model.config, "quantization_config", None)
+    if getattr(stored, "quant_method", None) != METHOD:
+        raise InputError(
+            f"{type(model).__name__} is no converted model: it has no experts of tnmoe"
+        )
+    return MPOEConfig.from_dict(stored.mpoe)
 
 
 def model_class_named(name: str) -> Any:

@@ -70,8 +70,9 @@ class MPOEConfig:
         In training, what a converted model adds to its loss: so many times the load-balancing
         loss and the z-loss of its routers, means over layers.
     mask_probability : float
-        Probability with which a training step leaves the central tensors alone, for
-        :class:`tnmoe.nn.GradientMask`.
+        Probability with which a training step leaves the central tensors alone. It is kept with
+        the model, and acts where training is given a mask: :class:`GradientMaskCallback` takes it
+        by default, :class:`tnmoe.nn.GradientMask` as its argument.
 
     Raises
     ------

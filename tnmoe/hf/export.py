@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.checkpoint import METHOD
-from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.checkpoint import config_of
 from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.families import FFN, find_ffns, weight_of
 from tnmoe.nn.moe import MPOMoE
@@ -40,7 +39,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     InputError
         If the model is no converted one.
     """
-    config = _config_of(model)
+    config = config_of(model)
     plain = copy.deepcopy(model.config)
     del plain.quantization_config
     dense = _new(type(model), plain, model)
@@ -106,7 +105,7 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     learns nothing more, and does not fit into float16. Switch's capacity is set so high that no
     token is dropped.
     """
-    config = _config_of(model)
+    config = config_of(model)
     target, mixtures = target_of(model), _mixtures(model)
     for layer in mixtures.values():
         target.check(layer)
@@ -117,15 +116,6 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     for path, layer in mixtures.items():
         blocks[path].load_state_dict(target.weights(layer))
     return moe
-
-
-def _config_of(model: PreTrainedModel) -> MPOEConfig:
-    stored: Any = getattr(model.config, "quantization_config", None)
-    if getattr(stored, "quant_method", None) != METHOD:
-        raise InputError(
-            f"{type(model).__name__} is no converted model: it has no experts of tnmoe"
-        )
-    return MPOEConfig.from_dict(stored.mpoe)
 
 
 def _new(make: Any, config: Any, model: PreTrainedModel) -> Any:

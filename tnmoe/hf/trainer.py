@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tnmoe.errors import InputError, one_of
+from tnmoe.hf.checkpoint import config_of
 from tnmoe.nn.gradient_mask import AutogradMask, GradientMask, Probability
 
 ENGINES = ("auto", "optimizer", "autograd")
@@ -23,7 +23,10 @@ class GradientMaskCallback(TrainerCallback):
 
     Parameters
     ----------
-    probability, seed, per_layer
+    probability : float or callable, optional
+        As for :class:`tnmoe.nn.GradientMask`; by default the ``mask_probability`` of the
+        :class:`MPOEConfig` that the model was converted with.
+    seed, per_layer
         As for :class:`tnmoe.nn.GradientMask`.
     engine : {"auto", "optimizer", "autograd"}
         How gradients are kept from the optimiser: by a hook into its step, or, for DeepSpeed,
@@ -34,6 +37,11 @@ class GradientMaskCallback(TrainerCallback):
     ----------
     mask : GradientMask or AutogradMask, or None
         Of the run; ``mask.updates`` counts the updates since training began.
+
+    Raises
+    ------
+    InputError
+        As training begins, if no probability was given and the model was not converted.
 
     Notes
     -----
@@ -47,7 +55,7 @@ class GradientMaskCallback(TrainerCallback):
 
     def __init__(
         self,
-        probability: Probability,
+        probability: Probability | None = None,
         seed: int = 0,
         per_layer: bool = False,
         engine: str = "auto",
@@ -63,8 +71,11 @@ class GradientMaskCallback(TrainerCallback):
     ) -> None:
         """Attach to the run's optimiser, and let go of a run that ended with an exception."""
         self._detach()
-        model: nn.Module = kwargs["model"]
-        settings = (self.probability, self.seed, self.per_layer)
+        model: Any = kwargs["model"]
+        probability = self.probability
+        if probability is None:
+            probability = config_of(model).mask_probability
+        settings = (probability, self.seed, self.per_layer)
         engine = self.engine
         if engine == "auto":
             engine = "autograd" if getattr(args, "deepspeed", None) else "optimizer"
