@@ -1,4 +1,4 @@
-"""Contracting chains of cores: paths from opt_einsum, a cost model, and the product for experts."""
+"""Contracting chains of cores: the best order, a cost model, and the product for experts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from math import prod
-from typing import Any
 
 import opt_einsum
+from opt_einsum.contract import PathInfo
 
 from tnmoe.backends import Array, Backend
 from tnmoe.costs import Rates, get_rates
+from tnmoe.einsum import Contraction
 from tnmoe.errors import InputError, integer_from_zero
 from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
 from tnmoe.shapes import MPOShape, positive_int
@@ -165,7 +166,7 @@ def _merges(cores: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         merged = [remaining.pop(term) for term in sorted(step, reverse=True)]
         start, stop = min(merged)[0], max(merged)[1]
         remaining.append((start, stop))
-        if len(merged) == 2:
+        if len(merged) == 2:  # a lone core has a path of one step that leaves it alone
             site = segments.index(min(merged))
             segments[site : site + 2] = [(start, stop)]
             merges.append(site)
@@ -177,11 +178,20 @@ def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: A
     batch = vectors.shape[0]
     plan = contraction_plan(shape, tuple(core.shape[0] for core in cores[1:]), batch)
     if plan.route == "dense":
-        return vectors @ to_padded_matrix(xp, cores).T
+        return vectors @ xp.transpose(to_padded_matrix(xp, cores))
     if _in_order_flops(_shapes(cores), batch) <= IN_ORDER * plan.flops:
         return _apply_in_order(xp, cores, vectors)
     contract, _ = _contraction(_shapes(cores), batch)
-    return contract(vectors.reshape(batch, *shape.in_dims), *cores).reshape(batch, shape.padded_out)
+    operands = [vectors.reshape(batch, *shape.in_dims), *_without_ends(cores)]
+    return contract(xp, operands).reshape(batch, shape.padded_out)
+
+
+def _without_ends(cores: Sequence[Array]) -> list[Array]:
+    """The cores, the first and the last of them without their outermost bond of 1."""
+    cores = list(cores)
+    cores[0] = cores[0].reshape(cores[0].shape[1:])
+    cores[-1] = cores[-1].reshape(cores[-1].shape[:-1])
+    return cores
 
 
 def _apply_in_order(xp: Backend, cores: Sequence[Array], vectors: Array) -> Array:
@@ -289,28 +299,35 @@ def _shapes(cores: Sequence[Array]) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=4096)
-def _contraction(cores: tuple[tuple[int, ...], ...], batch: int | None) -> tuple[Any, Any]:
-    """Compiled contraction of cores (after vectors, where there is a batch), and its path info."""
+def _contraction(
+    cores: tuple[tuple[int, ...], ...], batch: int | None
+) -> tuple[Contraction, PathInfo]:
+    """Contraction of cores (after vectors, where there is a batch), and what its path costs.
+
+    The outermost bonds are left out: they join nothing.
+    """
     symbol = opt_einsum.get_symbol
     sites = len(cores)
-    bonds = [symbol(k) for k in range(sites + 1)]
-    outs = [symbol(sites + 1 + k) for k in range(sites)]
-    ins = [symbol(2 * sites + 1 + k) for k in range(sites)]
+    bonds = ["", *(symbol(k) for k in range(sites - 1)), ""]
+    outs = [symbol(sites + k) for k in range(sites)]
+    ins = [symbol(2 * sites + k) for k in range(sites)]
     terms = [bonds[k] + outs[k] + ins[k] + bonds[k + 1] for k in range(sites)]
     shapes = list(cores)
+    shapes[0] = shapes[0][1:]
+    shapes[-1] = shapes[-1][:-1]
     if batch is None:
         result = "".join(outs + ins)
     else:
-        vector = symbol(3 * sites + 1)
+        vector = symbol(3 * sites)
         terms.insert(0, "".join([vector, *ins]))
         shapes.insert(0, (batch, *(core[2] for core in cores)))
         result = "".join([vector, *outs])
     equation = f"{','.join(terms)}->{result}"
     path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="dp")
-    return opt_einsum.contract_expression(equation, *shapes, optimize=path), info
+    return Contraction(equation, tuple(shapes), path), info
 
 
-def _plan(route: str, info: Any) -> ContractionPlan:
+def _plan(route: str, info: PathInfo) -> ContractionPlan:
     return ContractionPlan(
         route, int(info.opt_cost), int(info.largest_intermediate), tuple(map(tuple, info.path))
     )
