@@ -8,27 +8,15 @@ Cores have shapes (D, out, in, D'), the outermost bonds being 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, reduce
+from functools import reduce
 from operator import add as add_arrays
-from typing import Any
 
 import numpy as np
-import opt_einsum
 
 from tnmoe.backends import Array, Backend
+from tnmoe.einsum import contract
 
 Cores = Sequence[Array]
-
-
-def contract(equation: str, *arrays: Array) -> Array:
-    """Contract arrays in the cheapest order, which is found once per equation and shapes."""
-    shapes = tuple(tuple(array.shape) for array in arrays)
-    return _expression(equation, shapes)(*arrays)
-
-
-@lru_cache(maxsize=4096)
-def _expression(equation: str, shapes: tuple[tuple[int, ...], ...]) -> Any:
-    return opt_einsum.contract_expression(equation, *shapes, optimize="optimal")
 
 
 def add(xp: Backend, chains: Sequence[Cores]) -> list[Array]:
@@ -58,11 +46,11 @@ def _block_diagonal(xp: Backend, blocks: Sequence[Array]) -> Array:
     return xp.concatenate(rows, 0)
 
 
-def compose(left: Cores, right: Cores) -> tuple[Array, ...]:
+def compose(xp: Backend, left: Cores, right: Cores) -> tuple[Array, ...]:
     """Product of two operators, (left · right); their bonds multiply."""
     cores = []
     for a, b in zip(left, right, strict=True):
-        product = contract("aoxb,cxid->acoibd", a, b)
+        product = contract(xp, "aoxb,cxid->acoibd", a, b)
         cores.append(product.reshape(a.shape[0] * b.shape[0], a.shape[1], b.shape[2], -1))
     return tuple(cores)
 
@@ -87,7 +75,7 @@ def trace(xp: Backend, cores: Cores) -> Array:
     """Σ of the entries whose output legs equal their input legs, a scalar array."""
     product = xp.eye(1, like=cores[0])
     for core in cores:
-        product = product @ contract("aoob->ab", core)
+        product = product @ xp.trace(core, 1, 2)
     return product.reshape(())
 
 

@@ -9,9 +9,9 @@ from math import inf, prod
 import numpy as np
 
 from tnmoe import algebra
-from tnmoe.algebra import contract
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize
+from tnmoe.einsum import contract
 from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
@@ -151,7 +151,7 @@ def matmul(
             return _finish(a, found, shape, selection)
     if method == "zipup":
         return _finish(a, _zip_up(xp, factors, selection), shape, selection)
-    return _compressed(MPO(algebra.compose(*factors), shape), selection, like=a)
+    return _compressed(MPO(algebra.compose(a._backend, *factors), shape), selection, like=a)
 
 
 @dataclass(frozen=True)
@@ -164,20 +164,20 @@ class _Term:
         """Dimension of the bond left of a site."""
         return prod(chain[site].shape[0] for chain in self.chains)
 
-    def absorb(self, carry: Array, site: int) -> Array:
+    def absorb(self, xp: Backend, carry: Array, site: int) -> Array:
         """From (r, D) to (r, out, in, D'): the next site multiplied into what is left of it."""
         cores = [chain[site] for chain in self.chains]
         carry = carry.reshape(carry.shape[0], *(core.shape[0] for core in cores))
         equation = "ra,aoib->roib" if len(cores) == 1 else "rac,aoxb,cxid->roibd"
-        merged = contract(equation, carry, *cores)
+        merged = contract(xp, equation, carry, *cores)
         return merged.reshape(*merged.shape[:3], -1)
 
-    def pull(self, sketch: Array, probe: Array, site: int) -> Array:
+    def pull(self, xp: Backend, sketch: Array, probe: Array, site: int) -> Array:
         """From (D', m) to (D, l): one more site contracted with a random core (l, out, in, m)."""
         cores = [chain[site] for chain in self.chains]
         sketch = sketch.reshape(*(core.shape[3] for core in cores), sketch.shape[1])
         equation = "aoib,loim,bm->al" if len(cores) == 1 else "aoxb,cxid,loim,bdm->acl"
-        pulled = contract(equation, *cores, probe, sketch)
+        pulled = contract(xp, equation, *cores, probe, sketch)
         return pulled.reshape(-1, pulled.shape[-1])
 
 
@@ -227,13 +227,13 @@ def _project(
         size = (sizes[site], shape.out_dims[site], shape.in_dims[site], sizes[site + 1])
         probe = xp.normal(size, rng, like=like) * prod(size[1:]) ** -0.5
         sketches.append(
-            [term.pull(old, probe, site) for term, old in zip(terms, sketches[-1], strict=True)]
+            [term.pull(xp, old, probe, site) for term, old in zip(terms, sketches[-1], strict=True)]
         )
     sketches.reverse()
     cores: list[Array] = []
     carries = [xp.eye(1, like=like) for _ in terms]
     for site in range(shape.sites):
-        merged = [term.absorb(c, site) for term, c in zip(terms, carries, strict=True)]
+        merged = [term.absorb(xp, c, site) for term, c in zip(terms, carries, strict=True)]
         projected = sum(m @ s for m, s in zip(merged, sketches[site], strict=True))
         if site == shape.sites - 1:
             return [*cores, projected]
@@ -258,9 +258,9 @@ def _overlap(xp: Backend, bra: _Term, ket: _Term) -> Array:
     """Inner product of two terms, site by site."""
     environment = xp.eye(1, like=bra.chains[0][0])
     for site in range(len(bra.chains[0])):
-        half = ket.absorb(environment, site)
-        whole = xp.conj(bra.absorb(xp.eye(bra.bond(site), like=half), site))
-        environment = contract("aoib,aoid->bd", whole, half)
+        half = ket.absorb(xp, environment, site)
+        whole = xp.conj(bra.absorb(xp, xp.eye(bra.bond(site), like=half), site))
+        environment = contract(xp, "aoib,aoid->bd", whole, half)
     return environment.reshape(())
 
 
@@ -276,7 +276,7 @@ def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Select
     cores: list[Array] = []
     carry = xp.eye(1, like=factors[0][0])
     for site in range(sites):
-        merged = term.absorb(carry, site)
+        merged = term.absorb(xp, carry, site)
         if site == sites - 1:
             return [*cores, merged]
         unfolding = merged.reshape(-1, merged.shape[3])

@@ -8,9 +8,9 @@ from typing import Literal, overload
 
 import numpy as np
 
-from tnmoe.algebra import contract
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize, shift_left, shift_right
+from tnmoe.einsum import contract
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
@@ -176,14 +176,14 @@ def _alternate(
     errors: list[float] = []
     for _ in range(max_sweeps):
         for site in range(last):
-            cores[site] = _best(chains, left[site], right[site], site)
+            cores[site] = _best(xp, chains, left[site], right[site], site)
             cores[site], cores[site + 1] = shift_right(xp, cores[site], cores[site + 1])
             left[site + 1] = _grow_left(xp, chains, cores[site], left[site], site)
         for site in range(last, 0, -1):
-            cores[site] = _best(chains, left[site], right[site], site)
+            cores[site] = _best(xp, chains, left[site], right[site], site)
             cores[site - 1], cores[site] = shift_left(xp, cores[site - 1], cores[site])
             right[site - 1] = _grow_right(xp, chains, cores[site], right[site], site)
-        cores[0] = _best(chains, left[0], right[0], 0)
+        cores[0] = _best(xp, chains, left[0], right[0], 0)
         missed = max(0.0, squared - _number(xp, xp.norm(cores[0])) ** 2)
         errors.append((missed / squared) ** 0.5 if squared else 0.0)
         if len(errors) > 1 and errors[-2] - errors[-1] < tol:
@@ -192,11 +192,15 @@ def _alternate(
 
 
 def _best(
-    chains: Sequence[Sequence[Array]], left: Sequence[Array], right: Sequence[Array], site: int
+    xp: Backend,
+    chains: Sequence[Sequence[Array]],
+    left: Sequence[Array],
+    right: Sequence[Array],
+    site: int,
 ) -> Array:
     """The core that minimises the error, the others being isometries."""
     parts = [
-        contract("ax,aoib,by->xoiy", before, chain[site], after)
+        contract(xp, "ax,aoib,by->xoiy", before, chain[site], after)
         for chain, before, after in zip(chains, left, right, strict=True)
     ]
     return sum(parts[1:], start=parts[0])
@@ -207,7 +211,7 @@ def _grow_left(
 ) -> list[Array]:
     bra = xp.conj(core)
     return [
-        contract("ax,aoib,xoiy->by", before, chain[site], bra)
+        contract(xp, "ax,aoib,xoiy->by", before, chain[site], bra)
         for chain, before in zip(chains, left, strict=True)
     ]
 
@@ -217,7 +221,7 @@ def _grow_right(
 ) -> list[Array]:
     bra = xp.conj(core)
     return [
-        contract("by,aoib,xoiy->ax", after, chain[site], bra)
+        contract(xp, "by,aoib,xoiy->ax", after, chain[site], bra)
         for chain, after in zip(chains, right, strict=True)
     ]
 

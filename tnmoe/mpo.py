@@ -226,8 +226,8 @@ class MPO:
         is_array = getattr(factor, "ndim", None) == 0
         if not is_array and not isinstance(factor, Number):
             return NotImplemented
-        complex_factor = factor.is_complex() if is_array else isinstance(factor, complex)
-        if complex_factor and self._backend.dtype_name(self.cores[0]) not in COMPLEX_DTYPES:
+        is_complex = _is_complex(factor) if is_array else isinstance(factor, complex)
+        if is_complex and not _is_complex(self.cores[0]):
             raise InputError(f"cannot multiply real cores ({self.dtype}) by a complex {factor!r}")
         site = self.shape.center if self.center is None else self.center
         cores = [core * factor if k == site else core for k, core in enumerate(self.cores)]
@@ -258,7 +258,8 @@ class MPO:
 
     def _compose(self, other: MPO) -> MPO:
         shape, factors = self._factors(other)
-        return MPO([self._in_own_dtype(core) for core in algebra.compose(*factors)], shape)
+        cores = algebra.compose(self._backend, *factors)
+        return MPO([self._in_own_dtype(core) for core in cores], shape)
 
     def _factors(self, other: MPO) -> tuple[MPOShape, tuple[Sequence[Array], Sequence[Array]]]:
         """Shape of the product with another operator, and the two chains to multiply for it."""
@@ -272,7 +273,7 @@ class MPO:
         if a.padded_in != a.in_features:
             # What truncations left in the padding must not meet.
             inside = algebra.mask(self._backend, a.in_dims, a.in_features, right[0])
-            right = algebra.compose(inside, right)
+            right = algebra.compose(self._backend, inside, right)
         shape = MPOShape(a.out_dims, b.in_dims, a.out_features, b.in_features)
         return shape, (self._computable_cores(), right)
 
@@ -302,11 +303,11 @@ class MPO:
             If the output legs are not the input legs, site by site.
         """
         _check_square(self.shape, "a trace")
-        cores = self._computable_cores()
+        xp, cores = self._backend, self._computable_cores()
         if self.shape.padded_out != self.shape.out_features:
             legs, size = self.shape.out_dims, self.shape.out_features
-            cores = algebra.compose(algebra.mask(self._backend, legs, size, cores[0]), cores)
-        return self._in_own_dtype(algebra.trace(self._backend, cores))
+            cores = algebra.compose(xp, algebra.mask(xp, legs, size, cores[0]), cores)
+        return self._in_own_dtype(algebra.trace(xp, cores))
 
     def inner(self, other: MPO) -> Array:
         """Frobenius inner product ⟨self, other⟩ = Σ conj(self) · other, a scalar.
@@ -549,6 +550,10 @@ def kron(a: MPO, b: MPO) -> MPO:
 def _check_square(shape: MPOShape, what: str) -> None:
     if shape.out_dims != shape.in_dims or shape.out_features != shape.in_features:
         raise InputError(f"{what} needs equal output and input legs at every site, got {shape}")
+
+
+def _is_complex(array: Array) -> bool:
+    return get_backend(array).dtype_name(array) in COMPLEX_DTYPES
 
 
 def check_center(shape: MPOShape, center: int | None) -> int:

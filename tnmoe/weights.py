@@ -10,8 +10,6 @@ Matrices lie along the last two axes; leading axes are a batch.
 
 from __future__ import annotations
 
-import opt_einsum
-
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import WIDE_DTYPE
 
@@ -81,9 +79,9 @@ class GramWeights:
         if rows == size:
             return self._gram
         others = size // rows
-        sizes = (others, rows, others, rows) if self._last else (rows, others, rows, others)
-        indices = "...rarb->...ab" if self._last else "...arbr->...ab"
-        return opt_einsum.contract(indices, self._gram.reshape(*batch, *sizes))
+        sizes = (others, rows) if self._last else (rows, others)
+        axes = (-4, -2) if self._last else (-3, -1)
+        return self._xp.trace(self._gram.reshape(*batch, *sizes, *sizes), *axes)
 
 
 class FactorWeights:

@@ -1,27 +1,33 @@
 """Array libraries behind one small protocol, found by an array's type and imported lazily.
 
 The library ``lib`` is supported when the module ``tnmoe.backends.lib`` exists; adding that one
-file is all there is to supporting another.
+file is all there is to supporting another. A backend that lives elsewhere is registered.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from tnmoe.backends.protocol import Array, Backend
 from tnmoe.errors import InputError
 
-__all__ = ["Array", "Backend", "available_backends", "backend_named", "get_backend"]
+__all__ = ["Array", "Backend", "available_backends", "backend_named", "get_backend", "register"]
+
+_BUILT_IN = tuple(
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "protocol")
+)
+_METHODS = tuple(name for name in vars(Backend) if not name.startswith("_"))
+
+# Backends from elsewhere, by the types of their arrays.
+_registered: dict[type, Backend] = {}
 
 
-@lru_cache(maxsize=1)
 def available_backends() -> tuple[str, ...]:
     """Names of the array libraries tnmoe has a backend for, installed or not."""
-    names = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(name for name in names if name != "protocol"))
+    return tuple(sorted({*_BUILT_IN, *(backend.name for backend in _registered.values())}))
 
 
 def backend_named(name: str) -> Backend:
@@ -34,7 +40,10 @@ def backend_named(name: str) -> Backend:
     ImportError
         If the library is not installed.
     """
-    if name not in available_backends():
+    for backend in _registered.values():
+        if backend.name == name:
+            return backend
+    if name not in _BUILT_IN:
         raise InputError(
             f"unknown array library {name!r}; tnmoe has backends for "
             f"{', '.join(available_backends())}"
@@ -60,13 +69,61 @@ def get_backend(array: Any) -> Backend:
     return _backend_of_type(kind)
 
 
+def register(backend: Backend, *types: type) -> None:
+    """Make tnmoe work with the arrays of another library.
+
+    Parameters
+    ----------
+    backend : Backend
+        The operations of :class:`tnmoe.backends.protocol.Backend` for these arrays.
+    *types : type
+        Classes of arrays, at least one. Their subclasses are found, too.
+
+    Raises
+    ------
+    TypeError
+        If ``backend`` lacks operations of the protocol, which the message names, or ``types`` are
+        not classes.
+    InputError
+        If there are no types, a type has a backend already, or another backend has the name.
+    """
+    if isinstance(backend, type):
+        raise TypeError(f"register an instance of {backend.__qualname__}, not the class")
+    missing = [name for name in _METHODS if not callable(getattr(backend, name, None))]
+    if not isinstance(getattr(backend, "name", None), str):
+        missing.insert(0, "name")
+    if missing:
+        raise TypeError(f"{type(backend).__qualname__} is no Backend: it lacks {', '.join(missing)}")
+    if not types:
+        raise InputError(f"the backend {backend.name!r} needs the type of its arrays")
+    if backend.name in available_backends() and backend not in _registered.values():
+        raise InputError(f"there is another backend of the name {backend.name!r}")
+    for kind in types:
+        if not isinstance(kind, type):
+            raise TypeError(f"types of arrays must be classes, got {kind!r}")
+        if (owner := _owner(kind)) is not None:
+            raise InputError(f"{_name_of(kind)} has the backend {owner!r} already")
+    _registered.update(dict.fromkeys(types, backend))
+    _backend_of_type.cache_clear()
+
+
 @cache
 def _backend_of_type(kind: type) -> Backend:
     for base in kind.__mro__:
-        library = base.__module__.partition(".")[0]
-        if library in available_backends():
-            return backend_named(library)
+        if (name := _owner(base)) is not None:
+            return backend_named(name)
     raise TypeError(
-        f"expected an array of one of {', '.join(available_backends())}, "
-        f"got {kind.__module__}.{kind.__qualname__}"
+        f"expected an array of one of {', '.join(available_backends())}, got {_name_of(kind)}"
     )
+
+
+def _owner(kind: type) -> str | None:
+    """Name of the backend for a class itself, its bases aside."""
+    if kind in _registered:
+        return _registered[kind].name
+    library = kind.__module__.partition(".")[0]
+    return library if library in _BUILT_IN else None
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -21,8 +21,8 @@ class NumpyBackend:
     def to_numpy(self, array: np.ndarray) -> np.ndarray:
         return array
 
-    def from_numpy(self, array: np.ndarray, like: np.ndarray) -> np.ndarray:
-        return array.astype(like.dtype, copy=False)
+    def from_numpy(self, array: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+        return array if like is None else array.astype(like.dtype, copy=False)
 
     def max_abs(self, array: np.ndarray) -> float:
         if np.iscomplexobj(array):
@@ -47,6 +47,9 @@ class NumpyBackend:
 
     def adjoint(self, matrix: np.ndarray) -> np.ndarray:
         return self.conj(matrix).swapaxes(-1, -2)
+
+    def trace(self, array: np.ndarray, first: int, second: int) -> np.ndarray:
+        return array.trace(axis1=first, axis2=second)
 
     def pad(self, matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
         padded = np.zeros((*matrix.shape[:-2], rows, columns), dtype=matrix.dtype)

@@ -1,7 +1,16 @@
 """What an array library must offer: the operations that libraries spell differently.
 
-Everything else (``+``, ``@``, ``reshape``, slicing, ``shape``) is the same method or operator in
-all of them and is used directly.
+The rest is spelt alike in all of them and is used directly. An array has
+
+- ``shape``, ``ndim``, ``dtype`` (any object that can be compared and printed), ``real``, ``imag``,
+- ``reshape(*sizes)`` or ``reshape(sizes)``, and ``clip(least)``,
+- indexing by integers, slices, ``...`` and ``None``,
+- ``+ - * / **``, negation and ``==``, with arrays that broadcast and with Python's numbers, which
+  leave the precision of the array as it is,
+- ``@``, with leading axes as a batch,
+- ``float(array)`` for one number.
+
+It is never written into, and never given to a function of NumPy.
 """
 
 from __future__ import annotations
@@ -48,13 +57,19 @@ class Backend(Protocol):
         """Name of the dtype, as NumPy spells it (plus ``bfloat16``)."""
 
     def astype(self, array: Array, dtype: str) -> Array:
-        """The array in another dtype; itself where it has that dtype already."""
+        """The array in another dtype; itself where it has that dtype already.
+
+        Raises a TypeError where the library has no such dtype.
+        """
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """A NumPy copy or view, detached from any gradient."""
 
-    def from_numpy(self, array: np.ndarray, like: Array) -> Array:
-        """A NumPy array as one of this library, with the dtype and device of ``like``."""
+    def from_numpy(self, array: np.ndarray, like: Array | None = None) -> Array:
+        """A NumPy array as one of this library, with the dtype and device of ``like``.
+
+        Without it the dtype stays and the array is on the CPU.
+        """
 
     def tracked(self, array: Array) -> bool:
         """Whether gradients flow through what is computed from the array."""
@@ -76,6 +91,9 @@ class Backend(Protocol):
 
     def adjoint(self, matrix: Array) -> Array:
         """Conjugate transpose of the last two axes; leading axes are a batch."""
+
+    def trace(self, array: Array, first: int, second: int) -> Array:
+        """Sum over the diagonal of two axes of one size; negative ones count from the last."""
 
     def pad(self, matrix: Array, rows: int, columns: int) -> Array:
         """The matrix with zero rows and columns added at its end; leading axes are a batch."""

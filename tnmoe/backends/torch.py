@@ -25,8 +25,9 @@ class TorchBackend:
         array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
-    def from_numpy(self, array: np.ndarray, like: Tensor) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, like.dtype)
+    def from_numpy(self, array: np.ndarray, like: Tensor | None = None) -> Tensor:
+        tensor = torch.from_numpy(np.asarray(array, order="C"))
+        return tensor if like is None else tensor.to(like.device, like.dtype)
 
     def max_abs(self, array: Tensor) -> float:
         if array.is_complex():
@@ -54,6 +55,9 @@ class TorchBackend:
 
     def adjoint(self, matrix: Tensor) -> Tensor:
         return matrix.mH
+
+    def trace(self, array: Tensor, first: int, second: int) -> Tensor:
+        return array.diagonal(dim1=first, dim2=second).sum(-1)
 
     def pad(self, matrix: Tensor, rows: int, columns: int) -> Tensor:
         return torch.nn.functional.pad(
