@@ -9,6 +9,7 @@ import hypothesis
 
 # Machines that run the suite are shared and noisy: an example is never judged by its time.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=150)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from tnmoe.backends import Array, get_backend
+from tnmoe.backends import Array, Backend, available_backends, backend_named, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES
 from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
@@ -31,7 +32,8 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     path : path
         File to write; replaced if it exists.
     obj : MPO or SharedMPO
-        What to save. Complex cores are stored as pairs of real numbers.
+        What to save, of any array library. Complex cores are stored as pairs of real numbers,
+        bfloat16 as the 16 bits of each.
 
     Raises
     ------
@@ -69,8 +71,8 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
         "center": obj.center,
     }
     metadata = {"tnmoe": json.dumps(description), "tnmoe_format": _FORMAT}
-    stored = {name: _as_stored(array) for name, array in arrays.items()}
-    contents = import_module(f"safetensors.{xp.name}").save(stored, metadata)
+    stored = {name: _as_stored(xp, array) for name, array in arrays.items()}
+    contents = safetensors.numpy.save(stored, metadata)
     _write_atomically(Path(path), contents)
 
 
@@ -81,8 +83,9 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     ----------
     path : path
         File to read.
-    library : {"numpy", "torch"}, optional
-        Array library of the result (on the CPU); by default the one it was saved from.
+    library : str, optional
+        Array library of the result, "numpy", "torch" or the name of a registered backend; by
+        default the one it was saved from. Arrays are on the CPU.
 
     Returns
     -------
@@ -91,7 +94,8 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     Raises
     ------
     InputError
-        If the file is damaged or was not written by :func:`save`.
+        If the file is damaged or was not written by :func:`save`, there is no such library, or
+        it lacks the dtype.
     OSError
         If the file cannot be read.
     """
@@ -112,35 +116,51 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
 _SHAPE_KEYS = ("out_dims", "in_dims", "out_features", "in_features")
 
 
-_FRAMEWORKS = {"numpy": "np", "torch": "pt"}
-
-
 def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str, Array]]:
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
-    if metadata.get("tnmoe_format") != _FORMAT:
-        raise InputError(
-            f"{path} was not written by this version of tnmoe.save: expected format {_FORMAT}, "
-            f"found {metadata.get('tnmoe_format')}"
-        )
+        if metadata.get("tnmoe_format") != _FORMAT:
+            raise InputError(
+                f"{path} was not written by this version of tnmoe.save: expected format {_FORMAT}, "
+                f"found {metadata.get('tnmoe_format')}"
+            )
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     description = json.loads(metadata["tnmoe"])
-    library = library or description["library"]
-    one_of("library", library, _FRAMEWORKS)
-    if library == "numpy" and description["dtype"] == "bfloat16":
-        raise InputError(f"{path} holds bfloat16, which NumPy lacks: load it with library='torch'")
-    with safe_open(path, framework=_FRAMEWORKS[library]) as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if description["dtype"] in COMPLEX_DTYPES:
-        arrays = {name: array[0] + 1j * array[1] for name, array in arrays.items()}
-    return description, arrays
+    library, dtype = library or description["library"], description["dtype"]
+    one_of("library", library, available_backends())
+    xp = backend_named(library)
+    arrays = {name: xp.from_numpy(_numbers(each, dtype)) for name, each in stored.items()}
+    try:
+        return description, {name: xp.astype(array, dtype) for name, array in arrays.items()}
+    except TypeError as error:
+        raise InputError(
+            f"{path} holds {dtype}, which {library} lacks: load it with another library"
+        ) from error
 
 
-def _as_stored(array: Array) -> Array:
-    """A contiguous real copy; complex numbers as (real, imaginary) along a new first axis."""
-    xp = get_backend(array)
-    if xp.dtype_name(array) in COMPLEX_DTYPES:
-        return xp.stack([array.real, array.imag])
-    return xp.stack([array])[0]
+def _as_stored(xp: Backend, array: Array) -> np.ndarray:
+    """The numbers as safetensors and NumPy both hold them, in one piece.
+
+    Complex numbers become (real, imaginary) along a new first axis, bfloat16 the upper halves of
+    the float32 that NumPy has for them.
+    """
+    numbers, dtype = xp.to_numpy(array), xp.dtype_name(array)
+    if dtype in COMPLEX_DTYPES:
+        numbers = np.stack([numbers.real, numbers.imag])
+    if dtype == "bfloat16":
+        numbers = (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return np.ascontiguousarray(numbers)
+
+
+def _numbers(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers out of what :func:`_as_stored` made of them; bfloat16 as float32."""
+    if dtype in COMPLEX_DTYPES:
+        numbers = np.empty(stored.shape[1:], dtype)
+        numbers.real, numbers.imag = stored
+        return numbers
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored
 
 
 def _write_atomically(path: Path, contents: bytes) -> None:

@@ -63,7 +63,7 @@ class Backend(Protocol):
         """
 
     def to_numpy(self, array: Array) -> np.ndarray:
-        """A NumPy copy or view, detached from any gradient."""
+        """A NumPy copy or view, detached from any gradient; bfloat16 as float32."""
 
     def from_numpy(self, array: np.ndarray, like: Array | None = None) -> Array:
         """A NumPy array as one of this library, with the dtype and device of ``like``.

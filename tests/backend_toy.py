@@ -1,0 +1,105 @@
+"""The toy library's backend: the one file that tnmoe needs to work with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.backend_toy_array import ToyArray
+from tnmoe.backends import backend_named, register
+
+# The toy keeps its numbers in NumPy; a real library has operations of its own for what follows.
+_NUMPY = backend_named("numpy")
+
+
+class ToyBackend:
+    """The protocol of :mod:`tnmoe.backends.protocol` for toy arrays."""
+
+    name = "toy"
+
+    # Into the library and out of it.
+
+    def dtype_name(self, array: ToyArray) -> str:
+        return array.dtype
+
+    def astype(self, array: ToyArray, dtype: str) -> ToyArray:
+        return ToyArray(_NUMPY.astype(array.numbers, dtype))
+
+    def to_numpy(self, array: ToyArray) -> np.ndarray:
+        return array.numbers
+
+    def from_numpy(self, array: np.ndarray, like: ToyArray | None = None) -> ToyArray:
+        return ToyArray(_NUMPY.from_numpy(array, None if like is None else like.numbers))
+
+    def tracked(self, array: ToyArray) -> bool:
+        return False
+
+    # Numbers from arrays.
+
+    def max_abs(self, array: ToyArray) -> float:
+        return _NUMPY.max_abs(array.numbers)
+
+    def norm(self, array: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.norm(array.numbers))
+
+    # Axes.
+
+    def conj(self, array: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.conj(array.numbers))
+
+    def permute(self, array: ToyArray, axes: Sequence[int]) -> ToyArray:
+        return ToyArray(_NUMPY.permute(array.numbers, axes))
+
+    def transpose(self, matrix: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.transpose(matrix.numbers))
+
+    def adjoint(self, matrix: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.adjoint(matrix.numbers))
+
+    def trace(self, array: ToyArray, first: int, second: int) -> ToyArray:
+        return ToyArray(_NUMPY.trace(array.numbers, first, second))
+
+    def pad(self, matrix: ToyArray, rows: int, columns: int) -> ToyArray:
+        return ToyArray(_NUMPY.pad(matrix.numbers, rows, columns))
+
+    def stack(self, arrays: Sequence[ToyArray]) -> ToyArray:
+        return ToyArray(_NUMPY.stack([array.numbers for array in arrays]))
+
+    def concatenate(self, arrays: Sequence[ToyArray], axis: int) -> ToyArray:
+        return ToyArray(_NUMPY.concatenate([array.numbers for array in arrays], axis))
+
+    # New arrays.
+
+    def zeros(self, shape: Sequence[int], like: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.zeros(shape, like.numbers))
+
+    def eye(self, size: int, like: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.eye(size, like.numbers))
+
+    def normal(self, shape: Sequence[int], rng: np.random.Generator, like: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.normal(shape, rng, like.numbers))
+
+    # Decompositions.
+
+    def qr(self, matrix: ToyArray) -> tuple[ToyArray, ToyArray]:
+        q, r = _NUMPY.qr(matrix.numbers)
+        return ToyArray(q), ToyArray(r)
+
+    def left_svd(self, matrix: ToyArray) -> tuple[ToyArray, ToyArray]:
+        u, s = _NUMPY.left_svd(matrix.numbers)
+        return ToyArray(u), ToyArray(s)
+
+    def eigh(self, matrix: ToyArray) -> tuple[ToyArray, ToyArray]:
+        values, vectors = _NUMPY.eigh(matrix.numbers)
+        return ToyArray(values), ToyArray(vectors)
+
+    def eigvalsh(self, matrix: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.eigvalsh(matrix.numbers))
+
+    def triangle(self, matrix: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.triangle(matrix.numbers))
+
+
+backend = ToyBackend()
+register(backend, ToyArray)
