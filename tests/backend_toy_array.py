@@ -123,4 +123,4 @@ class ToyArray:
         return NotImplemented
 
     def __repr__(self) -> str:
-        return f"ToyArray{self.shape}"
+        return f"ToyArray(shape={self.shape}, dtype={self.dtype})"

@@ -1,18 +1,21 @@
-"""Backends: what each library must do alike, and the fallbacks when LAPACK fails."""
+"""Backends: what each library must do alike, registering them, the fallbacks when LAPACK fails."""
 
 import numpy as np
 import pytest
 import torch
 
+from tests.backend_toy import ToyBackend
+from tests.backend_toy_array import ToyArray
 from tests.matrices import LIBRARIES, to_library, to_numpy
-from tnmoe.backends import available_backends, backend_named, get_backend
+from tnmoe import backends
+from tnmoe.backends import available_backends, backend_named, get_backend, register
 from tnmoe.backends.protocol import Backend
 from tnmoe.errors import InputError
 
 METHODS = [name for name in vars(Backend) if not name.startswith("_")]
 
 
-@pytest.mark.parametrize("library", available_backends())
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_a_backend_has_every_operation_of_the_protocol(library):
     backend = backend_named(library)
     assert backend.name == library
@@ -22,13 +25,127 @@ def test_a_backend_has_every_operation_of_the_protocol(library):
 def test_subclasses_of_arrays_are_found():
     assert get_backend(torch.nn.Parameter(torch.ones(2))).name == "torch"
     assert get_backend(np.ones(2).view(type("Mine", (np.ndarray,), {}))).name == "numpy"
+    assert get_backend(type("Mine", (ToyArray,), {})(np.ones(2))).name == "toy"
 
 
 def test_an_unknown_library_is_named():
     with pytest.raises(InputError, match="'jax'; tnmoe has backends for numpy, torch"):
         backend_named("jax")
-    with pytest.raises(TypeError, match=r"one of numpy, torch, got builtins\.dict"):
+    with pytest.raises(TypeError, match=r"one of numpy, torch.*, got builtins\.dict"):
         get_backend({})
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    yield
+    backends._backend_of_type.cache_clear()
+
+
+class OtherBackend(ToyBackend):
+    name = "other"
+
+
+class FirstArray:
+    """Of a library with two classes of arrays."""
+
+
+class SecondArray:
+    """The other one."""
+
+
+def test_a_registered_backend_is_found_by_type_and_by_name(fresh_registry):
+    backend = OtherBackend()
+    with pytest.raises(TypeError, match=r"got tests\.test_backends\.FirstArray"):
+        get_backend(FirstArray())
+    register(backend, FirstArray)
+    register(backend, SecondArray)
+    assert get_backend(FirstArray()) is get_backend(SecondArray()) is backend_named("other")
+    assert backend_named("other") is backend
+    assert available_backends() == tuple(sorted({*LIBRARIES, "other", "toy"}))
+    with pytest.raises(TypeError, match=r"one of numpy, other, .*got builtins\.dict"):
+        get_backend({})
+
+
+def test_a_subclass_may_have_a_backend_of_its_own(fresh_registry):
+    mine = type("Mine", (np.ndarray,), {})
+    assert get_backend(np.ones(2).view(mine)).name == "numpy"
+    backend = OtherBackend()
+    register(backend, mine)
+    assert get_backend(np.ones(2).view(mine)) is backend
+    assert get_backend(np.ones(2)).name == "numpy"
+
+
+class Unfinished:
+    """Without ``triangle``, and with a ``qr`` that cannot be called."""
+
+    name = "unfinished"
+    qr = None
+
+
+for method in set(METHODS) - {"qr", "triangle"}:
+    setattr(Unfinished, method, getattr(ToyBackend, method))
+
+
+@pytest.mark.parametrize(
+    ("backend", "types", "error", "message"),
+    [
+        (Unfinished(), [FirstArray], TypeError, "Unfinished is no Backend: it lacks qr, triangle$"),
+        (object(), [FirstArray], TypeError, "object is no Backend: it lacks name, dtype_name, "),
+        (OtherBackend, [FirstArray], TypeError, "an instance of OtherBackend, not the class"),
+        (OtherBackend(), [], InputError, "the backend 'other' needs the type of its arrays"),
+        (OtherBackend(), [3], TypeError, "must be classes, got 3"),
+        (OtherBackend(), [ToyArray], InputError, r"_array\.ToyArray has the backend 'toy' already"),
+        (OtherBackend(), [np.ndarray], InputError, r"numpy\.ndarray has the backend 'numpy'"),
+        (ToyBackend(), [FirstArray], InputError, "there is another backend of the name 'toy'"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused_as_a_whole(
+    fresh_registry, backend, types, error, message
+):
+    before = available_backends()
+    with pytest.raises(error, match=message):
+        register(backend, SecondArray, *types) if types else register(backend)
+    assert available_backends() == before
+    with pytest.raises(TypeError, match="expected an array of one of"):
+        get_backend(SecondArray())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        np.asarray,
+        np.sum,
+        np.transpose,
+        lambda array: np.concatenate([array, array]),
+        lambda array: np.ones(2) + array,
+        lambda array: array + np.float64(1),
+        lambda array: array[np.array([0])],
+        lambda array: array[0].__setitem__(0, 1.0),
+        bool,
+    ],
+)
+def test_toy_arrays_refuse_what_only_numpy_has(use):
+    with pytest.raises((TypeError, AttributeError)):
+        use(ToyArray(np.ones((2, 2))))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_traces_pads_and_conversions_are_those_of_numpy(library, dtype):
+    xp = backend_named(library)
+    numbers = np.random.default_rng(0).standard_normal((3, 2, 4, 2)).astype(dtype)
+    array = to_library(numbers, library)
+    for first, second in ((1, 3), (-3, -1)):
+        expected = np.trace(numbers, axis1=first, axis2=second)
+        np.testing.assert_allclose(to_numpy(xp.trace(array, first, second)), expected, rtol=1e-6)
+    padded = to_numpy(xp.pad(array, 5, 3))
+    np.testing.assert_array_equal(padded, np.pad(numbers, [(0, 0), (0, 0), (0, 1), (0, 1)]))
+    assert xp.dtype_name(array) == dtype
+    like = xp.astype(array, "complex64")
+    assert xp.dtype_name(xp.from_numpy(numbers, like=like)) == "complex64"
+    assert tuple(xp.from_numpy(np.zeros(())).shape) == ()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

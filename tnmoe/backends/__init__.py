@@ -86,14 +86,21 @@ def register(backend: Backend, *types: type) -> None:
         not classes.
     InputError
         If there are no types, a type has a backend already, or another backend has the name.
+
+    Examples
+    --------
+    >>> from tnmoe.backends.numpy import NumpyBackend
+    >>> class Unfinished(NumpyBackend):
+    ...     qr = None
+    >>> register(Unfinished(), list)
+    Traceback (most recent call last):
+    TypeError: Unfinished is no Backend: it lacks qr
     """
     if isinstance(backend, type):
         raise TypeError(f"register an instance of {backend.__qualname__}, not the class")
-    missing = [name for name in _METHODS if not callable(getattr(backend, name, None))]
-    if not isinstance(getattr(backend, "name", None), str):
-        missing.insert(0, "name")
-    if missing:
-        raise TypeError(f"{type(backend).__qualname__} is no Backend: it lacks {', '.join(missing)}")
+    if missing := _missing(backend):
+        name = type(backend).__qualname__
+        raise TypeError(f"{name} is no Backend: it lacks {', '.join(missing)}")
     if not types:
         raise InputError(f"the backend {backend.name!r} needs the type of its arrays")
     if backend.name in available_backends() and backend not in _registered.values():
@@ -105,6 +112,13 @@ def register(backend: Backend, *types: type) -> None:
             raise InputError(f"{_name_of(kind)} has the backend {owner!r} already")
     _registered.update(dict.fromkeys(types, backend))
     _backend_of_type.cache_clear()
+
+
+def _missing(backend: Any) -> list[str]:
+    """What an object lacks to be a Backend."""
+    unnamed = not isinstance(getattr(backend, "name", None), str)
+    methods = [name for name in _METHODS if not callable(getattr(backend, name, None))]
+    return ["name"] * unnamed + methods
 
 
 @cache
