@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.matrices import LIBRARIES, to_library
 from tnmoe import bond_search
 from tnmoe.bond_search import choose_bonds
 from tnmoe.errors import InputError
@@ -194,6 +195,13 @@ def test_caps_win_over_an_error_and_zeros_are_always_cut():
 def test_only_the_relative_size_of_schmidt_values_counts(scale, rtol):
     scaled = [scale * spectrum for spectrum in SPECTRA]
     assert select_bonds(scaled, SHAPE, rtol=rtol) == select_bonds(SPECTRA, SHAPE, rtol=rtol)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_spectra_may_come_from_any_library(library):
+    spectra = [to_library(spectrum, library) for spectrum in SPECTRA]
+    assert select_bonds(spectra, SHAPE, rtol=0.01) == select_bonds(SPECTRA, SHAPE, rtol=0.01)
+    assert bonds_by_entropy(spectra, SHAPE) == bonds_by_entropy(SPECTRA, SHAPE)
 
 
 def test_spectra_may_come_from_another_library_in_low_precision():

@@ -183,7 +183,7 @@ def _check_spectra(spectra: Sequence[Array], shape: MPOShape) -> list[np.ndarray
 def _check_spectrum(bond: int, spectrum: Array) -> np.ndarray:
     xp = get_backend(spectrum)
     name, dtype = f"the spectrum of bond {bond}", xp.dtype_name(spectrum)
-    if spectrum.ndim != 1 or not len(spectrum) or dtype not in REAL_DTYPES:
+    if spectrum.ndim != 1 or 0 in spectrum.shape or dtype not in REAL_DTYPES:
         raise InputError(
             f"{name} must be a non-empty 1-D array of real floating-point numbers, got shape "
             f"{tuple(spectrum.shape)} and dtype {dtype}"

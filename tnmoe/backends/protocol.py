@@ -4,7 +4,7 @@ The rest is spelt alike in all of them and is used directly. An array has
 
 - ``shape``, ``ndim``, ``dtype`` (any object that can be compared and printed), ``real``, ``imag``,
 - ``reshape(*sizes)`` or ``reshape(sizes)``, and ``clip(least)``,
-- indexing by integers, slices, ``...`` and ``None``,
+- indexing by integers, slices, ``...`` and ``None``, and iteration along the first axis,
 - ``+ - * / **``, negation and ``==``, with arrays that broadcast and with Python's numbers, which
   leave the precision of the array as it is,
 - ``@``, with leading axes as a batch,
