@@ -112,7 +112,7 @@ def _product(
     left: str, right: str, sizes: dict[str, int], result: str | None
 ) -> tuple[str, _Product]:
     """The indices of a product and how to form it; the last product is to look like the result."""
-    swapped = bool(result) and result[0] in right
+    swapped = result is not None and result.startswith(tuple(right))
     if swapped:
         left, right = right, left
     rows = "".join(index for index in left if index not in right)
@@ -124,8 +124,10 @@ def _product(
         swapped,
         _order(left, rows + depth),
         _order(right, depth + columns),
-        *(_size(part, sizes) for part in (rows, depth, columns)),
-        shape=tuple(sizes[index] for index in rows + columns),
+        _size(rows, sizes),
+        _size(depth, sizes),
+        _size(columns, sizes),
+        tuple(sizes[index] for index in rows + columns),
     )
     return rows + columns, product
 
