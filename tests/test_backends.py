@@ -29,9 +29,9 @@ def test_subclasses_of_arrays_are_found():
 
 
 def test_an_unknown_library_is_named():
-    with pytest.raises(InputError, match="'jax'; tnmoe has backends for numpy, torch"):
+    with pytest.raises(InputError, match=r"'jax'; tnmoe has backends for .*numpy.*, torch"):
         backend_named("jax")
-    with pytest.raises(TypeError, match=r"one of numpy, torch.*, got builtins\.dict"):
+    with pytest.raises(TypeError, match=r"one of .*numpy.*, torch.*, got builtins\.dict"):
         get_backend({})
 
 
@@ -64,7 +64,7 @@ def test_a_registered_backend_is_found_by_type_and_by_name(fresh_registry):
     assert get_backend(FirstArray()) is get_backend(SecondArray()) is backend_named("other")
     assert backend_named("other") is backend
     assert available_backends() == tuple(sorted({*LIBRARIES, "other", "toy"}))
-    with pytest.raises(TypeError, match=r"one of numpy, other, .*got builtins\.dict"):
+    with pytest.raises(TypeError, match=r"one of .*numpy.*, other, .*got builtins\.dict"):
         get_backend({})
 
 

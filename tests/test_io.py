@@ -132,5 +132,5 @@ def test_bad_arguments_are_named(tmp_path):
     tn.save(tmp_path / "x", example("bfloat16", "MPO", "torch"))
     with pytest.raises(tn.InputError, match="bfloat16, which numpy lacks"):
         tn.load(tmp_path / "x", library="numpy")
-    with pytest.raises(tn.InputError, match=r"one of numpy, torch.*, got 'unheard'"):
+    with pytest.raises(tn.InputError, match=r"one of .*numpy.*, torch.*, got 'unheard'"):
         tn.load(tmp_path / "x", library="unheard")
