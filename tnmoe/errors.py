@@ -12,11 +12,25 @@ class InputError(ValueError):
 
     The command line turns it into one line and exit code 2. A plain ``ValueError`` from inside
     tnmoe is therefore a bug, and keeps its traceback.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> MPOShape((2, 3), (4,))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tnmoe.errors.InputError: out_dims and in_dims need one leg per site each: got ...
     """
 
 
 class MissingExtraError(ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra that brings it.
+
+    Examples
+    --------
+    >>> raise MissingExtraError("tnmoe.plot", "matplotlib", "plot")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tnmoe.errors.MissingExtraError: tnmoe.plot needs matplotlib, which is not installed: ...
+    """
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
         self.package = package

@@ -29,6 +29,14 @@ class FitInfo:
         difference of norms, so values below the square root of the precision are not meaningful.
     converged : bool
         Whether the last sweep changed the error by less than the tolerance.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> target = MPO.random(MPOShape((2, 2, 2), (2, 2, 2)), max_bond=2, rng=0)
+    >>> fitted, info = fit(target, max_bond=1, return_info=True)
+    >>> info.converged, 0 < info.errors[-1] < 1
+    (True, True)
     """
 
     errors: tuple[float, ...]

@@ -50,6 +50,13 @@ class ContractionPlan:
         (cores…) on the dense one; empty on the others.
     seconds : dict
         For experts: predicted seconds of every route that is open.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape, contraction_plan
+    >>> plan = contraction_plan(MPOShape((4, 4, 4), (4, 4, 4)), (2, 2), batch=8)
+    >>> plan.route, plan.path
+    ('chain', ((1,), (2,), (0, 3), (0, 2), (0, 1)))
     """
 
     route: str

@@ -20,6 +20,12 @@ class SqueezeStep:
     """One bond that was shrunk: which, from and to what, the error it made, the score after it.
 
     ``error`` is the relative Frobenius error of that step on that matrix.
+
+    Examples
+    --------
+    >>> step = SqueezeStep("up", bond=1, before=16, after=14, error=0.01, score=0.93)
+    >>> f"{step.name}: bond {step.bond} from {step.before} to {step.after}"
+    'up: bond 1 from 16 to 14'
     """
 
     name: str
@@ -42,6 +48,14 @@ class SqueezeResult:
         Their score.
     steps : tuple of SqueezeStep
         Steps that were kept, in order.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> mpo = MPO.random(MPOShape((2, 2, 2), (2, 2, 2)), max_bond=4, rng=0)
+    >>> result = squeeze({"up": mpo}, lambda mpos: 1.0, threshold=0.5, max_steps=2)
+    >>> [(step.bond, step.before, step.after) for step in result.steps]
+    [(1, 4, 3), (0, 4, 3)]
     """
 
     mpos: dict[str, MPO]

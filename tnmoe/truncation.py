@@ -23,6 +23,16 @@ class TruncationInfo:
         Per bond: the Schmidt values seen when the bond was cut, descending, before cutting.
     methods : tuple of str
         Per bond: the algorithm used (``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``).
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape, decompose
+    >>> shape = MPOShape((2, 2), (2, 2))
+    >>> mpo, info = decompose(np.diag([4.0, 3, 2, 1]), shape, max_bond=1, return_info=True)
+    >>> np.round(info.spectra[0], 3)
+    array([5.465, 0.366, 0.   , 0.   ])
+    >>> bool(np.isclose(info.error_bound, np.linalg.norm(info.spectra[0][1:])))
+    True
     """
 
     discarded: tuple[float, ...]

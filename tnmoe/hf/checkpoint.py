@@ -142,6 +142,17 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     ------
     InputError
         If there is no such folder, or it holds no MPOE checkpoint of a format this version reads.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from tnmoe.hf import MPOEConfig, upcycle
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> folder = tempfile.mkdtemp()
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2))
+    >>> upcycle(model, MPOEConfig(num_experts=4, sites=3)).save_pretrained(folder)
+    >>> type(from_pretrained(folder)).__name__
+    'GPT2LMHeadModel'
     """
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise InputError(f"{os.fspath(folder)} is not a Hugging Face folder: no config.json there")

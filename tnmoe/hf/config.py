@@ -78,6 +78,12 @@ class MPOEConfig:
     ------
     InputError
         If a value is out of range.
+
+    Examples
+    --------
+    >>> config = MPOEConfig(num_experts=4, num_experts_per_tok=2, router={"jitter_noise": 0.01})
+    >>> config.num_experts, config.layout
+    (4, 'interleaved')
     """
 
     num_experts: int = 8

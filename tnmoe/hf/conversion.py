@@ -99,6 +99,19 @@ class Conversion:
         Its config.json.
     settings : dict
         What the numbers depend on besides, as plain data.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from tnmoe.hf import MPOEConfig, plan_upcycle
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> folder = tempfile.mkdtemp()
+    >>> GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
+    >>> plan = plan_upcycle(folder, MPOEConfig(num_experts=4, sites=3))
+    >>> plan.num_params > plan.source.num_params
+    True
+    >>> [path.name for path in plan.run(f"{folder}-mpoe")]
+    ['model.safetensors']
     """
 
     source: Checkpoint

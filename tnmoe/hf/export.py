@@ -38,6 +38,16 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     ------
     InputError
         If the model is no converted one.
+
+    Examples
+    --------
+    >>> from tnmoe.hf import MPOEConfig, upcycle
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
+    >>> model = upcycle(model, MPOEConfig(num_experts=4, sites=3))
+    >>> type(average_experts(model).model.layers[0].mlp).__name__
+    'LlamaMLP'
     """
     config = config_of(model)
     plain = copy.deepcopy(model.config)
@@ -104,6 +114,16 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     expert then rounds to 1, unless the two best logits are equal to the last bit. Such a router
     learns nothing more, and does not fit into float16. Switch's capacity is set so high that no
     token is dropped.
+
+    Examples
+    --------
+    >>> from tnmoe.hf import MPOEConfig, upcycle
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
+    >>> model = upcycle(model, MPOEConfig(num_experts=4, sites=3))
+    >>> type(to_moe(model)).__name__
+    'MixtralForCausalLM'
     """
     config = config_of(model)
     target, mixtures = target_of(model), _mixtures(model)

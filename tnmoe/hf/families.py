@@ -68,6 +68,14 @@ class FFN:
         Path of the layer that holds it, and the family that found it.
     network : Module, optional
         What computes it, and nothing else, in the model: looked at by :func:`check_formula`.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2))
+    >>> (ffn,) = find_ffns(model)
+    >>> ffn.name, ffn.family, ffn.num_params, list(ffn.matrices)
+    ('transformer.h.0', 'GPT-2', 2128, ['up', 'down'])
     """
 
     up: Matrix
@@ -118,6 +126,12 @@ def register_family(name: str) -> Callable[[Finder], Finder]:
     ----------
     name : str
         Name of the family; an existing one is replaced.
+
+    Examples
+    --------
+    For models whose layers have ``layer.ff.inner``, ``layer.ff.outer`` and ``layer.ff.act``:
+
+    >>> finder = register_family("mine")(of_module("ff", "inner", "outer", activation="act"))
     """
 
     def register(finder: Finder) -> Finder:
@@ -151,10 +165,13 @@ def of_module(
 
     Examples
     --------
-    A family of one's own, of layers with ``layer.ff.inner``, ``layer.ff.outer``:
+    A layer whose network is ``layer.ff``, with ``inner``, ``act`` and ``outer``:
 
-    >>> finder = register_family("mine")(of_module("ff", "inner", "outer", activation="act"))
-    >>> _ = _FAMILIES.pop("mine")
+    >>> layer = nn.Module()
+    >>> layer.ff = nn.Module()
+    >>> layer.ff.inner, layer.ff.act, layer.ff.outer = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)
+    >>> of_module("ff", "inner", "outer")(layer).num_params
+    76
     """
 
     def find(layer: Any) -> FFN | None:
@@ -192,6 +209,15 @@ def in_place(
         Attribute that is its dropout between the matrices.
     beside : str, optional
         Attribute by which to tell the family, where the others' names are common.
+
+    Examples
+    --------
+    A layer that itself has the matrices ``fc1`` and ``fc2``:
+
+    >>> layer = nn.Module()
+    >>> layer.fc1, layer.act, layer.fc2 = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)
+    >>> in_place("fc1", "fc2")(layer).num_params
+    76
     """
 
     def find(layer: Any) -> FFN | None:
@@ -383,6 +409,13 @@ def find_ffns(
     InputError
         If there is none of a known family, ``layers`` names one that is not there, none is left,
         or the model ties their parameters by name.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> model = GPT2Model(GPT2Config(vocab_size=32, n_layer=4, n_embd=16, n_head=2))
+    >>> [ffn.name for ffn in find_ffns(model, every=2)]
+    ['h.1', 'h.3']
     """
     by_matrix: dict[int, FFN] = {}
     for name, module in model.named_modules():

@@ -59,6 +59,16 @@ class Inspection:
     architecture : str
     parameters : ParameterReport
     matrices : tuple of MatrixInspection
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import GPT2Config
+    >>> folder = tempfile.mkdtemp()
+    >>> GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(folder)
+    >>> found = inspect_checkpoint(folder, MPOEConfig(num_experts=4, sites=3), weights=False)
+    >>> found.matrices[0].name, found.to_dict()["parameters"]["num_experts"]
+    ('h.0.up', 4)
     """
 
     architecture: str

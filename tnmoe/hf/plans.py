@@ -112,6 +112,19 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     InputError
         If the folder holds no sound MPOE checkpoint, or something that the other class cannot
         express.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from tnmoe.hf import upcycle
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
+    >>> folder = tempfile.mkdtemp()
+    >>> upcycle(model, MPOEConfig(num_experts=4, sites=3)).save_pretrained(folder)
+    >>> plan = plan_export(folder, to="moe")
+    >>> plan.config["architectures"]
+    ['MixtralForCausalLM']
     """
     one_of("to", to, FORMATS)
     source = Checkpoint(folder)

@@ -42,6 +42,13 @@ class ParameterReport:
         and MPOE with its router.
     total : ParameterCount
         The whole model; tied parameters count once.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig
+    >>> report = parameter_report(BertConfig(num_hidden_layers=1), MPOEConfig(num_experts=8))
+    >>> round(report.ffns[0].ratio, 2)  # an ordinary mixture over MPOE
+    4.9
     """
 
     num_experts: int

@@ -31,6 +31,15 @@ def attach_router_losses(model: PreTrainedModel, config: MPOEConfig) -> None:
     model : PreTrainedModel
         Its ``forward`` is wrapped in hooks.
     config : MPOEConfig
+
+    Examples
+    --------
+    :func:`upcycle` and :func:`from_pretrained` do it; a model put together by hand needs it:
+
+    >>> from tnmoe.hf import MPOEConfig
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2))
+    >>> attach_router_losses(model, MPOEConfig(balance_weight=0.02))
     """
     hooks = _RouterLosses(config.balance_weight, config.z_weight)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)

@@ -61,6 +61,18 @@ def upcycle(
     -----
     Routers and expert noise are drawn from torch's global generator: seed it to reproduce them.
     Sparse upcycling: Komatsuzaki et al., arXiv:2212.05055.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2)).eval()
+    >>> tokens = torch.arange(8)[None]
+    >>> before = model(tokens).logits
+    >>> model = upcycle(model, MPOEConfig(num_experts=4, sites=3))
+    >>> bool(torch.allclose(model(tokens).logits, before, atol=1e-4))
+    True
+    >>> type(model.transformer.h[0].mlp).__name__
+    'MPOMoE'
     """
     stored: Any = getattr(model.config, "quantization_config", None)
     # What was loaded from a GGUF file is in floats again.

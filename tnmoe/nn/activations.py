@@ -22,6 +22,12 @@ class Gated(nn.Module):
     ----------
     activation : callable
         Elementwise, for the gate.
+
+    Examples
+    --------
+    >>> swiglu = Gated(torch.nn.functional.silu)
+    >>> swiglu(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
+    tensor([0.0000, 1.4621])
     """
 
     def __init__(self, activation: Activation) -> None:
@@ -43,6 +49,11 @@ class ClampedSwiGLU(Gated):
         Steepness α of the gate's sigmoid.
     limit : float
         Bound c on both inputs.
+
+    Examples
+    --------
+    >>> ClampedSwiGLU()(torch.tensor([0.0, 100.0]), torch.tensor([3.0, -100.0]))
+    tensor([  0.0000, -41.9997])
     """
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:

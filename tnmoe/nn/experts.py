@@ -72,6 +72,14 @@ class Experts(nn.Module):
     InputError
         If the projections do not fit each other, the activation is unknown, or the dropout is
         not in [0, 1].
+
+    Examples
+    --------
+    >>> up, down = StackedProjection(4, 16, 8), StackedProjection(4, 8, 16)
+    >>> experts = Experts(up, down, activation="gelu")
+    >>> index = torch.tensor([[0], [3], [3]])  # one expert for each of three tokens
+    >>> experts(torch.randn(3, 8), index, torch.ones(3, 1)).shape
+    torch.Size([3, 8])
     """
 
     def __init__(
@@ -279,6 +287,12 @@ class DenseExperts(Experts):
         Whether every expert's projections have biases, or all experts have them together.
     device, dtype : optional
         Where parameters are made, and of what dtype, as for any module of torch.
+
+    Examples
+    --------
+    >>> experts = DenseExperts(num_experts=4, hidden_size=8, intermediate_size=16)
+    >>> experts.up.weight().shape, experts.down.weight().shape
+    (torch.Size([4, 16, 8]), torch.Size([4, 8, 16]))
     """
 
     def __init__(

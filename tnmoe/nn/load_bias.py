@@ -30,6 +30,14 @@ class LoadBias(nn.Module):
         precision its small steps would be lost.
     counts : Tensor of int64, shape (E,)
         Not a buffer: neither saved nor, in a distributed run, overwritten by another rank's.
+
+    Examples
+    --------
+    >>> bias = LoadBias(3)
+    >>> bias.count(torch.tensor([[0], [0], [1]]), mask=None)  # experts of three tokens
+    >>> bias.update(rate=0.1)
+    >>> bias.value
+    tensor([-0.1000,  0.0000,  0.1000])
     """
 
     value: Tensor

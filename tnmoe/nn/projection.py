@@ -38,6 +38,12 @@ class Projection(nn.Module, ABC):
     Attributes
     ----------
     bias : Parameter, shape (E, out), or (1, out) if all experts share it; or None
+
+    Examples
+    --------
+    >>> matrices = StackedProjection(num_experts=4, out_features=16, in_features=8, bias=True)
+    >>> matrices.weight().shape, matrices.bias.shape
+    (torch.Size([4, 16, 8]), torch.Size([4, 16]))
     """
 
     num_experts: int
@@ -143,6 +149,12 @@ class StackedProjection(Projection):
         Sizes.
     bias : bool or "shared"
         Whether every expert has a bias, or all have one together.
+
+    Examples
+    --------
+    >>> matrices = StackedProjection.from_dense(torch.eye(3), num_experts=2)
+    >>> matrices.weight().shape
+    torch.Size([2, 3, 3])
     """
 
     stacked: nn.Parameter
@@ -217,6 +229,12 @@ class SharedProjection(Projection):
         The other sites, left to right.
     shared_sites : frozenset of int
         Sites whose cores all experts share.
+
+    Examples
+    --------
+    >>> matrices = SharedProjection(4, MPOShape((2, 4, 2), (2, 2, 2)))
+    >>> matrices.center.shape, [core.shape[0] for core in matrices.aux]
+    (torch.Size([4, 4, 2, 4]), [4, 4])
     """
 
     center: nn.Parameter

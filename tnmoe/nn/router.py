@@ -45,6 +45,12 @@ class Router(nn.Module, ABC):
     ----------
     weight : Parameter, shape (E, H)
     bias : Parameter, shape (E,), or None
+
+    Examples
+    --------
+    >>> router = TopKRouter(hidden_size=8, num_experts=4)
+    >>> isinstance(router, Router), router.weight.shape
+    (True, torch.Size([4, 8]))
     """
 
     def __init__(

@@ -39,6 +39,16 @@ class RoutingCall:
         The router's.
     lost_gradient : bool
         The router is in training, but the call was without gradients.
+
+    Examples
+    --------
+    >>> from tnmoe import nn
+    >>> router = nn.TopKRouter(8, 4, top_k=2)
+    >>> with nn.record_routing(router) as routing:
+    ...     _ = router(torch.randn(100, 8))
+    >>> call = routing.calls[0]
+    >>> call.logits.shape, call.index.shape
+    (torch.Size([100, 4]), torch.Size([100, 2]))
     """
 
     name: str
@@ -65,6 +75,16 @@ class Routing:
     ----------
     calls : list of RoutingCall
         In the order in which they came.
+
+    Examples
+    --------
+    >>> from tnmoe import nn
+    >>> router = nn.TopKRouter(8, 4)
+    >>> with nn.record_routing(router) as routing:
+    ...     _ = router(torch.randn(100, 8))
+    >>> routing.counts().sum().item()
+    100
+    >>> loss = 0.01 * routing.balance_loss() + 0.001 * routing.z_loss()
     """
 
     calls: list[RoutingCall] = field(default_factory=list)

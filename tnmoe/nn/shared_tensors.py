@@ -341,6 +341,15 @@ def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
     ------
     InputError
         If nothing is shared.
+
+    Examples
+    --------
+    >>> from tnmoe.nn import MPOExperts
+    >>> experts = MPOExperts(4, 8, 16, sites=3)
+    >>> freeze_shared(experts) == experts.up.center.numel() + experts.down.center.numel()
+    True
+    >>> experts.up.center.requires_grad, experts.up.aux[0].requires_grad
+    (False, True)
     """
     shared = find_shared(model)
     for core in shared:

@@ -18,7 +18,13 @@ from tnmoe.shapes import positive_int
 
 
 class RouterCollapseWarning(UserWarning):
-    """Nearly all tokens go to the same few experts."""
+    """Nearly all tokens go to the same few experts.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> warnings.filterwarnings("error", category=RouterCollapseWarning)  # stop a run that collapses
+    """
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,16 @@ class RouterStatistics:
     max_violation : Tensor, scalar
         Load of the busiest expert over the mean load, minus 1: 0 at balance
         (Wang et al., arXiv:2408.15664, equation 4).
+
+    Examples
+    --------
+    >>> from tnmoe import nn
+    >>> router = nn.TopKRouter(8, 4)
+    >>> with nn.record_routing(router) as routing:
+    ...     _ = router(torch.randn(100, 8))
+    >>> (statistics,) = nn.routing_statistics(routing).values()
+    >>> statistics.load.shape, round(statistics.load.sum().item(), 3)
+    (torch.Size([4]), 1.0)
     """
 
     load: Tensor
