@@ -1,4 +1,4 @@
-"""The site. `make docs` builds it; nothing in it, and nothing while it is built, needs a network."""
+"""The site. `make docs` builds it; neither it nor its building needs a network."""
 
 import os
 from hashlib import sha256

@@ -43,8 +43,8 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     --------
     >>> from tnmoe.hf import MPOEConfig, upcycle
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=32, **small))
     >>> model = upcycle(model, MPOEConfig(num_experts=4, sites=3))
     >>> type(average_experts(model).model.layers[0].mlp).__name__
     'LlamaMLP'
@@ -119,8 +119,8 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     --------
     >>> from tnmoe.hf import MPOEConfig, upcycle
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=32, **small))
     >>> model = upcycle(model, MPOEConfig(num_experts=4, sites=3))
     >>> type(to_moe(model)).__name__
     'MixtralForCausalLM'

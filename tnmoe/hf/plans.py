@@ -118,8 +118,8 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     >>> import tempfile
     >>> from tnmoe.hf import upcycle
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=32, **small))
     >>> folder = tempfile.mkdtemp()
     >>> upcycle(model, MPOEConfig(num_experts=4, sites=3)).save_pretrained(folder)
     >>> plan = plan_export(folder, to="moe")

@@ -23,7 +23,7 @@ class RouterCollapseWarning(UserWarning):
     Examples
     --------
     >>> import warnings
-    >>> warnings.filterwarnings("error", category=RouterCollapseWarning)  # stop a run that collapses
+    >>> warnings.filterwarnings("error", category=RouterCollapseWarning)
     """
 
 
