@@ -1,0 +1,86 @@
+"""The reference documents every public name and no other. Sphinx is not needed to see that."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("tnmoe", "tnmoe.backends", "tnmoe.hf", "tnmoe.nn", "tnmoe.plot")
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs/reference").glob("*.md"))
+}
+DIRECTIVE = re.compile(r"^\.\. (?:auto|py:)(class|data|exception|function):: (\S+)$", re.M)
+DOCUMENTED = [
+    (path, kind, name) for path, text in PAGES.items() for kind, name in DIRECTIVE.findall(text)
+]
+NAMES = [name for _, _, name in DOCUMENTED]
+
+
+def resolved(name: str) -> object:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_reference_and_all_agree(module):
+    public = importlib.import_module(module).__all__
+    documented = [name for name in NAMES if name.rpartition(".")[0] == module]
+    assert sorted(documented) == sorted(f"{module}.{name}" for name in public)
+
+
+def test_nothing_else_is_documented():
+    assert {name.rpartition(".")[0] for name in NAMES} == set(MODULES)
+    directives = sum(len(re.findall(r"^\.\. \w*:?\w+::", text, re.M)) for text in PAGES.values())
+    modules = sum(text.count(".. currentmodule::") for text in PAGES.values())
+    assert directives == len(NAMES) + modules
+
+
+@pytest.mark.parametrize(("page", "_kind", "name"), DOCUMENTED, ids=NAMES)
+def test_object_is_described_and_shown_in_an_example(page, _kind, name):
+    documented = resolved(name)
+    assert inspect.getdoc(documented)
+    cells = re.findall(r"^```\{code-cell\}.*?^```", PAGES[page], re.M | re.S)
+    shown = any(re.search(rf"\b{name.rpartition('.')[2]}\b", cell) for cell in cells)
+    assert shown or ">>> " in (documented.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_members_are_described(name):
+    documented = resolved(name)
+    for member, value in vars(documented).items() if inspect.isclass(documented) else ():
+        if not member.startswith("_") and (inspect.isroutine(value) or isinstance(value, property)):
+            assert inspect.getdoc(getattr(documented, member)), f"{name}.{member}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_type_checkers_see_all_public_names(module):
+    """They read the source: ``__all__`` is a plain list, and its names are bound at top level."""
+    folder = ROOT.joinpath(*module.split("."))
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    bound, public = set(), None
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            bound |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            public = ast.literal_eval(node.value)
+    assert public
+    assert set(public) <= bound
+    assert (ROOT / "tnmoe/py.typed").is_file()
+
+
+def test_the_command_line_page_shows_every_command(capsys):
+    from tnmoe.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^ {4}(\w+)", capsys.readouterr().out, re.M)
+    shown = re.findall(r'^usage\("(\w+)"\)$', PAGES[ROOT / "docs/reference/command-line.md"], re.M)
+    assert commands
+    assert sorted(shown) == sorted(commands)
