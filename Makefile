@@ -5,16 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint reproduce bench clean
+.PHONY: help env demo test lint docs reproduce bench clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
 	@echo "make test   run all tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the site: tutorials, recipes, explanations, reference (about two minutes)"
 	@echo "make bench  everything beside its peers, on one page (half an hour; ARGS=--quick: minutes)"
 	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 15 minutes)"
 	@echo "make env    only create the environment in $(VENV)"
-	@echo "make clean  remove the environment and what the demo wrote"
+	@echo "make clean  remove the environment, the site and what the demo wrote"
 
 env: $(READY)
 
@@ -57,5 +58,15 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Warnings are errors. Pages whose code and library did not change are not run again.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet $(ARGS) docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output docs/_build
