@@ -36,7 +36,7 @@ def contraction_plan(
     """Cheapest way to apply an MPO, or experts that share its centre, to ``batch`` vectors.
 
     For one MPO that is the way of fewest operations. For experts it is the one that a model of
-    operations, bytes and launches (:mod:`tnmoe.costs`) expects to be fastest on a device.
+    operations, bytes and launches expects to be fastest on a device.
 
     Parameters
     ----------

@@ -17,12 +17,23 @@ def to_tensorly(mpo: MPO) -> Any:
     mpo : MPO
         A shape without padding; tensorly's backend must be the library of its cores.
 
+    Returns
+    -------
+    TTMatrix
+
     Raises
     ------
     InputError
         If the shape is padded, which tensorly cannot express.
     MissingExtraError
         If tensorly is not installed.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> mpo = MPO.random(MPOShape((2, 3), (3, 2)), max_bond=2, rng=0)
+    >>> [core.shape for core in to_tensorly(mpo)]
+    [(1, 2, 3, 2), (2, 3, 2, 1)]
     """
     try:
         from tensorly.tt_matrix import TTMatrix
@@ -33,7 +44,15 @@ def to_tensorly(mpo: MPO) -> Any:
 
 
 def from_tensorly(operator: Any) -> MPO:
-    """A ``tensorly.tt_matrix.TTMatrix`` as an MPO; no gauge is assumed."""
+    """A ``tensorly.tt_matrix.TTMatrix`` as an MPO; no gauge is assumed.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> mpo = MPO.random(MPOShape((2, 3), (3, 2)), max_bond=2, rng=0)
+    >>> from_tensorly(to_tensorly(mpo)).bond_dims
+    (2,)
+    """
     return MPO(list(operator))
 
 
@@ -47,12 +66,23 @@ def to_quimb(mpo: MPO) -> Any:
     mpo : MPO
         A shape without padding.
 
+    Returns
+    -------
+    MatrixProductOperator
+
     Raises
     ------
     InputError
         If the shape is padded, which quimb cannot express.
     MissingExtraError
         If quimb is not installed.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> mpo = MPO.random(MPOShape((2, 3), (3, 2)), max_bond=2, rng=0)
+    >>> to_quimb(mpo).to_dense().shape
+    (6, 6)
     """
     try:
         from quimb.tensor import MatrixProductOperator
@@ -74,6 +104,13 @@ def from_quimb(operator: Any) -> MPO:
     ------
     InputError
         If the operator is cyclic.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> mpo = MPO.random(MPOShape((2, 3), (3, 2)), max_bond=2, rng=0)
+    >>> from_quimb(to_quimb(mpo)).bond_dims
+    (2,)
     """
     if operator.cyclic:
         raise InputError("a cyclic MatrixProductOperator has no MPO with outermost bonds of 1")

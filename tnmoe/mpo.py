@@ -446,7 +446,7 @@ class MPO:
         """Round to smaller bonds.
 
         Without arguments nothing is lost but what is rounding noise, so that every bond gets its
-        exact rank. No bond ever grows. See :mod:`tnmoe.rounding` for the algorithm.
+        exact rank. No bond ever grows.
 
         Parameters
         ----------

@@ -38,7 +38,7 @@ def select_bonds(
     ----------
     spectra : sequence of array
         Per bond: Schmidt values, descending, in any array library, as in
-        :attr:`TruncationInfo.spectra`.
+        ``spectra`` of :class:`TruncationInfo`.
     shape : MPOShape
         What the bonds belong to.
     max_bond : int or sequence of int, optional

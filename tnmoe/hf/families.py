@@ -67,7 +67,8 @@ class FFN:
     name, family : str
         Path of the layer that holds it, and the family that found it.
     network : Module, optional
-        What computes it, and nothing else, in the model: looked at by :func:`check_formula`.
+        What computes it, and nothing else, in the model: a conversion tries it on numbers, and
+        refuses one that does more than its matrices and its activation.
 
     Examples
     --------

@@ -26,7 +26,8 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
     device : torch.device or str
         Where to measure; the result holds for its kind.
     store : bool
-        Whether later processes shall plan with it too (:func:`tnmoe.costs.rates_path`).
+        Whether later processes shall plan with it too: it is stored in the folder that
+        ``TNMOE_CACHE`` names, or in the user's cache folder.
 
     Returns
     -------
