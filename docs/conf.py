@@ -36,6 +36,7 @@ autodoc_default_options = {
 }
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {"Array": "tnmoe.backends.Array"}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 napoleon_google_docstring = False
@@ -78,7 +79,25 @@ def _formula(translator: nodes.NodeVisitor, node: nodes.math | nodes.math_block)
     raise nodes.SkipNode
 
 
+def _property(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """In a property's first line napoleon takes what is before a colon for a type; not in ours."""
+    if what == "property":
+        lines.insert(0, "")
+
+
+def _signature(
+    app: Sphinx, what: str, name: str, obj: object, options: object, text: str, result: str
+) -> tuple[str, str]:
+    """Factories of dataclasses, and what protocols inherit, are not valid signatures."""
+    text = "" if text == "(*args, **kwargs)" else (text or "").replace("<factory>", "...")
+    return text, result
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", _property, priority=400)
+    app.connect("autodoc-process-signature", _signature)
     app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
 
 

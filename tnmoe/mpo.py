@@ -476,6 +476,11 @@ class MPO:
             If an argument is out of range or contradicts another, or if ``bonds`` exceed the
             bonds that are there.
 
+        Notes
+        -----
+        TT-rounding (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), algorithm 2), with the
+        isometries right of a bond never formed.
+
         Examples
         --------
         >>> import numpy as np
