@@ -88,11 +88,12 @@ def _property(
 
 
 def _signature(
-    app: Sphinx, what: str, name: str, obj: object, options: object, text: str, result: str
-) -> tuple[str, str]:
-    """Factories of dataclasses, and what protocols inherit, are not valid signatures."""
-    text = "" if text == "(*args, **kwargs)" else (text or "").replace("<factory>", "...")
-    return text, result
+    app: Sphinx, what: str, name: str, obj: object, options: object, text: str | None, result: str
+) -> tuple[str, str] | None:
+    """Factories of dataclasses are no valid signatures; what protocols inherit says nothing."""
+    if text is None:
+        return None
+    return "" if text == "(*args, **kwargs)" else text.replace("<factory>", "..."), result
 
 
 def setup(app: Sphinx) -> None:
