@@ -18,7 +18,7 @@ PAGES = [
 FENCE = re.compile(r"^(`{3,}|:{3,})([^\n]*)\n(.*?)^\1$", re.M | re.S)
 CODE = re.compile(r"(\{\w+\})?`[^`]+`")  # with a name before it, a role
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)(?:\s+\"[^\"]*\")?\)")
-REFERENCE = re.compile(r"^\[[^\]]+\]:\s+(\S+)", re.M)
+REFERENCE = re.compile(r"^\[[^\]^][^\]]*\]:\s+(\S+)", re.M)  # footnotes have a ^
 ROLE = re.compile(r"\{doc\}`(?:[^`<]*<)?([^`<>]+)>?`")
 ONLINE = ("http://", "https://", "mailto:")
 
