@@ -71,10 +71,9 @@ class Comparison:
 
 def _judged(found: Difference, margin: float) -> tuple[str, str]:
     """Verdict and figures."""
-    seeds = f"{len(found.each)} seeds" if len(found.each) > 1 else "one seed"
-    figures = f"loss {found} nats, {seeds}"
     if found.half_width is None:
-        return NOT_TESTABLE, f"{figures}: too few"
+        return NOT_TESTABLE, f"loss {found.mean:+.4f} nats with one seed: too few"
+    figures = f"loss {found} nats, {len(found.each)} seeds"
     if not isfinite(found.mean):
         return NOT_CONFIRMED, f"{figures}: training diverged"
     if found.high < margin:

@@ -23,6 +23,8 @@ STATEMENTS = [
     ("mpoe-top2", "dense-wide", 0),
     ("split-64-top2", "dense-wide", 0),
     ("mpoe-mask-0.5", "mpoe", 1),
+    ("mpoe-half", "mpoe", 1),
+    ("mpoe-half", "dense", 1),
     ("split-64-owned-0.35", "split-64", 0),
     ("mpoe-owned-0.35", "mpoe", 0),
 ]

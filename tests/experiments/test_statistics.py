@@ -74,7 +74,7 @@ def test_one_number_has_no_spread():
         ([1.0, 1.1, 1.2], [2.0, 2.1, 2.21], 0.0, claims.CONFIRMED, "3 seeds"),
         ([2.0, 2.1, 2.21], [1.0, 1.1, 1.2], 0.0, claims.NOT_CONFIRMED, "worse"),
         ([1.0, 2.0, 3.0], [2.0, 1.5, 3.0], 0.0, claims.NOT_CONFIRMED, "no clear difference"),
-        ([1.0], [2.0], 0.0, claims.NOT_TESTABLE, "one seed: too few"),
+        ([1.0], [2.0], 0.0, claims.NOT_TESTABLE, "-1.0000 nats with one seed: too few"),
         ([1.01, 2.01, 3.011], [1.0, 2.0, 3.0], 0.02, claims.CONFIRMED, "3 seeds"),
         ([1.01, 2.01, 3.011], [1.0, 2.0, 3.0], 0.005, claims.NOT_CONFIRMED, "worse"),
     ],
