@@ -56,7 +56,7 @@ class ContractionPlan:
     >>> from tnmoe import MPOShape, contraction_plan
     >>> plan = contraction_plan(MPOShape((4, 4, 4), (4, 4, 4)), (2, 2), batch=8)
     >>> plan.route, plan.path
-    ('chain', ((1,), (2,), (0, 3), (0, 2), (0, 1)))
+    ('chain', ((0, 3), (1, 2), (0, 1)))
     """
 
     route: str
