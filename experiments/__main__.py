@@ -38,7 +38,9 @@ def main() -> int:
         print(f"experiments: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"experiments: {error.filename or output}: {error.strerror}", file=sys.stderr)
+        print(
+            f"experiments: {error.filename or output}: {error.strerror or error}", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("\nexperiments: interrupted; the same command goes on from there", file=sys.stderr)
@@ -51,7 +53,11 @@ def _run_and_report(folders: list[SettingFolder], output: Path, options: argpars
     if not options.report_only:
         with locked(output):
             failures = run_all(folders, device, options.jobs, options.threads)
-    for path in write_report(folders, options.report or output / "report", device):
+    written = write_report(folders, options.report or output / "report", device)
+    if not written and not failures:
+        names = ", ".join(folder.setting.name for folder in folders)
+        raise InputError(f"{output} holds no results of {names}")
+    for path in written:
         print(path)
     for failure in failures:
         print(failure, file=sys.stderr)

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tnmoe as tn
@@ -124,6 +125,17 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
             tn.load(path)
     with pytest.raises(FileNotFoundError):
         tn.load(tmp_path / "missing")
+
+
+def test_numbers_of_another_kind_than_the_file_says_are_refused(tmp_path):
+    """Bits of bfloat16 are stored; its numbers, read as bits, would become others."""
+    tn.save(tmp_path / "x", example("bfloat16", "MPO", "torch"))
+    with safe_open(tmp_path / "x", framework="np") as file:
+        metadata = file.metadata()
+        numbers = {name: file.get_tensor(name).astype("int32") for name in file.keys()}  # noqa: SIM118
+    save_file(numbers, tmp_path / "x", metadata)
+    with pytest.raises(tn.InputError, match=r"does not hold what tnmoe\.save writes"):
+        tn.load(tmp_path / "x")
 
 
 def test_bad_arguments_are_named(tmp_path):

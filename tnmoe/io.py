@@ -159,6 +159,8 @@ def _numbers(stored: np.ndarray, dtype: str) -> np.ndarray:
         numbers.real, numbers.imag = stored
         return numbers
     if dtype == "bfloat16":
+        if stored.dtype != np.uint16:
+            raise TypeError(f"expected the bits of bfloat16 as uint16, got {stored.dtype}")
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored
 

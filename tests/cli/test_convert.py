@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,7 +195,7 @@ def larger(tmp_path_factory):
     folder = tmp_path_factory.mktemp("larger")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=256, num_hidden_layers=48, num_attention_heads=2,
+        vocab_size=50, hidden_size=256, num_hidden_layers=24, num_attention_heads=2,
         intermediate_size=768,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "dense")
@@ -209,8 +210,12 @@ def test_what_was_stopped_goes_on_with_the_same_command(how, larger, tmp_path):
     journal = tmp_path / "target.partial" / ".tnmoe-journal"
     # The command gives way to this process, which must not come too late on a busy machine.
     polite = ["nice", "-n", "5", *command]
-    with subprocess.Popen(polite, stderr=subprocess.PIPE, text=True) as process:
-        while not (journal.exists() and journal.read_text().count("\n") > 2):
+    with subprocess.Popen(
+        polite, stderr=subprocess.PIPE, text=True,
+        # A test run in the background ignores SIGINT, and its children would too.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        while not (journal.exists() and journal.read_text().count("\n") > 5):
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(how)

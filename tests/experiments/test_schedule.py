@@ -99,6 +99,7 @@ def test_fewer_seeds_than_choose_the_rate_are_all_that_choose(texts, tmp_path):
         (["--device", "abacus"], 1, "torch has no device 'abacus' here"),
         (["--text", "nowhere.txt", "nowhere.txt"], 1, "cannot read nowhere.txt: No such file"),
         (["--output", "FILE/below"], 1, "Not a directory"),
+        (["--report-only"], 1, "new holds no results of decoder, smollm2, t5, flan-t5, minilm"),
     ],
 )
 def test_what_cannot_be_run_is_told_in_a_line(arguments, status, message, tmp_path, monkeypatch):
