@@ -85,8 +85,8 @@ def upcycle(
     layers = [converted(ffn, config, Draws.for_layer(ffn, config), on_matrix) for ffn in ffns]
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
-    unmark_as_quantized(model)
     mark_as_mpoe(model, config)
+    unmark_as_quantized(model)
     attach_router_losses(model, config)
     return model
 
