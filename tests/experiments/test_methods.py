@@ -64,6 +64,17 @@ def test_what_is_as_large_as_mpoe_misses_it_by_less_than_one_step_of_its_size(na
     assert 0.93 * size["mpoe"] <= size[name] <= size["mpoe"]
 
 
+def test_layers_that_are_left_out_are_neither_widened_nor_drawn_anew():
+    size = total_parameters(METHODS["mpoe"].model(gpt2(), every=2))
+    wide = METHODS["dense-wide"].model(gpt2(), every=2)
+    assert 0.93 * size <= total_parameters(wide) <= size
+    for model in (wide, METHODS["dense-fresh"].model(gpt2(), every=2)):
+        kept, changed = (block.mlp.c_fc.weight for block in model.transformer.h)
+        first, second = (block.mlp.c_fc.weight for block in gpt2().transformer.h)
+        assert torch.equal(kept, first)
+        assert changed.shape != second.shape or not torch.equal(changed, second)
+
+
 def test_a_fresh_model_keeps_all_but_its_networks():
     fresh, dense = METHODS["dense-fresh"].model(gpt2()), gpt2()
     for (name, one), other in zip(fresh.named_parameters(), dense.parameters(), strict=True):
@@ -80,6 +91,7 @@ def test_a_step_moves_what_the_method_trains(name):
         model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
     moved = drift.measure(model)
+    assert all(core.requires_grad == (method.shared_rate > 0) for core in shared_parameters(model))
     if "shared" in moved:
         masked = method.shared_rate == 0 or (mask is not None and mask.masked_steps == 1)
         assert (moved["shared"] == 0) == masked

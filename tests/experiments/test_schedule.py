@@ -10,8 +10,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments import training
 from experiments.__main__ import main
@@ -161,7 +163,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(texts, tmp_path):
 def test_a_run_stopped_at_any_step_ends_as_if_it_had_not(method, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
     stage, data = replace(folder.setting.stage, steps=6), folder.data("main")
-    run = training.Run(stage, method, 4e-3, 1, {"num_experts": 4}, data)
+    mixture = {"num_experts": 4, "router": {"jitter_noise": 0.1}}
+    run = training.Run(stage, method, 4e-3, 1, mixture, data)
     whole = training.train(run, tmp_path / "whole", lambda: None)
 
     class StoppedError(Exception):
@@ -197,14 +200,36 @@ def test_a_killed_command_leaves_nothing_running_and_goes_on(tmp_path):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    group = process.pid
-    deadline = time.monotonic() + 30
-    while _alive(group):
-        assert time.monotonic() < deadline, "runs outlived the command"
-        time.sleep(0.1)
+    _wait_for_the_end_of(process.pid)
     made = {path: path.read_bytes() for path in runs.glob("*/*.json")}
     assert made
     assert all(json.loads(text) for text in made.values())
+
+
+def test_runs_of_minutes_do_not_outlive_a_killed_command(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments", "--settings", "decoder", "--output", str(tmp_path),
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        while not (tmp_path / "decoder" / "pretrained").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(2)  # until the first of 1500 steps are under way
+        process.send_signal(signal.SIGKILL)
+    _wait_for_the_end_of(process.pid)
+
+
+def _wait_for_the_end_of(group):
+    deadline = time.monotonic() + 30
+    try:
+        while _alive(group):
+            assert time.monotonic() < deadline, "runs outlived the command"
+            time.sleep(0.1)
+    finally:
+        if _alive(group):
+            os.killpg(group, signal.SIGKILL)
 
 
 def _alive(group):
@@ -245,6 +270,24 @@ def test_an_interrupted_setting_is_reported_as_far_as_it_is(folder, texts, tmp_p
 def test_a_setting_without_results_is_left_out(texts, tmp_path):
     folder = SettingFolder(tmp_path / "nothing", setting(*texts))
     assert write_report([folder], tmp_path / "report", "cpu") == []
+
+
+def test_a_step_goes_no_further_than_the_gradient_that_is_clipped_to():
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+
+    class Steep(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = model
+
+        def forward(self, x):
+            return SimpleNamespace(loss=1000 * self.linear(x).sum())
+
+    training.make_step(
+        Steep(), torch.optim.SGD(model.parameters(), lr=0.5), {"x": torch.ones(3, 2)}
+    )
+    assert (model.weight - before).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_the_schedule_warms_up_and_ends_above_zero():
