@@ -5,6 +5,11 @@ import os
 import shutil
 import tempfile
 
+# Several processes run the suite side by side; each would otherwise take all cores. Set before
+# anything imports an array library, and inherited by the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 
 # Machines that run the suite are shared and noisy: an example is never judged by its time.

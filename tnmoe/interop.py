@@ -8,6 +8,8 @@ from tnmoe.backends import get_backend
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.mpo import MPO
 
+__all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_tensorly"]
+
 
 def to_tensorly(mpo: MPO) -> Any:
     """The operator as a ``tensorly.tt_matrix.TTMatrix``, whose cores are laid out as ours.

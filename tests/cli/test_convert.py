@@ -244,7 +244,7 @@ def damaged(folder):
         (lambda d, t: ["upcycle", d, t, "--experts", "2", "--top-k", "3"], "exceeds num_experts"),
         (lambda d, t: ["upcycle", d, t, "--config", d / "absent.json"], "No such file"),
         (lambda d, t: ["upcycle", d, t, "--config", d / "config.json"], "unknown entries in an"),
-        (lambda d, t: ["export", d, t], "is no MPOE checkpoint"),
+        (lambda d, t: ["export", d, t], "is not an MPOE checkpoint"),
         (lambda d, t: ["inspect", d, "--bonds", "4,0"], "expected an integer from 1 up"),
         (lambda d, t: ["upcycle", d, t, "--shard-size", "5"], "expected a size like 5GB"),
         (lambda d, t: ["upcycle", d, t, "--shard-size=-1GB"], "expected a positive number"),

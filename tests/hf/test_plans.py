@@ -216,7 +216,7 @@ def upcycled(folder, name="llama", **settings):
             "is already converted or quantized",
         ),
         (lambda f: hf.plan_upcycle(f, CONFIG, seed=-1), "seed must be an integer of at least 0"),
-        (lambda f: hf.plan_export(f, to="moe"), "is no MPOE checkpoint"),
+        (lambda f: hf.plan_export(f, to="moe"), "is not an MPOE checkpoint"),
         (lambda f: hf.plan_export(upcycled(f), to="onnx"), "to must be one of moe, dense"),
         (
             lambda f: hf.plan_export(upcycled(f, every=2), to="moe"),

@@ -111,7 +111,7 @@ def _report(options: argparse.Namespace, plan: Conversion, files: list[Path]) ->
 def _as_text(report: dict[str, Any]) -> str:
     layers, parameters, sizes = report["layers"], report["parameters"], report["bytes"]
     lines = [
-        f"layers      {len(layers)}: {layers[0]} … {layers[-1]}",
+        f"layers      {len(layers)}: {' … '.join(dict.fromkeys((layers[0], layers[-1])))}",
         *(
             f"{name:<11} {parameters[name]:,} parameters, {sizes[name] / 1e6:,.1f} MB"
             for name in ("source", "target")

@@ -54,6 +54,22 @@ class StoredConfig(QuantizationConfigMixin):
         self.mpoe = mpoe
 
 
+def require_mpoe(
+    quantization_config: dict[str, Any] | None, folder: str | os.PathLike
+) -> dict[str, Any]:
+    """The entry of a folder's config.json, if it is the one of an MPOE model.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    stored = quantization_config or {}
+    if stored.get("quant_method") != METHOD:
+        raise InputError(f"{os.fspath(folder)} is not an MPOE checkpoint: its config.json has none")
+    return stored
+
+
 @register_quantizer(METHOD)
 class StructureLoader(HfQuantizer):
     """Gives a model on the meta device its experts before the weights are read."""
@@ -157,9 +173,7 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise InputError(f"{os.fspath(folder)} is not a Hugging Face folder: no config.json there")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    stored = getattr(config, "quantization_config", None) or {}
-    if stored.get("quant_method") != METHOD:
-        raise InputError(f"{os.fspath(folder)} is not an MPOE checkpoint: its config.json has none")
+    require_mpoe(getattr(config, "quantization_config", None), folder)
     names = config.architectures or ["none"]
     model_class = model_class_named(names[0])
     if model_class is None:

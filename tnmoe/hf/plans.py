@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from tnmoe.errors import InputError, integer_from_zero, one_of
-from tnmoe.hf.checkpoint import METHOD, StoredConfig
+from tnmoe.errors import integer_from_zero, one_of
+from tnmoe.hf.checkpoint import StoredConfig, require_mpoe
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.conversion import Conversion, Piece, copies
 from tnmoe.hf.export import average_into
@@ -128,9 +128,7 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     """
     one_of("to", to, FORMATS)
     source = Checkpoint(folder)
-    stored = source.config.get("quantization_config") or {}
-    if stored.get("quant_method") != METHOD:
-        raise InputError(f"{source.folder} is no MPOE checkpoint: its config.json has none")
+    stored = require_mpoe(source.config.get("quantization_config"), source.folder)
     config = MPOEConfig.from_dict(StoredConfig(**stored).mpoe)
     plain = {key: each for key, each in source.config.items() if key != "quantization_config"}
     skeleton = Skeleton(source, plain)
