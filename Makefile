@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
-	@echo "make test   run all tests"
+	@echo "make test   run the tests but the slow ones (ARGS='-m \"\"': all)"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the site: tutorials, recipes, explanations, reference (about two minutes)"
 	@echo "make bench  everything beside its peers, on one page (half an hour; ARGS=--quick: minutes)"
@@ -32,8 +32,9 @@ $(READY): pyproject.toml requirements/constraints.txt requirements/data.txt
 demo: env
 	$(BIN)/tnmoe demo --output demo-output --overwrite $(ARGS)
 
+# ARGS='-m ""' adds the slow ones, ARGS='-m "" --cov' also measures which lines they run.
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
 
 # ARGS=--quick or none; for other options call the scripts (benchmarks/README.md).
 bench: $(VENV)/.bench

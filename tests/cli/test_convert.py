@@ -203,6 +203,7 @@ def larger(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_what_was_stopped_goes_on_with_the_same_command(how, larger, tmp_path):
     target = tmp_path / "target"

@@ -196,6 +196,7 @@ def test_bad_input_gets_one_message_exit_code_2_and_writes_nothing(
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "none") == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, tiny_model, sentences):
     def no_room():  # a limit on the size of files acts where a full disk would
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -220,8 +221,8 @@ def test_a_command_is_required():
     ("delay", "send"),
     [
         (1, os.killpg),  # Ctrl-C in a terminal, while the fine-tuning process is starting
-        (8, os.killpg),  # … while it trains
-        (8, os.kill),  # a signal to the command alone
+        pytest.param(8, os.killpg, marks=pytest.mark.slow),  # … while it trains
+        pytest.param(8, os.kill, marks=pytest.mark.slow),  # a signal to the command alone
     ],
 )
 def test_interrupting_leaves_no_folder_and_no_traceback(

@@ -186,6 +186,7 @@ def test_a_run_stopped_at_any_step_ends_as_if_it_had_not(method, folder, tmp_pat
     assert without_timings([resumed]) == without_timings([whole])
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_nothing_running_and_goes_on(tmp_path):
     command = [
         sys.executable, "-m", "experiments", "--quick", "--settings", "decoder",
@@ -206,6 +207,7 @@ def test_a_killed_command_leaves_nothing_running_and_goes_on(tmp_path):
     assert all(json.loads(text) for text in made.values())
 
 
+@pytest.mark.slow
 def test_runs_of_minutes_do_not_outlive_a_killed_command(tmp_path):
     command = [
         sys.executable, "-m", "experiments", "--settings", "decoder", "--output", str(tmp_path),

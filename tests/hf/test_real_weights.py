@@ -18,7 +18,12 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+LARGE = pytest.mark.slow
+
+
+@pytest.fixture(
+    scope="module", params=["minilm", pytest.param("smollm2", marks=LARGE), "flan_t5"]
+)
 def case(request, tmp_path_factory):
     """Name, folder, inputs, outputs and generated tokens of the dense model."""
     folder = tmp_path_factory.mktemp("real") / request.param
@@ -90,6 +95,7 @@ def test_what_inspection_predicts_is_what_truncation_does(case):
         assert 0.05 < matrix.errors[16] <= 1
 
 
+@LARGE
 def test_a_model_from_gguf_is_converted_saved_and_loaded(tmp_path):
     model, inputs = pretrained.smollm2()
     expected = outputs(model, inputs)
