@@ -21,9 +21,7 @@ CASES = {
 LARGE = pytest.mark.slow
 
 
-@pytest.fixture(
-    scope="module", params=["minilm", pytest.param("smollm2", marks=LARGE), "flan_t5"]
-)
+@pytest.fixture(scope="module", params=["minilm", pytest.param("smollm2", marks=LARGE), "flan_t5"])
 def case(request, tmp_path_factory):
     """Name, folder, inputs, outputs and generated tokens of the dense model."""
     folder = tmp_path_factory.mktemp("real") / request.param
