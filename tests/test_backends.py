@@ -149,6 +149,24 @@ def test_traces_pads_and_conversions_are_those_of_numpy(library, dtype):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "complex128"])
+def test_normal_numbers_are_of_unit_variance_and_the_same_in_every_library(library, dtype):
+    like = to_library(np.zeros((), dtype), library)
+    backend = backend_named(library)
+    drawn = to_numpy(backend.normal((200, 50), np.random.default_rng(0), like))
+    assert drawn.dtype == dtype
+    assert drawn.mean() == pytest.approx(0, abs=0.05)
+    assert drawn.var() == pytest.approx(1, abs=0.05)
+    if np.iscomplexobj(drawn):  # neither part is preferred
+        assert drawn.real.var() == pytest.approx(0.5, abs=0.05)
+        assert (drawn**2).mean() == pytest.approx(0, abs=0.05)
+    expected = backend_named("numpy").normal(
+        (200, 50), np.random.default_rng(0), np.zeros((), dtype)
+    )
+    np.testing.assert_allclose(drawn, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 def test_norms_of_huge_and_tiny_numbers_neither_overflow_nor_vanish(library, dtype):
     for scale in (1e-30, 1.0, 1e30):

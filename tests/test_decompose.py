@@ -306,6 +306,18 @@ def test_auto_takes_the_cheapest_method_that_is_accurate_and_says_which():
         assert info.methods == (expected,)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("method", ["auto", "svd", "eigh", "randomized"])
+@pytest.mark.parametrize("rtol", [0.0, 0.5])
+def test_a_zero_matrix_needs_no_bond_larger_than_one(library, method, rtol):
+    shape = tn.MPOShape((2, 3, 2), (2, 2, 3))
+    zeros = to_library(np.zeros((12, 12)), library)
+    mpo, info = tn.decompose(zeros, shape, rtol=rtol, method=method, return_info=True)
+    assert mpo.bond_dims == (1, 1)
+    assert info.error_bound == 0
+    assert error_of(mpo, np.zeros((12, 12))) == 0
+
+
 ILL_POSED = {
     "zero": torch.zeros(8, 8, dtype=torch.float64),
     "identity": torch.eye(8, dtype=torch.float64),
