@@ -184,3 +184,67 @@ def a_mpo():
 def test_bad_input_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+SCALES = (1e-170, 1e-25, 1e25, 1e150)
+
+
+def scaled(mpo, scale):
+    """Not in one core, which is what operators with a centre would have."""
+    dtype = mpo.cores[0].dtype
+    each = np.asarray(scale ** (1 / len(mpo.cores)), dtype)
+    return tn.MPO([core * each for core in mpo.cores], mpo.shape)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("method", ["direct", "successive", "randomized"])
+def test_sums_of_any_size_stay_within_the_tolerance(method, scale):
+    mpos = [tn.MPO.random(tn.MPOShape((2,) * 10, (2,) * 10), 30, rng=k) for k in range(2)]
+    zero = tn.MPO.zeros(mpos[0].shape)
+    total = tn.add([*(scaled(mpo, scale) for mpo in mpos), zero], method=method, rtol=1e-3)
+    expected = mpos[0] + mpos[1]
+    back = scaled(total, 1 / scale)
+    assert float((back - expected).norm()) <= 1.001e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("method", ["direct", "zipup", "randomized"])
+def test_products_of_any_size_stay_within_the_tolerance(method, scale):
+    a, b = (tn.MPO.random(tn.MPOShape((2,) * 8, (2,) * 8), 6, rng=k) for k in range(2))
+    product = tn.matmul(scaled(a, scale), scaled(b, 10.0), method=method, rtol=1e-3)
+    error = (scaled(product, 0.1 / scale) - a @ b).norm()
+    assert float(error) <= 1.001e-3 * float((a @ b).norm())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        ("float32", 1e-25),
+        ("float32", 1.0),
+        ("float32", 1e25),
+        ("float64", 1e-170),
+        ("float64", 1e200),
+    ],
+)
+def test_a_fit_measures_its_error_at_any_size(dtype, scale):
+    one = np.zeros((), dtype)
+    target = tn.MPO.random(tn.MPOShape((3, 3, 3), (3, 3, 3)), 6, rng=0, like=one)
+    fitted, info = tn.fit(scaled(target, scale), max_bond=2, return_info=True)
+    error = dense_norm(dense(scaled(fitted, 1 / scale)) - dense(target)) / dense_norm(dense(target))
+    assert info.converged
+    assert info.errors[-1] == pytest.approx(error, rel=1e-4)
+    assert fitted.dtype == dtype
+
+
+def test_a_fit_of_zeros_is_zero():
+    fitted, info = tn.fit(tn.MPO.zeros(SHAPE), max_bond=2, return_info=True)
+    assert info.errors[-1] == 0
+    assert float(fitted.norm()) == 0
+
+
+@pytest.mark.parametrize("method", ["direct", "successive", "randomized"])
+def test_exact_bonds_are_exact_in_every_scheme(method):
+    shape = tn.MPOShape((3, 3), (3, 3))
+    total = tn.add([tn.MPO.identity(shape)] * 3, method=method, bonds=(2,))
+    assert total.bond_dims == (2,)
+    np.testing.assert_allclose(total.to_matrix(), 3 * np.eye(9), atol=1e-12)

@@ -16,7 +16,7 @@ from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
-from tnmoe.rounding import truncated_isometry
+from tnmoe.rounding import near_one, times_power, truncated_isometry
 from tnmoe.shapes import MPOShape
 
 # The random projections keep this many directions more than will be kept in the end.
@@ -84,10 +84,11 @@ def add(
     one_of("method", method, ("direct", "successive", "randomized"))
     xp = first._backend
     if method == "randomized":
-        terms = [_wide_term(xp, mpo.cores) for mpo in mpos]
+        chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
+        terms = [_Term((chain,)) for chain in chains]
         found = _randomized(xp, terms, selection, np.random.default_rng(rng))
         if found is not None:
-            return _finish(first, found, first.shape, selection)
+            return _finish(first, found, exponent, selection)
     if method == "successive":
         return _successive(mpos, selection)
     whole = MPO(algebra.add(xp, [mpo.cores for mpo in mpos]), first.shape)
@@ -144,13 +145,16 @@ def matmul(
     selection = Selection(shape, max_bond, bonds, rtol, max_params)
     one_of("method", method, ("direct", "zipup", "randomized"))
     xp = a._backend
-    if method == "randomized":
-        term = _wide_term(xp, *factors)
+    if method != "direct":
+        (left,), left_exponent = near_one(xp, [factors[0]])
+        (right,), right_exponent = near_one(xp, [factors[1]])
+        exponent = left_exponent + right_exponent
+        if method == "zipup":
+            return _finish(a, _zip_up(xp, (left, right), selection), exponent, selection)
+        term = _Term((_wide(xp, left), _wide(xp, right)))
         found = _randomized(xp, [term], selection, np.random.default_rng(rng))
         if found is not None:
-            return _finish(a, found, shape, selection)
-    if method == "zipup":
-        return _finish(a, _zip_up(xp, factors, selection), shape, selection)
+            return _finish(a, found, exponent, selection)
     return _compressed(MPO(algebra.compose(a._backend, *factors), shape), selection, like=a)
 
 
@@ -290,8 +294,9 @@ def _successive(mpos: Sequence[MPO], selection: Selection) -> MPO:
     """Sum with a rounding after every addition, a tolerance shared between the roundings."""
     xp, allowed = mpos[0]._backend, None
     if selection.rtol is not None:
-        squared = _squared_norm(xp, [_wide_term(xp, mpo.cores) for mpo in mpos])
-        allowed = selection.rtol * max(0.0, squared) ** 0.5 / len(mpos)
+        chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
+        squared = max(0.0, _squared_norm(xp, [_Term((chain,)) for chain in chains]))
+        allowed = float(np.ldexp(selection.rtol * squared**0.5 / len(mpos), exponent))
     total = mpos[0]
     for position, mpo in enumerate(mpos[1:], start=2):
         total = total + mpo
@@ -299,9 +304,13 @@ def _successive(mpos: Sequence[MPO], selection: Selection) -> MPO:
         norm = float(xp.to_numpy(total.norm()))
         rtol = None if allowed is None or not norm else min(1.0, allowed / norm)
         # An exact list is for the end: on the way a bond may not be that large yet.
-        cap = selection.caps if selection.bonds is not None else selection.max_bond
+        exact = selection.bonds if last else None
+        cap = selection.max_bond if selection.bonds is None else selection.caps
         total = total.compress(
-            max_bond=cap, rtol=rtol, max_params=selection.max_params if last else None
+            max_bond=cap if exact is None else None,
+            bonds=exact,
+            rtol=rtol,
+            max_params=selection.max_params if last else None,
         )
     return _compressed(total, selection) if len(mpos) == 1 else total
 
@@ -316,10 +325,11 @@ def _compressed(mpo: MPO, selection: Selection, like: MPO | None = None) -> MPO:
     return compressed if like is None else _as(like, compressed)
 
 
-def _finish(like: MPO, cores: Sequence[Array], shape: MPOShape, selection: Selection) -> MPO:
-    """Round projected cores to what was asked for, in the dtype of an operand."""
+def _finish(like: MPO, cores: Sequence[Array], exponent: int, selection: Selection) -> MPO:
+    """Round 2ᵉ times projected cores to what was asked for, in the dtype of an operand."""
     rtol = selection.rtol if selection.rtol is None else 0.9 * selection.rtol
-    mpo = MPO(cores, shape, shape.sites - 1).compress(
+    cores = [*cores[:-1], times_power(cores[-1], exponent)]
+    mpo = MPO(cores, selection.shape, selection.shape.sites - 1).compress(
         max_bond=selection.max_bond,
         bonds=selection.bonds,
         rtol=rtol,
@@ -334,6 +344,6 @@ def _as(like: MPO, mpo: MPO) -> MPO:
     return MPO(narrowed(xp, mpo.cores, name), mpo.shape, mpo.center)
 
 
-def _wide_term(xp: Backend, *chains: Sequence[Array]) -> _Term:
-    """Chains in double precision, in which an error can be measured as a difference of norms."""
-    return _Term(tuple([widened(xp, core) for core in chain] for chain in chains))
+def _wide(xp: Backend, cores: Sequence[Array]) -> list[Array]:
+    """Cores in double precision, in which an error can be measured as a difference of norms."""
+    return [widened(xp, core) for core in cores]

@@ -8,13 +8,15 @@ from typing import Literal, overload
 
 import numpy as np
 
+from tnmoe import algebra
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize, shift_left, shift_right
 from tnmoe.einsum import contract
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
-from tnmoe.precision import narrowed
+from tnmoe.precision import narrowed, widened
+from tnmoe.rounding import near_one, times_power
 from tnmoe.shapes import positive_int
 
 
@@ -26,7 +28,7 @@ class FitInfo:
     ----------
     errors : tuple of float
         Relative Frobenius error after every sweep. It never grows, but for rounding: it is a
-        difference of norms, so values below the square root of the precision are not meaningful.
+        difference of norms in double precision: values below 1e-8 are rounding.
     converged : bool
         Whether the last sweep changed the error by less than the tolerance.
 
@@ -139,8 +141,12 @@ def fit(
     max_sweeps = positive_int("max_sweeps", max_sweeps)
     start = _start(targets[0], initial, max_bond, bonds, rng)
     xp, name = start._backend, start._backend.dtype_name(start.cores[0])
-    chains = [mpo._computable_cores() for mpo in targets]
-    cores, info = _alternate(xp, chains, start._computable_cores(), max_sweeps, tol)
+    # In double precision, since an error is measured as a difference of norms.
+    wide = [[widened(xp, core) for core in mpo.cores] for mpo in targets]
+    chains, exponent = near_one(xp, wide)
+    (first,), _ = near_one(xp, [[widened(xp, core) for core in start.cores]])
+    cores, info = _alternate(xp, chains, first, max_sweeps, tol)
+    cores[0] = times_power(cores[0], exponent)
     mpo = MPO(narrowed(xp, cores, name), start.shape, 0)
     return (mpo, info) if return_info else mpo
 
@@ -174,7 +180,7 @@ def _alternate(
 ) -> tuple[list[Array], FitInfo]:
     cores = list(canonicalize(xp, start, None, 0))
     last = len(cores) - 1
-    squared = _squared_norm(xp, chains)
+    squared = sum(_number(xp, algebra.inner(xp, a, b).real) for a in chains for b in chains)
     one = xp.eye(1, like=cores[0])
     # Environments of every target: left[k] (D_target, D) left of site k, right[k] right of it.
     left: list[list[Array]] = [[one] * len(chains)] + [[] for _ in range(last)]
@@ -232,17 +238,6 @@ def _grow_right(
         contract(xp, "by,aoib,xoiy->ax", after, chain[site], bra)
         for chain, after in zip(chains, right, strict=True)
     ]
-
-
-def _squared_norm(xp: Backend, chains: Sequence[Sequence[Array]]) -> float:
-    """Squared norm of the sum of chains, from their inner products."""
-    environments = [[xp.eye(1, like=chains[0][0]) for _ in chains] for _ in chains]
-    for site in range(len(chains[0])):
-        environments = [
-            _grow_left(xp, chains, chains[row][site], environments[row], site)
-            for row in range(len(chains))
-        ]
-    return sum(_number(xp, each.real) for row in environments for each in row)
 
 
 def _number(xp: Backend, array: Array) -> float:

@@ -182,6 +182,27 @@ def _noise(xp: Backend, left: Array, right: Array) -> float:
     return _NOISE * epsilon * float(xp.to_numpy(xp.norm(left))) * float(xp.to_numpy(xp.norm(right)))
 
 
+def near_one(xp: Backend, chains: Sequence[Sequence[Array]]) -> tuple[list[list[Array]], int]:
+    """Chains divided by one power of two, in cores near 1, whose products can be squared.
+
+    Returns
+    -------
+    list of list of array
+        The largest chain's cores have entries near 1; the others are as small beside it as before.
+    int
+        The exponent that was taken out of every chain.
+    """
+    pairs = [[normalized(xp, core) for core in chain] for chain in chains]
+    exponents = [sum(exponent for _, exponent in each) for each in pairs]
+    # The exponents of a chain that is zero say nothing.
+    nonzero = [all(xp.max_abs(core) for core, _ in each) for each in pairs]
+    most = max((e for e, counts in zip(exponents, nonzero, strict=True) if counts), default=0)
+    scaled = [[core for core, _ in each] for each in pairs]
+    for cores, exponent, counts in zip(scaled, exponents, nonzero, strict=True):
+        cores[-1] = times_power(cores[-1], exponent - most) if counts else cores[-1]
+    return scaled, most
+
+
 def normalized(xp: Backend, array: Array) -> tuple[Array, int]:
     """An array divided by a power of two, so that its largest entry is near 1; the exponent."""
     largest = xp.max_abs(array)
