@@ -18,16 +18,35 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def move_into_place(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; what was there goes only once ``new`` is in its place."""
+    """Rename ``new`` to ``target``; what was there goes only once ``new`` is in its place.
+
+    Raises
+    ------
+    OSError
+        If that fails; everything is as it was.
+    InputError
+        If it fails and what was there cannot be put back; the message tells where it is.
+    """
     if not target.exists():
         new.rename(target)
         return
-    old = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    target.rename(old / "old")
+    kept = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    old = kept / "old"
     try:
+        target.rename(old)
         new.rename(target)
-    except BaseException:
-        (old / "old").rename(target)
+    except BaseException as failure:
+        if old.exists():
+            _put_back(old, target, failure)
+        kept.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path, failure: BaseException) -> None:
+    try:
+        old.rename(target)
+    except OSError:
+        raise InputError(
+            f"{target} could not be replaced ({failure}), nor put back: it is now {old}"
+        ) from failure

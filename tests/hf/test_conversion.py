@@ -132,6 +132,49 @@ def test_a_run_that_broke_off_at_its_beginning_goes_on(line, dense, undisturbed,
     assert contents(tmp_path / "target") == undisturbed
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_broke_off_at_its_very_end_is_done(overwrite, dense, undisturbed, tmp_path):
+    """When only the journal was left to remove."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "older").write_text("")
+
+    class StoppedError(Exception):
+        pass
+
+    def move_and_stop(part, target):
+        conversion.shutil.rmtree(target)
+        part.rename(target)
+        raise StoppedError
+
+    plan = hf.plan_upcycle(dense, CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "move_into_place", move_and_stop)
+        with pytest.raises(StoppedError):
+            plan.run(target, overwrite=True, shard_bytes=20_000)
+    files = plan.run(target, overwrite=overwrite, shard_bytes=20_000)
+    assert contents(tmp_path / "target") == undisturbed
+    assert all(file.is_file() for file in files)
+    with pytest.raises(tn.InputError, match="is not empty"):
+        plan.run(target, shard_bytes=20_000)
+
+
+def test_a_folder_that_cannot_be_moved_into_place_is_kept(dense, tmp_path, monkeypatch):
+    def refuse(part, target):
+        raise PermissionError(13, "Permission denied", str(target))
+
+    plan = hf.plan_upcycle(dense, CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "move_into_place", refuse)
+        with pytest.raises(
+            tn.InputError, match=r"target: Permission denied; the same call goes on"
+        ):
+            plan.run(tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target.partial"]
+    plan.run(tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
 def test_work_of_another_conversion_is_not_gone_on_with(dense, tmp_path):
     target = tmp_path / "target"
     kill(dense, target, after=2)
@@ -206,7 +249,7 @@ def test_a_result_larger_than_the_disk_is_not_begun(dense, tmp_path, monkeypatch
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(tn.InputError, match=r"has room for 1e-06 GB, the result needs .* GB"):
-        hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target")
+        hf.plan_upcycle(dense, CONFIG).run(tmp_path / "new" / "target")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -366,7 +366,7 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
         (lambda: nn.MPOExperts(E, H, F_, activation="magic"), "unknown activation 'magic'"),
         (lambda: nn.MPOExperts(E, H, F_, sites=1), "at least 2 sites"),
         (
-            lambda: nn.MPOExperts(E, H, F_, up_shape=tn.MPOShape((4, 4), (4, 4))),
+            lambda: nn.Experts(nn.StackedProjection(2, 4, 3), nn.StackedProjection(2, 5, 4)),
             "does not fit up",
         ),
         (
@@ -432,6 +432,35 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
                 tn.SharedMPO.replicate(tn.MPO.random(tn.MPOShape((2, 2), (2, 2))), 2)
             ),
             "cores must be torch tensors, got ndarray",
+        ),
+        (
+            lambda: nn.MPOExperts(E, H, F_, up_shape=tn.MPOShape((2, 2), (2, 2))),
+            rf"up_shape must be for a {F_}×{H} matrix, got MPOShape\(out_dims=\(2, 2\)",
+        ),
+        (
+            lambda: nn.MPOExperts.from_dense(
+                torch.ones(4, 3), torch.ones(3, 4), down_shape=tn.MPOShape((2, 2), (3, 1))
+            ),
+            "down_shape must be for a 3×4 matrix",
+        ),
+        (
+            lambda: nn.MPOExperts(
+                4,
+                3,
+                4,
+                layout="x",
+                up_shape=tn.MPOShape((2, 2), (3, 1)),
+                down_shape=tn.MPOShape((3, 1), (2, 2)),
+            ),
+            "layout must be one of interleaved, split, got 'x'",
+        ),
+        (
+            lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.full((3, 4), torch.inf)),
+            r"the \(3, 4\) matrix contains NaN or infinity",
+        ),
+        (
+            lambda: nn.StackedProjection.from_dense(torch.ones(4), 2),
+            r"weight must be of shape \(out, in\), got \(4,\)",
         ),
         (
             lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.ones(3, 4), noise=-1.0),

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,31 +171,34 @@ class Conversion:
             If the target cannot be made, or begun work there is of something else.
         """
         target = Path(target).absolute()
-        self.check_target(target, overwrite)
+        identity = self._identity(positive_int("shard_bytes", shard_bytes))
         part = target.with_name(f"{target.name}.partial")
-        writer = ShardWriter(part, self.specs, positive_int("shard_bytes", shard_bytes))
+        writer = ShardWriter(part, self.specs, shard_bytes)
+        files = [target / file.name for file in writer.files]
+        if _lines(target / _JOURNAL)[:1] == [identity]:
+            # The work broke off when all was in its place and only the journal was left.
+            (target / _JOURNAL).unlink()
+            return files
+        self.check_target(target, overwrite)
         jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
         companions = list(_companions(self.source.folder))
-        done = self._open(part, overwrite, self._identity(shard_bytes))
-        try:
-            if not done:
-                writer.create()
-                _append(part / _JOURNAL, _LAID_OUT)
-            for piece, tensors in self._made(done, jobs, on_progress):
-                writer.write(self._copied(piece) if tensors is None else tensors)
-                _append(part / _JOURNAL, piece.name)
-            self._finish(part, writer, companions)
-        except InputError:
-            # The source itself is at fault, and this work of no use once it is mended.
-            shutil.rmtree(part)
-            raise
-        except OSError as error:
-            raise InputError(
-                f"{error.filename or part}: {error.strerror}; the same call goes on from there"
-            ) from error
-        move_into_place(part, target)
-        (target / _JOURNAL).unlink()
-        return [target / file.name for file in writer.files]
+        done = self._open(part, overwrite, identity)
+        with _going_on_later(part):
+            try:
+                if not done:
+                    writer.create()
+                    _append(part / _JOURNAL, _LAID_OUT)
+                for piece, tensors in self._made(done, jobs, on_progress):
+                    writer.write(self._copied(piece) if tensors is None else tensors)
+                    _append(part / _JOURNAL, piece.name)
+                self._finish(part, writer, companions)
+            except InputError:
+                # The source itself is at fault, and this work of no use once it is mended.
+                shutil.rmtree(part)
+                raise
+            move_into_place(part, target)
+            (target / _JOURNAL).unlink()
+        return files
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
         """Raise an InputError if :meth:`run` would refuse this folder."""
@@ -233,17 +237,17 @@ class Conversion:
         try:
             if begun:
                 shutil.rmtree(part)
-            part.mkdir(parents=True)
             self._check_space(part)
+            part.mkdir(parents=True)
             _write_whole(part / _JOURNAL, [identity])
         except OSError as error:
             raise InputError(f"cannot write to {part}: {error.strerror}") from error
         return set()
 
     def _check_space(self, part: Path) -> None:
-        free = shutil.disk_usage(part).free
+        there = next(parent for parent in part.parents if parent.exists())
+        free = shutil.disk_usage(there).free
         if self.num_bytes > free:
-            part.rmdir()
             raise InputError(
                 f"{part.parent} has room for {free / 1e9:.3g} GB, "
                 f"the result needs {self.num_bytes / 1e9:.3g} GB"
@@ -282,6 +286,17 @@ class Conversion:
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
         write_json(part / CONFIG, self.config)
+
+
+@contextmanager
+def _going_on_later(part: Path) -> Iterator[None]:
+    """Tell of a full disk and the like; what was done stays."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or part}: {error.strerror}; the same call goes on from there"
+        ) from error
 
 
 def _lines(journal: Path) -> list[str]:

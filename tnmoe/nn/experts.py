@@ -52,6 +52,18 @@ def layout_shape(layout: str, out_features: int, in_features: int, sites: int = 
     return MPOShape.split(out_features, in_features, *groups)
 
 
+def _shape_for(
+    name: str, given: MPOShape | None, layout: str, sites: int, out_features: int, in_features: int
+) -> MPOShape:
+    """The given shape, if it is of that size; a layout's without one."""
+    usual = layout_shape(layout, out_features, in_features, sites)
+    if given is None:
+        return usual
+    if (given.out_features, given.in_features) != (out_features, in_features):
+        raise InputError(f"{name} must be for a {out_features}×{in_features} matrix, got {given}")
+    return given
+
+
 class Experts(nn.Module):
     """E feed-forward networks ``down(act(up(x)))``, or ``down(act(gate(x)) · up(x))`` if gated.
 
@@ -439,8 +451,9 @@ class MPOExperts(Experts):
         dtype: torch.dtype | None = None,
     ) -> None:
         chosen = check_matrices(matrices, PROJECTIONS if gated else ("up", "down"))
-        up_shape = up_shape or layout_shape(layout, intermediate_size, hidden_size, sites)
-        down_shape = down_shape or layout_shape(layout, hidden_size, intermediate_size, sites)
+        sizes = intermediate_size, hidden_size
+        up_shape = _shape_for("up_shape", up_shape, layout, sites, *sizes)
+        down_shape = _shape_for("down_shape", down_shape, layout, sites, *sizes[::-1])
         bonds = per_projection("max_bond", max_bond, None)
         common = per_projection("shared", shared, "center")
 
@@ -526,8 +539,8 @@ class MPOExperts(Experts):
         """
         given = check_ffn(up, down, gate, gate_bias)
         chosen = check_matrices(matrices, given)
-        up_shape = up_shape or layout_shape(layout, up.shape[0], up.shape[1], sites)
-        down_shape = down_shape or layout_shape(layout, down.shape[0], down.shape[1], sites)
+        up_shape = _shape_for("up_shape", up_shape, layout, sites, *up.shape)
+        down_shape = _shape_for("down_shape", down_shape, layout, sites, *down.shape)
         bonds = per_projection("max_bond", max_bond, None)
         common = per_projection("shared", shared, "center")
         biases = {"up": up_bias, "down": down_bias, "gate": gate_bias}

@@ -183,7 +183,26 @@ class StackedProjection(Projection):
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
     ) -> StackedProjection:
-        """Experts that all start as one matrix (out, in), with noise relative to its size."""
+        """Experts that all start as one matrix.
+
+        Parameters
+        ----------
+        weight : Tensor, shape (out, in)
+        num_experts : int
+        noise : float
+            Relative to the matrix's root mean square; drawn for every expert.
+        rng : numpy Generator or int, optional
+            Source of the noise.
+
+        Raises
+        ------
+        InputError
+            If ``weight`` is no matrix, or holds NaN or infinity.
+        """
+        if weight.ndim != 2:
+            raise InputError(f"weight must be of shape (out, in), got {tuple(weight.shape)}")
+        if not torch.isfinite(weight).all():
+            raise InputError(f"the {tuple(weight.shape)} matrix contains NaN or infinity")
         projection = cls(num_experts, *weight.shape, device="meta", dtype=weight.dtype)
         stacked = replicate(weight.detach(), num_experts, noise, np.random.default_rng(rng))
         projection.stacked = nn.Parameter(stacked)
