@@ -154,6 +154,9 @@ def test_inspection_shows_sizes_spectra_and_what_truncation_costs(dense, tmp_pat
         assert error <= matrix["errors"][str(bond)] + 1e-5
         assert matrix["errors"][str(bond)] <= 1
     assert matrix["errors"]["1000"] < 1e-6 < matrix["errors"]["6"] < matrix["errors"]["2"]
+    ordinary = tnmoe("inspect", dense, "--experts", 4, "--layout", "dense").stdout
+    assert "whole model" in ordinary
+    assert "legs" not in ordinary
     text = tnmoe("inspect", dense, "--experts", 4, "--sites", 3).stdout
     assert "model.layers.2.gate" in text
     assert "entropies" in text

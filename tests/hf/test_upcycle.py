@@ -255,7 +255,22 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
             "is for another matrix",
         ),
         (lambda _: hf.MPOEConfig.from_dict({"magic": 1}), r"unknown entries .* \['magic'\]"),
-        (lambda path: hf.from_pretrained(path / "none"), "no config.json there"),
+        (lambda path: hf.from_pretrained(path / "none"), "there is no folder .*none"),
+        (lambda path: hf.from_pretrained(path), "is not a Hugging Face folder: no config.json"),
+        (lambda path: hf.from_pretrained(saved_dense(path) / "config.json"), "a file, not a fold"),
+        (lambda path: hf.from_pretrained(with_text(path, "{")), "config.json is not JSON"),
+        (
+            lambda path: hf.from_pretrained(with_text(path, '{"quantization_config": ["tnmoe"]}')),
+            "is not an MPOE checkpoint",
+        ),
+        (
+            lambda path: hf.from_pretrained(saved_with(path, mpoe=None)),
+            "quantization_config of an MPOE checkpoint must hold mpoe, an object, .* got mpoe=None",
+        ),
+        (
+            lambda path: hf.plan_export(saved_with(path, magic=1), to="moe"),
+            r"must hold mpoe, .* nothing else .* got mpoe=\{.*\}, magic",
+        ),
         (lambda path: hf.from_pretrained(saved_dense(path)), "is not an MPOE checkpoint"),
         (
             lambda path: hf.from_pretrained(saved_with(path, layout_version=99)),
@@ -277,10 +292,15 @@ def saved_dense(path):
     return path
 
 
-def saved_with(path, layout_version=1, architectures=("BertModel",)):
+def with_text(path, text):
+    (path / "config.json").write_text(text)
+    return path
+
+
+def saved_with(path, architectures=("BertModel",), **entries):
     hf.upcycle(make("bert"), CONFIG).save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"]["layout_version"] = layout_version
+    config["quantization_config"] |= entries
     config["architectures"] = list(architectures)
     (path / "config.json").write_text(json.dumps(config))
     return path

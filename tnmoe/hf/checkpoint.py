@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -21,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.router_losses import attach_router_losses
+from tnmoe.hf.shards import read_config
 from tnmoe.hf.structure import install_empty
 
 METHOD = "tnmoe"
@@ -42,21 +44,29 @@ class StoredConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, mpoe: dict[str, Any], layout_version: int = _VERSION, quant_method: Any = METHOD
+        self,
+        mpoe: dict[str, Any] | None = None,
+        layout_version: int = _VERSION,
+        quant_method: Any = METHOD,
+        **unknown: Any,
     ) -> None:
         if layout_version != _VERSION:
             raise InputError(
                 f"this checkpoint has layout version {layout_version}, "
                 f"this version of tnmoe reads {_VERSION}"
             )
+        if not isinstance(mpoe, dict) or unknown:
+            raise InputError(
+                "quantization_config of an MPOE checkpoint must hold mpoe, an object, and nothing "
+                f"else but layout_version and quant_method; got mpoe={mpoe!r}"
+                + "".join(f", {name}" for name in unknown)
+            )
         self.quant_method = quant_method
         self.layout_version = layout_version
         self.mpoe = mpoe
 
 
-def require_mpoe(
-    quantization_config: dict[str, Any] | None, folder: str | os.PathLike
-) -> dict[str, Any]:
+def require_mpoe(quantization_config: Any, folder: str | os.PathLike) -> dict[str, Any]:
     """The entry of a folder's config.json, if it is the one of an MPOE model.
 
     Raises
@@ -64,8 +74,8 @@ def require_mpoe(
     InputError
         If it is not.
     """
-    stored = quantization_config or {}
-    if stored.get("quant_method") != METHOD:
+    stored = quantization_config
+    if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
         raise InputError(f"{os.fspath(folder)} is not an MPOE checkpoint: its config.json has none")
     return stored
 
@@ -170,10 +180,11 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     >>> type(from_pretrained(folder)).__name__
     'GPT2LMHeadModel'
     """
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise InputError(f"{os.fspath(folder)} is not a Hugging Face folder: no config.json there")
+    if os.path.isfile(folder):
+        raise InputError(f"{os.fspath(folder)} is a file, not a folder")
+    stored = require_mpoe(read_config(Path(folder)).get("quantization_config"), folder)
+    StoredConfig.from_dict(stored)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    require_mpoe(getattr(config, "quantization_config", None), folder)
     names = config.architectures or ["none"]
     model_class = model_class_named(names[0])
     if model_class is None:

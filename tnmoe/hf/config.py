@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from inspect import signature
 from typing import Any
 
 import torch
 
-from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.errors import InputError, integer_from_zero, number_in, one_of
+from tnmoe.hf.families import check_layers
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.experts import (
     GAUGES,
@@ -19,6 +20,7 @@ from tnmoe.nn.experts import (
     layout_shape,
     per_projection,
 )
+from tnmoe.nn.projection import resolve_shared
 from tnmoe.nn.router import Router, TopKRouter
 from tnmoe.shapes import MPOShape, positive_int
 
@@ -113,7 +115,10 @@ class MPOEConfig:
         for bond in per_projection("max_bond", self.max_bond, None).values():
             if bond is not None:
                 positive_int("max_bond", bond)
-        per_projection("shared", self.shared, "center")
+        for sites in per_projection("shared", self.shared, "center").values():
+            _check_shared(sites)
+        check_layers(self.layers)
+        one_of("shared_bias", self.shared_bias, (False, True))
         check_matrices(self.matrices)
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
@@ -125,7 +130,12 @@ class MPOEConfig:
         number_in("mask_probability", self.mask_probability, "[0, 1]")
         for name in ("expert_noise", "balance_weight", "z_weight"):
             number_in(name, getattr(self, name), "[0, inf)")
+        for name in ("shapes", "router"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(f"{name} must be a mapping, got {getattr(self, name)!r}")
         for size, shape in self.shapes.items():
+            if not isinstance(shape, MPOShape):
+                raise InputError(f"shapes[{size}] must be an MPOShape, got {shape!r}")
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")
 
@@ -210,6 +220,25 @@ class MPOEConfig:
         known = {entry.name for entry in fields(cls)}
         if unknown := set(data) - known:
             raise InputError(f"unknown entries in an MPOE configuration: {sorted(unknown)}")
-        shapes = [MPOShape(**shape) for shape in data.get("shapes", ())]
+        shapes = _shapes(data.get("shapes", ()))
         by_size = {(shape.out_features, shape.in_features): shape for shape in shapes}
         return cls(**{**data, "shapes": by_size})
+
+
+def _check_shared(shared: Any) -> None:
+    """What can be known before the number of sites is."""
+    if isinstance(shared, str) or not isinstance(shared, Iterable):
+        resolve_shared(shared, sites=2, center=0)
+        return
+    for site in shared:
+        integer_from_zero(f"every site of shared={shared!r}", site)
+
+
+def _shapes(data: Any) -> list[MPOShape]:
+    """Shapes from plain data."""
+    try:
+        return [MPOShape(**shape) for shape in data]
+    except TypeError:
+        raise InputError(
+            f"shapes must be a list of objects with out_dims and in_dims, got {data!r}"
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, integer_from_zero
 from tnmoe.nn.activations import resolve_activation
+from tnmoe.shapes import positive_int
 
 
 class FusedHalf(nn.Module):
@@ -418,6 +419,8 @@ def find_ffns(
     >>> [ffn.name for ffn in find_ffns(model, every=2)]
     ['h.1', 'h.3']
     """
+    check_layers(layers)
+    positive_int("every", every)
     by_matrix: dict[int, FFN] = {}
     for name, module in model.named_modules():
         found_by = ((family, finder(module)) for family, finder in _FAMILIES.items())
@@ -464,15 +467,25 @@ def _at_both(ffn: FFN, again: FFN) -> FFN:
     return replace(ffn, install=install)
 
 
-def _chosen(found: list[FFN], layers: Sequence[int] | str | None, model: str) -> list[FFN]:
-    if layers is None:
-        return found
+def check_layers(layers: Sequence[int] | str | None) -> None:
+    """Raise an InputError unless these may be positions of networks, or a regular expression."""
     if isinstance(layers, str):
         try:
             re.compile(layers)
         except re.error as error:
             raise InputError(f"layers={layers!r} is no regular expression: {error}") from error
+    elif layers is not None:
+        if not isinstance(layers, Iterable):
+            raise InputError(f"layers must be integers or a regular expression, got {layers!r}")
+        for layer in layers:
+            integer_from_zero(f"every layer of layers={layers!r}", layer)
+
+
+def _chosen(found: list[FFN], layers: Sequence[int] | str | None, model: str) -> list[FFN]:
+    if layers is None:
+        return found
+    if isinstance(layers, str):
         return [ffn for ffn in found if re.search(layers, ffn.name)]
-    if bad := [layer for layer in layers if not 0 <= layer < len(found)]:
+    if bad := [layer for layer in layers if layer >= len(found)]:
         raise InputError(f"layers must be from 0 to {len(found) - 1} in {model}, got {bad}")
     return [found[layer] for layer in sorted(set(layers))]

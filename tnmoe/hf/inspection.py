@@ -84,6 +84,8 @@ class Inspection:
         }
 
     def __str__(self) -> str:
+        if not self.matrices:
+            return f"{self.architecture}\n\n{self.parameters}"
         first = self.matrices[0]
         headers = ["matrix", "family", "legs", "bonds"]
         if first.errors is not None:
@@ -147,7 +149,7 @@ def inspect_checkpoint(
     entries = read_config(path)
     check_dense(entries, path)
     bonds = None if bonds is None else [positive_int("every bond", bond) for bond in bonds]
-    if path.is_file() or not weights:
+    if path.is_file() or not weights or config.layout == "dense":
         model = model_without_numbers(config_from(entries))
         ffns = find_ffns(model, config.layers, config.every)
         matrices = [each for ffn in ffns for each in _described(ffn, config)]
@@ -159,7 +161,9 @@ def inspect_checkpoint(
 
 
 def _chosen(ffn: FFN, config: MPOEConfig) -> dict[str, Matrix]:
-    """The matrices of a network that become MPOs."""
+    """The matrices of a network that become MPOs: in an ordinary mixture none."""
+    if config.layout == "dense":
+        return {}
     names = check_matrices(config.matrices, ffn.matrices)
     return {name: matrix for name, matrix in ffn.matrices.items() if name in names}
 

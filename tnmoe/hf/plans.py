@@ -129,7 +129,7 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     one_of("to", to, FORMATS)
     source = Checkpoint(folder)
     stored = require_mpoe(source.config.get("quantization_config"), source.folder)
-    config = MPOEConfig.from_dict(StoredConfig(**stored).mpoe)
+    config = MPOEConfig.from_dict(StoredConfig.from_dict(stored).mpoe)
     plain = {key: each for key, each in source.config.items() if key != "quantization_config"}
     skeleton = Skeleton(source, plain)
     install_empty(skeleton.model, config)

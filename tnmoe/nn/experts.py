@@ -571,8 +571,9 @@ class MPOExperts(Experts):
 
 def check_matrices(names: Iterable[str], present: Iterable[str] = PROJECTIONS) -> tuple[str, ...]:
     """Names of matrices, one of which a network has at least; an InputError unless they are."""
-    chosen = (names,) if isinstance(names, str) else tuple(names)
-    if not chosen or not set(chosen) <= set(PROJECTIONS):
+    several = (names,) if isinstance(names, str) else names
+    chosen = tuple(several) if isinstance(several, Iterable) else ()
+    if not chosen or not all(name in PROJECTIONS for name in chosen):
         raise InputError(f"matrices must be some of {', '.join(PROJECTIONS)}, got {names!r}")
     if not set(chosen) & set(present):
         raise InputError(f"matrices={names!r} are none of the network's {', '.join(present)}")

@@ -1,0 +1,37 @@
+"""What an MPOEConfig refuses, above all as data that somebody wrote by hand."""
+
+import pytest
+
+import tnmoe as tn
+from tnmoe import hf
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"shapes": [{"out_dims": [4, 4]}]}, "shapes must be a list of objects with out_dims and"),
+        ({"shapes": 3}, "shapes must be a list of objects with out_dims and in_dims, got 3"),
+        ({"router": 5}, "router must be a mapping, got 5"),
+        ({"matrices": 5}, "matrices must be some of up, gate, down, got 5"),
+        ({"matrices": [["up"]]}, "matrices must be some of up, gate, down"),
+        ({"layers": 5}, "layers must be integers or a regular expression, got 5"),
+        ({"layers": [0.5]}, r"every layer of layers=\[0.5\] must be an integer of at least 0"),
+        ({"layers": [-1]}, r"every layer of layers=\[-1\] must be an integer of at least 0"),
+        ({"layers": "("}, r"layers='\(' is no regular expression"),
+        ({"shared": 7}, "shared must be a name or the numbers of sites, got 7"),
+        ({"shared": "typo"}, "shared must be one of center, none or sites, got 'typo'"),
+        ({"shared": {"up": [1.5]}}, r"every site of shared=\[1.5\] must be an integer"),
+        ({"shared_bias": "no"}, "shared_bias must be one of False, True, got 'no'"),
+        ({"every": 0}, "every must be a positive integer, got 0"),
+    ],
+)
+def test_bad_data_are_named(entries, message):
+    with pytest.raises(tn.InputError, match=message):
+        hf.MPOEConfig.from_dict(entries)
+
+
+def test_shapes_are_shapes():
+    with pytest.raises(tn.InputError, match=r"shapes\[\(2, 2\)\] must be an MPOShape, got 'x'"):
+        hf.MPOEConfig(shapes={(2, 2): "x"})
+    with pytest.raises(tn.InputError, match="shapes must be a mapping"):
+        hf.MPOEConfig(shapes=[tn.MPOShape((2,), (2,))])
