@@ -125,7 +125,7 @@ def test_rates_that_no_device_has_are_refused(value):
     ("details", "message"),
     [
         ({"experts": 0}, "experts must be a positive integer"),
-        ({"center": 5}, "center must be a site from 0 to 4"),
+        ({"center": 5}, "center must be an integer from 0 to 4"),
         ({"rows": -1}, "batch must be an integer of at least 0, got -1"),
     ],
 )
@@ -140,7 +140,7 @@ def test_bad_input_of_experts_is_named(details, message):
     [
         ({"batch": -1}, "batch must be an integer of at least 0, got -1"),
         ({"batch": 1.5}, "batch must be an integer of at least 0, got 1.5"),
-        ({"center": 9}, "center must be a site from 0 to 1, got 9"),
+        ({"center": 9}, "center must be an integer from 0 to 1, got 9"),
         ({"bond_dims": (0,)}, "every bond dimension must be a positive integer, got 0"),
         ({"bond_dims": (2, 2)}, "one value per bond"),
     ],

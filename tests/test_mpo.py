@@ -154,12 +154,38 @@ def test_the_plan_takes_the_route_with_fewer_operations():
             tn.InputError,
             "do not fit",
         ),
-        (lambda: tn.MPO([np.ones((1, 2, 2, 1))], center=1), tn.InputError, "center must be"),
+        *(
+            (
+                lambda center=center: tn.MPO([np.ones((1, 2, 2, 1))], center=center),
+                tn.InputError,
+                "center must be an integer from 0 to 0, got",
+            )
+            for center in (1, -1, 0.0, True, "0")
+        ),
+        (
+            lambda: tn.MPO([np.ones((1, 2, 2, 0)), np.ones((0, 2, 2, 1))]),
+            tn.InputError,
+            "bonds must be at least 1",
+        ),
+        *(
+            (call, tn.InputError, "the cores of an operator contain NaN or infinity")
+            for call in (
+                lambda: with_nan().compress(),
+                lambda: with_nan("float32").compress(max_bond=1),
+                lambda: with_nan().schmidt_values(0),
+                lambda: with_nan().entropy(0),
+                lambda: with_nan().vidal(),
+                lambda: tn.fit(with_nan(), max_bond=1),
+                lambda: tn.add([with_nan()] * 3, method="randomized", max_bond=1),
+            )
+        ),
+        (lambda: simple().schmidt_values(True), tn.InputError, "bond must be an integer"),
+        (lambda: tn.MPOShape((2, 2), (2, 2)).is_split(2), tn.InputError, "from 0 to 1, got 2"),
         (lambda: tn.MPO([[1.0]]), TypeError, "expected an array"),
         (lambda: simple().apply(np.ones(3)), tn.InputError, r"2 entries .* got shape \(3,\)"),
         (lambda: simple().apply(np.float64(3)), tn.InputError, r"got shape \(\)"),
         (lambda: simple().apply(torch.ones(2)), TypeError, "numpy arrays, x is a Tensor"),
-        (lambda: simple().canonicalize(1), tn.InputError, "center must be a site from 0 to 0"),
+        (lambda: simple().canonicalize(1), tn.InputError, "center must be an integer from 0 to 0"),
         (lambda: simple().schmidt_values(0), tn.InputError, "bond must be"),
         (
             lambda: tn.contraction_plan(tn.MPOShape((2, 2), (2, 2)), (1, 1)),
@@ -171,6 +197,19 @@ def test_the_plan_takes_the_route_with_fewer_operations():
 def test_bad_input_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def with_nan(dtype: str = "float64") -> tn.MPO:
+    cores = [np.ones((1, 2, 2, 3), dtype), np.full((3, 2, 2, 1), np.nan, dtype)]
+    return tn.MPO(cores)
+
+
+def test_indices_may_be_those_of_numpy():
+    mpo = tn.MPO.random(tn.MPOShape((2, 2), (2, 2)), 2, rng=0)
+    moved = mpo.canonicalize(np.int64(1))
+    assert moved.center == 1
+    assert type(moved.center) is int
+    assert moved.schmidt_values(np.int32(0)).shape == (2,)
 
 
 def simple() -> tn.MPO:

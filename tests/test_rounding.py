@@ -170,7 +170,7 @@ def test_gradients_through_compress_agree_with_finite_differences(rank):
         ({"max_params": 7}, r"max_params=7 is too few .* with all bonds 1 it has 8 parameters"),
         ({"bonds": (2,), "max_bond": 1}, r"bonds=\(2,\) exceed max_bond=1"),
         ({"bonds": (2,), "max_params": 9}, r"bonds=\(2,\) have 16 parameters, more than"),
-        ({"center": 2}, "center must be a site"),
+        ({"center": 2}, "center must be an integer"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -105,7 +105,10 @@ def two_sites() -> tn.MPO:
             lambda: tn.SharedMPO.replicate(two_sites(), 2, noise=-1),
             r"noise must be in \[0, inf\), got -1",
         ),
-        (lambda: tn.SharedMPO.replicate(two_sites(), 2).expert(2), "index below 2, got 2"),
+        (
+            lambda: tn.SharedMPO.replicate(two_sites(), 2).expert(2),
+            "expert must be an integer from 0 to 1, got 2",
+        ),
         (
             lambda: tn.SharedMPO(
                 np.ones((1, 2, 2, 1)),
@@ -125,3 +128,15 @@ def two_sites() -> tn.MPO:
 def test_bad_input_is_named(make, message):
     with pytest.raises(tn.InputError, match=message):
         make()
+
+
+def test_half_precision_is_computed_in_single():
+    """Entries of products of cores may be larger than half precision holds; the matrix's are not."""
+    cores = [torch.full((1, 2, 2, 2), 200.0), torch.full((2, 2, 2, 2), 200.0)]
+    cores.append(torch.full((2, 2, 2, 1), 0.005))
+    mpo = tn.MPO([core.half() for core in cores])
+    shared = tn.SharedMPO.replicate(mpo, 2)
+    matrices = shared.to_matrices()
+    assert matrices.dtype == torch.float16
+    assert torch.isfinite(matrices).all()
+    torch.testing.assert_close(matrices[1], shared.expert(1).to_matrix())

@@ -13,9 +13,9 @@ from opt_einsum.contract import PathInfo
 from tnmoe.backends import Array, Backend
 from tnmoe.costs import Rates, get_rates
 from tnmoe.einsum import Contraction
-from tnmoe.errors import InputError, integer_from_zero
+from tnmoe.errors import InputError, index_in, integer_from_zero, positive_int
 from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
-from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.shapes import MPOShape
 
 # A segment of a chain with this many times fewer numbers than the matrix is small.
 _SMALL_SEGMENT = 8
@@ -89,9 +89,7 @@ def contraction_plan(
     for bond in bonds:
         positive_int("every bond dimension", bond)
     batch = integer_from_zero("batch", batch)
-    center = shape.center if center is None else center
-    if center not in range(shape.sites):
-        raise InputError(f"center must be a site from 0 to {shape.sites - 1}, got {center!r}")
+    center = shape.center if center is None else index_in("center", center, shape.sites)
     if experts is None:
         return _plan_of_one(shape, bonds, batch)
     rates = get_rates(device)

@@ -60,8 +60,25 @@ def number_in(name: str, value: Any, interval: str) -> float:
     return number
 
 
+def positive_int(name: str, value: object) -> int:
+    """``value`` as an int of at least 1, NumPy integers included; otherwise an InputError."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)
+
+
 def integer_from_zero(name: str, value: Any) -> int:
     """The value as an int, NumPy's integers included; an InputError if it is below 0 or none."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
         raise InputError(f"{name} must be an integer of at least 0, got {value!r}")
     return int(value)
+
+
+def index_in(name: str, value: Any, count: int) -> int:
+    """The value as an int, NumPy's integers included; an InputError unless it counts from 0."""
+    if type(value) is int and 0 <= value < count:  # the usual case, in inner loops
+        return value
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
+    if not 0 <= number < count:
+        raise InputError(f"{name} must be an integer from 0 to {count - 1}, got {value!r}")
+    return number

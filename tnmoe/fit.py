@@ -12,12 +12,11 @@ from tnmoe import algebra
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize, shift_left, shift_right
 from tnmoe.einsum import contract
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
 from tnmoe.rounding import near_one, times_power
-from tnmoe.shapes import positive_int
 
 
 @dataclass(frozen=True)

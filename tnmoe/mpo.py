@@ -14,7 +14,7 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize, vidal
 from tnmoe.contraction import apply_cores, to_padded_matrix
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, index_in
 from tnmoe.plan import Selection
 from tnmoe.precision import computable, narrowed, widened
 from tnmoe.rounding import round_chain
@@ -75,8 +75,7 @@ class MPO:
             shape = MPOShape([out for out, _ in dims], [in_ for _, in_ in dims])
         if dims != tuple(zip(shape.out_dims, shape.in_dims, strict=True)):
             raise InputError(f"the cores have (out, in) legs {dims}, which do not fit {shape}")
-        if center is not None and not 0 <= center < len(cores):
-            raise InputError(f"center must be a site from 0 to {len(cores) - 1}, got {center}")
+        center = None if center is None else index_in("center", center, len(cores))
         for name, value in (
             ("cores", cores),
             ("shape", shape),
@@ -504,9 +503,7 @@ class MPO:
         InputError
             If there is no such bond.
         """
-        bonds = self.shape.sites - 1
-        if not isinstance(bond, int) or not 0 <= bond < bonds:
-            raise InputError(f"bond must be an integer from 0 to {bonds - 1}, got {bond!r}")
+        bond = index_in("bond", bond, self.shape.sites - 1)
         return spectrum.schmidt_values(self._backend, self._computable_cores(), self.center, bond)
 
     def entropy(self, bond: int) -> float:
@@ -563,13 +560,7 @@ def _is_complex(array: Array) -> bool:
 
 def check_center(shape: MPOShape, center: int | None) -> int:
     """``center``, or the shape's own where it is None; an InputError unless it is a site."""
-    if center is None:
-        return shape.center
-    if not isinstance(center, int) or isinstance(center, bool) or not 0 <= center < shape.sites:
-        raise InputError(
-            f"center must be a site from 0 to {shape.sites - 1} of {shape}, got {center!r}"
-        )
-    return center
+    return shape.center if center is None else index_in("center", center, shape.sites)
 
 
 def check_cores(cores: tuple[Array, ...]) -> Backend:
@@ -590,6 +581,8 @@ def check_cores(cores: tuple[Array, ...]) -> Backend:
         raise InputError(
             f"neighbouring cores need equal bonds and the outermost bonds must be 1, got {shapes}"
         )
+    if 0 in lefts:
+        raise InputError(f"bonds must be at least 1, got {shapes}")
     if not names <= {*REAL_DTYPES, *COMPLEX_DTYPES}:
         raise InputError(f"cores must be floating-point or complex, got dtype {names.pop()}")
     return xp

@@ -12,12 +12,13 @@ Gram matrices in double precision (Al Daas, Ballard, Manning, IPDPS 2022), which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import frexp
+from math import frexp, isfinite
 
 import numpy as np
 
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON, WIDE_DTYPE
+from tnmoe.errors import InputError
 from tnmoe.plan import CutPlan, Selection
 from tnmoe.truncation import TruncationInfo, squared_tails
 from tnmoe.weights import FactorWeights, GramWeights
@@ -206,6 +207,8 @@ def near_one(xp: Backend, chains: Sequence[Sequence[Array]]) -> tuple[list[list[
 def normalized(xp: Backend, array: Array) -> tuple[Array, int]:
     """An array divided by a power of two, so that its largest entry is near 1; the exponent."""
     largest = xp.max_abs(array)
+    if not isfinite(largest):
+        raise InputError("the cores of an operator contain NaN or infinity")
     exponent = frexp(largest)[1] if largest else 0
     if abs(exponent) <= _NEAR:
         return array, 0

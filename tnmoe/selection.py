@@ -10,8 +10,8 @@ import numpy as np
 from tnmoe.backends import Array, get_backend
 from tnmoe.backends.protocol import EPSILON, REAL_DTYPES
 from tnmoe.bond_search import choose_bonds
-from tnmoe.errors import InputError
-from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.errors import InputError, positive_int
+from tnmoe.shapes import MPOShape
 from tnmoe.spectrum import entanglement_entropy
 from tnmoe.truncation import check_rtol, squared_tails
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 from math import isqrt, prod
-from numbers import Integral
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, index_in, positive_int
 
 # A size is padded when its largest factor exceeds the geometric mean of its factors by more than
 # this: 8 keeps 43 · 4⁴ (Llama's 11008) as it is and sends primes such as 50257 to a neighbour.
@@ -170,6 +169,7 @@ class MPOShape:
         >>> MPOShape.split(3072, 768, left=64, right=64).is_split(1)
         True
         """
+        center = index_in("center", center, self.sites)
         return prod(self.out_dims[center + 1 :]) == 1 == prod(self.in_dims[:center])
 
     @classmethod
@@ -307,13 +307,6 @@ class MPOShape:
         if self.in_features != self.padded_in:
             padded += f", in_features={self.in_features}"
         return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
-
-
-def positive_int(name: str, value: object) -> int:
-    """``value`` as an int of at least 1, NumPy integers included; otherwise an InputError."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a positive integer, got {value!r}")
-    return int(value)
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.contraction import stacked_to_padded_matrices
-from tnmoe.errors import InputError, number_in
+from tnmoe.errors import InputError, index_in, number_in, positive_int
 from tnmoe.mpo import MPO, check_center
-from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.precision import computable
+from tnmoe.shapes import MPOShape
 
 
 class SharedMPO:
@@ -149,20 +150,17 @@ class SharedMPO:
         InputError
             If there is no such expert.
         """
-        if not -self.num_experts <= index < self.num_experts:
-            raise InputError(f"expert must be an index below {self.num_experts}, got {index}")
+        index = index_in("expert", index, self.num_experts)
         cores = [core[index] for core in self.aux]
         cores.insert(self.center, self.center_core)
         return MPO(cores, self.shape)
 
     def to_matrices(self) -> Array:
         """All dense matrices, shape (E, out_features, in_features)."""
-        matrices = stacked_to_padded_matrices(
-            get_backend(self.center_core),
-            self.center_core,
-            self.aux[: self.center],
-            self.aux[self.center :],
-        )
+        xp = get_backend(self.center_core)
+        center, *aux = (computable(xp, core) for core in (self.center_core, *self.aux))
+        matrices = stacked_to_padded_matrices(xp, center, aux[: self.center], aux[self.center :])
+        matrices = xp.astype(matrices, xp.dtype_name(self.center_core))
         return matrices[:, : self.shape.out_features, : self.shape.in_features]
 
     def __repr__(self) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import numpy as np
 
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize
+from tnmoe.errors import InputError
 
 
 def schmidt_values(xp: Backend, cores: Sequence[Array], current: int | None, bond: int) -> Array:
@@ -17,6 +19,8 @@ def schmidt_values(xp: Backend, cores: Sequence[Array], current: int | None, bon
     right of it as columns.
     """
     centered = canonicalize(xp, cores, current, bond)[bond]
+    if not isfinite(xp.max_abs(centered)):
+        raise InputError("the cores of an operator contain NaN or infinity")
     return xp.left_svd(centered.reshape(-1, centered.shape[-1]))[1]
 
 

@@ -9,9 +9,8 @@ from math import floor, isfinite
 import numpy as np
 
 from tnmoe.backends import get_backend
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, positive_int
 from tnmoe.mpo import MPO
-from tnmoe.shapes import positive_int
 from tnmoe.truncation import squared_tails
 
 

@@ -390,7 +390,10 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
         (lambda: nn.MPOExperts(E, H, F_, max_bond={"up": 0}), "max_bond must be a positive"),
         (lambda: nn.MPOExperts(E, H, F_, shared="aux"), "shared must be one of center, none or"),
         (lambda: nn.MPOExperts(E, H, F_, shared=1), "a name or the numbers of sites, got 1"),
-        (lambda: nn.MPOExperts(E, H, F_, shared={7}), r"sites must be from 0 to 4, got \[7\]"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, shared={7}),
+            "every shared site must be an integer from 0 to 4, got 7",
+        ),
         (
             lambda: nn.MPOExperts(E, H, F_, matrices="out"),
             "must be some of up, gate, down, got 'out'",

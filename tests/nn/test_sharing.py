@@ -121,10 +121,10 @@ def test_a_shared_mpo_becomes_a_projection_and_back(shared):
     torch.testing.assert_close(twin.weight(), made.weight())
     with pytest.raises(tn.InputError, match="these experts own theirs"):
         nn.SharedProjection(E, SHAPES["interleaved"], shared="none").to_shared()
-    with pytest.raises(tn.InputError, match="expert must be from 0 to 2, got 3"):
+    with pytest.raises(tn.InputError, match="expert must be an integer from 0 to 2, got 3"):
         made.expert(3)
     for reach in (made.core_at, lambda site: made.set_core(site, made.center)):
-        with pytest.raises(tn.InputError, match="site must be from 0 to 2, got 3"):
+        with pytest.raises(tn.InputError, match="site must be an integer from 0 to 2, got 3"):
             reach(3)
 
 
@@ -306,7 +306,7 @@ def recentred():
         ),
         (lambda: layers(), "aux", "sites must be 'center' or the numbers of sites, got 'aux'"),
         (lambda: layers(), [], "sites must name at least one site, got none"),
-        (lambda: layers(), [1, 3], r"sites must be from 0 to 2, got \[3\]"),
+        (lambda: layers(), [1, 3], "every site must be an integer from 0 to 2, got 3"),
         (
             lambda: [*layers(2), *layers(1, max_bond={"down": 2})],
             "center",

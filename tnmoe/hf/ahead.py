@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from tnmoe.shapes import positive_int
+from tnmoe.errors import positive_int
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tnmoe.errors import InputError, integer_from_zero, number_in, one_of
+from tnmoe.errors import InputError, integer_from_zero, number_in, one_of, positive_int
 from tnmoe.hf.families import check_layers
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.experts import (
@@ -22,7 +22,7 @@ from tnmoe.nn.experts import (
 )
 from tnmoe.nn.projection import resolve_shared
 from tnmoe.nn.router import Router, TopKRouter
-from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.shapes import MPOShape
 
 Size = tuple[int, int]
 

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from tnmoe import __version__
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, positive_int
 from tnmoe.folders import check_target, move_into_place
 from tnmoe.hf.ahead import results_of
 from tnmoe.hf.shards import CONFIG, Checkpoint, ShardWriter, Spec, inside, write_json
-from tnmoe.shapes import positive_int
 
 # Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
 _COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")

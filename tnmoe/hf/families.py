@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnmoe.errors import InputError, integer_from_zero
+from tnmoe.errors import InputError, integer_from_zero, positive_int
 from tnmoe.nn.activations import resolve_activation
-from tnmoe.shapes import positive_int
 
 
 class FusedHalf(nn.Module):

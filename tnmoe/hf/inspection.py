@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tnmoe.decompose import decompose
+from tnmoe.errors import positive_int
 from tnmoe.hf.ahead import results_of
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
@@ -20,7 +21,7 @@ from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.hf.shards import Checkpoint, read_config
 from tnmoe.hf.skeleton import Skeleton, check_dense, config_from, model_without_numbers
 from tnmoe.nn.experts import check_matrices, per_projection
-from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.shapes import MPOShape
 from tnmoe.spectrum import entanglement_entropy
 from tnmoe.tables import format_table
 from tnmoe.truncation import TruncationInfo, squared_tails

@@ -15,14 +15,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.backends import backend_named
 from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, index_in, one_of, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear
 from tnmoe.nn.in_order import chain_linear, chain_linears
 from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
 from tnmoe.routes import ContractionPlan
-from tnmoe.shapes import MPOShape, positive_int
+from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO, replicate
 
 _TORCH = backend_named("torch")
@@ -373,14 +373,14 @@ class SharedProjection(Projection):
 
     def core_at(self, site: int) -> nn.Parameter:
         """The stored core of a site."""
-        self._check_site(site)
+        site = index_in("site", site, self.shape.sites)
         if site == self.site:
             return self.center
         return self.aux_cores[site - (site > self.site)]
 
     def set_core(self, site: int, core: nn.Parameter) -> None:
         """Store this tensor, another projection's perhaps, as the core of a site."""
-        self._check_site(site)
+        site = index_in("site", site, self.shape.sites)
         if site == self.site:
             self.center = core
         else:
@@ -393,10 +393,6 @@ class SharedProjection(Projection):
         # Parametrized or pruned cores are attributes of another kind.
         plain = tuple(stored) == self._aux_names
         return tuple(stored.values() if plain else self.aux)
-
-    def _check_site(self, site: int) -> None:
-        if site not in range(self.shape.sites):
-            raise InputError(f"site must be from 0 to {self.shape.sites - 1}, got {site!r}")
 
     def to_shared(self) -> SharedMPO:
         """The cores as a SharedMPO that shares memory and gradients with this module.
@@ -412,8 +408,7 @@ class SharedProjection(Projection):
 
     def expert(self, index: int) -> MPO:
         """One expert's matrix as an MPO that shares memory and gradients with this module."""
-        if not 0 <= index < self.num_experts:
-            raise InputError(f"expert must be from 0 to {self.num_experts - 1}, got {index}")
+        index = index_in("expert", index, self.num_experts)
         cores = [core if core.ndim == 4 else core[index] for core in self._cores(self.center.dtype)]
         return MPO(cores, self.shape)
 
@@ -636,9 +631,7 @@ def resolve_shared(shared: str | Iterable[int], sites: int, center: int) -> froz
         return named[shared]
     if not isinstance(shared, Iterable):
         raise InputError(f"shared must be a name or the numbers of sites, got {shared!r}")
-    chosen = frozenset(shared)
-    if bad := sorted(site for site in chosen if site not in range(sites)):
-        raise InputError(f"shared sites must be from 0 to {sites - 1}, got {bad}")
+    chosen = frozenset(index_in("every shared site", site, sites) for site in shared)
     if len(chosen) == sites:
         raise InputError(f"experts that share all {sites} sites would be one: leave some out")
     return chosen

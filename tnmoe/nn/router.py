@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.errors import InputError, number_in, one_of, positive_int
 from tnmoe.nn.capacity import check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
 from tnmoe.nn.transforms import is_transformed, without_autocast
-from tnmoe.shapes import positive_int
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 SECOND_EXPERT = ("all", "none", "threshold", "random")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tnmoe.errors import InputError, number_in
+from tnmoe.errors import InputError, index_in, number_in
 from tnmoe.nn.experts import PROJECTIONS, Experts
 from tnmoe.nn.projection import SharedProjection
 
@@ -109,9 +109,8 @@ def _check_tie(name: str, first: Any, other: Any, sites: list[int] | None) -> No
         raise InputError(f"{name} differs in the site of its centre: {first.site} and {other.site}")
     count = first.shape.sites
     chosen = [first.site] if sites is None else sites
-    if bad := [site for site in chosen if site not in range(count)]:
-        raise InputError(f"sites must be from 0 to {count - 1}, got {bad}")
     for site in chosen:
+        index_in("every site", site, count)
         one, two = (tuple(each.core_at(site).shape) for each in (first, other))
         if one != two:
             raise InputError(f"{name}'s cores of site {site} differ in shape: {one} and {two}")

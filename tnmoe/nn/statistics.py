@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, positive_int
 from tnmoe.nn.losses import normalized_scores
 from tnmoe.nn.routing import Routing, RoutingCall
-from tnmoe.shapes import positive_int
 
 
 class RouterCollapseWarning(UserWarning):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, positive_int
 from tnmoe.plot.data import named, numbers
 from tnmoe.plot.style import (
     COLORS,
@@ -21,7 +21,6 @@ from tnmoe.plot.style import (
     shown,
     shown_apart,
 )
-from tnmoe.shapes import positive_int
 
 if TYPE_CHECKING:
     from tnmoe.hf import ParameterReport

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, positive_int
 from tnmoe.plot.data import named, numbers
 from tnmoe.plot.style import add_legend, count_on, from_zero, line_style, new_axes, shown_apart
-from tnmoe.shapes import positive_int
 
 
 def loss_curves(
