@@ -118,11 +118,26 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     for path, message in (
         (truncated, "not a readable safetensors file"),
         (garbage, "not a readable safetensors file"),
-        (foreign, "was not written by this version"),
+        (foreign, "foreign was not written by this version"),
         (partial, "does not hold what tnmoe.save writes"),
     ):
         with pytest.raises(tn.InputError, match=message):
             tn.load(path)
+    for entries, message in (
+        ({"dtype": "foo"}, "the dtype in .*described must be one of .*float32.* got 'foo'"),
+        ({"dtype": "complex64"}, r"expected real and imaginary parts, got shape \(1, 2, 2, 1\)"),
+        (
+            {"kind": "Whatever"},
+            "the kind in .*described must be one of MPO, SharedMPO, got 'Whatever'",
+        ),
+        ({"center": 0.0}, "tnmoe.save writes: center must be an integer from 0 to 0, got 0.0"),
+        ({"out_dims": [3]}, r"tnmoe.save writes: the cores have \(out, in\) legs .* do not fit"),
+    ):
+        metadata["tnmoe"] = json.dumps(description | {"out_features": None} | entries)
+        described = tmp_path / "described"
+        save_file({"cores.0": np.ones((1, 2, 2, 1), "float32")}, described, metadata)
+        with pytest.raises(tn.InputError, match=message):
+            tn.load(described)
     with pytest.raises(FileNotFoundError):
         tn.load(tmp_path / "missing")
 
@@ -146,3 +161,9 @@ def test_bad_arguments_are_named(tmp_path):
         tn.load(tmp_path / "x", library="numpy")
     with pytest.raises(tn.InputError, match=r"one of .*numpy.*, torch.*, got 'unheard'"):
         tn.load(tmp_path / "x", library="unheard")
+
+
+def test_a_saved_file_may_be_read_by_whom_other_files_may(tmp_path):
+    tn.save(tmp_path / "x", example("float32", "MPO", "numpy"))
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "other").stat().st_mode

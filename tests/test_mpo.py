@@ -199,6 +199,26 @@ def test_bad_input_is_named(make, error, message):
         make()
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("cores", "vectors", "result"),
+    [
+        ("float32", "float64", "float64"),
+        ("float64", "float32", "float64"),
+        ("float32", "complex64", "complex64"),
+        ("complex64", "float64", "complex128"),
+    ],
+)
+def test_vectors_of_another_dtype_give_what_numpy_would(library, cores, vectors, result):
+    like = to_library(np.zeros((), cores), library)
+    mpo = tn.MPO.random(tn.MPOShape((2, 3), (3, 2)), 3, rng=0, like=like)
+    x = np.random.default_rng(1).standard_normal((4, 6)).astype(vectors)
+    applied = to_numpy(mpo.apply(to_library(x, library)))
+    assert applied.dtype == result
+    expected = x @ to_numpy(mpo.to_matrix()).T
+    np.testing.assert_allclose(applied, expected, rtol=1e-5, atol=1e-5)
+
+
 def with_nan(dtype: str = "float64") -> tn.MPO:
     cores = [np.ones((1, 2, 2, 3), dtype), np.full((3, 2, 2, 1), np.nan, dtype)]
     return tn.MPO(cores)

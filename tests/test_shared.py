@@ -131,7 +131,7 @@ def test_bad_input_is_named(make, message):
 
 
 def test_half_precision_is_computed_in_single():
-    """Entries of products of cores may be larger than half precision holds; the matrix's are not."""
+    """Products of some cores may be larger than half precision holds, where the matrix is not."""
     cores = [torch.full((1, 2, 2, 2), 200.0), torch.full((2, 2, 2, 2), 200.0)]
     cores.append(torch.full((2, 2, 2, 1), 0.005))
     mpo = tn.MPO([core.half() for core in cores])

@@ -12,7 +12,7 @@ from tnmoe import algebra
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize
 from tnmoe.einsum import contract
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, generator_of, one_of
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
@@ -86,7 +86,7 @@ def add(
     if method == "randomized":
         chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
         terms = [_Term((chain,)) for chain in chains]
-        found = _randomized(xp, terms, selection, np.random.default_rng(rng))
+        found = _randomized(xp, terms, selection, generator_of(rng))
         if found is not None:
             return _finish(first, found, exponent, selection)
     if method == "successive":
@@ -152,7 +152,7 @@ def matmul(
         if method == "zipup":
             return _finish(a, _zip_up(xp, (left, right), selection), exponent, selection)
         term = _Term((_wide(xp, left), _wide(xp, right)))
-        found = _randomized(xp, [term], selection, np.random.default_rng(rng))
+        found = _randomized(xp, [term], selection, generator_of(rng))
         if found is not None:
             return _finish(a, found, exponent, selection)
     return _compressed(MPO(algebra.compose(a._backend, *factors), shape), selection, like=a)

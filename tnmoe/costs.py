@@ -1,4 +1,4 @@
-"""How long products take on a device: a model of three numbers, and what is known of devices."""
+"""How long products take on a device: a model of four numbers, and what is known of devices."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 
 from tnmoe.errors import InputError
+from tnmoe.folders import write_whole
 
 _RATES: dict[str, Rates] = {}
 
@@ -77,13 +78,7 @@ def set_rates(device: str, rates: Rates, store: bool = False) -> None:
     known = {name: asdict(value) for name, value in {**_stored(), device: rates}.items()}
     path = rates_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(known, indent=1))
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(known, indent=1).encode())
 
 
 def rates_path() -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, generator_of, one_of
 from tnmoe.mpo import MPO, check_center
 from tnmoe.plan import Selection
 from tnmoe.precision import check_range, computable, narrowed
@@ -162,7 +162,7 @@ def decompose(
         sweep_center,
         selection,
         method,
-        np.random.default_rng(rng),
+        generator_of(rng),
         return_info,
     )
     sweep.run()

@@ -1,10 +1,12 @@
-"""The two errors that tnmoe raises about what its caller gave or has installed."""
+"""The two errors that tnmoe raises about what its caller gave or has installed, and checks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 
 class InputError(ValueError):
@@ -82,3 +84,13 @@ def index_in(name: str, value: Any, count: int) -> int:
     if not 0 <= number < count:
         raise InputError(f"{name} must be an integer from 0 to {count - 1}, got {value!r}")
     return number
+
+
+def generator_of(rng: Any) -> np.random.Generator:
+    """A NumPy Generator as it is, or one of that seed; an InputError where it is neither."""
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"rng must be a NumPy Generator or an integer of at least 0, got {rng!r}"
+        ) from error

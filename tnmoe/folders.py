@@ -1,12 +1,28 @@
-"""Output folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from tempfile import mkdtemp
+from uuid import uuid4
 
 from tnmoe.errors import InputError
+
+
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write a file through a sibling that takes its place, durably; on failure nothing is left."""
+    sibling = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with open(sibling, "xb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        sibling.replace(path)
+    except BaseException:
+        sibling.unlink(missing_ok=True)
+        raise
 
 
 def check_target(target: Path, overwrite: bool) -> None:

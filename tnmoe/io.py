@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from tnmoe.backends import Array, Backend, available_backends, backend_named, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES
+from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.errors import InputError, one_of
+from tnmoe.folders import write_whole
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO
@@ -73,7 +73,7 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     metadata = {"tnmoe": json.dumps(description), "tnmoe_format": _FORMAT}
     stored = {name: _as_stored(xp, array) for name, array in arrays.items()}
     contents = safetensors.numpy.save(stored, metadata)
-    _write_atomically(Path(path), contents)
+    write_whole(Path(path), contents)
 
 
 def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO:
@@ -101,12 +101,7 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     """
     try:
         description, arrays = _read(path, library)
-        shape = MPOShape(*(description[key] for key in _SHAPE_KEYS))
-        center = description["center"]
-        if description["kind"] == "SharedMPO":
-            aux = [arrays[f"aux.{site}"] for site in range(shape.sites - 1)]
-            return SharedMPO(arrays["center_core"], aux, shape, center)
-        return MPO([arrays[f"cores.{site}"] for site in range(shape.sites)], shape, center)
+        return _object(path, description, arrays)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
     except (KeyError, TypeError) as error:
@@ -128,6 +123,7 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
     description = json.loads(metadata["tnmoe"])
     library, dtype = library or description["library"], description["dtype"]
     one_of("library", library, available_backends())
+    one_of(f"the dtype in {path}", dtype, (*REAL_DTYPES, *COMPLEX_DTYPES))
     xp = backend_named(library)
     arrays = {name: xp.from_numpy(_numbers(each, dtype)) for name, each in stored.items()}
     try:
@@ -136,6 +132,22 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
         raise InputError(
             f"{path} holds {dtype}, which {library} lacks: load it with another library"
         ) from error
+
+
+def _object(
+    path: str | os.PathLike, description: dict, arrays: dict[str, Array]
+) -> MPO | SharedMPO:
+    """What was saved, from its description and its arrays."""
+    kind, center = description["kind"], description["center"]
+    one_of(f"the kind in {path}", kind, ("MPO", "SharedMPO"))
+    try:
+        shape = MPOShape(*(description[key] for key in _SHAPE_KEYS))
+        if kind == "SharedMPO":
+            aux = [arrays[f"aux.{site}"] for site in range(shape.sites - 1)]
+            return SharedMPO(arrays["center_core"], aux, shape, center)
+        return MPO([arrays[f"cores.{site}"] for site in range(shape.sites)], shape, center)
+    except InputError as error:
+        raise InputError(f"{path} does not hold what tnmoe.save writes: {error}") from error
 
 
 def _as_stored(xp: Backend, array: Array) -> np.ndarray:
@@ -155,6 +167,8 @@ def _as_stored(xp: Backend, array: Array) -> np.ndarray:
 def _numbers(stored: np.ndarray, dtype: str) -> np.ndarray:
     """The numbers out of what :func:`_as_stored` made of them; bfloat16 as float32."""
     if dtype in COMPLEX_DTYPES:
+        if stored.ndim == 0 or len(stored) != 2:
+            raise TypeError(f"expected real and imaginary parts, got shape {stored.shape}")
         numbers = np.empty(stored.shape[1:], dtype)
         numbers.real, numbers.imag = stored
         return numbers
@@ -163,16 +177,3 @@ def _numbers(stored: np.ndarray, dtype: str) -> np.ndarray:
             raise TypeError(f"expected the bits of bfloat16 as uint16, got {stored.dtype}")
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored
-
-
-def _write_atomically(path: Path, contents: bytes) -> None:
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

@@ -14,9 +14,9 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize, vidal
 from tnmoe.contraction import apply_cores, to_padded_matrix
-from tnmoe.errors import InputError, index_in
+from tnmoe.errors import InputError, generator_of, index_in
 from tnmoe.plan import Selection
-from tnmoe.precision import computable, narrowed, widened
+from tnmoe.precision import computable, in_one_dtype, narrowed, widened
 from tnmoe.rounding import round_chain
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
@@ -151,7 +151,7 @@ class MPO:
         """
         like = np.zeros(()) if like is None else like
         shapes = shape.core_shapes(max_bond)
-        cores = algebra.random(get_backend(like), shapes, np.random.default_rng(rng), like)
+        cores = algebra.random(get_backend(like), shapes, generator_of(rng), like)
         return cls(cores, shape)
 
     @property
@@ -177,6 +177,7 @@ class MPO:
     def apply(self, x: Array) -> Array:
         """Apply to vectors along the last axis: (..., in_features) → (..., out_features).
 
+        The result has the dtype that NumPy would give a product of both, in every library.
         The vectors are contracted with the cores, or with the built matrix where
         :func:`tnmoe.contraction_plan` finds that cheaper for this many vectors.
 
@@ -199,7 +200,8 @@ class MPO:
         vectors = x.reshape(prod(x.shape[:-1]), shape.in_features)
         if shape.padded_in != shape.in_features:
             vectors = xp.pad(vectors, vectors.shape[0], shape.padded_in)
-        result = apply_cores(xp, shape, self._computable_cores(), computable(xp, vectors))
+        vectors, *cores = in_one_dtype(xp, [vectors, *self.cores])
+        result = apply_cores(xp, shape, cores, vectors)
         if xp.dtype_name(x) == xp.dtype_name(self.cores[0]):
             result = self._in_own_dtype(result)
         return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)

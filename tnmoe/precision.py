@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import COMPUTE_DTYPE, LARGEST, WIDE_DTYPE
 from tnmoe.errors import InputError
@@ -13,6 +15,13 @@ def computable(xp: Backend, array: Array) -> Array:
     """The array in a dtype that has linear algebra: half precision becomes single."""
     name = xp.dtype_name(array)
     return xp.astype(array, COMPUTE_DTYPE.get(name, name))
+
+
+def in_one_dtype(xp: Backend, arrays: Iterable[Array]) -> list[Array]:
+    """Arrays in a dtype that holds them all and has linear algebra, as NumPy would choose it."""
+    arrays = [computable(xp, array) for array in arrays]
+    common = np.result_type(*{xp.dtype_name(array) for array in arrays}).name
+    return [xp.astype(array, common) for array in arrays]
 
 
 def widened(xp: Backend, array: Array) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.contraction import stacked_to_padded_matrices
-from tnmoe.errors import InputError, index_in, number_in, positive_int
+from tnmoe.errors import InputError, generator_of, index_in, number_in, positive_int
 from tnmoe.mpo import MPO, check_center
 from tnmoe.precision import computable
 from tnmoe.shapes import MPOShape
@@ -119,7 +119,7 @@ class SharedMPO:
         """
         num_experts = positive_int("num_experts", num_experts)
         center = mpo.shape.center if mpo.center is None else mpo.center
-        rng = np.random.default_rng(rng)
+        rng = generator_of(rng)
         aux = [
             replicate(core, num_experts, noise, rng)
             for site, core in enumerate(mpo.cores)

@@ -98,12 +98,14 @@ def test_the_pictures_are_pictures(demo):
 def test_the_checkpoint_is_a_hugging_face_folder_with_what_was_trained(demo):
     folder = demo[0] / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))
-    import tnmoe.hf  # noqa: F401 - teaches transformers to load it
+    import tnmoe.hf  # teaches transformers to load it
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     report = json.loads((demo[0] / "report.json").read_text())
     assert model.num_parameters() == report["results"][2]["parameters"]
     assert model.config.id2label == {0: "0", 1: "1"}
+    stored = tnmoe.hf.MPOEConfig.from_dict(model.config.quantization_config.mpoe)
+    assert (stored.balance_weight, stored.z_weight) == (0.01, 0.001)
 
 
 def test_help_and_version_answer():

@@ -437,6 +437,16 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
             "cores must be torch tensors, got ndarray",
         ),
         (
+            lambda: nn.MPOExperts(E, H, F_)(
+                torch.ones(1, H, dtype=torch.int64), torch.zeros(1, 1, dtype=int), torch.ones(1, 1)
+            ),
+            "hidden_states must be floating-point, got torch.int64",
+        ),
+        (
+            lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.ones(3, 4), rng=-1),
+            "rng must be a NumPy Generator or an integer of at least 0, got -1",
+        ),
+        (
             lambda: nn.MPOExperts(E, H, F_, up_shape=tn.MPOShape((2, 2), (2, 2))),
             rf"up_shape must be for a {F_}×{H} matrix, got MPOShape\(out_dims=\(2, 2\)",
         ),

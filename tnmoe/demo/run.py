@@ -36,14 +36,17 @@ def run_demo(options: DemoOptions) -> None:
         num_experts_per_tok=options.top_k,
         layout=options.layout,
         sites=options.sites,
+        balance_weight=options.balance_weight,
+        z_weight=options.z_weight,
         mask_probability=options.mask_probability,
     )
+    device = usable_device(options.device)
     folder = options.model or packaged_model()
     with whole_folder(options.output, options.overwrite) as output:
         train, held_out = split(_sentences(options), options.seed)
         print(f"model {folder}\n{len(train):,} sentences to train on, {len(held_out):,} held out")
         parameters, preservation, spectra = _convert(folder, held_out, config, options.seed)
-        job = _job(options, folder, train, held_out, config)
+        job = _job(options, folder, train, held_out, config, device)
         results = [_fine_tune(job, kind, output) for kind in KINDS]
         preservation["reloaded_max_abs"] = _check_reload(output, held_out, results[-1])
         data = report.report_data(options.to_dict(), parameters, preservation, results)
@@ -65,6 +68,7 @@ def _job(
     train: Sentences,
     held_out: Sentences,
     config: hf.MPOEConfig,
+    device: str,
 ) -> Job:
     return Job(
         kind="dense",
@@ -75,10 +79,8 @@ def _job(
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        balance_weight=options.balance_weight,
-        z_weight=options.z_weight,
         seed=options.seed,
-        device=usable_device(options.device),
+        device=device,
     )
 
 

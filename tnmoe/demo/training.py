@@ -49,8 +49,6 @@ class Job:
     steps: int
     batch_size: int
     learning_rate: float
-    balance_weight: float
-    z_weight: float
     seed: int
     device: str
     checkpoint: Path | None = None
@@ -205,10 +203,8 @@ def _step_loss(
     if job.kind == "dense":
         return {"task": task, "total": task}
     mask = inputs["attention_mask"]
-    auxiliary = job.balance_weight * routing.balance_loss(mask) + job.z_weight * routing.z_loss(
-        mask
-    )
-    return {"task": task, "total": task + auxiliary}
+    balance = job.config.balance_weight * routing.balance_loss(mask)
+    return {"task": task, "total": task + balance + job.config.z_weight * routing.z_loss(mask)}
 
 
 @torch.no_grad()

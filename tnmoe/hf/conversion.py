@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tnmoe import __version__
 from tnmoe.errors import InputError, positive_int
-from tnmoe.folders import check_target, move_into_place
+from tnmoe.folders import check_target, move_into_place, write_whole
 from tnmoe.hf.ahead import results_of
 from tnmoe.hf.shards import CONFIG, Checkpoint, ShardWriter, Spec, inside, write_json
 
@@ -225,7 +225,7 @@ class Conversion:
         begun = _lines(part / _JOURNAL)
         if begun and begun[0] == identity:
             # A line that broke off goes, so that the next one stands by itself.
-            _write_whole(part / _JOURNAL, begun)
+            write_whole(part / _JOURNAL, _as_text(begun))
             return set(begun[1:])
         if part.exists() and not (overwrite and begun):
             raise InputError(
@@ -238,7 +238,7 @@ class Conversion:
                 shutil.rmtree(part)
             self._check_space(part)
             part.mkdir(parents=True)
-            _write_whole(part / _JOURNAL, [identity])
+            write_whole(part / _JOURNAL, _as_text([identity]))
         except OSError as error:
             raise InputError(f"cannot write to {part}: {error.strerror}") from error
         return set()
@@ -305,6 +305,10 @@ def _lines(journal: Path) -> list[str]:
     return journal.read_text(encoding="utf-8").split("\n")[:-1]
 
 
+def _as_text(lines: Iterable[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
 def _append(journal: Path, line: str) -> None:
     with open(journal, "a", encoding="utf-8") as file:
         file.write(f"{line}\n")
@@ -312,12 +316,6 @@ def _append(journal: Path, line: str) -> None:
 
 def _nothing() -> None:
     """What is made of tensors that are copied."""
-
-
-def _write_whole(path: Path, lines: Iterable[str]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    part.replace(path)
 
 
 def _companions(folder: Path) -> Iterator[Path]:

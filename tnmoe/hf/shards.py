@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnmoe.errors import InputError
+from tnmoe.folders import write_whole
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
@@ -358,6 +359,4 @@ def _packed(specs: Mapping[str, Spec], limit: int) -> Iterator[list[str]]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON as Hugging Face does, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, f"{json.dumps(data, indent=2)}\n".encode())

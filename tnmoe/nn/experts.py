@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.decompose import decompose
-from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.errors import InputError, generator_of, number_in, one_of
 from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.grouped import Groups, spread
 from tnmoe.nn.projection import Bias, Projection, SharedProjection, StackedProjection
@@ -148,8 +148,9 @@ class Experts(nn.Module):
         Raises
         ------
         InputError
-            If the shapes do not fit, or an expert is none of the layer's. The latter is not looked
-            for on an accelerator, which would have to be waited for.
+            If the shapes do not fit, the states are no floating-point numbers, or an expert is
+            none of the layer's. The latter is not looked for on an accelerator, which would have
+            to be waited for.
         """
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
         if is_transformed():
@@ -174,6 +175,8 @@ class Experts(nn.Module):
         return outputs.to(hidden_states.dtype)
 
     def _check_shapes(self, states: Tensor, index: Tensor, weights: Tensor) -> None:
+        if not states.is_floating_point():
+            raise InputError(f"hidden_states must be floating-point, got {states.dtype}")
         fits = (
             states.ndim == index.ndim == 2
             and states.shape[1] == self.hidden_size
@@ -271,8 +274,8 @@ class Experts(nn.Module):
         weights = (chosen * top_k_weights[..., None]).sum(-2)
 
         def project(projection: Projection, equation: str, states: Tensor) -> Tensor:
-            result = torch.einsum(equation, states, projection.weight())
-            return result if projection.bias is None else result + projection.bias
+            result = torch.einsum(equation, states, projection.weight().to(states.dtype))
+            return result if projection.bias is None else result + projection.bias.to(result.dtype)
 
         sides = (self.up,) if self.gate is None else (self.gate, self.up)
         inner = self.activation(*(project(side, "th,efh->tef", states) for side in sides))
@@ -369,7 +372,7 @@ class DenseExperts(Experts):
             If the matrices or biases do not fit each other.
         """
         matrices = check_ffn(up, down, gate, gate_bias)
-        rng = np.random.default_rng(rng)
+        rng = generator_of(rng)
         projections = {
             name: StackedProjection.from_dense(matrix, num_experts, noise, rng)
             for name, matrix in matrices.items()
@@ -547,7 +550,7 @@ class MPOExperts(Experts):
         one_of("gauge", gauge, GAUGES)
         # ``auto`` leaves identity matrices at bonds where nothing can be cut.
         method = "auto" if gauge == "identity" else "eigh"
-        rng = np.random.default_rng(rng)
+        rng = generator_of(rng)
         projections: dict[str, Projection] = {}
         for name, matrix in given.items():
             if name not in chosen:

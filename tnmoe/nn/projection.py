@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.backends import backend_named
 from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
-from tnmoe.errors import InputError, index_in, one_of, positive_int
+from tnmoe.errors import InputError, generator_of, index_in, one_of, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, grouped_linear
@@ -204,7 +204,7 @@ class StackedProjection(Projection):
         if not torch.isfinite(weight).all():
             raise InputError(f"the {tuple(weight.shape)} matrix contains NaN or infinity")
         projection = cls(num_experts, *weight.shape, device="meta", dtype=weight.dtype)
-        stacked = replicate(weight.detach(), num_experts, noise, np.random.default_rng(rng))
+        stacked = replicate(weight.detach(), num_experts, noise, generator_of(rng))
         projection.stacked = nn.Parameter(stacked)
         return projection
 
@@ -318,7 +318,7 @@ class SharedProjection(Projection):
         projection = cls(num_experts, mpo.shape, max_bond=1, device="meta")
         projection.site = mpo.shape.center if mpo.center is None else mpo.center
         common = resolve_shared(shared, mpo.shape.sites, projection.site)
-        rng = np.random.default_rng(rng)
+        rng = generator_of(rng)
         projection._set_cores(
             [
                 core if site in common else replicate(core, num_experts, noise, rng)
