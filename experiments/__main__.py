@@ -13,8 +13,8 @@ from experiments.schedule import run_all
 from experiments.settings import SCALES, all_settings
 from experiments.texts import Text, default_texts
 from tnmoe.cli.arguments import from_one
-from tnmoe.demo.run import usable_device
 from tnmoe.errors import InputError
+from tnmoe.nn.devices import usable_device
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _run_and_report(folders: list[SettingFolder], output: Path, options: argparse.Namespace) -> int:
-    device = usable_device(options.device)
+    device = str(usable_device(options.device))
     failures: list[str] = []
     if not options.report_only:
         with locked(output):

@@ -29,8 +29,8 @@ def test_a_calibration_measures_what_is_there_and_plans_with_it(monkeypatch, tmp
 
 
 def test_a_device_that_is_not_there_is_named():
-    for device in ("nowhere", "meta") if torch.cuda.is_available() else ("nowhere", "cuda"):
-        with pytest.raises(tn.InputError, match=device):
+    for device in ("nowhere", "meta", 3.5, *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(tn.InputError, match=str(device)):
             nn.calibrate(device)
 
 

@@ -178,7 +178,27 @@ def a_mpo():
         (lambda: tn.fit(a_mpo(), initial=tn.MPO.zeros(SHAPE)), tn.InputError, "initial has"),
         (lambda: tn.squeeze({"w": a_mpo()}, lambda _: 0.0, 1.0), tn.InputError, "from the start"),
         (lambda: tn.squeeze({"w": a_mpo()}, lambda _: np.nan, 1.0), tn.InputError, "finite number"),
-        (lambda: tn.squeeze({}, lambda _: 1.0, 0.0, factor=1), tn.InputError, "between 0 and 1"),
+        (
+            lambda: tn.squeeze({}, lambda _: 1.0, 0.0, factor=1),
+            tn.InputError,
+            r"factor must be in \(0, 1\), got 1",
+        ),
+        (
+            lambda: tn.squeeze({"w": a_mpo()}, lambda _: 1.0, np.nan),
+            tn.InputError,
+            "threshold must be in .*, got nan",
+        ),
+        (
+            lambda: tn.squeeze({"w": a_mpo()}, lambda _: 1.0, 0.0, max_steps=1.5),
+            tn.InputError,
+            "max_steps must be an integer of at least 0, got 1.5",
+        ),
+        (lambda: tn.fit(a_mpo(), max_bond=1, tol="x"), tn.InputError, "tol must be in .*'x'"),
+        (
+            lambda: tn.add([a_mpo()] * 2, method="randomized", max_bond=1, rng="x"),
+            tn.InputError,
+            "rng must be a NumPy Generator or an integer of at least 0, got 'x'",
+        ),
     ],
 )
 def test_bad_input_is_named(make, error, message):

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tnmoe.errors import InputError
 from tnmoe.shapes import MPOShape
 
 # Combinations of ranks looked at in one go; up to here the search is exhaustive. It takes tens of
@@ -55,18 +54,8 @@ def choose_bonds(
     tuple of int
         Ranks of at least 1 that ``shape.bond_dims`` keeps; without ``allowed`` and ``max_params``
         the largest there are.
-
-    Raises
-    ------
-    InputError
-        If ``max_params`` is less than ranks of 1 need.
     """
     chain = _Chain.of(tails, shape, caps)
-    if max_params is not None and chain.params(chain.ones) > max_params:
-        raise InputError(
-            f"max_params={max_params} is too small: {shape} has at least "
-            f"{chain.params(chain.ones)} parameters (all bonds 1)"
-        )
     if not tails or (allowed is None and max_params is None):
         return chain.caps
     if allowed is not None:
@@ -91,13 +80,8 @@ class _Chain:
 
     @classmethod
     def of(cls, tails: Sequence[np.ndarray], shape: MPOShape, caps: Sequence[int]) -> _Chain:
-        legs = tuple(out * in_ for out, in_ in zip(shape.out_dims, shape.in_dims, strict=True))
         reachable = [min(cap, len(tail) - 1) for cap, tail in zip(caps, tails, strict=True)]
-        return cls(tuple(tails), legs, shape.bond_dims(reachable))
-
-    @property
-    def ones(self) -> tuple[int, ...]:
-        return (1,) * len(self.caps)
+        return cls(tuple(tails), shape.legs, shape.bond_dims(reachable))
 
     def error(self, ranks: _Ranks) -> Any:
         """Predicted squared error; added up from left to right, so that it is reproducible."""

@@ -89,6 +89,7 @@ def contraction_plan(
     for bond in bonds:
         positive_int("every bond dimension", bond)
     batch = integer_from_zero("batch", batch)
+    itemsize = positive_int("itemsize", itemsize)
     center = shape.center if center is None else index_in("center", center, shape.sites)
     if experts is None:
         return _plan_of_one(shape, bonds, batch)

@@ -29,6 +29,12 @@ class Rates:
         Bytes per second, read or written, of arrays that are in no cache.
     launch : float
         Seconds that an operation takes at least.
+
+    Examples
+    --------
+    >>> rates = Rates(flops=1e12, half_depth=8, bandwidth=1e10, launch=1e-6)
+    >>> f"{rates.product(1024, 1024, 1024, itemsize=4):.1e} s"
+    '3.4e-03 s'
     """
 
     flops: float

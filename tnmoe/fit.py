@@ -12,7 +12,7 @@ from tnmoe import algebra
 from tnmoe.backends import Array, Backend
 from tnmoe.canonical import canonicalize, shift_left, shift_right
 from tnmoe.einsum import contract
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, number_in, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
@@ -138,6 +138,7 @@ def fit(
         if other.shape != targets[0].shape:
             raise InputError(f"targets must have one shape, got {targets[0].shape}, {other.shape}")
     max_sweeps = positive_int("max_sweeps", max_sweeps)
+    tol = number_in("tol", tol, "[0, inf)")
     start = _start(targets[0], initial, max_bond, bonds, rng)
     xp, name = start._backend, start._backend.dtype_name(start.cores[0])
     # In double precision, since an error is measured as a difference of norms.

@@ -9,7 +9,7 @@ from math import floor, isfinite
 import numpy as np
 
 from tnmoe.backends import get_backend
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, integer_from_zero, number_in, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.truncation import squared_tails
 
@@ -115,8 +115,9 @@ def squeeze(
     >>> result.score >= 0.9, result.mpos["w"].num_params < mpos["w"].num_params
     (True, True)
     """
-    if not 0 < factor < 1:
-        raise InputError(f"factor must be between 0 and 1, got {factor!r}")
+    factor = number_in("factor", factor, "(0, 1)")
+    threshold = number_in("threshold", threshold, "(-inf, inf)")
+    max_steps = None if max_steps is None else integer_from_zero("max_steps", max_steps)
     min_bond = positive_int("min_bond", min_bond)
     current = {name: mpo.compress() for name, mpo in mpos.items()}
     best = _scored(score, current)

@@ -62,5 +62,6 @@ def check_rtol(rtol: float | None) -> None:
     """Raise an InputError unless ``rtol`` is None or a finite number of at least 0."""
     if rtol is None:
         return
-    if not isinstance(rtol, (int, float, np.floating)) or not isfinite(rtol) or rtol < 0:
+    known = isinstance(rtol, (int, float, np.floating)) and not isinstance(rtol, bool)
+    if not known or not isfinite(rtol) or rtol < 0:
         raise InputError(f"rtol must be a finite number of at least 0, got {rtol!r}")

@@ -382,7 +382,7 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
         (lambda: nn.MPOExperts(E, H, F_, bias="some"), "bias must be one of False, True, shared"),
         (lambda: nn.MPOExperts(E, H, F_, activation=3), "a name or a function of tensors, got 3"),
         (lambda: nn.MPOExperts(E, H, F_, "geglu"), "is for gated experts: give gated=True"),
-        (lambda: nn.ClampedSwiGLU(limit=0), "limit must be positive, got 0"),
+        (lambda: nn.ClampedSwiGLU(limit=0), r"limit must be in \(0, inf\], got 0"),
         (
             lambda: nn.MPOExperts(E, H, F_, max_bond={"out": 3}),
             r"max_bond is for up, gate, down, got \['out'\]",

@@ -16,7 +16,7 @@ from tnmoe.demo.data import Sentences, packaged_model, packaged_reviews, read_se
 from tnmoe.demo.models import KINDS, load_dense, load_form, load_tokenizer
 from tnmoe.demo.output import whole_folder
 from tnmoe.demo.training import CHECKED, Job, Result, fine_tune, logits_of, predict, run_apart
-from tnmoe.errors import InputError
+from tnmoe.nn.devices import usable_device
 from tnmoe.truncation import TruncationInfo
 
 # Largest relative difference between the outputs of the dense and the converted model.
@@ -40,7 +40,7 @@ def run_demo(options: DemoOptions) -> None:
         z_weight=options.z_weight,
         mask_probability=options.mask_probability,
     )
-    device = usable_device(options.device)
+    device = _chosen_device(options.device)
     folder = options.model or packaged_model()
     with whole_folder(options.output, options.overwrite) as output:
         train, held_out = split(_sentences(options), options.seed)
@@ -84,16 +84,11 @@ def _job(
     )
 
 
-def usable_device(name: str) -> str:
-    """The name of a torch device, ``auto`` resolved; an InputError where there is none such."""
+def _chosen_device(name: str) -> str:
+    """The name of a torch device, ``auto`` resolved."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"torch has no device {name!r} here: {reason}") from error
-    return name
+    return str(usable_device(name))
 
 
 def _convert(

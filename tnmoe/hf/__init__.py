@@ -18,9 +18,9 @@ from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.conversion import Conversion
 from tnmoe.hf.export import average_experts, to_moe
 from tnmoe.hf.families import FFN, find_ffns, in_place, of_module, register_family
-from tnmoe.hf.inspection import Inspection, inspect_checkpoint
+from tnmoe.hf.inspection import Inspection, MatrixInspection, inspect_checkpoint
 from tnmoe.hf.plans import plan_export, plan_upcycle
-from tnmoe.hf.report import ParameterReport, parameter_report
+from tnmoe.hf.report import ParameterCount, ParameterReport, parameter_report
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trainer import GradientMaskCallback
 from tnmoe.hf.upcycle import upcycle
@@ -31,6 +31,8 @@ __all__ = [
     "GradientMaskCallback",
     "Inspection",
     "MPOEConfig",
+    "MatrixInspection",
+    "ParameterCount",
     "ParameterReport",
     "attach_router_losses",
     "average_experts",

@@ -14,6 +14,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.checkpoint import config_of
 from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.families import FFN, find_ffns, weight_of
+from tnmoe.hf.structure import mixtures_of
 from tnmoe.nn.moe import MPOMoE
 
 
@@ -55,7 +56,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     dense = _new(type(model), plain, model)
     ffns = find_ffns(dense, config.layers, config.every)
     networks = [matrix for ffn in ffns for matrix in ffn.matrices.values()]
-    mixtures = _mixtures(model)
+    mixtures = mixtures_of(model)
     _fill(dense, _outside(model, mixtures), networks)
     for ffn, layer in zip(ffns, mixtures.values(), strict=True):
         average_into(ffn, layer)
@@ -126,7 +127,7 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     'MixtralForCausalLM'
     """
     config = config_of(model)
-    target, mixtures = target_of(model), _mixtures(model)
+    target, mixtures = target_of(model), mixtures_of(model)
     for layer in mixtures.values():
         target.check(layer)
     moe = _new(target.model_class, target.config(model, mixtures, config), model)
@@ -146,10 +147,6 @@ def _new(make: Any, config: Any, model: PreTrainedModel) -> Any:
     if model.can_generate():
         other.generation_config = copy.deepcopy(model.generation_config)
     return other.train(model.training)
-
-
-def _mixtures(model: nn.Module) -> dict[str, MPOMoE]:
-    return {path: each for path, each in model.named_modules() if isinstance(each, MPOMoE)}
 
 
 def _outside(model: nn.Module, mixtures: Iterable[str]) -> dict[str, Tensor]:

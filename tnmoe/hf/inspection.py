@@ -41,6 +41,17 @@ class MatrixInspection:
         Per bond: entropy of the Schmidt values, in nats; None if no weights were read.
     errors : dict from int to float, or None
         By largest bond dimension: relative Frobenius error, at most.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import GPT2Config
+    >>> folder = tempfile.mkdtemp()
+    >>> GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(folder)
+    >>> config = MPOEConfig(num_experts=4, sites=3)
+    >>> matrix = inspect_checkpoint(folder, config, weights=False).matrices[0]
+    >>> matrix.family, matrix.bond_dims
+    ('GPT-2', (8, 8))
     """
 
     name: str

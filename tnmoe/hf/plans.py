@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from tnmoe.errors import integer_from_zero, one_of
@@ -25,7 +25,7 @@ from tnmoe.hf.skeleton import (
     model_without_numbers,
     stored_name,
 )
-from tnmoe.hf.structure import install_empty
+from tnmoe.hf.structure import install_empty, mixtures_of
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
 
@@ -79,7 +79,7 @@ def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -
     pieces = [
         _upcycled(dense, ffn, names, path, layer, config, drawn)
         for (ffn, names), (path, layer), drawn in zip(
-            networks, _mixtures(moe).items(), draws, strict=True
+            networks, mixtures_of(moe).items(), draws, strict=True
         )
     ]
     replaced = {name for piece in pieces for name in piece.reads}
@@ -133,7 +133,7 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     plain = {key: each for key, each in source.config.items() if key != "quantization_config"}
     skeleton = Skeleton(source, plain)
     install_empty(skeleton.model, config)
-    mixtures = _mixtures(skeleton.model)
+    mixtures = mixtures_of(skeleton.model)
     skeleton.match(skeleton.names_of(p for each in mixtures.values() for p in each.parameters()))
     used = {
         skeleton.rename(f"{path}.{name}")
@@ -244,10 +244,6 @@ def _ordinary(skeleton: Skeleton, path: str, layer: MPOMoE, moe: Any, target: Ta
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     return {name: Spec.of(tensor) for name, tensor in tensors.items()}
-
-
-def _mixtures(model: nn.Module) -> dict[str, MPOMoE]:
-    return {path: each for path, each in model.named_modules() if isinstance(each, MPOMoE)}
 
 
 def _draw(ffns: Iterable[FFN], config: MPOEConfig, seed: int) -> list[Draws]:

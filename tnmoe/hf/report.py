@@ -17,7 +17,19 @@ from tnmoe.tables import format_table
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of one thing in its three forms."""
+    """Parameters of one thing in its three forms.
+
+    Attributes
+    ----------
+    name : str
+    dense, moe, mpoe : int
+        As it is, as an ordinary mixture, and with shared central cores.
+
+    Examples
+    --------
+    >>> ParameterCount("layer", dense=100, moe=810, mpoe=270).ratio
+    3.0
+    """
 
     name: str
     dense: int

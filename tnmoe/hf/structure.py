@@ -62,3 +62,8 @@ def install_empty(model: nn.Module, config: MPOEConfig) -> None:
     """Put empty mixtures of experts in the place of a dense model's networks."""
     for ffn in find_ffns(model, config.layers, config.every):
         ffn.install(empty_moe(ffn, config))
+
+
+def mixtures_of(model: nn.Module) -> dict[str, MPOMoE]:
+    """The mixtures of experts of a model by where they are."""
+    return {path: each for path, each in model.named_modules() if isinstance(each, MPOMoE)}

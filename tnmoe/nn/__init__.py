@@ -7,12 +7,14 @@ try:
 except ImportError as error:
     raise MissingExtraError("tnmoe.nn", "torch", "torch") from error
 
+from tnmoe.costs import Rates
 from tnmoe.nn.activations import ClampedSwiGLU, Gated
 from tnmoe.nn.cache import WeightCache, weight_cache
 from tnmoe.nn.calibrate import calibrate
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.gradient_mask import AutogradMask, GradientMask
+from tnmoe.nn.grouped import Groups
 from tnmoe.nn.load_bias import BiasBalancer, LoadBias
 from tnmoe.nn.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.moe import MPOMoE, ignore_padding
@@ -43,10 +45,12 @@ __all__ = [
     "Experts",
     "Gated",
     "GradientMask",
+    "Groups",
     "LoadBias",
     "MPOExperts",
     "MPOMoE",
     "Projection",
+    "Rates",
     "Router",
     "RouterCollapseWarning",
     "RouterStatistics",

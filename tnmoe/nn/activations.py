@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -57,8 +57,7 @@ class ClampedSwiGLU(Gated):
     """
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
-        if not limit > 0:
-            raise InputError(f"limit must be positive, got {limit!r}")
+        limit = number_in("limit", limit, "(0, inf]")
         super().__init__(partial(_steep_silu, alpha=alpha))
         self.alpha, self.limit = alpha, limit
 

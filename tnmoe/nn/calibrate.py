@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.costs import Rates, set_rates
-from tnmoe.errors import InputError
+from tnmoe.nn.devices import usable_device, wait_for
 
 _REPEATS = 15
 
@@ -43,11 +43,7 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
     >>> calibrate("cpu", store=False).flops > 0
     True
     """
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"cannot measure device {str(device)!r}: {reason}") from error
+    device = usable_device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     size, narrow, long = (2048, 32, 4096) if device.type == "cpu" else (8192, 128, 16384)
 
@@ -76,14 +72,9 @@ def _seconds(call: Callable[[], Tensor], on: Tensor) -> float:
     """Best of some calls: what slows one down is not the device's own."""
     seconds = []
     for _ in range(_REPEATS):
-        _wait(on)
+        wait_for(on)
         start = time.perf_counter()
         call()
-        _wait(on)
+        wait_for(on)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def _wait(on: Tensor) -> None:
-    if on.is_cuda:
-        torch.cuda.synchronize(on.device)

@@ -34,6 +34,14 @@ class Groups:
         Slot at every row.
     inverse : Tensor of int64, shape (rows,)
         Row of every slot.
+
+    Examples
+    --------
+    >>> groups = Groups.of(torch.tensor([2, 0, 2]), num_experts=3)
+    >>> groups.experts, groups.order
+    (tensor([0, 2, 2]), tensor([1, 0, 2]))
+    >>> groups.offsets.tolist()
+    [1, 1, 3]
     """
 
     experts: Tensor

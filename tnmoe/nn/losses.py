@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, one_of, positive_int
 from tnmoe.nn.capacity import check_mask
 from tnmoe.nn.router import SCORE_FUNCTIONS
 from tnmoe.nn.transforms import may_look
@@ -136,7 +136,7 @@ def _check_routing(router_logits: Tensor, index: Tensor) -> None:
 
 def _token_weights(tokens: Tensor, attention_mask: Tensor | None, sequences: int) -> Tensor:
     """Weights of a mean over the tokens of every sequence that count, shape (B, T / B)."""
-    if sequences < 1 or len(tokens) % sequences:
+    if len(tokens) % positive_int("sequences", sequences):
         raise InputError(f"{len(tokens)} tokens are not {sequences} sequences of the same length")
     mask = check_mask(attention_mask, len(tokens))
     counts = tokens.new_ones(len(tokens)).float() if mask is None else mask.float()

@@ -154,6 +154,7 @@ def parameter_groups(
             raise InputError(f"give shared_scale: layers have {counts} experts")
         shared_scale = 1 / counts[0]
     number_in("shared_scale", shared_scale, "[0, inf)")
+    number_in("lr", lr, "[0, inf)")
     trained = [each for each in model.parameters() if each.requires_grad]
     return [
         {"params": [each for each in trained if id(each) not in shared], "lr": lr, **options},

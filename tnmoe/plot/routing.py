@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.plot.data import named, numbers
 from tnmoe.plot.style import add_legend, count_on, line_style, new_axes, shown, shown_apart
 
@@ -45,7 +45,9 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
     ax = new_axes(ax)
     layers, experts = load.shape
     balanced = 1 / experts
-    brightest = brightest or _brightest(load)
+    if brightest is None:
+        brightest = _brightest(load)
+    brightest = number_in("brightest", brightest, "(0, inf)")
     image = ax.imshow(load, vmin=0, vmax=brightest, cmap="viridis", aspect="auto")
     if experts <= _MOST_WRITTEN[0] and layers <= _MOST_WRITTEN[1]:
         for (layer, expert), share in np.ndenumerate(load):

@@ -1,0 +1,46 @@
+"""Data flow one way: a module imports only what stands above it in CONTRIBUTING.md."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLE = re.findall(r"^\| (`.*`) \| .* \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+ROWS = {
+    name.removesuffix(".py").strip("/"): number
+    for number, row in enumerate(TABLE)
+    for name in re.findall(r"`([\w./]+)`", row)
+}
+MODULES = sorted(
+    path
+    for path in (ROOT / "tnmoe").rglob("*.py")
+    if path != ROOT / "tnmoe/__init__.py"  # gathers what users import
+)
+
+
+def row_of(module: str) -> int:
+    """Row of a dotted name below tnmoe: of its package, or of the module itself."""
+    return ROWS[module.split(".")[1]]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of tnmoe that a file imports when it is imported."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            if node.module == "tnmoe":
+                found |= {f"tnmoe.{each.name}" for each in node.names if each.name[0] != "_"}
+            else:
+                found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("tnmoe.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_stands_above_it(path):
+    own = row_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    below = {name for name in imported(path) if row_of(name) > own}
+    assert not below
