@@ -30,6 +30,11 @@ class Rates:
     launch : float
         Seconds that an operation takes at least.
 
+    Raises
+    ------
+    InputError
+        If one is not positive; ``half_depth`` may be 0.
+
     Examples
     --------
     >>> rates = Rates(flops=1e12, half_depth=8, bandwidth=1e10, launch=1e-6)

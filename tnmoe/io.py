@@ -98,6 +98,14 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
         it lacks the dtype.
     OSError
         If the file cannot be read.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "identity.safetensors")
+    >>> save(path, MPO.identity(MPOShape((2, 2), (2, 2))))
+    >>> load(path).trace().item()
+    4.0
     """
     try:
         description, arrays = _read(path, library)

@@ -148,6 +148,11 @@ class MPO:
             Source of random numbers; one seed gives the same numbers in every library.
         like : array, optional
             Gives library, dtype and device; by default NumPy's float64.
+
+        Raises
+        ------
+        InputError
+            If ``max_bond`` or ``rng`` does not fit.
         """
         like = np.zeros(()) if like is None else like
         shapes = shape.core_shapes(max_bond)

@@ -144,6 +144,11 @@ class MPOShape:
         sites : int
             Number of sites.
 
+        Raises
+        ------
+        InputError
+            If one is not a positive integer.
+
         Examples
         --------
         >>> MPOShape.for_matrix(1536, 384)
@@ -163,6 +168,11 @@ class MPOShape:
 
     def is_split(self, center: int) -> bool:
         """Whether no output leg lies right of a site and no input leg left of it.
+
+        Raises
+        ------
+        InputError
+            If ``center`` is not a site.
 
         Examples
         --------

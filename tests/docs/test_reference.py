@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,40 @@ def test_the_command_line_page_shows_every_command(capsys):
     shown = re.findall(r'^usage\("(\w+)"\)$', PAGES[ROOT / "docs/reference/command-line.md"], re.M)
     assert commands
     assert sorted(shown) == sorted(commands)
+
+
+CHECKS = {"positive_int", "one_of", "number_in", "integer_from_zero", "index_in", "generator_of"}
+
+
+def refuses(code: object) -> bool:
+    """Whether a function raises, or checks an argument, in its own lines."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    calls = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    checks = {call.id for call in calls if isinstance(call, ast.Name)} & CHECKS
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    return bool(checks) or any(isinstance(error, ast.Call) for error in raised)
+
+
+def written(name: str) -> dict[str, list[object]]:
+    """Docstrings of a public name and of its members, with the functions that they are of."""
+    public = resolved(name)
+    if inspect.isfunction(public):
+        return {inspect.getdoc(public): [public]}
+    if not inspect.isclass(public):
+        return {}
+    own = {
+        key: getattr(value, "__func__", value)
+        for key, value in vars(public).items()
+        if inspect.isfunction(getattr(value, "__func__", value))
+    }
+    makes = [own[key] for key in ("__init__", "__post_init__") if key in own]
+    members = {inspect.getdoc(own[key]): [own[key]] for key in own if not key.startswith("_")}
+    return {inspect.getdoc(public): makes} | members
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_refused_is_told(name):
+    for text, functions in written(name).items():
+        here = [each for each in functions if each.__module__.startswith("tnmoe.")]
+        if any(refuses(each) for each in here if "<string>" not in each.__code__.co_filename):
+            assert "Error" in text, f"{name}: {here}"

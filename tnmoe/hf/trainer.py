@@ -69,7 +69,13 @@ class GradientMaskCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the run's optimiser, and let go of a run that ended with an exception."""
+        """Attach to the run's optimiser, and let go of a run that ended with an exception.
+
+        Raises
+        ------
+        InputError
+            If the engine does not suit the run, or the model shares nothing.
+        """
         self._detach()
         model: Any = kwargs["model"]
         probability = self.probability

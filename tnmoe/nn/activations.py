@@ -50,6 +50,11 @@ class ClampedSwiGLU(Gated):
     limit : float
         Bound c on both inputs.
 
+    Raises
+    ------
+    InputError
+        If ``limit`` is not positive.
+
     Examples
     --------
     >>> ClampedSwiGLU()(torch.tensor([0.0, 100.0]), torch.tensor([3.0, -100.0]))

@@ -39,6 +39,11 @@ class ExpertChoiceRouter(Router):
     scope : {"batch", "sequence"}
         What the T tokens are: all of a call, or those of every sequence.
 
+    Raises
+    ------
+    InputError
+        If a size, factor or name is none of those that there are.
+
     Notes
     -----
     Where all experts are the same, a token that any expert takes gets the output of one of them if

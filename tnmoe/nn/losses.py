@@ -99,6 +99,12 @@ def router_z_loss(
     Tensor
         Scalar of float32.
 
+    Raises
+    ------
+    InputError
+        If the logits are no table, the mask has another size, or the tokens are not so many
+        sequences of one length.
+
     Examples
     --------
     >>> import torch

@@ -39,6 +39,11 @@ class Projection(nn.Module, ABC):
     ----------
     bias : Parameter, shape (E, out), or (1, out) if all experts share it; or None
 
+    Raises
+    ------
+    InputError
+        If a size is not a positive integer, or ``bias`` is none of its values.
+
     Examples
     --------
     >>> matrices = StackedProjection(num_experts=4, out_features=16, in_features=8, bias=True)
@@ -78,7 +83,13 @@ class Projection(nn.Module, ABC):
 
     @abstractmethod
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Rows (T, in), sorted by expert, times their experts' matrices: (T, out)."""
+        """Rows (T, in), sorted by expert, times their experts' matrices: (T, out).
+
+        Raises
+        ------
+        InputError
+            If a route was set that there is not, or ``cached`` where gradients are needed.
+        """
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """Every expert's matrix, and its bias, on its own rows: (T, in) → (T, out)."""
@@ -249,6 +260,11 @@ class SharedProjection(Projection):
     shared_sites : frozenset of int
         Sites whose cores all experts share.
 
+    Raises
+    ------
+    InputError
+        If sizes, bonds or shared sites do not fit the shape, or it has a single site.
+
     Examples
     --------
     >>> matrices = SharedProjection(4, MPOShape((2, 4, 2), (2, 2, 2)))
@@ -313,6 +329,11 @@ class SharedProjection(Projection):
             Noise on every expert's own cores, relative to each core's root mean square.
         rng : numpy Generator or int, optional
             Source of the noise.
+
+        Raises
+        ------
+        InputError
+            If the cores are no torch tensors, or sites, noise or numbers do not fit.
         """
         _check_torch(mpo.cores)
         projection = cls(num_experts, mpo.shape, max_bond=1, device="meta")
@@ -332,6 +353,11 @@ class SharedProjection(Projection):
         """Take over the cores of a SharedMPO of torch tensors, with any bonds and centre.
 
         Its central core is shared; the others are every expert's own.
+
+        Raises
+        ------
+        InputError
+            If the cores are no torch tensors.
         """
         _check_torch([shared.center_core])
         projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
@@ -372,14 +398,26 @@ class SharedProjection(Projection):
         return str(site - (site > self.site))
 
     def core_at(self, site: int) -> nn.Parameter:
-        """The stored core of a site."""
+        """The stored core of a site, (E, D, out, in, D') or, if shared at the centre, without E.
+
+        Raises
+        ------
+        InputError
+            If there is no such site.
+        """
         site = index_in("site", site, self.shape.sites)
         if site == self.site:
             return self.center
         return self.aux_cores[site - (site > self.site)]
 
     def set_core(self, site: int, core: nn.Parameter) -> None:
-        """Store this tensor, another projection's perhaps, as the core of a site."""
+        """Store this tensor, another projection's perhaps, as the core of a site.
+
+        Raises
+        ------
+        InputError
+            If there is no such site.
+        """
         site = index_in("site", site, self.shape.sites)
         if site == self.site:
             self.center = core
@@ -407,7 +445,13 @@ class SharedProjection(Projection):
         return SharedMPO(self.center, self._stacked(), self.shape, self.site)
 
     def expert(self, index: int) -> MPO:
-        """One expert's matrix as an MPO that shares memory and gradients with this module."""
+        """One expert's matrix as an MPO that shares memory and gradients with this module.
+
+        Raises
+        ------
+        InputError
+            If there is no such expert.
+        """
         index = index_in("expert", index, self.num_experts)
         cores = [core if core.ndim == 4 else core[index] for core in self._cores(self.center.dtype)]
         return MPO(cores, self.shape)
@@ -440,7 +484,19 @@ class SharedProjection(Projection):
         super()._load_from_state_dict(*args, **kwargs)
 
     def plan(self, rows: int, training: bool) -> ContractionPlan:
-        """How so many rows go through; ``print`` it to see what every route would cost."""
+        """How so many rows go through; ``print`` it to see what every route would cost.
+
+        Parameters
+        ----------
+        rows : int
+            Slots (token, choice) of all experts together.
+        training : bool
+            Whether a backward pass follows, for which no matrices are kept.
+
+        Returns
+        -------
+        ContractionPlan
+        """
         return contraction_plan(
             self.shape,
             self._bond_dims,

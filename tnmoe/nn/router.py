@@ -45,6 +45,11 @@ class Router(nn.Module, ABC):
     weight : Parameter, shape (E, H)
     bias : Parameter, shape (E,), or None
 
+    Raises
+    ------
+    InputError
+        If a size, the noise or the score function is none of those that there are.
+
     Examples
     --------
     >>> router = TopKRouter(hidden_size=8, num_experts=4)

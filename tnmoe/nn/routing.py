@@ -106,6 +106,11 @@ class Routing:
             As for :func:`load_balancing_loss`.
         scope : {"batch", "sequence"}
             Whether all tokens of a call are to be balanced, or those of every sequence.
+
+        Raises
+        ------
+        InputError
+            If nothing was recorded, the mask has another size, or a name is unknown.
         """
         one_of("scope", scope, SCOPES)
         return self._mean(
@@ -123,7 +128,10 @@ class Routing:
         )
 
     def z_loss(self, attention_mask: Tensor | None = None, *, scope: str = "batch") -> Tensor:
-        """Mean router z-loss of the recorded calls; arguments as for :meth:`balance_loss`."""
+        """Mean router z-loss of the recorded calls.
+
+        Arguments and errors are those of :meth:`balance_loss`: an InputError for what does not fit.
+        """
         one_of("scope", scope, SCOPES)
         return self._mean(
             [

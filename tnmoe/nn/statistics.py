@@ -156,6 +156,11 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
         Steps whose mean load is looked at; every so many steps, so that an accelerator is not
         waited for at each.
 
+    Raises
+    ------
+    InputError
+        If ``window`` is not a positive integer.
+
     Examples
     --------
     >>> import torch
