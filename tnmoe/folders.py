@@ -28,7 +28,9 @@ def write_whole(path: Path, contents: bytes) -> None:
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise an InputError if a folder cannot be made there: a file, or things to keep, are."""
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise InputError(f"{target} is not empty: choose another folder or give --overwrite")
+        raise InputError(
+            f"{target} is not empty: choose another folder, or pass overwrite=True (--overwrite)"
+        )
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a folder")
 

@@ -71,7 +71,7 @@ def quiet_transformers() -> None:
 
 def _load(load: Callable[..., Any], what: str, folder: Path, **arguments: Any) -> Any:
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a Hugging Face model folder: no config.json there")
+        raise InputError(f"{folder} is not a Hugging Face folder: no config.json there")
     quiet_transformers()
     try:
         return load(folder, local_files_only=True, **arguments)

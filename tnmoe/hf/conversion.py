@@ -229,7 +229,8 @@ class Conversion:
             return set(begun[1:])
         if part.exists() and not (overwrite and begun):
             raise InputError(
-                f"{part} is unfinished work of another conversion: remove it or give --overwrite"
+                f"{part} is unfinished work of another conversion: remove it, or pass "
+                "overwrite=True (--overwrite)"
                 if begun
                 else f"{part} is in the way"
             )
