@@ -6,33 +6,57 @@ from pathlib import Path
 import pytest
 
 from experiments.folder import read
-from experiments.statistics import chosen, difference
+from experiments.statistics import chosen, difference, values
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-RESULTS = read(ROOT / "experiments/results/decoder.json")["results"]
+RESULTS = {
+    path.stem: read(path)["results"] for path in (ROOT / "experiments/results").glob("*.json")
+}
 
-# Method, other method, and what the page says of the first: -1 better, 1 worse, 0 not told apart.
+# Setting, method, other method, and what the page says of the first: -1 better, 1 worse, 0 not
+# told apart.
 STATEMENTS = [
-    ("moe", "dense", 0),
-    ("mpoe", "moe", 0),
-    ("moe-top2", "dense", -1),
-    ("mpoe-top2", "moe-top2", 1),
-    ("split-64-top2", "moe-top2", 1),
-    ("mpoe", "dense-wide", 1),
-    ("mpoe-top2", "dense-wide", 0),
-    ("split-64-top2", "dense-wide", 0),
-    ("mpoe-mask-0.5", "mpoe", 1),
-    ("mpoe-half", "mpoe", 1),
-    ("mpoe-half", "dense", 1),
-    ("split-64-owned-0.35", "split-64", 0),
-    ("mpoe-owned-0.35", "mpoe", 0),
+    ("decoder", "moe", "dense", 0),
+    ("decoder", "mpoe", "moe", 0),
+    ("decoder", "moe-top2", "dense", -1),
+    ("decoder", "mpoe-top2", "moe-top2", 1),
+    ("decoder", "split-64-top2", "moe-top2", 1),
+    ("decoder", "mpoe", "dense-wide", 1),
+    ("decoder", "mpoe-top2", "dense-wide", 0),
+    ("decoder", "split-64-top2", "dense-wide", 0),
+    ("decoder", "mpoe-mask-0.25", "mpoe", 0),
+    ("decoder", "mpoe-mask-0.5", "mpoe", 1),
+    ("decoder", "mpoe-mask-0.9", "mpoe", 1),
+    ("decoder", "mpoe-frozen", "mpoe", 1),
+    ("decoder", "mpoe-slow-0.1", "mpoe", 1),
+    ("decoder", "mpoe-half", "mpoe", 1),
+    ("decoder", "mpoe-half", "dense", 1),
+    ("decoder", "separate", "mpoe", 1),
+    ("decoder", "share-rest", "mpoe", -1),
+    ("decoder", "low-rank", "mpoe", 0),
+    ("decoder", "mpoe-fresh", "mpoe", 1),
+    ("decoder", "moe-fresh", "mpoe-fresh", -1),
+    ("decoder", "mpoe-e2", "moe-e2", 0),
+    ("decoder", "mpoe-e32", "moe-e32", 0),
+    ("decoder", "mpoe-e32", "mpoe", 0),
+    ("decoder", "moe-e32", "moe", 0),
+    ("decoder", "mpoe-e4", "moe-e4", 0),
+    ("decoder", "split-64-mask-0.5", "split-64", 1),
+    ("decoder", "split-64-owned-0.35", "split-64", 0),
+    ("decoder", "mpoe-owned-0.35", "mpoe", 0),
+    ("minilm", "mpoe", "moe", 0),
+    ("minilm", "mpoe", "dense", -1),
+    ("flan-t5", "mpoe", "moe", 0),
+    ("flan-t5", "mpoe", "dense", 0),
+    ("flan-t5", "moe", "dense", 0),
+    ("t5", "moe", "dense", 0),
 ]
 
 
-@pytest.mark.parametrize(("method", "other", "sign"), STATEMENTS)
-def test_statements_are_those_of_the_intervals(method, other, sign):
-    found = difference(RESULTS, method, other, "loss")
+@pytest.mark.parametrize(("setting", "method", "other", "sign"), STATEMENTS)
+def test_statements_are_those_of_the_intervals(setting, method, other, sign):
+    found = difference(RESULTS[setting], method, other, "loss")
     assert len(found.each) >= 3
     assert int(found.low > 0) - int(found.high < 0) == sign
     assert f"`{method}`" in PAGE
@@ -44,14 +68,38 @@ def test_methods_that_are_named_were_run():
     named = set(re.findall(r"`((?:dense|moe|mpoe|split|low|share|separate)[\w.-]*)`", prose))
     assert named
     for name in named:
-        assert chosen(RESULTS, name), name
+        assert any(chosen(results, name) for results in RESULTS.values()), name
 
 
 def test_shares_of_the_gain_are_those_of_the_means():
     gained = {
-        name: -difference(RESULTS, name, "dense", "loss").mean
+        name: -difference(RESULTS["decoder"], name, "dense", "loss").mean
         for name in ("moe-top2", "mpoe-top2", "split-64-top2")
     }
     assert gained["moe-top2"] == pytest.approx(0.1, abs=0.005)
     assert gained["mpoe-top2"] / gained["moe-top2"] == pytest.approx(1 / 4, abs=0.03)
     assert 0.42 < gained["split-64-top2"] / gained["moe-top2"] < 0.5
+
+
+def test_the_mask_costs_the_more_the_more_it_masks():
+    worse = [
+        difference(RESULTS["decoder"], name, "mpoe", "loss").mean
+        for name in ("mpoe-mask-0.25", "mpoe-mask-0.5", "mpoe-mask-0.9", "mpoe-frozen")
+    ]
+    assert worse == sorted(worse)
+    assert worse == pytest.approx([0.016, 0.035, 0.066, 0.073], abs=0.001)
+
+
+def test_a_random_start_costs_what_the_page_says():
+    lost = {
+        kind: difference(RESULTS["decoder"], f"{kind}-fresh", kind, "loss").mean
+        for kind in ("dense", "moe", "mpoe")
+    }
+    assert lost == pytest.approx({"dense": 0.057, "moe": 0.080, "mpoe": 0.168}, abs=0.001)
+
+
+def test_sizes_are_those_of_the_results():
+    sizes = {each["method"]: each["parameters"] for each in RESULTS["decoder"]}
+    assert sizes["moe-e32"] / sizes["mpoe-e32"] == pytest.approx(5.1, abs=0.05)
+    assert sizes["share-rest"] / sizes["mpoe"] == pytest.approx(2.9, abs=0.05)
+    assert values(RESULTS["decoder"], "mpoe", "loss").keys() == {0, 1, 2}
