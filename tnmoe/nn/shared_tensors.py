@@ -138,6 +138,11 @@ def parameter_groups(
     InputError
         If nothing is shared, the scale is negative, or it is not given and layers differ in E.
 
+    Notes
+    -----
+    In our experiments a tenth of the learning rate for the central cores made training worse, as
+    did the gradient mask: try one rate for all first.
+
     Examples
     --------
     >>> import torch
