@@ -38,6 +38,7 @@ STATEMENTS = [
     ("decoder", "mpoe-fresh", "mpoe", 1),
     ("decoder", "moe-fresh", "mpoe-fresh", -1),
     ("decoder", "mpoe-e2", "moe-e2", 0),
+    ("decoder", "mpoe-e16", "moe-e16", 0),
     ("decoder", "mpoe-e32", "moe-e32", 0),
     ("decoder", "mpoe-e32", "mpoe", 0),
     ("decoder", "moe-e32", "moe", 0),
@@ -47,10 +48,14 @@ STATEMENTS = [
     ("decoder", "mpoe-owned-0.35", "mpoe", 0),
     ("minilm", "mpoe", "moe", 0),
     ("minilm", "mpoe", "dense", -1),
+    ("minilm", "split-64", "moe", 0),
+    ("flan-t5", "split-64", "dense", 0),
+    ("flan-t5", "mpoe-mask-0.5", "mpoe", 0),
     ("flan-t5", "mpoe", "moe", 0),
     ("flan-t5", "mpoe", "dense", 0),
     ("flan-t5", "moe", "dense", 0),
     ("t5", "moe", "dense", 0),
+    ("t5", "mpoe", "dense", 0),
 ]
 
 
@@ -96,6 +101,12 @@ def test_a_random_start_costs_what_the_page_says():
         for kind in ("dense", "moe", "mpoe")
     }
     assert lost == pytest.approx({"dense": 0.057, "moe": 0.080, "mpoe": 0.168}, abs=0.001)
+
+
+def test_steps_cost_what_the_page_says():
+    costs = read(ROOT / "experiments/results/minilm.json")["costs"]
+    ratios = {name: costs[name]["time_ratio"] for name in ("moe", "mpoe", "split-64")}
+    assert ratios == pytest.approx({"moe": 1.4, "mpoe": 2.2, "split-64": 1.06}, rel=0.02)
 
 
 def test_sizes_are_those_of_the_results():
