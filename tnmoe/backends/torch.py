@@ -88,11 +88,11 @@ class TorchBackend:
 
     def qr(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not _tracked(matrix):
-            return torch.linalg.qr(matrix)
+            return _qr(matrix)
         if matrix.shape[-2] > matrix.shape[-1]:
             return _QR.apply(matrix)
         # A square unitary Q is a change of basis: Q Qᴴ A = A whatever Q is, so Q is constant.
-        unitary = torch.linalg.qr(matrix.detach())[0]
+        unitary = _qr(matrix.detach())[0]
         return unitary, unitary.mH @ matrix
 
     def left_svd(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +114,15 @@ class TorchBackend:
 
 
 backend = TorchBackend()
+
+
+def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(matrix)
+    # On a CPU, LAPACK may make NaN of complex numbers of which some underflow when squared.
+    single = matrix.dtype == torch.complex64 and matrix.device.type == "cpu"
+    if single and not torch.isfinite(q).all() and torch.isfinite(matrix).all():
+        q, r = torch.linalg.qr(matrix.to(torch.complex128))
+    return q.to(matrix.dtype), r.to(matrix.dtype)
 
 
 def _tracked(matrix: Tensor) -> bool:
