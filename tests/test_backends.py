@@ -176,6 +176,22 @@ def test_norms_of_huge_and_tiny_numbers_neither_overflow_nor_vanish(library, dty
         assert float(norm) == pytest.approx(5 * scale, rel=1e-6)
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize("rows", [2, 3])
+def test_torch_qr_of_complex_numbers_below_the_normal_ones_is_finite(rows, tracked):
+    """LAPACK's, in single precision, makes NaN of such a column."""
+    matrix = torch.eye(rows, 2, dtype=torch.complex64)
+    matrix[1, 1] = complex(1e-40, 1e-40)
+    matrix = matrix.requires_grad_(tracked)
+    xp = backend_named("torch")
+    isometry, rest = xp.qr(matrix)
+    assert isometry.dtype == rest.dtype == torch.complex64
+    torch.testing.assert_close((isometry @ rest).detach(), matrix.detach())
+    torch.testing.assert_close((isometry.mH @ isometry).detach(), torch.eye(2) + 0j)
+    triangle = xp.triangle(matrix.mH)
+    torch.testing.assert_close((triangle @ triangle.mH).detach(), (matrix.mH @ matrix).detach())
+
+
 def test_numpy_svd_falls_back_to_qr_iteration(monkeypatch):
     def fails(*_, **__):
         raise np.linalg.LinAlgError("SVD did not converge")

@@ -108,20 +108,21 @@ class TorchBackend:
 
     def triangle(self, matrix: Tensor) -> Tensor:
         if not _tracked(matrix):
-            return self.adjoint(torch.linalg.qr(self.adjoint(matrix), mode="r")[1])
+            return self.adjoint(_qr(self.adjoint(matrix), mode="r")[1])
         # A = T Q: turning Q leaves T Tᴴ alone, so Q counts as constant.
-        return matrix @ torch.linalg.qr(matrix.detach().mH)[0]
+        return matrix @ _qr(matrix.detach().mH)[0]
 
 
 backend = TorchBackend()
 
 
-def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    q, r = torch.linalg.qr(matrix)
-    # On a CPU, LAPACK may make NaN of complex numbers of which some underflow when squared.
-    single = matrix.dtype == torch.complex64 and matrix.device.type == "cpu"
-    if single and not torch.isfinite(q).all() and torch.isfinite(matrix).all():
-        q, r = torch.linalg.qr(matrix.to(torch.complex128))
+def _qr(matrix: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(matrix, mode=mode)
+    # On a CPU, LAPACK makes NaN of complex columns below the normal numbers of single precision.
+    if matrix.dtype == torch.complex64 and matrix.device.type == "cpu":
+        sound = torch.isfinite(q).all() and torch.isfinite(r).all()
+        if not sound and torch.isfinite(matrix).all():
+            q, r = torch.linalg.qr(matrix.to(torch.complex128), mode=mode)
     return q.to(matrix.dtype), r.to(matrix.dtype)
 
 
@@ -205,7 +206,7 @@ class _QR(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        q, r = torch.linalg.qr(matrix)
+        q, r = _qr(matrix)
         ctx.save_for_backward(q, r)
         return q, r
 
