@@ -194,14 +194,22 @@ def test_the_plan_takes_the_route_with_fewer_operations():
                 lambda: tn.add([with_nan()] * 3, method="randomized", max_bond=1),
             )
         ),
-        (lambda: simple().schmidt_values(True), tn.InputError, "bond must be an integer"),
+        (
+            lambda: tn.MPO.identity(tn.MPOShape((2, 2), (2, 2))).schmidt_values(True),
+            tn.InputError,
+            "bond must be an integer from 0 to 0, got True",
+        ),
         (lambda: tn.MPOShape((2, 2), (2, 2)).is_split(2), tn.InputError, "from 0 to 1, got 2"),
         (lambda: tn.MPO([[1.0]]), TypeError, "expected an array"),
         (lambda: simple().apply(np.ones(3)), tn.InputError, r"2 entries .* got shape \(3,\)"),
         (lambda: simple().apply(np.float64(3)), tn.InputError, r"got shape \(\)"),
         (lambda: simple().apply(torch.ones(2)), TypeError, "numpy arrays, x is a Tensor"),
         (lambda: simple().canonicalize(1), tn.InputError, "center must be an integer from 0 to 0"),
-        (lambda: simple().schmidt_values(0), tn.InputError, "bond must be"),
+        (
+            lambda: simple().schmidt_values(0),
+            tn.InputError,
+            "bond must lie between two sites, and there is one: got 0",
+        ),
         (
             lambda: tn.contraction_plan(tn.MPOShape((2, 2), (2, 2)), (1, 1)),
             tn.InputError,

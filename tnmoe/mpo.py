@@ -510,6 +510,8 @@ class MPO:
         InputError
             If there is no such bond.
         """
+        if self.shape.sites == 1:
+            raise InputError(f"bond must lie between two sites, and there is one: got {bond!r}")
         bond = index_in("bond", bond, self.shape.sites - 1)
         return spectrum.schmidt_values(self._backend, self._computable_cores(), self.center, bond)
 

@@ -287,6 +287,15 @@ def test_bad_input_is_named(tmp_path, make_error, message):
         make_error(tmp_path)
 
 
+def test_a_folder_of_links_is_loaded(tmp_path):
+    """As caches of data under version control are."""
+    hf.upcycle(make("bert"), CONFIG).save_pretrained(tmp_path / "stored")
+    (tmp_path / "linked").mkdir()
+    for path in (tmp_path / "stored").iterdir():
+        (tmp_path / "linked" / path.name).symlink_to(path)
+    assert type(hf.from_pretrained(tmp_path / "linked")) is transformers.BertModel
+
+
 def saved_dense(path):
     make("bert").save_pretrained(path)
     return path

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.shards import read_config
+from tnmoe.hf.shards import CONFIG, check_folder, read_json
 from tnmoe.hf.structure import install_empty
 
 METHOD = "tnmoe"
@@ -180,10 +180,10 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     >>> type(from_pretrained(folder)).__name__
     'GPT2LMHeadModel'
     """
-    if os.path.isfile(folder):
-        raise InputError(f"{os.fspath(folder)} is a file, not a folder")
-    stored = require_mpoe(read_config(Path(folder)).get("quantization_config"), folder)
-    StoredConfig.from_dict(stored)
+    check_folder(Path(folder))
+    entries = read_json(Path(folder) / CONFIG)
+    # transformers would wrap what is wrong with this entry into errors of its own.
+    StoredConfig.from_dict(require_mpoe(entries.get("quantization_config"), folder))
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     names = config.architectures or ["none"]
     model_class = model_class_named(names[0])

@@ -182,11 +182,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Contents of a folder's config.json, or of such a file itself."""
     if folder.is_file():
         return read_json(folder)
+    check_folder(folder)
+    return read_json(inside(folder, CONFIG))
+
+
+def check_folder(folder: Path) -> None:
+    """Raise an InputError unless this is a folder with a config.json."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, not a folder")
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
     if not (folder / CONFIG).exists():
         raise InputError(f"{folder} is not a Hugging Face folder: no config.json there")
-    return read_json(inside(folder, CONFIG))
 
 
 def inside(folder: Path, name: str) -> Path:
