@@ -42,12 +42,15 @@ STATEMENTS = [
     ("decoder", "mpoe-e32", "moe-e32", 0),
     ("decoder", "mpoe-e32", "mpoe", 0),
     ("decoder", "moe-e32", "moe", 0),
+    ("decoder", "mpoe-e32", "dense", 0),
+    ("decoder", "moe-e32", "dense", 0),
     ("decoder", "mpoe-e4", "moe-e4", 0),
     ("decoder", "split-64-mask-0.5", "split-64", 1),
     ("decoder", "split-64-owned-0.35", "split-64", 0),
     ("decoder", "mpoe-owned-0.35", "mpoe", 0),
     ("minilm", "mpoe", "moe", 0),
     ("minilm", "mpoe", "dense", -1),
+    ("minilm", "moe", "dense", 0),
     ("minilm", "split-64", "moe", 0),
     ("flan-t5", "split-64", "dense", 0),
     ("flan-t5", "mpoe-mask-0.5", "mpoe", 0),
@@ -66,6 +69,15 @@ def test_statements_are_those_of_the_intervals(setting, method, other, sign):
     assert int(found.low > 0) - int(found.high < 0) == sign
     assert f"`{method}`" in PAGE
     assert f"`{other}`" in PAGE
+
+
+def test_on_minilm_mixtures_with_a_shared_core_are_hardly_behind_the_ordinary_one():
+    for method in ("mpoe", "split-64"):
+        assert difference(RESULTS["minilm"], method, "moe", "loss").high < 0.01
+
+
+def test_the_grid_has_as_many_methods_as_the_page_says():
+    assert len({each["method"] for each in RESULTS["decoder"]}) == 36
 
 
 def test_methods_that_are_named_were_run():

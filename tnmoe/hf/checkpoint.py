@@ -181,9 +181,7 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     'GPT2LMHeadModel'
     """
     check_folder(Path(folder))
-    entries = read_json(Path(folder) / CONFIG)
-    # transformers would wrap what is wrong with this entry into errors of its own.
-    StoredConfig.from_dict(require_mpoe(entries.get("quantization_config"), folder))
+    require_mpoe(read_json(Path(folder) / CONFIG).get("quantization_config"), folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     names = config.architectures or ["none"]
     model_class = model_class_named(names[0])
