@@ -410,6 +410,15 @@ def test_function_transforms_see_the_layer_they_transform():
     torch.testing.assert_close(per_batch.view(10, 8), layer(states, index, weights))
 
 
+def test_states_of_another_dtype_are_taken_under_function_transforms_too():
+    layer = experts(None, torch.float32)
+    states, index, weights = routing()
+    states = states.double()
+    found = torch.func.vmap(layer)(states.view(2, 5, 8), index.view(2, 5, 2), weights.view(2, 5, 2))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.view(10, 8), layer(states, index, weights))
+
+
 @pytest.fixture
 def compiler():
     """A compiler that knows nothing of other tests: it gives up after so many compilations."""
