@@ -1,24 +1,31 @@
 """Distributed runs of two processes on this machine."""
 
-import multiprocessing
-import socket
+import datetime
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import distributed
 
 
 def on_two_ranks(function):
-    """What a function (rank, port, results) puts of each of two processes of a distributed run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=function, args=(rank, port, results)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    try:
-        found = dict(results.get(timeout=60) for _ in ranks)
-        for process in ranks:
-            process.join(timeout=60)
-    finally:
-        for process in ranks:  # one waits for ever where the other failed
-            process.kill()
-    return found
+    """What a function of its rank returns in each of two processes of a distributed run.
+
+    The ranks meet in a file: a port found free may be taken before they listen.  A rank that
+    fails stops the other, and its own traceback is raised here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_run_rank, (function, Path(folder)), nprocs=2)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
+
+
+def _run_rank(rank, function, folder):
+    distributed.init_process_group(
+        "gloo",
+        init_method=(folder / "meeting").as_uri(),
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(minutes=5),
+    )
+    torch.save(function(rank), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
