@@ -93,6 +93,19 @@ def assert_canonical(mpo: tn.MPO, center: int) -> None:
         np.testing.assert_allclose(gram, np.eye(len(gram)), atol=tolerance)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["eigh", "svd", "randomized"])
+def test_schmidt_values_seen_are_in_double_precision_whatever_the_method(method, dtype, library):
+    matrix = to_library(np.arange(256).reshape(16, 16).astype(dtype), library)
+    shape = tn.MPOShape((2, 2, 4), (2, 4, 2))
+    mpo, info = tn.decompose(matrix, shape, max_bond=3, method=method, return_info=True)
+    again = mpo.compress(max_bond=2, return_info=True)[1]
+    for values in (*info.spectra, *again.spectra):
+        assert type(values) is type(matrix)
+        assert str(values.dtype).removeprefix("torch.") == "float64"
+
+
 @given(matrices, libraries)
 def test_result_keeps_library_and_dtype(case, library):
     shape, matrix = case

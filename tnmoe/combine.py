@@ -9,11 +9,11 @@ from math import inf, prod
 import numpy as np
 
 from tnmoe import algebra
-from tnmoe.backends import Array, Backend
+from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.canonical import canonicalize
 from tnmoe.einsum import contract
 from tnmoe.errors import InputError, generator_of, one_of
-from tnmoe.mpo import MPO
+from tnmoe.mpo import MPO, check_operands, product_factors
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
 from tnmoe.rounding import near_one, times_power, truncated_isometry
@@ -77,12 +77,12 @@ def add(
         raise InputError("a sum needs at least one operator, got none")
     first = mpos[0]
     for other in mpos[1:]:
-        first._check_operand(other)
+        check_operands(first, other)
         if other.shape != first.shape:
             raise InputError(f"cannot add {first.shape} and {other.shape}: they must be equal")
     selection = Selection(first.shape, max_bond, bonds, rtol, max_params)
     one_of("method", method, ("direct", "successive", "randomized"))
-    xp = first._backend
+    xp = get_backend(first.cores[0])
     if method == "randomized":
         chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
         terms = [_Term((chain,)) for chain in chains]
@@ -141,10 +141,10 @@ def matmul(
     >>> bool(np.allclose(product.to_matrix(), a.to_matrix() @ a.to_matrix()))
     True
     """
-    shape, factors = a._factors(b)
+    shape, factors = product_factors(a, b)
     selection = Selection(shape, max_bond, bonds, rtol, max_params)
     one_of("method", method, ("direct", "zipup", "randomized"))
-    xp = a._backend
+    xp = get_backend(a.cores[0])
     if method != "direct":
         (left,), left_exponent = near_one(xp, [factors[0]])
         (right,), right_exponent = near_one(xp, [factors[1]])
@@ -155,7 +155,7 @@ def matmul(
         found = _randomized(xp, [term], selection, generator_of(rng))
         if found is not None:
             return _finish(a, found, exponent, selection)
-    return _compressed(MPO(algebra.compose(a._backend, *factors), shape), selection, like=a)
+    return _compressed(MPO(algebra.compose(xp, *factors), shape), selection, like=a)
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Select
 
 def _successive(mpos: Sequence[MPO], selection: Selection) -> MPO:
     """Sum with a rounding after every addition, a tolerance shared between the roundings."""
-    xp, allowed = mpos[0]._backend, None
+    xp, allowed = get_backend(mpos[0].cores[0]), None
     if selection.rtol is not None:
         chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
         squared = max(0.0, _squared_norm(xp, [_Term((chain,)) for chain in chains]))
@@ -339,7 +339,7 @@ def _finish(like: MPO, cores: Sequence[Array], exponent: int, selection: Selecti
 
 
 def _as(like: MPO, mpo: MPO) -> MPO:
-    xp = like._backend
+    xp = get_backend(like.cores[0])
     name = xp.dtype_name(like.cores[0])
     return MPO(narrowed(xp, mpo.cores, name), mpo.shape, mpo.center)
 

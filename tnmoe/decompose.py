@@ -249,11 +249,10 @@ def _result(
         check_range(xp, moved[center], dtype, scale)
         moved[center] = moved[center] * scale
     cuts = [sweep.cuts[bond] for bond in sorted(sweep.cuts)]
+    spectra = [_pick(cut.spectrum, index, 1) for cut in cuts if cut.spectrum is not None]
     info = TruncationInfo(
         discarded=tuple(float(cut.discarded[index]) * scale for cut in cuts),
-        spectra=tuple(
-            _pick(cut.spectrum, index, 1) * scale for cut in cuts if cut.spectrum is not None
-        ),
+        spectra=tuple(xp.astype(values, "float64") * scale for values in spectra),
         methods=tuple(cut.method for cut in cuts),
     )
     return MPO(narrowed(xp, moved, dtype), shape, center), info

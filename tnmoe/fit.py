@@ -9,11 +9,11 @@ from typing import Literal, overload
 import numpy as np
 
 from tnmoe import algebra
-from tnmoe.backends import Array, Backend
+from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.canonical import canonicalize, shift_left, shift_right
 from tnmoe.einsum import contract
 from tnmoe.errors import InputError, number_in, positive_int
-from tnmoe.mpo import MPO
+from tnmoe.mpo import MPO, check_operands
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
 from tnmoe.rounding import near_one, times_power
@@ -134,13 +134,14 @@ def fit(
     if not targets:
         raise InputError("a fit needs at least one target, got none")
     for other in targets:
-        targets[0]._check_operand(other)
+        check_operands(targets[0], other)
         if other.shape != targets[0].shape:
             raise InputError(f"targets must have one shape, got {targets[0].shape}, {other.shape}")
     max_sweeps = positive_int("max_sweeps", max_sweeps)
     tol = number_in("tol", tol, "[0, inf)")
     start = _start(targets[0], initial, max_bond, bonds, rng)
-    xp, name = start._backend, start._backend.dtype_name(start.cores[0])
+    xp = get_backend(start.cores[0])
+    name = xp.dtype_name(start.cores[0])
     # In double precision, since an error is measured as a difference of norms.
     wide = [[widened(xp, core) for core in mpo.cores] for mpo in targets]
     chains, exponent = near_one(xp, wide)
@@ -165,7 +166,7 @@ def _start(
         return MPO.random(target.shape, caps, rng, like=target.cores[0])
     if max_bond is not None or bonds is not None:
         raise InputError("initial brings its own bonds: give no max_bond or bonds beside it")
-    target._check_operand(initial)
+    check_operands(target, initial)
     if initial.shape != target.shape:
         raise InputError(f"initial has {initial.shape}, the target {target.shape}")
     return initial

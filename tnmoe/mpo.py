@@ -214,7 +214,7 @@ class MPO:
     def __add__(self, other: MPO) -> MPO:
         if not isinstance(other, MPO):
             return NotImplemented
-        self._check_operand(other)
+        check_operands(self, other)
         if self.shape != other.shape:
             raise InputError(f"cannot add {self.shape} and {other.shape}: they must be equal")
         return MPO(algebra.add(self._backend, [self.cores, other.cores]), self.shape)
@@ -263,25 +263,9 @@ class MPO:
         return NotImplemented
 
     def _compose(self, other: MPO) -> MPO:
-        shape, factors = self._factors(other)
+        shape, factors = product_factors(self, other)
         cores = algebra.compose(self._backend, *factors)
         return MPO([self._in_own_dtype(core) for core in cores], shape)
-
-    def _factors(self, other: MPO) -> tuple[MPOShape, tuple[Sequence[Array], Sequence[Array]]]:
-        """Shape of the product with another operator, and the two chains to multiply for it."""
-        self._check_operand(other)
-        a, b = self.shape, other.shape
-        if a.in_dims != b.out_dims or a.in_features != b.out_features:
-            raise InputError(
-                f"cannot compose: the input legs of {a} are not the output legs of {b}"
-            )
-        right = other._computable_cores()
-        if a.padded_in != a.in_features:
-            # What truncations left in the padding must not meet.
-            inside = algebra.mask(self._backend, a.in_dims, a.in_features, right[0])
-            right = algebra.compose(self._backend, inside, right)
-        shape = MPOShape(a.out_dims, b.in_dims, a.out_features, b.in_features)
-        return shape, (self._computable_cores(), right)
 
     @property
     def T(self) -> MPO:  # noqa: N802
@@ -325,7 +309,7 @@ class MPO:
         InputError
             If shapes or dtypes differ.
         """
-        self._check_operand(other)
+        check_operands(self, other)
         if self.shape != other.shape:
             raise InputError(f"{self.shape} and {other.shape} must be equal for an inner product")
         bra, ket = self._computable_cores(), other._computable_cores()
@@ -333,17 +317,6 @@ class MPO:
 
     def _in_own_dtype(self, array: Array) -> Array:
         return self._backend.astype(array, self._backend.dtype_name(self.cores[0]))
-
-    def _check_operand(self, other: MPO) -> None:
-        if not isinstance(other, MPO):
-            raise TypeError(f"expected an MPO, got {type(other).__qualname__}")
-        if other._backend is not self._backend:
-            raise TypeError(
-                f"both operands need one library, got {self._backend.name} "
-                f"and {other._backend.name}"
-            )
-        if self.dtype != other.dtype:
-            raise InputError(f"both operands need one dtype, got {self.dtype} and {other.dtype}")
 
     def norm(self) -> Array:
         """Frobenius norm, a real scalar of the cores' library.
@@ -545,7 +518,7 @@ def kron(a: MPO, b: MPO) -> MPO:
     >>> kron(one, 3 * one).to_matrix().diagonal()
     array([3., 3., 3., 3.])
     """
-    a._check_operand(b)
+    check_operands(a, b)
     left, right = a.shape, b.shape
     if (right.padded_out, right.padded_in) != (right.out_features, right.in_features):
         raise InputError(f"the second factor of kron must not be padded, got {right}")
@@ -565,6 +538,35 @@ def _check_square(shape: MPOShape, what: str) -> None:
 
 def _is_complex(array: Array) -> bool:
     return get_backend(array).dtype_name(array) in COMPLEX_DTYPES
+
+
+def check_operands(a: MPO, b: MPO) -> None:
+    """Raise unless two operators are of one library and one dtype."""
+    if not isinstance(b, MPO):
+        raise TypeError(f"expected an MPO, got {type(b).__qualname__}")
+    one, other = get_backend(a.cores[0]), get_backend(b.cores[0])
+    if one is not other:
+        raise TypeError(f"both operands need one library, got {one.name} and {other.name}")
+    if a.dtype != b.dtype:
+        raise InputError(f"both operands need one dtype, got {a.dtype} and {b.dtype}")
+
+
+def product_factors(a: MPO, b: MPO) -> tuple[MPOShape, tuple[Sequence[Array], Sequence[Array]]]:
+    """Shape of the product ``a @ b``, and the two chains to multiply for it."""
+    check_operands(a, b)
+    left, right = a.shape, b.shape
+    if left.in_dims != right.out_dims or left.in_features != right.out_features:
+        raise InputError(
+            f"cannot compose: the input legs of {left} are not the output legs of {right}"
+        )
+    xp = get_backend(a.cores[0])
+    first, second = ([computable(xp, core) for core in mpo.cores] for mpo in (a, b))
+    if left.padded_in != left.in_features:
+        # What truncations left in the padding must not meet.
+        inside = algebra.mask(xp, left.in_dims, left.in_features, second[0])
+        second = list(algebra.compose(xp, inside, second))
+    shape = MPOShape(left.out_dims, right.in_dims, left.out_features, right.in_features)
+    return shape, (first, second)
 
 
 def check_center(shape: MPOShape, center: int | None) -> int:

@@ -63,7 +63,7 @@ def round_chain(
     rounded[-1] = times_power(rounded[-1], exponent)
     info = TruncationInfo(
         tuple(float(np.ldexp(cut, exponent)) for cut in discarded),
-        tuple(times_power(spectrum, exponent) for spectrum in values),
+        tuple(times_power(xp.astype(seen, "float64"), exponent) for seen in values),
         (_method(xp, cores[0]),) * len(discarded),
     )
     return rounded, info

@@ -20,7 +20,8 @@ class TruncationInfo:
     discarded : tuple of float
         Per bond: 2-norm of the Schmidt values cut there.
     spectra : tuple of array
-        Per bond: the Schmidt values seen when the bond was cut, descending, before cutting.
+        Per bond: the Schmidt values seen when the bond was cut, descending, before cutting; arrays
+        of the cores' library in double precision, whatever the dtype of the cores.
     methods : tuple of str
         Per bond: the algorithm used (``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``).
 

@@ -228,7 +228,7 @@ def _of_network(
 def _with_spectra(
     described: MatrixInspection, info: TruncationInfo, bonds: list[int]
 ) -> MatrixInspection:
-    spectra = [spectrum.double().numpy() for spectrum in info.spectra]
+    spectra = [spectrum.numpy() for spectrum in info.spectra]
     tails = [squared_tails(spectrum) for spectrum in spectra]
     whole = max(tail[0] for tail in tails) or 1.0  # a matrix of zeros has no error
     errors = {
