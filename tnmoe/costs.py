@@ -54,7 +54,10 @@ class Rates:
                 raise InputError(f"{name} must be a positive number, got {value!r}")
 
     def product(self, rows: float, depth: float, columns: float, itemsize: int) -> float:
-        """Seconds of (rows, depth) · (depth, columns)."""
+        """Seconds of a product (``rows``, ``depth``) · (``depth``, ``columns``).
+
+        ``itemsize`` is the bytes of a number.
+        """
         if not rows * depth * columns:
             return 0.0
         moved = (rows * depth + depth * columns + rows * columns) * itemsize / self.bandwidth
@@ -63,7 +66,7 @@ class Rates:
         return compute + moved + self.launch
 
     def move(self, numbers: float, itemsize: int) -> float:
-        """Seconds to read and write so many numbers once, in another order."""
+        """Seconds to read and write ``numbers`` of ``itemsize`` bytes once, in another order."""
         return 2 * numbers * itemsize / self.bandwidth + self.launch
 
 

@@ -46,7 +46,12 @@ def to_tensorly(mpo: MPO) -> Any:
 
 
 def from_tensorly(operator: Any) -> MPO:
-    """A ``tensorly.tt_matrix.TTMatrix`` as an MPO; no gauge is assumed.
+    """An operator of tensorly as an MPO; no gauge is assumed.
+
+    Parameters
+    ----------
+    operator : tensorly.tt_matrix.TTMatrix
+        Of arrays of any supported library.
 
     Examples
     --------
@@ -100,7 +105,12 @@ def to_quimb(mpo: MPO) -> Any:
 
 
 def from_quimb(operator: Any) -> MPO:
-    """A ``quimb.tensor.MatrixProductOperator`` with open ends as an MPO; no gauge is assumed.
+    """An operator of quimb as an MPO; no gauge is assumed.
+
+    Parameters
+    ----------
+    operator : quimb.tensor.MatrixProductOperator
+        With open ends.
 
     Raises
     ------

@@ -123,7 +123,20 @@ class MPO:
 
     @classmethod
     def zeros(cls, shape: MPOShape, like: Array | None = None) -> MPO:
-        """The zero matrix; all bonds are 1. ``like`` gives library, dtype and device."""
+        """The zero matrix; all bonds are 1.
+
+        Parameters
+        ----------
+        shape : MPOShape
+            Legs.
+        like : array, optional
+            Gives library, dtype and device; by default NumPy's float64.
+
+        Examples
+        --------
+        >>> MPO.zeros(MPOShape((2, 2), (2, 3))).norm().item()
+        0.0
+        """
         like = np.zeros(()) if like is None else like
         xp = get_backend(like)
         return cls([xp.zeros(core, like) for core in shape.core_shapes(1)], shape)
@@ -185,6 +198,11 @@ class MPO:
         The result has the dtype that NumPy would give a product of both, in every library.
         The vectors are contracted with the cores, or with the built matrix where
         :func:`tnmoe.contraction_plan` finds that cheaper for this many vectors.
+
+        Parameters
+        ----------
+        x : array, shape (..., in_features)
+            Of the cores' library.
 
         Raises
         ------
@@ -304,10 +322,23 @@ class MPO:
 
         Like ``norm``, it is that of the whole chains, padding included.
 
+        Parameters
+        ----------
+        other : MPO
+            Of the same shape, library and dtype.
+
         Raises
         ------
         InputError
             If shapes or dtypes differ.
+        TypeError
+            If ``other`` is no MPO, or one of another library.
+
+        Examples
+        --------
+        >>> one = MPO.identity(MPOShape((2, 2), (2, 2)))
+        >>> one.inner(3 * one).item()
+        12.0
         """
         check_operands(self, other)
         if self.shape != other.shape:
@@ -476,7 +507,20 @@ class MPO:
         return (mpo, info) if return_info else mpo
 
     def schmidt_values(self, bond: int) -> Array:
-        """Schmidt values across ``bond`` (0 to sites − 2), descending.
+        """Schmidt values across a bond, descending.
+
+        They are the singular values of the matrix whose rows are the legs left of the bond and
+        whose columns are those right of it.
+
+        Parameters
+        ----------
+        bond : int
+            From 0 to sites − 2, left to right.
+
+        Returns
+        -------
+        array, shape (D,)
+            Real, in the precision of the cores; single for half precision.
 
         Raises
         ------
@@ -489,7 +533,21 @@ class MPO:
         return spectrum.schmidt_values(self._backend, self._computable_cores(), self.center, bond)
 
     def entropy(self, bond: int) -> float:
-        """Entanglement entropy across ``bond``, in nats."""
+        """Entanglement entropy across a bond, in nats.
+
+        It is −Σ p log p of the normalised squares p of the Schmidt values: 0 for a product of
+        operators, log D where all D values are equal.
+
+        Parameters
+        ----------
+        bond : int
+            From 0 to sites − 2, left to right.
+
+        Raises
+        ------
+        InputError
+            If there is no such bond.
+        """
         values = self._backend.to_numpy(self.schmidt_values(bond))
         return spectrum.entanglement_entropy(values)
 
@@ -507,10 +565,17 @@ class MPO:
 def kron(a: MPO, b: MPO) -> MPO:
     """Kronecker product: the sites of ``a`` followed by those of ``b``.
 
+    Parameters
+    ----------
+    a, b : MPO
+        Of one library and dtype.
+
     Raises
     ------
     InputError
         If dtypes differ, or the shape of ``b`` is padded: its padding would end up inside.
+    TypeError
+        If ``b`` is no MPO, or one of another library.
 
     Examples
     --------

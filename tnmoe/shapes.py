@@ -285,7 +285,13 @@ class MPOShape:
     def core_shapes(
         self, max_bond: int | Sequence[int] | None = None
     ) -> tuple[tuple[int, int, int, int], ...]:
-        """Shapes (left bond, out, in, right bond) of all cores."""
+        """Shapes (left bond, out, in, right bond) of all cores.
+
+        Parameters
+        ----------
+        max_bond : int or sequence of int, optional
+            As for :meth:`bond_dims`; exact bonds by default.
+        """
         bonds = (1, *self.bond_dims(max_bond), 1)
         return tuple(
             (left, out, in_, right)
@@ -295,7 +301,13 @@ class MPOShape:
         )
 
     def num_params(self, max_bond: int | Sequence[int] | None = None) -> int:
-        """Numbers held by all cores together."""
+        """Numbers held by all cores together.
+
+        Parameters
+        ----------
+        max_bond : int or sequence of int, optional
+            As for :meth:`bond_dims`; exact bonds by default.
+        """
         return sum(prod(core) for core in self.core_shapes(max_bond))
 
     def _caps(self, max_bond: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -145,6 +145,11 @@ class SharedMPO:
     def expert(self, index: int) -> MPO:
         """One expert as an MPO that shares memory with this object.
 
+        Parameters
+        ----------
+        index : int
+            From 0 to E − 1.
+
         Raises
         ------
         InputError

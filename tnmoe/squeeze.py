@@ -16,9 +16,20 @@ from tnmoe.truncation import squared_tails
 
 @dataclass(frozen=True)
 class SqueezeStep:
-    """One bond that was shrunk: which, from and to what, the error it made, the score after it.
+    """One bond that was shrunk.
 
-    ``error`` is the relative Frobenius error of that step on that matrix.
+    Attributes
+    ----------
+    name : str
+        Of the operator.
+    bond : int
+        Which of its bonds.
+    before, after : int
+        Its dimension.
+    error : float
+        Relative Frobenius error of this step, on this operator.
+    score : float
+        Of all operators after it.
 
     Examples
     --------

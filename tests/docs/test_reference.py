@@ -124,3 +124,32 @@ def test_what_is_refused_is_told(name):
         here = [each for each in functions if each.__module__.startswith("tnmoe.")]
         if any(refuses(each) for each in here if "<string>" not in each.__code__.co_filename):
             assert "Error" in text, f"{name}: {here}"
+
+
+def told(text: str) -> set[str]:
+    """Names that a docstring lists as parameters or attributes, or quotes."""
+    listed = re.findall(r"^[\w*, ]+(?= : )|^[a-z_*]+(?:, [a-z_*]+)*$", text, re.M)
+    quoted = re.findall(r"``([^`]*)``", text)
+    return set(re.findall(r"\w+", " ".join([*listed, *quoted])))
+
+
+def overrides_a_foreign(owner: object, member: str) -> bool:
+    """Whether a method is documented by the library whose class it comes from."""
+    bases = owner.__mro__[1:] if inspect.isclass(owner) else ()
+    foreign = [base for base in bases if not base.__module__.startswith("tnmoe")]
+    return member != "forward" and any(member in vars(base) for base in foreign)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_told(name):
+    public = resolved(name)
+    bases = [base for base in getattr(public, "__mro__", ()) if base.__module__.startswith("tnmoe")]
+    for text, functions in written(name).items():
+        for function in functions:
+            member = function.__name__
+            if not function.__module__.startswith("tnmoe") or overrides_a_foreign(public, member):
+                continue
+            above = [inspect.getdoc(vars(base)[member]) for base in bases if member in vars(base)]
+            whole = "\n".join(filter(None, [text, inspect.getdoc(public), *above]))
+            names = {each for each in inspect.signature(function).parameters if each[0] != "_"}
+            assert names - {"self", "cls"} <= told(whole), f"{name}.{member}"

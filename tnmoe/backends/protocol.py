@@ -49,7 +49,12 @@ EPSILON = {
 
 
 class Backend(Protocol):
-    """One array library. Arrays keep their device throughout."""
+    """One array library. Arrays keep their device throughout.
+
+    In every method ``array`` is an array of the library, ``arrays`` a sequence of them, ``matrix``
+    one with matrices along its last two axes, leading axes being a batch, and ``like`` an array
+    whose dtype and device the result gets.
+    """
 
     name: str
 
@@ -57,7 +62,7 @@ class Backend(Protocol):
         """Name of the dtype, as NumPy spells it (plus ``bfloat16``)."""
 
     def astype(self, array: Array, dtype: str) -> Array:
-        """The array in another dtype; itself where it has that dtype already.
+        """The array in the dtype of that name; itself where it has that ``dtype`` already.
 
         Raises a TypeError where the library has no such dtype.
         """
@@ -66,9 +71,9 @@ class Backend(Protocol):
         """A NumPy copy or view, detached from any gradient; bfloat16 as float32."""
 
     def from_numpy(self, array: np.ndarray, like: Array | None = None) -> Array:
-        """A NumPy array as one of this library, with the dtype and device of ``like``.
+        """A NumPy array as one of this library.
 
-        Without it the dtype stays and the array is on the CPU.
+        Without ``like`` the dtype stays and the array is on the CPU.
         """
 
     def tracked(self, array: Array) -> bool:
@@ -84,39 +89,41 @@ class Backend(Protocol):
         """Complex conjugate; real arrays unchanged."""
 
     def permute(self, array: Array, axes: Sequence[int]) -> Array:
-        """Axes in another order."""
+        """The axes in the order of ``axes``."""
 
     def transpose(self, matrix: Array) -> Array:
-        """The last two axes swapped; leading axes are a batch."""
+        """Rows and columns swapped."""
 
     def adjoint(self, matrix: Array) -> Array:
-        """Conjugate transpose of the last two axes; leading axes are a batch."""
+        """Conjugate transpose."""
 
     def trace(self, array: Array, first: int, second: int) -> Array:
-        """Sum over the diagonal of two axes of one size; negative ones count from the last."""
+        """Sum over the diagonal of two axes of one size, ``first`` and ``second``.
+
+        Negative ones count from the last.
+        """
 
     def pad(self, matrix: Array, rows: int, columns: int) -> Array:
-        """The matrix with zero rows and columns added at its end; leading axes are a batch."""
+        """The matrix with zeros added at its end, until it has ``rows`` and ``columns``."""
 
     def stack(self, arrays: Sequence[Array]) -> Array:
         """Arrays of one shape along a new first axis."""
 
     def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
-        """Arrays joined along an axis."""
+        """Arrays joined along ``axis``."""
 
     def zeros(self, shape: Sequence[int], like: Array) -> Array:
-        """Zeros with the dtype and device of ``like``."""
+        """Zeros of a ``shape``."""
 
     def eye(self, size: int, like: Array) -> Array:
-        """Identity matrix with the dtype and device of ``like``."""
+        """Identity matrix of ``size`` rows."""
 
     def normal(self, shape: Sequence[int], rng: np.random.Generator, like: Array) -> Array:
-        """Standard normal numbers (complex ones of unit variance), dtype and device of ``like``."""
+        """Standard normal numbers of a ``shape`` from ``rng``; complex ones have variance 1."""
 
-    # Matrix decompositions take matrices along the last two axes; leading axes are a batch. Where
-    # a library has gradients, those of qr, left_svd and eigh stay finite for singular matrices and
-    # equal singular values; they are right for every function of the result that does not depend
-    # on the arbitrary choices inside it (signs, phases, bases of equal singular values).
+    # Where a library has gradients, those of qr, left_svd and eigh stay finite for singular
+    # matrices and equal singular values; they are right for every function of the result that does
+    # not depend on the arbitrary choices inside it (signs, phases, bases of equal singular values).
 
     def qr(self, matrix: Array) -> tuple[Array, Array]:
         """Reduced QR decomposition."""

@@ -200,7 +200,7 @@ class Conversion:
         return files
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
-        """Raise an InputError if :meth:`run` would refuse this folder."""
+        """Raise an InputError if :meth:`run` would refuse ``target``, given ``overwrite``."""
         target = Path(target).absolute()
         source = self.source.folder.resolve()
         if target.resolve().is_relative_to(source) or source.is_relative_to(target.resolve()):

@@ -35,6 +35,7 @@ class Gated(nn.Module):
         self.activation = activation
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The activated ``gate`` times ``up``, entry by entry; both of one shape (..., hidden)."""
         return self.activation(gate) * up
 
 
@@ -67,6 +68,7 @@ class ClampedSwiGLU(Gated):
         self.alpha, self.limit = alpha, limit
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The formula above of ``gate`` and ``up``, entry by entry."""
         up = up.clamp(-self.limit, self.limit)
         return self.activation(gate.clamp(max=self.limit)) * (up + 1)
 

@@ -85,7 +85,7 @@ class WeightCache:
         self._entries.clear()
 
     def forget(self, cores: Iterable[Tensor]) -> None:
-        """Let matrices go that were built from any of these."""
+        """Let matrices go that were built from any of ``cores``."""
         if not self._entries:
             return
         gone = {id(core) for core in cores}
@@ -94,7 +94,7 @@ class WeightCache:
             self._entries.pop(key, None)
 
     def has_room(self, cores: Sequence[Tensor], size: int) -> bool:
-        """Whether matrices of ``size`` bytes of those cores are here, or would fit."""
+        """Whether matrices of ``size`` bytes, built from ``cores``, are here or would fit."""
         # Tensors made in inference mode do not tell when they change.
         if not self._enabled or any(core.is_inference() for core in cores):
             return False

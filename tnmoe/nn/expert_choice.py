@@ -38,6 +38,8 @@ class ExpertChoiceRouter(Router):
         As in :class:`TopKRouter`.
     scope : {"batch", "sequence"}
         What the T tokens are: all of a call, or those of every sequence.
+    device, dtype
+        Of the parameters, as for torch's own layers.
 
     Raises
     ------

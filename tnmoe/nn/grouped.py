@@ -52,7 +52,15 @@ class Groups:
 
     @classmethod
     def of(cls, expert_of_slot: Tensor, num_experts: int) -> Groups:
-        """Sort slots (rows,) by their experts."""
+        """Sort slots by their experts.
+
+        Parameters
+        ----------
+        expert_of_slot : Tensor of int64, shape (rows,)
+            Token by token, choice by choice.
+        num_experts : int
+            Number of experts E; a slot of that number has none, and comes last.
+        """
         rows = expert_of_slot.shape[0]
         experts, order = expert_of_slot.sort(stable=True)
         inverse = torch.empty_like(order)
@@ -63,7 +71,7 @@ class Groups:
         return cls(experts, ends.to(torch.int32), rows, order, inverse)
 
     def first(self, rows: int) -> Groups:
-        """The first rows alone, without what leads to and from slots."""
+        """The first ``rows`` rows alone, without what leads to and from slots."""
         everyone = torch.arange(rows, device=self.order.device)
         return Groups(self.experts[:rows], self.offsets, rows, everyone, everyone)
 

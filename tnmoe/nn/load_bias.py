@@ -22,6 +22,8 @@ class LoadBias(nn.Module):
     ----------
     num_experts : int
         Number of experts E.
+    device : device or str, optional
+        Where it is.
 
     Attributes
     ----------
@@ -67,7 +69,15 @@ class LoadBias(nn.Module):
 
     @torch.no_grad()
     def count(self, index: Tensor, mask: Tensor | None) -> None:
-        """Add the choices (T, k) of tokens; those where a mask (T,) is False do not count."""
+        """Add the choices of tokens.
+
+        Parameters
+        ----------
+        index : Tensor of int64, shape (T, k)
+            Experts of every token; E stands for none.
+        mask : Tensor of bool, shape (T,), or None
+            Tokens where it is False do not count.
+        """
         if in_backward():
             return
         if self.counts.device != index.device:

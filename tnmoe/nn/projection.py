@@ -35,6 +35,15 @@ Bias = bool | str
 class Projection(nn.Module, ABC):
     """E matrices (out, in), one per expert, and optionally a bias each.
 
+    Parameters
+    ----------
+    num_experts, out_features, in_features : int
+        Sizes.
+    bias : bool or "shared"
+        Whether every expert has a bias, or all have one together.
+    device, dtype
+        Of the parameters, as for torch's own layers.
+
     Attributes
     ----------
     bias : Parameter, shape (E, out), or (1, out) if all experts share it; or None
@@ -83,7 +92,14 @@ class Projection(nn.Module, ABC):
 
     @abstractmethod
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Rows (T, in), sorted by expert, times their experts' matrices: (T, out).
+        """Rows times their experts' matrices: (T, in) → (T, out).
+
+        Parameters
+        ----------
+        rows : Tensor, shape (T, in)
+            Sorted by expert.
+        groups : Groups
+            Which rows are whose.
 
         Raises
         ------
@@ -92,7 +108,7 @@ class Projection(nn.Module, ABC):
         """
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Every expert's matrix, and its bias, on its own rows: (T, in) → (T, out)."""
+        """What :meth:`multiply` gives of ``rows`` and ``groups``, and every expert's bias."""
         return self._add_bias(self.multiply(rows, groups), groups)
 
     def _add_bias(self, result: Tensor, groups: Groups) -> Tensor:
@@ -107,11 +123,24 @@ class Projection(nn.Module, ABC):
     def forward_beside(
         self, other: Projection, rows: Tensor, groups: Groups
     ) -> tuple[Tensor, Tensor]:
-        """This projection and another one of the same rows, sharing work where they can."""
+        """This projection and another one of the same rows, sharing work where they can.
+
+        Parameters
+        ----------
+        other : Projection
+            With as many experts and inputs.
+        rows, groups
+            As for :meth:`multiply`.
+
+        Returns
+        -------
+        tuple of Tensor, shapes (T, out)
+            Of this projection and of ``other``.
+        """
         return self(rows, groups), other(rows, groups)
 
     def joins_experts(self, rows: int) -> bool:
-        """Whether so many rows, in inference, go through products for all experts together."""
+        """Whether ``rows`` slots, in inference, go through products for all experts together."""
         return False
 
     @abstractmethod
@@ -160,6 +189,8 @@ class StackedProjection(Projection):
         Sizes.
     bias : bool or "shared"
         Whether every expert has a bias, or all have one together.
+    device, dtype
+        Of the parameters, as for torch's own layers.
 
     Examples
     --------
@@ -250,6 +281,8 @@ class SharedProjection(Projection):
         Largest bond dimension; exact bonds by default.
     shared : {"center", "none"} or iterable of int
         Sites that all experts share; not all of them.
+    device, dtype
+        Of the parameters, as for torch's own layers.
 
     Attributes
     ----------
@@ -350,9 +383,12 @@ class SharedProjection(Projection):
 
     @classmethod
     def from_shared(cls, shared: SharedMPO) -> SharedProjection:
-        """Take over the cores of a SharedMPO of torch tensors, with any bonds and centre.
+        """Take over cores, with any bonds and centre.
 
-        Its central core is shared; the others are every expert's own.
+        Parameters
+        ----------
+        shared : SharedMPO
+            Of torch tensors. Its central core is shared; the others are every expert's own.
 
         Raises
         ------
@@ -386,7 +422,7 @@ class SharedProjection(Projection):
         return [each for site in sorted(self.shared_sites) for each in self.parameters_at(site)]
 
     def parameters_at(self, site: int) -> list[nn.Parameter]:
-        """What a site's core is stored as: itself, or what a parametrization makes it from."""
+        """What the core of ``site`` is stored as: itself, or what a parametrization makes it of."""
         module, name = (self, "center") if site == self.site else (self.aux, self._aux_name(site))
         if is_parametrized(module, name):
             return list(module.get_submodule(f"parametrizations.{name}").parameters())
@@ -400,6 +436,11 @@ class SharedProjection(Projection):
     def core_at(self, site: int) -> nn.Parameter:
         """The stored core of a site, (E, D, out, in, D') or, if shared at the centre, without E.
 
+        Parameters
+        ----------
+        site : int
+            From 0, left to right.
+
         Raises
         ------
         InputError
@@ -411,7 +452,14 @@ class SharedProjection(Projection):
         return self.aux_cores[site - (site > self.site)]
 
     def set_core(self, site: int, core: nn.Parameter) -> None:
-        """Store this tensor, another projection's perhaps, as the core of a site.
+        """Store a tensor, another projection's perhaps, as the core of a site.
+
+        Parameters
+        ----------
+        site : int
+            From 0, left to right.
+        core : Parameter
+            In the shape of :meth:`core_at`.
 
         Raises
         ------
@@ -446,6 +494,11 @@ class SharedProjection(Projection):
 
     def expert(self, index: int) -> MPO:
         """One expert's matrix as an MPO that shares memory and gradients with this module.
+
+        Parameters
+        ----------
+        index : int
+            From 0 to E − 1.
 
         Raises
         ------

@@ -39,6 +39,8 @@ class Router(nn.Module, ABC):
     jitter_noise : float
         In training, multiply inputs by numbers drawn from [1 − jitter, 1 + jitter] (Fedus et al.,
         arXiv:2101.03961, appendix C).
+    device, dtype
+        Of the parameters, as for torch's own layers.
 
     Attributes
     ----------
@@ -136,7 +138,7 @@ class Router(nn.Module, ABC):
 
     @staticmethod
     def count_sequences(x: Tensor) -> int:
-        """How many sequences of tokens (..., S, H) holds."""
+        """How many sequences of tokens ``x``, (..., S, H), holds."""
         return prod(x.shape[:-2]) if x.ndim > 2 and x.numel() else 1
 
     def _logits(self, tokens: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class Router(nn.Module, ABC):
         return F.linear(tokens, self.weight.to(tokens.dtype), bias)
 
     def log_scores(self, logits: Tensor) -> Tensor:
-        """Logarithms of the scores, which do not underflow, (T, E)."""
+        """Logarithms of the scores of ``logits``, (T, E) both, which do not underflow."""
         return logits.log_softmax(-1) if self.score_function == "softmax" else F.logsigmoid(logits)
 
     def _shares(self, chosen: Tensor) -> Tensor:
@@ -188,7 +190,18 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def choices(self, logits: Tensor, index: Tensor) -> Tensor:
-        """Experts that tokens asked for, (T, k), whether or not these had room for them."""
+        """Experts that tokens asked for, whether or not these had room for them.
+
+        Parameters
+        ----------
+        logits : Tensor, shape (T, E)
+        index : Tensor of int64, shape (T, k)
+            As :meth:`forward` returned them.
+
+        Returns
+        -------
+        Tensor of int64, shape (T, k)
+        """
 
     def extra_repr(self) -> str:
         return (
@@ -264,6 +277,9 @@ class TopKRouter(Router):
         weights is g: always, never, if g > ``second_threshold``, or in training with probability
         min(1, 2 g) and out of it always (Lepikhin et al., arXiv:2006.16668, section 2.2).
     second_threshold : float
+        See ``second_expert``.
+    device, dtype
+        Of the parameters, as for torch's own layers.
 
     Attributes
     ----------

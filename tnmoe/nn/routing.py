@@ -62,7 +62,7 @@ class RoutingCall:
     lost_gradient: bool
 
     def counted(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Tokens that count, as (T,) of bool: a given mask, else the router's own."""
+        """Tokens that count, as (T,) of bool: ``attention_mask``, else the router's own mask."""
         mask = self.token_mask if attention_mask is None else attention_mask
         return check_mask(mask, len(self.logits))
 
@@ -130,7 +130,15 @@ class Routing:
     def z_loss(self, attention_mask: Tensor | None = None, *, scope: str = "batch") -> Tensor:
         """Mean router z-loss of the recorded calls.
 
-        Arguments and errors are those of :meth:`balance_loss`: an InputError for what does not fit.
+        Parameters
+        ----------
+        attention_mask, scope
+            As for :meth:`balance_loss`.
+
+        Raises
+        ------
+        InputError
+            If nothing was recorded, the mask has another size, or the scope is unknown.
         """
         one_of("scope", scope, SCOPES)
         return self._mean(
@@ -146,6 +154,11 @@ class Routing:
 
     def counts(self, attention_mask: Tensor | None = None) -> Tensor:
         """Slots each expert received, per recorded call, shape (calls, E).
+
+        Parameters
+        ----------
+        attention_mask : Tensor with an entry per token, optional
+            Tokens where it is 0 do not count; by default those that the routers ignored.
 
         Raises
         ------

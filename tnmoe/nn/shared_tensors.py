@@ -29,6 +29,11 @@ def shared_projections(model: nn.Module) -> Iterator[SharedProjection]:
 def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Cores that all experts of a layer share, the central ones in MPOE, each once.
 
+    Parameters
+    ----------
+    model : Module
+        With any number of such layers, or none.
+
     Examples
     --------
     >>> from tnmoe.nn import MPOExperts

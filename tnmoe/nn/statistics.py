@@ -181,7 +181,12 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
         self._collapsed: set[str] = set()
 
     def append(self, routing: Routing, attention_mask: Tensor | None = None) -> None:
-        """Add a step's statistics; arguments as for :func:`routing_statistics`.
+        """Add a step's statistics.
+
+        Parameters
+        ----------
+        routing, attention_mask
+            As for :func:`routing_statistics`.
 
         Warns
         -----
