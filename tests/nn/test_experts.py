@@ -414,7 +414,7 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
             lambda: nn.DenseExperts.from_dense(
                 torch.ones(4, 3), torch.ones(3, 4), num_experts=2, up_bias=torch.ones(3)
             ),
-            r"bias must be of shape \(4,\) or \(2, 4\), got \(3,\)",
+            r"^up_bias must be of shape \(4,\) or \(2, 4\), got \(3,\)",
         ),
         (
             lambda: nn.StackedProjection(2, 4, 3).set_bias(torch.ones(2, 4), shared=True),

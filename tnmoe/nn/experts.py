@@ -377,9 +377,8 @@ class DenseExperts(Experts):
             name: StackedProjection.from_dense(matrix, num_experts, noise, rng)
             for name, matrix in matrices.items()
         }
-        for name, bias in (("up", up_bias), ("down", down_bias), ("gate", gate_bias)):
-            if name in projections:
-                projections[name].set_bias(bias, shared_bias)
+        biases = {"up": up_bias, "down": down_bias, "gate": gate_bias}
+        _set_biases(projections, biases, shared_bias)
         return cls._from_projections(projections, activation, dropout)
 
 
@@ -554,9 +553,7 @@ class MPOExperts(Experts):
         projections: dict[str, Projection] = {}
         for name, matrix in given.items():
             if name not in chosen:
-                whole = StackedProjection.from_dense(matrix, num_experts, noise, rng)
-                whole.set_bias(biases[name], shared_bias)
-                projections[name] = whole
+                projections[name] = StackedProjection.from_dense(matrix, num_experts, noise, rng)
                 continue
             shape = down_shape if name == "down" else up_shape
             cut: dict[str, Any] = {"max_bond": bonds[name], "method": method}
@@ -566,10 +563,18 @@ class MPOExperts(Experts):
                 # Spectra cost more than an exact conversion, which needs none.
                 mpo, info = decompose(matrix.detach(), shape, **cut, return_info=True)
                 on_matrix(name, info)
-            made = SharedProjection.from_mpo(mpo, num_experts, common[name], noise, rng)
-            made.set_bias(biases[name], shared_bias)
-            projections[name] = made
+            projections[name] = SharedProjection.from_mpo(
+                mpo, num_experts, common[name], noise, rng
+            )
+        _set_biases(projections, biases, shared_bias)
         return cls._from_projections(projections, activation, dropout)
+
+
+def _set_biases(
+    projections: Mapping[str, Projection], biases: Mapping[str, Tensor | None], shared: bool
+) -> None:
+    for name, projection in projections.items():
+        projection.set_bias(biases[name], shared, f"{name}_bias")
 
 
 def check_matrices(names: Iterable[str], present: Iterable[str] = PROJECTIONS) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ class Projection(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw new weights with the variance of ``torch.nn.Linear``'s, 1 / (3·in)."""
 
-    def set_bias(self, bias: Tensor | None, shared: bool = False) -> None:
+    def set_bias(self, bias: Tensor | None, shared: bool = False, name: str = "bias") -> None:
         """Start with one bias (out,) for all experts, or take a stack (E, out) or none as it is.
 
         Parameters
@@ -155,6 +155,8 @@ class Projection(nn.Module, ABC):
         bias : Tensor, shape (out,) or (E, out), or None
         shared : bool
             Keep one bias for all experts, and not a copy for each.
+        name : str
+            What an error calls it.
 
         Raises
         ------
@@ -169,7 +171,7 @@ class Projection(nn.Module, ABC):
             allowed.append((self.num_experts, self.out_features))
         if tuple(bias.shape) not in allowed:
             expected = " or ".join(map(str, allowed))
-            raise InputError(f"bias must be of shape {expected}, got {tuple(bias.shape)}")
+            raise InputError(f"{name} must be of shape {expected}, got {tuple(bias.shape)}")
         rows = 1 if shared else self.num_experts
         self.bias = nn.Parameter(bias.detach().expand(rows, self.out_features).clone())
 
