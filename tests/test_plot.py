@@ -512,6 +512,14 @@ def test_load_over_time_is_every_steps_or_means_over_as_many(steps):
         (lambda: plot.load_history({"a": {}}, "a"), r"history\['a'\] must have at least one entry"),
         (lambda: plot.load_history({"a": {"load": [1.0]}}, "a"), "statistic must be one of"),
         (
+            lambda: plot.load_history({"a": {"load": [[0.5, 0.5], [1.0]]}}, "a"),
+            "load of 'a' must be a table of numbers",
+        ),
+        (
+            lambda: plot.routing_statistic({"a": {"entropy": [[1.0], [1.0, 2.0]]}}, "entropy"),
+            "entropy of 'a' must be a sequence of numbers",
+        ),
+        (
             lambda: plot.routing_statistic(
                 {"a": {"entropy": [1]}, "b": {"load": [[1]]}}, "entropy"
             ),

@@ -158,6 +158,14 @@ def _block_means(load: np.ndarray, block: int) -> np.ndarray:
     return np.add.reduceat(load, starts) / lengths[:, None]
 
 
+def _may_have_axes(values: Any, axes: int) -> bool:
+    """Whether so many axes are there; rows of different lengths are left to ``numbers``."""
+    try:
+        return np.ndim(values) == axes
+    except ValueError:
+        return True
+
+
 def _series(
     history: Mapping[str, Mapping[str, Any]],
     statistic: str,
@@ -171,7 +179,7 @@ def _series(
         raise InputError(f"routers {names} were not recorded, only {list(history)}")
     series = {name: named(f"history[{name!r}]", history[name]) for name in names}
     for values in series.values():
-        known = [key for key, value in values.items() if np.ndim(value) == axes]
+        known = [key for key, value in values.items() if _may_have_axes(value, axes)]
         one_of("statistic", statistic, known)
     return {
         name: numbers(f"{statistic} of {name!r}", values[statistic], axes, gaps=gaps)
