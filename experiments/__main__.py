@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from experiments.curves import check_tensorboard
 from experiments.folder import SettingFolder, locked
 from experiments.report import write_report
 from experiments.schedule import run_all
@@ -31,8 +32,10 @@ def main() -> int:
     if options.seeds is not None:
         chosen = [setting.with_seeds(options.seeds) for setting in chosen]
     output = options.output or Path("reproduce-output") / options.scale
-    folders = [SettingFolder(output, setting) for setting in chosen]
+    folders = [SettingFolder(output, setting, options.tensorboard) for setting in chosen]
     try:
+        if options.tensorboard:
+            check_tensorboard()
         return _run_and_report(folders, output, options)
     except InputError as error:
         print(f"experiments: {error}", file=sys.stderr)
@@ -86,6 +89,11 @@ def _options() -> argparse.Namespace:
         "--jobs", type=from_one, default=os.cpu_count() or 1, help="runs at a time (default: cores)"
     )
     add("--threads", type=from_one, default=1, help="threads of a run (default: %(default)s)")
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="keep the loss of every step under OUTPUT for TensorBoard, which must be installed",
+    )
     return parser.parse_args()
 
 

@@ -26,10 +26,13 @@ class SettingFolder:
     root : Path
         Of all settings.
     setting : Setting
+    has_curves : bool
+        Whether runs leave the losses of their steps here, too.
     """
 
     root: Path
     setting: Setting
+    has_curves: bool = False
 
     @property
     def path(self) -> Path:
@@ -52,6 +55,11 @@ class SettingFolder:
     def result(self, method: str, learning_rate: float, seed: int) -> Path:
         """Results of a run."""
         return self.path / "runs" / method / f"lr{learning_rate:g}-seed{seed}.json"
+
+    def curve(self, method: str, learning_rate: float, seed: int) -> Path | None:
+        """Folder for the losses of a run's steps, where they are wanted."""
+        path = self.path / "curves" / method / f"lr{learning_rate:g}-seed{seed}"
+        return path if self.has_curves else None
 
     def cost(self, method: str) -> Path:
         """What a step of a method costs."""

@@ -73,7 +73,9 @@ def _pretraining_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
         if stage is not None and not folder.is_pretrained(seed):
             model = folder.pretrained(seed)
             data = folder.data("pretraining")
-            run = Run(stage, "dense", stage.learning_rates[0], seed, {}, data, device, model)
+            rate = stage.learning_rates[0]
+            curve = folder.curve("pretraining", rate, seed)
+            run = Run(stage, "dense", rate, seed, {}, data, device, model, curve)
             name = f"{folder.setting.name}: pretraining, seed {seed}"
             yield _training_job(model.with_suffix(".json"), run, name)
 
@@ -105,8 +107,9 @@ def cost_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
 
 def _run(folder: SettingFolder, method: str, rate: float, seed: int, device: str) -> Run:
     setting = folder.setting
-    data = folder.data("main")
-    return Run(setting.stage, method, rate, seed, dict(setting.mixture), data, device)
+    data, curve = folder.data("main"), folder.curve(method, rate, seed)
+    mixture = dict(setting.mixture)
+    return Run(setting.stage, method, rate, seed, mixture, data, device, curve=curve)
 
 
 def _training_job(path: Path, run: Run, name: str) -> Job:

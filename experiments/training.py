@@ -13,9 +13,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from experiments.curves import Curve
 from experiments.measures import Drift, active_parameters, router_load, total_parameters
 from experiments.methods import METHODS
 from experiments.settings import Stage
@@ -47,6 +48,8 @@ class Run:
     device : str
     model_folder : Path, optional
         Where to save the model.
+    curve : Path, optional
+        Folder for the losses of all steps.
     """
 
     stage: Stage
@@ -57,6 +60,7 @@ class Run:
     data: Path
     device: str = "cpu"
     model_folder: Path | None = None
+    curve: Path | None = None
 
 
 def train(run: Run, checkpoint: Path, on_step: Callable[[], None]) -> dict[str, Any]:
@@ -118,28 +122,31 @@ def _steps(
         on_step()
     model.train()
     saved = time.monotonic()
-    for step in range(len(seconds), run.stage.steps):
-        start = time.perf_counter()
-        # Dropout and the routers' noise, too, are functions of seed and step.
-        torch.manual_seed(run.seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * _schedule(step, run.stage.steps)
-        make_step(model, optimizer, batch_of(run, step))
-        seconds.append(time.perf_counter() - start)
-        if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-            _save(checkpoint, parts, seconds)
-            saved = time.monotonic()
-        on_step()
+    with Curve(run.curve, len(seconds)) as curve:
+        for step in range(len(seconds), run.stage.steps):
+            start = time.perf_counter()
+            # Dropout and the routers' noise, too, are functions of seed and step.
+            torch.manual_seed(run.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _schedule(step, run.stage.steps)
+            loss = make_step(model, optimizer, batch_of(run, step))
+            seconds.append(time.perf_counter() - start)
+            curve.add(step, loss)
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                _save(checkpoint, parts, seconds)
+                saved = time.monotonic()
+            on_step()
     return seconds
 
 
-def make_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    """One step of training: forward, backward, clipped, updated."""
+def make_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    """One step of training: forward, backward, clipped, updated; the loss before it."""
     loss = model(**batch).loss
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
     optimizer.step()
+    return loss.detach()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments import training
+from experiments import curves, training
 from experiments.__main__ import main
 from experiments.folder import SettingFolder, locked, read, write
 from experiments.report import rows, write_report
@@ -119,6 +120,18 @@ def test_what_cannot_be_run_is_told_in_a_line(arguments, status, message, tmp_pa
     assert "Traceback" not in complaint.getvalue()
 
 
+def test_tensorboard_is_needed_only_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "find_spec", lambda name: None)
+    command = ["experiments", "--quick", "--output", str(tmp_path), "--report-only"]
+    for arguments, message in (
+        ([], "holds no results"),
+        (["--tensorboard"], "--tensorboard needs TensorBoard: pip install tensorboard"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        assert main() == 1
+        assert message in capsys.readouterr().err
+
+
 def test_the_first_methods_of_all_settings_come_first(folder, texts, tmp_path):
     one, other = (
         SettingFolder(
@@ -159,6 +172,22 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(texts, tmp_path):
     assert {each["method"] for each in folder.results()} == {"dense"}
 
 
+class StoppedError(Exception):
+    """A run was stopped."""
+
+
+def stop_after(steps):
+    """What a run is to call after every step."""
+
+    def on_step():
+        nonlocal steps
+        steps -= 1
+        if steps == 0:
+            raise StoppedError
+
+    return on_step
+
+
 @pytest.mark.parametrize("method", ["mpoe-mask-0.5", "mpoe-slow-0.1", "moe-top2"])
 def test_a_run_stopped_at_any_step_ends_as_if_it_had_not(method, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
@@ -166,24 +195,46 @@ def test_a_run_stopped_at_any_step_ends_as_if_it_had_not(method, folder, tmp_pat
     mixture = {"num_experts": 4, "router": {"jitter_noise": 0.1}}
     run = training.Run(stage, method, 4e-3, 1, mixture, data)
     whole = training.train(run, tmp_path / "whole", lambda: None)
-
-    class StoppedError(Exception):
-        pass
-
-    def stop_after(steps):
-        def on_step():
-            nonlocal steps
-            steps -= 1
-            if steps == 0:
-                raise StoppedError
-
-        return on_step
-
     for steps in (2, 5):
         with pytest.raises(StoppedError):
             training.train(run, tmp_path / "stopped", stop_after(steps))
     resumed = training.train(run, tmp_path / "stopped", lambda: None)
     assert without_timings([resumed]) == without_timings([whole])
+
+
+def test_tensorboard_shows_every_step_once_also_of_a_run_that_was_stopped(
+    folder, tmp_path, monkeypatch
+):
+    stage = replace(folder.setting.stage, steps=6)
+    curve, losses = tmp_path / "curve", {}
+    run = training.Run(stage, "mpoe", 4e-3, 1, {"num_experts": 4}, folder.data("main"), curve=curve)
+    make_step = training.make_step
+
+    def recorded(model, optimizer, batch):
+        learning_rate = optimizer.param_groups[0]["lr"]
+        losses[learning_rate] = make_step(model, optimizer, batch)
+        return losses[learning_rate]
+
+    monkeypatch.setattr(training, "make_step", recorded)
+    for steps in (3, 5):  # without a checkpoint: the second run makes the first one's steps again
+        with contextlib.suppress(StoppedError):
+            training.train(run, tmp_path / "stopped", stop_after(steps))
+    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
+    training.train(run, tmp_path / "stopped", lambda: None)
+    shown = EventAccumulator(str(curve)).Reload().Scalars("loss")
+    assert [event.step for event in shown] == list(range(6))
+    assert len(losses) == 6  # the schedule gives every step a rate of its own
+    assert [event.value for event in shown] == [loss.item() for loss in losses.values()]
+
+
+def test_curves_lie_beside_the_runs_where_they_are_wanted(texts, tmp_path):
+    one = setting(*texts, methods=("dense",)).with_seeds(1)
+    for name, wanted in (("with", True), ("without", False)):
+        folder = SettingFolder(tmp_path / name, one, wanted)
+        assert run_all([folder], device="cpu", jobs=2, threads=1) == []
+        found = {path.parent.relative_to(folder.path) for path in folder.path.rglob("*tfevents*")}
+        names = ["dense/lr0.001-seed0", "dense/lr0.004-seed0", "pretraining/lr0.001-seed0"]
+        assert found == ({Path("curves") / each for each in names} if wanted else set())
 
 
 @pytest.mark.slow
