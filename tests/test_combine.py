@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import tnmoe as tn
 from tests.matrices import LIBRARIES, dense_norm, libraries, to_library, to_numpy
+from tnmoe import combine
 
 SHAPE = tn.MPOShape((3, 2, 2, 3), (2, 3, 3, 2))
 SQUARE = tn.MPOShape((3, 2, 2, 3), (3, 2, 2, 3))
@@ -83,6 +84,21 @@ def test_products_with_room_are_exact_and_without_it_near_the_best(method, dtype
     _, best = exact.compress(max_bond=4, return_info=True)
     assert max(small.bond_dims) <= 4
     assert dense_norm(dense(small) - expected) <= 3 * best.error_bound + 1e-4 * dense_norm(expected)
+
+
+@pytest.mark.parametrize("limit", [{"max_bond": 3}, {"bonds": (3, 3, 3)}])
+def test_zip_up_never_carries_more_than_twice_the_bonds(limit, monkeypatch):
+    carried = []
+
+    def seen(*arguments):
+        carried.append(truncated_isometry(*arguments))
+        return carried[-1]
+
+    truncated_isometry = combine.truncated_isometry
+    monkeypatch.setattr(combine, "truncated_isometry", seen)
+    a, b = (random_mpo(SQUARE, "float64", "numpy", seed, 9) for seed in (1, 2))
+    tn.matmul(a, b, method="zipup", **limit)
+    assert [isometry.shape[1] for isometry in carried] == [6, 6, 6]
 
 
 @pytest.mark.parametrize("sites", [1, 2])
