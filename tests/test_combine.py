@@ -86,8 +86,13 @@ def test_products_with_room_are_exact_and_without_it_near_the_best(method, dtype
     assert dense_norm(dense(small) - expected) <= 3 * best.error_bound + 1e-4 * dense_norm(expected)
 
 
-@pytest.mark.parametrize("limit", [{"max_bond": 3}, {"bonds": (3, 3, 3)}])
-def test_zip_up_never_carries_more_than_twice_the_bonds(limit, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "bonds"),
+    [({"max_bond": 3}, [6, 6, 6]), ({"bonds": (3, 3, 3)}, [6, 6, 6]), ({"rtol": 1e-2}, [1, 1, 1])],
+)
+def test_zip_up_carries_twice_the_bonds_or_what_a_tenth_of_the_tolerance_needs(
+    limit, bonds, monkeypatch
+):
     carried = []
 
     def seen(*arguments):
@@ -96,9 +101,14 @@ def test_zip_up_never_carries_more_than_twice_the_bonds(limit, monkeypatch):
 
     truncated_isometry = combine.truncated_isometry
     monkeypatch.setattr(combine, "truncated_isometry", seen)
-    a, b = (random_mpo(SQUARE, "float64", "numpy", seed, 9) for seed in (1, 2))
+    # One term that the tolerance keeps, and others that it does not.
+    a, b = (
+        random_mpo(SQUARE, "float64", "numpy", seed, 1)
+        + 1e-6 * random_mpo(SQUARE, "float64", "numpy", seed, 9)
+        for seed in (1, 2)
+    )
     tn.matmul(a, b, method="zipup", **limit)
-    assert [isometry.shape[1] for isometry in carried] == [6, 6, 6]
+    assert [isometry.shape[1] for isometry in carried] == bonds
 
 
 @pytest.mark.parametrize("sites", [1, 2])

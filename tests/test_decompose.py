@@ -18,6 +18,7 @@ from tests.matrices import (
     to_library,
     to_numpy,
 )
+from tnmoe.weights import FactorWeights, GramWeights
 
 max_bonds = st.one_of(st.none(), st.integers(1, 20))
 rtols = st.one_of(st.none(), st.sampled_from((0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 2.0)))
@@ -104,6 +105,21 @@ def test_schmidt_values_seen_are_in_double_precision_whatever_the_method(method,
     for values in (*info.spectra, *again.spectra):
         assert type(values) is type(matrix)
         assert str(values.dtype).removeprefix("torch.") == "float64"
+
+
+@pytest.mark.parametrize(("method", "kind"), [("eigh", GramWeights), ("svd", FactorWeights)])
+def test_small_neighbouring_sites_are_read_together(method, kind, monkeypatch):
+    heights, of = [], kind.of
+
+    def counted(xp, unfolding, last=False):
+        heights.append(unfolding.shape[-2])
+        return of(xp, unfolding, last)
+
+    monkeypatch.setattr(kind, "of", counted)
+    shape = tn.MPOShape((3, 3, 3, 1, 3, 3, 3), (3, 3, 3, 1, 3, 3, 3))
+    tn.decompose(np.eye(729), shape, max_bond=4, center=3, method=method)
+    # From either end: two sites of 9 legs, of which three would make 729 rows; then one alone.
+    assert heights == [81, 4 * 9, 81, 4 * 9]
 
 
 @given(matrices, libraries)
