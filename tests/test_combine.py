@@ -86,29 +86,41 @@ def test_products_with_room_are_exact_and_without_it_near_the_best(method, dtype
     assert dense_norm(dense(small) - expected) <= 3 * best.error_bound + 1e-4 * dense_norm(expected)
 
 
-@pytest.mark.parametrize(
-    ("limit", "bonds"),
-    [({"max_bond": 3}, [6, 6, 6]), ({"bonds": (3, 3, 3)}, [6, 6, 6]), ({"rtol": 1e-2}, [1, 1, 1])],
-)
-def test_zip_up_carries_twice_the_bonds_or_what_a_tenth_of_the_tolerance_needs(
-    limit, bonds, monkeypatch
-):
-    carried = []
+@pytest.fixture
+def carried(monkeypatch):
+    """Bonds that a zip-up carries on from site to site, under some limit."""
+    widths = []
 
     def seen(*arguments):
-        carried.append(truncated_isometry(*arguments))
-        return carried[-1]
+        isometry = truncated_isometry(*arguments)
+        widths.append(isometry.shape[1])
+        return isometry
 
     truncated_isometry = combine.truncated_isometry
     monkeypatch.setattr(combine, "truncated_isometry", seen)
-    # One term that the tolerance keeps, and others that it does not.
+    # One term that most tolerances keep alone, and small others.
     a, b = (
         random_mpo(SQUARE, "float64", "numpy", seed, 1)
         + 1e-6 * random_mpo(SQUARE, "float64", "numpy", seed, 9)
         for seed in (1, 2)
     )
-    tn.matmul(a, b, method="zipup", **limit)
-    assert [isometry.shape[1] for isometry in carried] == bonds
+
+    def bonds(**limit):
+        widths.clear()
+        tn.matmul(a, b, method="zipup", **limit)
+        return list(widths)
+
+    return bonds
+
+
+def test_zip_up_carries_twice_the_bonds_asked_for(carried):
+    assert carried(max_bond=3) == [6, 6, 6]
+    assert carried(bonds=(3, 3, 3)) == [6, 6, 6]
+
+
+def test_zip_up_carries_what_a_tenth_of_the_tolerance_needs(carried):
+    assert carried(rtol=1e-2) == [1, 1, 1]
+    assert min(carried(rtol=1e-7)) > 1
 
 
 @pytest.mark.parametrize("sites", [1, 2])

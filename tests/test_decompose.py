@@ -418,6 +418,12 @@ def test_nan_and_infinity_are_refused(library, value, dtype):
         (np.ones((4, 4)), {"max_bond": (2, 2)}, r"got \(2, 2\) for 1 bonds"),
         (np.ones((4, 4)), {"rtol": -1}, "rtol must be a finite number of at least 0, got -1"),
         (np.ones((4, 4)), {"rtol": float("nan")}, "rtol must be"),
+        (
+            np.ones((4, 4)),
+            {"rtol": "small"},
+            "rtol must be a finite number of at least 0, got 'small'",
+        ),
+        (np.ones((4, 4)), {"rtol": True}, "rtol must be a finite number of at least 0, got True"),
         (np.ones((4, 4)), {"center": 2}, "center must be an integer from 0 to 1"),
         (
             np.ones((4, 4)),

@@ -47,6 +47,15 @@ def test_norm_is_the_frobenius_norm_with_and_without_a_known_centre(case, librar
         assert float(operator.norm()) == pytest.approx(expected, abs=rounding(matrix))
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("scale", [1e-170, 1e-110, 1.0, 1e110, 1e170])
+def test_norms_whose_squares_leave_the_dtype_are_right(scale, library):
+    shape = tn.MPOShape((2, 3, 2), (3, 2, 2))
+    one = tn.MPO.random(shape, 4, rng=0, like=to_library(np.zeros(()), library))
+    expected = dense_norm(to_numpy(one.to_matrix())) * scale
+    assert float((one * scale).norm()) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
 @given(matrices, libraries, max_bonds, st.data())
 def test_canonicalize_moves_the_centre_and_keeps_the_operator(case, library, max_bond, data):
     shape, matrix = case

@@ -362,7 +362,8 @@ class MPO:
         if self.center is not None:
             return xp.norm(self.cores[self.center])
         cores = [widened(xp, core) for core in self.cores]
-        squared = algebra.inner(xp, cores, cores).real
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is done again below
+            squared = algebra.inner(xp, cores, cores).real
         if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
             return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
         # Squares over- or underflow: a gauge move keeps to the numbers themselves.
