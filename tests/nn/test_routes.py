@@ -127,6 +127,22 @@ def test_pieces_of_any_size_make_the_same_matrices_and_gradients(name, piece, mo
         )
 
 
+@given(
+    st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 9)] * 3), st.integers(1, 900)
+)
+def test_pieces_cover_a_matrix_and_hold_no_more_than_they_may_or_one_leg(out, in_, most):
+    legs = materialize.Legs(out, in_)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(materialize, "_PIECE", most)
+        pieces = list(materialize.Workshop(torch.ones(2, out[1], in_[1], 2), legs).pieces())
+    assert [index for part, _ in pieces for index in range(out[0])[part]] == list(range(out[0]))
+    features = range(legs.out_features)
+    assert [row for _, rows in pieces for row in features[rows]] == list(features)
+    one = out[1] * out[2] * legs.in_features
+    # All of about the same size, which may be one leg more than would fit.
+    assert all(len(range(out[0])[part]) * one < most + one for part, _ in pieces)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_matrices_of_all_experts_at_once_do_as_well_as_one_after_the_other(name, monkeypatch):
     # What an accelerator does, where nothing may be waited for.

@@ -327,6 +327,11 @@ def recentred():
             "center",
             "gate is no MPO in one of the layers: None",
         ),
+        (
+            lambda: [nn.MPOExperts(E, H, F, sites=3), *layers(1)],
+            "center",
+            "gate is no MPO in one of the layers: None",
+        ),
     ],
 )
 def test_layers_that_cannot_be_tied_are_named_and_left_alone(make, sites, message):
