@@ -122,6 +122,27 @@ def test_small_neighbouring_sites_are_read_together(method, kind, monkeypatch):
     assert heights == [81, 4 * 9, 81, 4 * 9]
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        tn.MPOShape((8,), (6,)),
+        tn.MPOShape((8, 1), (1, 6)),
+        tn.MPOShape.split(8, 6, left=4, right=3),
+        tn.MPOShape((2, 2, 2), (1, 3, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 1e200])
+def test_an_operator_does_not_change_with_the_matrix_that_it_was_made_of(scale, shape, library):
+    matrix = to_library(scale * np.random.default_rng(0).standard_normal((8, 6)), library)
+    mpos = [tn.decompose(matrix, shape), *tn.decompose(matrix[None], shape)]
+    before = to_numpy(mpos[0].to_matrix()).copy()
+    matrix *= 0
+    for mpo in mpos:
+        np.testing.assert_array_equal(to_numpy(mpo.to_matrix()), before)
+
+
 @given(matrices, libraries)
 def test_result_keeps_library_and_dtype(case, library):
     shape, matrix = case

@@ -247,7 +247,8 @@ def _result(
     moved = list(canonicalize(xp, chain, sweep.center, center))
     if scale != 1:
         check_range(xp, moved[center], dtype, scale)
-        moved[center] = moved[center] * scale
+    # Also by 1: the core may be a view of the matrix, which its owner may write to.
+    moved[center] = moved[center] * scale
     cuts = [sweep.cuts[bond] for bond in sorted(sweep.cuts)]
     spectra = [_pick(cut.spectrum, index, 1) for cut in cuts if cut.spectrum is not None]
     info = TruncationInfo(

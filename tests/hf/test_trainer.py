@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import tnmoe as tn
 from tests.hf.families import IDS, MASK, make
@@ -48,9 +55,10 @@ def trainer(folder, callback=None, steps=8, model=None, **arguments):
     model = model or hf.upcycle(make("llama"), CONFIG)
     watch = Watch()
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=3, report_to=[],
-        learning_rate=1e-2, lr_scheduler_type="constant", disable_tqdm=True, seed=0,
-        **{"save_strategy": "no", "logging_steps": 1, **arguments},
+        output_dir=str(folder), max_steps=steps, report_to=[], lr_scheduler_type="constant",
+        disable_tqdm=True, seed=0,
+        **{"save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2,
+           "per_device_train_batch_size": 3, **arguments},
     )  # fmt: skip
     callbacks = [watch] if callback is None else [callback, watch]
     return Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks), watch
@@ -158,6 +166,28 @@ def test_trainers_loss_holds_the_balance_loss_and_its_checkpoint_loads(tmp_path)
     run.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     torch.testing.assert_close(loaded(IDS).logits, run.model.eval()(IDS).logits)
+
+
+def masked_bert():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=50, num_hidden_layers=2, **sizes))
+
+
+@pytest.mark.parametrize("dense", [lambda: make("llama"), masked_bert, lambda: make("t5")])
+def test_losses_of_routers_weigh_the_same_however_many_passes_make_a_step(tmp_path, dense):
+    def loss(passes, weight):
+        torch.manual_seed(0)
+        model = hf.upcycle(dense(), replace(CONFIG, balance_weight=weight))
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, learning_rate=0.0, report_to=[],
+            per_device_train_batch_size=12 // passes, gradient_accumulation_steps=passes,
+            save_strategy="no", disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=Rows()).train().training_loss
+
+    added = [loss(passes, 1.0) - loss(passes, 0.0) for passes in (1, 2, 6)]
+    # Few tokens are less evenly spread than many, so the losses themselves are not quite the same.
+    assert added[1:] == pytest.approx(added[:1] * 2, rel=0.2)
 
 
 def test_lora_on_attention_beside_experts_saves_only_what_is_trained(tmp_path):

@@ -355,6 +355,24 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
     torch.testing.assert_close(resolve_activation(name, gated=True)(gate, up), expected(gate, up))
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+@pytest.mark.parametrize("gauge", ["identity", "schmidt"])
+def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, gauge):
+    torch.manual_seed(0)
+    up, down = torch.randn(128, 64), torch.randn(64, 128)
+    before = up.clone(), down.clone()
+    made = [
+        nn.MPOExperts.from_dense(up, down, num_experts=count, layout=layout, gauge=gauge)
+        for count in (1, 4)
+    ]
+    made.append(nn.DenseExperts.from_dense(up, down, num_experts=1))
+    with torch.no_grad():
+        for experts in made:
+            for parameter in experts.parameters():
+                parameter.zero_()
+    torch.testing.assert_close((up, down), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

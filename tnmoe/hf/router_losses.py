@@ -74,7 +74,8 @@ class _RouterLosses:
         if model.training and output.get("loss") is not None:
             given = signature(model.forward).bind_partial(*args, **kwargs).arguments
             both = getattr(model.config, "is_encoder_decoder", False)
-            output["loss"] = output["loss"] + self._loss(call.routing, given, both)
+            share = _share_of_step(model, kwargs | given)
+            output["loss"] = output["loss"] + share * self._loss(call.routing, given, both)
         return output
 
     def _loss(self, routing: Routing, given: dict[str, Any], both: bool) -> Tensor | float:
@@ -96,6 +97,22 @@ class _Call:
     shows: bool
     routing: Routing | None = None
     stack: ExitStack = field(default_factory=ExitStack)
+
+
+def _share_of_step(model: nn.Module, given: dict[str, Any]) -> Tensor | float:
+    """Share of a step's targets in this call, where the losses of several calls are added up.
+
+    Trainer tells models how many targets a step has; they then divide their sums by that number.
+    """
+    items, targets = given.get("num_items_in_batch"), given.get("shift_labels")
+    if targets is None:
+        targets = given.get("labels")
+        if targets is not None and getattr(model, "loss_type", None) == "ForCausalLM":
+            targets = targets[..., 1:]
+    if items is None or targets is None:
+        return 1.0
+    count = (targets != _IGNORED).sum()
+    return count / (items.to(count.device) if isinstance(items, Tensor) else items)
 
 
 def _mask_of(call: RoutingCall, given: dict[str, Any], encoder_decoder: bool) -> Tensor | None:
