@@ -1,5 +1,7 @@
 """What an MPOEConfig refuses, above all as data that somebody wrote by hand."""
 
+import json
+
 import pytest
 
 import tnmoe as tn
@@ -35,3 +37,18 @@ def test_shapes_are_shapes():
         hf.MPOEConfig(shapes={(2, 2): "x"})
     with pytest.raises(tn.InputError, match="shapes must be a mapping"):
         hf.MPOEConfig(shapes=[tn.MPOShape((2,), (2,))])
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {},
+        {"layers": [3, 1], "matrices": ["up"], "shared": {"up": {1, 0}, "down": "none"}},
+        {"layers": {2}, "matrices": "down", "shared": range(2), "max_bond": {"up": 8}},
+        {"layers": "block", "shapes": {(4, 6): tn.MPOShape((2, 2), (2, 3))}},
+        {"num_experts_per_tok": 2, "router": {"jitter_noise": 0.1}},
+    ],
+)
+def test_a_stored_configuration_is_equal_to_the_one_that_was_stored(entries):
+    config = hf.MPOEConfig(**entries)
+    assert hf.MPOEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -425,6 +425,10 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
         ),
         (lambda: nn.MPOExperts(E, H, F_, matrices=[]), r"must be some of up, gate, down, got \[\]"),
         (
+            lambda: nn.MPOExperts(E, 47, 113, layout="split"),
+            "no groups for a 113×47 matrix, whose sizes share no divisor with 64",
+        ),
+        (
             lambda: nn.MPOExperts(E, H, F_, sites=3, shared=range(3)),
             "experts that share all 3 sites would be one",
         ),

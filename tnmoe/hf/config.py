@@ -141,6 +141,12 @@ class MPOEConfig:
 
         one_of("router_kind", self.router_kind, ("top_k", "expert_choice"))
         self.make_router(1, device="meta")
+        # One form of what may be given in several, so that equal configurations are equal.
+        settled = {"matrices": check_matrices(self.matrices)} | {
+            name: _settled(getattr(self, name)) for name in ("layers", "shared")
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
 
     def make_router(
         self,
@@ -185,16 +191,8 @@ class MPOEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-
-        def plain(value: Any) -> Any:
-            """Numbers of sites or layers as a list."""
-            if isinstance(value, Mapping):
-                return {key: plain(entry) for key, entry in value.items()}
-            return value if value is None or isinstance(value, str) else sorted(value)
-
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        data |= {"layers": plain(self.layers), "shared": plain(self.shared)}
-        data["matrices"] = list(check_matrices(self.matrices))
+        data |= {name: _plain(data[name]) for name in ("layers", "shared", "matrices")}
         data |= {
             name: dict(data[name])
             for name in ("router", "max_bond")
@@ -223,6 +221,20 @@ class MPOEConfig:
         shapes = _shapes(data.get("shapes", ()))
         by_size = {(shape.out_features, shape.in_features): shape for shape in shapes}
         return cls(**{**data, "shapes": by_size})
+
+
+def _settled(value: Any) -> Any:
+    """Numbers of sites or layers, in any collection, as a tuple in order."""
+    if isinstance(value, Mapping):
+        return {key: _settled(entry) for key, entry in value.items()}
+    return value if value is None or isinstance(value, str) else tuple(sorted(value))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_shared(shared: Any) -> None:

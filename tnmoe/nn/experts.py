@@ -44,11 +44,22 @@ def layout_shape(layout: str, out_features: int, in_features: int, sites: int = 
         Size of the matrix.
     sites : int
         Number of sites of an interleaved shape.
+
+    Raises
+    ------
+    InputError
+        If the layout is unknown, or neither size has a divisor in common with 64.
     """
     one_of("layout", layout, LAYOUTS)
     if layout == "interleaved":
         return MPOShape.for_matrix(out_features, in_features, sites)
     groups = (gcd(out_features, _SPLIT_GROUP), gcd(in_features, _SPLIT_GROUP))
+    if groups == (1, 1):
+        raise InputError(
+            f"layout='split' has no groups for a {out_features}×{in_features} matrix, whose sizes "
+            f"share no divisor with {_SPLIT_GROUP}: experts would own one number each; give "
+            "shapes, or layout='interleaved'"
+        )
     return MPOShape.split(out_features, in_features, *groups)
 
 

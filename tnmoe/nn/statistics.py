@@ -127,14 +127,15 @@ def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> tuple[Tensor, 
         return (share.view(-1, *[1] * (values.ndim - 1)) * values).sum(0)
 
     asked = mean((call.choices[..., None] == everyone).sum(1))
-    followed = mean((call.index < experts).sum(-1))
+    # A difference of integers: where nothing was dropped it is 0, not rounding.
+    missed = mean((call.choices < experts).sum(-1) - (call.index < experts).sum(-1))
     load = asked / asked.sum().clamp(min=1e-9)
     scores = normalized_scores(logits, call.score_function)
     return tokens.sum(), RouterStatistics(
         load=load,
         importance=mean(scores),
         entropy=mean(torch.special.entr(scores).sum(-1)),
-        dropped=1 - followed / asked.sum().clamp(min=1e-9),
+        dropped=missed / asked.sum().clamp(min=1e-9),
         untouched=mean((call.index == experts).all(-1)),
         max_violation=experts * load.max() - 1,
     )
