@@ -423,7 +423,7 @@ def test_nan_and_infinity_are_refused(library, value, dtype):
     [
         (np.ones((4, 5)), {}, r"for a \(4, 4\) matrix or a batch .*, got one of shape \(4, 5\)"),
         (np.ones(4), {}, r"got one of shape \(4,\)"),
-        (np.ones((4, 4), int), {}, "floating-point or complex, got dtype int64"),
+        (np.ones((4, 4), int), {}, "must be of float16, bfloat16, .*, complex128, got dtype int64"),
         (np.ones((4, 4)), {"max_bond": 0}, "max_bond must be a positive integer, got 0"),
         (np.ones((4, 4)), {"max_params": 7}, "max_params=7 is too few"),
         (np.ones((4, 4)), {"bonds": (5,)}, r"bonds=\(5,\) do not fit"),
@@ -461,3 +461,8 @@ def test_bad_arguments_are_named(matrix, arguments, message):
 def test_an_array_of_no_known_library_is_a_type_error():
     with pytest.raises(TypeError, match=r"one of numpy, torch.*, got builtins\.list"):
         tn.decompose([[1.0]], tn.MPOShape((1,), (1,)))
+
+
+def test_a_shape_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"shape must be an MPOShape, got tuple: \(4, 4\)"):
+        tn.decompose(np.eye(4), (4, 4))

@@ -167,3 +167,8 @@ def test_a_saved_file_may_be_read_by_whom_other_files_may(tmp_path):
     tn.save(tmp_path / "x", example("float32", "MPO", "numpy"))
     (tmp_path / "other").write_text("")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_folder_is_no_file_of_an_operator(tmp_path):
+    with pytest.raises(tn.InputError, match=r"is a folder: .* tnmoe.hf.from_pretrained"):
+        tn.load(tmp_path)

@@ -129,7 +129,7 @@ def decompose(
         If the matrix is not of the shape's size, is not floating-point or complex, or holds NaN
         or infinity; if an argument is out of range or contradicts another.
     TypeError
-        If the matrix belongs to no supported library.
+        If the matrix belongs to no supported library, or ``shape`` is no MPOShape.
 
     Notes
     -----
@@ -174,7 +174,9 @@ def decompose(
 
 
 def _check_matrix(xp: Backend, matrix: Array, shape: MPOShape) -> str:
-    """Dtype name of a matrix, or a batch of them, that fits the shape; an InputError otherwise."""
+    """Dtype name of a matrix, or a batch of them, that fits the shape; an error otherwise."""
+    if not isinstance(shape, MPOShape):
+        raise TypeError(f"shape must be an MPOShape, got {type(shape).__qualname__}: {shape!r}")
     size = (shape.out_features, shape.in_features)
     given = tuple(matrix.shape)
     if len(given) not in (2, 3) or given[-2:] != size or 0 in given:
@@ -182,8 +184,9 @@ def _check_matrix(xp: Backend, matrix: Array, shape: MPOShape) -> str:
             f"{shape} is for a {size} matrix or a batch of them, got one of shape {given}"
         )
     name = xp.dtype_name(matrix)
-    if name not in (*REAL_DTYPES, *COMPLEX_DTYPES):
-        raise InputError(f"the matrix must be floating-point or complex, got dtype {name}")
+    known = (*REAL_DTYPES, *COMPLEX_DTYPES)
+    if name not in known:
+        raise InputError(f"the matrix must be of {', '.join(known)}, got dtype {name}")
     return name
 
 

@@ -94,8 +94,8 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     Raises
     ------
     InputError
-        If the file is damaged or was not written by :func:`save`, there is no such library, or
-        it lacks the dtype.
+        If it is a folder, or a file that is damaged or was not written by :func:`save`; if there
+        is no such library, or it lacks the dtype.
     OSError
         If the file cannot be read.
 
@@ -107,6 +107,11 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     >>> load(path).trace().item()
     4.0
     """
+    if os.path.isdir(path):
+        raise InputError(
+            f"{path} is a folder: this reads a file that tnmoe.save wrote, and "
+            "tnmoe.hf.from_pretrained a converted model"
+        )
     try:
         description, arrays = _read(path, library)
         return _object(path, description, arrays)

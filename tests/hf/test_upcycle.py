@@ -247,6 +247,10 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
             r"from 0 to 2 .* got \[3\]",
         ),
         (lambda _: hf.upcycle(hf.upcycle(make("bert"), CONFIG), CONFIG), "already converted"),
+        (
+            lambda _: hf.parameter_report(hf.upcycle(make("bert"), CONFIG), CONFIG),
+            "already converted",
+        ),
         (lambda _: hf.MPOEConfig(num_experts=2, num_experts_per_tok=3), "exceeds num_experts=2"),
         (lambda _: hf.MPOEConfig(layout="magic"), "layout must be one of"),
         (lambda _: hf.MPOEConfig(mask_probability=2), "mask_probability must be in"),
@@ -285,6 +289,23 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
 def test_bad_input_is_named(tmp_path, make_error, message):
     with pytest.raises(tn.InputError, match=message):
         make_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (lambda: "bert-base", CONFIG, "model must be a model of transformers, got str"),
+        (
+            lambda: torch.nn.Linear(3, 3),
+            CONFIG,
+            "model must be a model of transformers, got Linear",
+        ),
+        (lambda: make("bert"), {"num_experts": 3}, "config must be an MPOEConfig, got dict"),
+    ],
+)
+def test_other_objects_are_named(model, config, message):
+    with pytest.raises(TypeError, match=message):
+        hf.upcycle(model(), config)
 
 
 def test_a_folder_of_links_is_loaded(tmp_path):

@@ -399,7 +399,10 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
         ),
         (lambda: nn.MPOExperts(E, H, F_, bias="some"), "bias must be one of False, True, shared"),
         (lambda: nn.MPOExperts(E, H, F_, activation=3), "a name or a function of tensors, got 3"),
-        (lambda: nn.MPOExperts(E, H, F_, "geglu"), "is for gated experts: give gated=True"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, "geglu"),
+            "activation 'geglu' is for gated experts: give gated=True",
+        ),
         (lambda: nn.ClampedSwiGLU(limit=0), r"limit must be in \(0, inf\], got 0"),
         (
             lambda: nn.MPOExperts(E, H, F_, max_bond={"out": 3}),

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
@@ -114,6 +115,14 @@ def unmark_as_quantized(model: PreTrainedModel) -> None:
             module.config._is_quantized = False
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         vars(model).pop(mark, None)
+
+
+def check_unconverted(model: nn.Module) -> None:
+    """Raise an InputError for a model that is converted or quantized already."""
+    stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    # What was loaded from a GGUF file is in floats again.
+    if stored is not None and getattr(stored, "quant_method", None) != QuantizationMethod.GGUF:
+        raise InputError(f"{type(model).__name__} is already converted or quantized")
 
 
 def mark_as_mpoe(model: PreTrainedModel, config: MPOEConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from tnmoe.hf.checkpoint import check_unconverted
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import find_ffns
 from tnmoe.hf.skeleton import model_without_numbers
@@ -97,7 +98,7 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
     Raises
     ------
     InputError
-        If there is no feed-forward network of a known family.
+        If there is no feed-forward network of a known family, or the model is converted already.
 
     Examples
     --------
@@ -107,6 +108,7 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
     (4722432, 37785600, 7710976)
     """
     dense = model if isinstance(model, nn.Module) else model_without_numbers(model)
+    check_unconverted(dense)
     ffns = tuple(
         ParameterCount(
             ffn.name,

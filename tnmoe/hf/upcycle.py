@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.quantization_config import QuantizationMethod
 
-from tnmoe.errors import InputError
-from tnmoe.hf.checkpoint import mark_as_mpoe, unmark_as_quantized
+from tnmoe.hf.checkpoint import check_unconverted, mark_as_mpoe, unmark_as_quantized
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
 from tnmoe.hf.router_losses import attach_router_losses
@@ -56,6 +55,8 @@ def upcycle(
     InputError
         If the model has no known feed-forward network or one that does more than its family's,
         is already converted or quantized, or holds NaN or infinity.
+    TypeError
+        If these are no model of transformers and no MPOEConfig.
 
     Notes
     -----
@@ -74,10 +75,8 @@ def upcycle(
     >>> type(model.transformer.h[0].mlp).__name__
     'MPOMoE'
     """
-    stored: Any = getattr(model.config, "quantization_config", None)
-    # What was loaded from a GGUF file is in floats again.
-    if stored is not None and getattr(stored, "quant_method", None) != QuantizationMethod.GGUF:
-        raise InputError(f"{type(model).__name__} is already converted or quantized")
+    _check_types(model, config)
+    check_unconverted(model)
     # Everything is built before anything is replaced: an error leaves the model as it was.
     ffns = find_ffns(model, config.layers, config.every)
     for ffn in ffns:
@@ -89,6 +88,14 @@ def upcycle(
     unmark_as_quantized(model)
     attach_router_losses(model, config)
     return model
+
+
+def _check_types(model: object, config: object) -> None:
+    """Raise a TypeError unless these are a model of transformers and an MPOEConfig."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"model must be a model of transformers, got {type(model).__qualname__}")
+    if not isinstance(config, MPOEConfig):
+        raise TypeError(f"config must be an MPOEConfig, got {type(config).__qualname__}")
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def resolve_activation(activation: str | Callable[..., Tensor], gated: bool) -> 
     InputError
         If the name is unknown, or a gated unit is given where there is no gate.
     """
+    given = activation
     if isinstance(activation, str):
         known = {**ACTIVATIONS, **GATED_ACTIVATIONS}
         if activation not in known:
@@ -141,7 +142,7 @@ def resolve_activation(activation: str | Callable[..., Tensor], gated: bool) -> 
         activation = known[activation]()
     if isinstance(activation, Gated):
         if not gated:
-            raise InputError(f"activation {activation} is for gated experts: give gated=True")
+            raise InputError(f"activation {given!r} is for gated experts: give gated=True")
         return activation
     if not callable(activation) or isinstance(activation, type):
         raise InputError(f"activation must be a name or a function of tensors, got {activation!r}")
