@@ -512,6 +512,10 @@ def test_load_over_time_is_every_steps_or_means_over_as_many(steps):
         (lambda: plot.load_history({"a": {}}, "a"), r"history\['a'\] must have at least one entry"),
         (lambda: plot.load_history({"a": {"load": [1.0]}}, "a"), "statistic must be one of"),
         (
+            lambda: plot.expert_load([[0.5, 0.5], [3, 5]]),
+            r"divide counts by their sums, got \[3. 5.\]",
+        ),
+        (
             lambda: plot.load_history({"a": {"load": [[0.5, 0.5], [1.0]]}}, "a"),
             "load of 'a' must be a table of numbers",
         ),

@@ -52,7 +52,7 @@ def add(
         ``max_bond`` its error is a small factor above the optimum with high probability; with
         ``rtol`` it is measured, and the projection enlarged until the tolerance holds.
     max_bond, bonds, rtol, max_params
-        As for :meth:`MPO.compress`.
+        As for :meth:`MPO.compress`; ``randomized`` needs one of the first three.
     rng : numpy Generator or int
         Source of random numbers.
 
@@ -120,7 +120,7 @@ def matmul(
         a rule as accurate, but without a bound, because the part not yet multiplied is not
         orthogonal. ``randomized`` as for :func:`add`.
     max_bond, bonds, rtol, max_params
-        As for :meth:`MPO.compress`.
+        As for :meth:`MPO.compress`; ``randomized`` needs one of the first three.
     rng : numpy Generator or int
         Source of random numbers.
 

@@ -43,7 +43,7 @@ def contraction_plan(
     shape : MPOShape
         Legs of the MPO.
     bond_dims : tuple of int, optional
-        Inner bond dimensions; exact ones by default.
+        Inner bond dimensions, also larger than a matrix needs; exact ones by default.
     batch : int
         Number of vectors; of all experts together.
     experts : int, optional
@@ -55,7 +55,8 @@ def contraction_plan(
     cached : bool
         Whether the experts' matrices are at hand, or may be kept once they are built.
     device : str
-        Kind of device, ``"cpu"`` or ``"cuda"``.
+        Kind of device, ``"cpu"`` or ``"cuda"``; one without rates of its own is taken for the
+        latter.
     itemsize : int
         Bytes of a number.
 
@@ -68,7 +69,8 @@ def contraction_plan(
     Raises
     ------
     InputError
-        If the bonds do not fit the shape, the centre is none of its sites, or a count is none.
+        If there is not one bond for every pair of neighbours, the centre is none of its sites, or
+        a count is none.
 
     Examples
     --------

@@ -106,7 +106,7 @@ def decompose(
         unfolding is wider than tall. ``randomized`` finds the range of an unfolding by random
         projection with subspace iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011),
         algorithms 4.3 and 4.4), measures what it missed, and is repeated until that is within
-        the tolerance or no longer shrinks. ``auto`` takes, bond by bond, ``qr`` where nothing can
+        the tolerance or no longer shrinks; it knows no ``max_params``. ``auto`` takes, bond by bond, ``qr`` where nothing can
         be cut, otherwise ``eigh`` for single and half precision and ``svd`` for double.
     rng : numpy Generator or int
         Source of the randomized method's numbers.

@@ -244,7 +244,7 @@ class MPO:
         return self + -other if isinstance(other, MPO) else NotImplemented
 
     def __mul__(self, factor: Any) -> MPO:
-        """Multiply by a number, or by an array of one number."""
+        """Multiply by a number, or by an array without axes that holds one."""
         if isinstance(factor, np.ndarray | np.generic) and factor.ndim == 0:
             factor = factor.item()
         is_array = getattr(factor, "ndim", None) == 0

@@ -23,7 +23,7 @@ class DemoOptions:
     top_k: int = 1
     layout: str = "interleaved"
     sites: int = 5
-    mask_probability: float = 0.25
+    mask_probability: float = 0.0
     balance_weight: float = 0.01
     z_weight: float = 0.001
     batch_size: int = 32

@@ -14,6 +14,8 @@ from tnmoe.plot.style import add_legend, count_on, line_style, new_axes, shown, 
 
 # Up to so many experts and layers, shares are written into the cells of a heat map.
 _MOST_WRITTEN = (16, 24)
+# Shares in half precision do not quite sum to 1.
+_ROUNDING = 0.02
 # A heat map over time has so many columns at most.
 _MOST_STEPS = 250
 
@@ -24,7 +26,7 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
     Parameters
     ----------
     load : array, shape (layers, E)
-        Shares; every row sums to 1.
+        Shares; every row sums to 1, or to less where tokens were dropped.
     ax : Axes, optional
     brightest : float, optional
         Share at the bright end of the colours, for pictures that are to be compared; by default
@@ -33,7 +35,7 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
     Raises
     ------
     InputError
-        If ``load`` is not a table of finite numbers of at least 0.
+        If ``load`` is not a table of numbers from 0 to 1.
 
     Examples
     --------
@@ -42,6 +44,11 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
     ['50%', '30%', '20%', '10%', '10%', '80%']
     """
     load = numbers("load", load, axes=2, lowest=0)
+    if load.sum(1).max() > 1 + _ROUNDING:
+        raise InputError(
+            "load must be shares, of which no row sums to more than 1: divide counts by their "
+            f"sums, got {load[load.sum(1).argmax()]}"
+        )
     ax = new_axes(ax)
     layers, experts = load.shape
     balanced = 1 / experts
