@@ -99,14 +99,14 @@ def decompose(
     center : int, optional
         Site of the orthogonality centre; by default ``shape.center``.
     method : {"auto", "qr", "eigh", "svd", "randomized"}
-        How isometries are found. ``eigh`` diagonalises the Gram matrix of an unfolding,
-        accumulated in double precision: fast, and for single precision as accurate as ``svd``,
-        which takes the SVD of the unfolding's triangular factor. ``qr`` finds no Schmidt values
-        and only serves where nothing is cut; its isometries are identity matrices as long as the
-        unfolding is wider than tall. ``randomized`` finds the range of an unfolding by random
-        projection with subspace iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011),
-        algorithms 4.3 and 4.4), measures what it missed, and is repeated until that is within
-        the tolerance or no longer shrinks; it knows no ``max_params``. ``auto`` takes, bond by bond, ``qr`` where nothing can
+        How isometries are found. ``eigh`` diagonalises the Gram matrix of an unfolding, accumulated
+        in double precision: fast, and for single precision as accurate as ``svd``, which takes the
+        SVD of the unfolding's triangular factor. ``qr`` finds no Schmidt values and only serves
+        where nothing is cut; its isometries are identity matrices as long as the unfolding is wider
+        than tall. ``randomized`` finds the range of an unfolding by random projection with subspace
+        iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011), algorithms 4.3 and 4.4),
+        measures what it missed, and is repeated until that is within the tolerance or no longer
+        shrinks; it knows no ``max_params``. ``auto`` takes, bond by bond, ``qr`` where nothing can
         be cut, otherwise ``eigh`` for single and half precision and ``svd`` for double.
     rng : numpy Generator or int
         Source of the randomized method's numbers.
