@@ -48,6 +48,22 @@ STATEMENTS = [
     ("decoder", "split-64-mask-0.5", "split-64", 1),
     ("decoder", "split-64-owned-0.35", "split-64", 0),
     ("decoder", "mpoe-owned-0.35", "mpoe", 0),
+    ("decoder", "mpoe-schmidt", "mpoe", 1),
+    ("decoder", "split-64-schmidt", "split-64", 0),
+    ("decoder", "mpoe-noise", "mpoe", 0),
+    ("decoder", "moe-noise", "moe", 0),
+    ("decoder", "mpoe-scaled", "mpoe", 1),
+    ("decoder", "mpoe-owned-0.1", "mpoe", 0),
+    ("decoder", "mpoe-owned-4", "mpoe", 1),
+    ("decoder", "split-64-e2", "moe-e2", 1),
+    ("decoder", "split-64-e4", "moe-e4", 1),
+    ("decoder", "split-64-e16", "moe-e16", 0),
+    ("decoder", "split-64-e32", "moe-e32", 0),
+    ("smollm2", "moe", "dense", 1),
+    ("smollm2", "split-64", "dense", 1),
+    ("smollm2", "mpoe", "dense", 0),
+    ("smollm2", "mpoe", "moe", 0),
+    ("smollm2", "mpoe-mask-0.5", "mpoe", 0),
     ("minilm", "mpoe", "moe", 0),
     ("minilm", "mpoe", "dense", -1),
     ("minilm", "moe", "dense", 0),
@@ -76,8 +92,25 @@ def test_on_minilm_mixtures_with_a_shared_core_are_hardly_behind_the_ordinary_on
         assert difference(RESULTS["minilm"], method, "moe", "loss").high < 0.01
 
 
+def test_another_gauge_and_a_scaled_gradient_cost_what_the_page_says():
+    worse = [
+        difference(RESULTS["decoder"], name, "mpoe", "loss").mean
+        for name in ("mpoe-schmidt", "mpoe-scaled")
+    ]
+    assert worse == pytest.approx([0.010, 0.005], abs=0.001)
+
+
+def test_on_smollm2_the_split_layout_is_as_good_as_the_ordinary_mixture_and_all_gain():
+    assert difference(RESULTS["smollm2"], "split-64", "moe", "loss").high < 0.01
+    best = {name: values(RESULTS["smollm2"], name, "loss") for name in ("dense", "moe", "mpoe")}
+    means = [sum(losses.values()) / 3 for losses in best.values()]
+    assert max(means) - min(means) < 0.02
+    before = {each["before"]["loss"] for each in RESULTS["smollm2"]}
+    assert min(before) - sum(means) / 3 == pytest.approx(0.36, abs=0.005)
+
+
 def test_the_grid_has_as_many_methods_as_the_page_says():
-    assert len({each["method"] for each in RESULTS["decoder"]}) == 36
+    assert len({each["method"] for each in RESULTS["decoder"]}) == 47
 
 
 def test_methods_that_are_named_were_run():
