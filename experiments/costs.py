@@ -15,24 +15,26 @@ from transformers import PreTrainedModel
 from experiments.methods import METHODS
 from experiments.training import Run, batch_of, make_step
 
-# Turns that warm up, and turns that count.
-WARM_UP, TURNS = 2, 7
+# Turns that warm up; others count.
+WARM_UP = 2
 
 
-def step_cost(run: Run, on_step: Callable[[], None]) -> dict[str, Any]:
+def step_cost(run: Run, turns: int, on_step: Callable[[], None]) -> dict[str, Any]:
     """Median time of a method's step over that of a dense step, measured side by side.
 
     Parameters
     ----------
     run : Run
         Its method is compared with ``"dense"``.
+    turns : int
+        How many count.
     on_step : callable
         Called after every turn.
     """
     with ExitStack() as stack:
         steps = {name: _stepper(run, name, stack) for name in ("dense", run.method)}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(WARM_UP + TURNS):
+        for turn in range(WARM_UP + turns):
             for name, step in steps.items():
                 seconds[name].append(_timed(step, turn, run.device))
             on_step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tnmoe.plot.style import COLORS, MARKERS
 # Methods of one line each, by their numbers of experts; 8 is the settings' own.
 _BY_EXPERTS = {"ordinary mixture": "moe", "MPOE, interleaved": "mpoe", "MPOE, split": "split-64"}
 _EXPERTS = (2, 4, 8, 16, 32)
+# Width and height of a method's name, as shares of the axes.
+_NAME = 0.16, 0.025
 _MASKS = {0.0: "mpoe", 0.25: "mpoe-mask-0.25", 0.5: "mpoe-mask-0.5", 0.9: "mpoe-mask-0.9",
           1.0: "mpoe-frozen"}  # fmt: skip
 
@@ -56,16 +59,34 @@ def _against(size: str, label: str) -> Callable[[Axes, Setting, list], bool]:
                 x, y, spread = zip(*found, strict=True)
                 ax.errorbar(x, y, spread, color=colour, marker=marker, capsize=3, label=title)
             drawn |= set(names)
+        places: dict[str, tuple[float, float]] = {}
         for method in setting.methods:
             point = None if method in drawn else _point(setting, results, method, size)
             if point is not None and not method.endswith("fresh"):
                 ax.errorbar(*point, color="0.45", marker=".", capsize=2, linestyle="none")
-                ax.annotate(method, point[:2], xytext=(4, 3), textcoords="offset points", size=7)
+                places[method] = point[:2]
         ax.set(xscale="log", xlabel=label, ylabel=f"held-out {setting.metric}", title=setting.title)
+        _name(ax, places)
         ax.legend(fontsize=8)
         return bool(results)
 
     return drawing
+
+
+def _name(ax: Axes, places: dict[str, tuple[float, float]]) -> None:
+    """Names beside points, moved upwards where they would lie on each other."""
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    taken: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+        height = y
+        for other, at in taken:
+            near = abs(log(x / other)) < _NAME[0] * log(right / left)
+            if near and abs(height - at) < _NAME[1] * (high - low):
+                height = at + _NAME[1] * (high - low)
+        taken = sorted([*taken, (x, height)], key=lambda place: place[1])
+        beside = x * (right / left) ** 0.015
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate(name, (x, y), (beside, height), size=6.5, va="center", arrowprops=line)
 
 
 def _point(

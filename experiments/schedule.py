@@ -19,7 +19,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from experiments.costs import TURNS, WARM_UP, step_cost
+from experiments.costs import WARM_UP, step_cost
 from experiments.folder import SettingFolder, write
 from experiments.settings import Setting
 from experiments.training import Run, train
@@ -102,7 +102,8 @@ def cost_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
         if method != "dense" and not path.exists() and folder.is_pretrained(0):
             run = _run(folder, method, rate, 0, device)
             name = f"{folder.setting.name}: {method}"
-            yield Job(path, partial(step_cost, run), WARM_UP + TURNS, name)
+            turns = folder.setting.cost_turns
+            yield Job(path, partial(step_cost, run, turns), WARM_UP + turns, name)
 
 
 def _run(folder: SettingFolder, method: str, rate: float, seed: int, device: str) -> Run:

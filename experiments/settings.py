@@ -54,6 +54,8 @@ class Setting:
         Of the held-out results, the one in tables and pictures; claims are about the loss.
     mixture : mapping
         Settings of :class:`tnmoe.hf.MPOEConfig` for all methods.
+    cost_turns : int
+        Of how many steps the median is what a step costs.
     by_name : bool
         Run only if it is named, since it needs more than the environment has.
     """
@@ -67,6 +69,7 @@ class Setting:
     pretraining: Stage | None = None
     metric: str = "loss"
     mixture: Mapping[str, Any] = field(default_factory=dict)
+    cost_turns: int = 7
     by_name: bool = False
 
     def with_seeds(self, seeds: int) -> Setting:
@@ -107,6 +110,8 @@ def all_settings(scale: str, old: Text, new: Text) -> dict[str, Setting]:
         decoder(scale, old, new), smollm2(scale, new), t5(scale, old, new), flan_t5(scale),
         minilm(scale), mpnet(scale),
     ]  # fmt: skip
+    if scale == "quick":
+        settings = [replace(setting, cost_turns=3) for setting in settings]
     return {setting.name: setting for setting in settings}
 
 
