@@ -595,7 +595,7 @@ def check_matrices(names: Iterable[str], present: Iterable[str] = PROJECTIONS) -
     if not chosen or not all(name in PROJECTIONS for name in chosen):
         raise InputError(f"matrices must be some of {', '.join(PROJECTIONS)}, got {names!r}")
     if not set(chosen) & set(present):
-        raise InputError(f"matrices={names!r} are none of the network's {', '.join(present)}")
+        raise InputError(f"matrices={[*chosen]} are none of the network's {', '.join(present)}")
     return chosen
 
 
