@@ -196,7 +196,7 @@ class Router(nn.Module, ABC):
         ----------
         logits : Tensor, shape (T, E)
         index : Tensor of int64, shape (T, k)
-            As :meth:`forward` returned them.
+            As ``forward`` returned them.
 
         Returns
         -------
