@@ -355,6 +355,19 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
     torch.testing.assert_close(resolve_activation(name, gated=True)(gate, up), expected(gate, up))
 
 
+def test_shapes_that_are_given_need_no_groups_of_the_layout():
+    shapes = {
+        "up_shape": tn.MPOShape.for_matrix(9, 15, 3),
+        "down_shape": tn.MPOShape.for_matrix(15, 9, 3),
+    }
+    made = nn.MPOExperts(2, 15, 9, layout="split", **shapes)
+    assert (made.up.shape, made.down.shape) == tuple(shapes.values())
+    up, down = torch.randn(9, 15), torch.randn(15, 9)
+    nn.MPOExperts.from_dense(up, down, num_experts=2, layout="split", **shapes)
+    with pytest.raises(tn.InputError, match="layout must be one of"):
+        nn.MPOExperts(2, 15, 9, layout="splat", **shapes)
+
+
 @pytest.mark.parametrize("layout", ["interleaved", "split"])
 @pytest.mark.parametrize("gauge", ["identity", "schmidt"])
 def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, gauge):

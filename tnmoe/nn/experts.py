@@ -67,9 +67,9 @@ def _shape_for(
     name: str, given: MPOShape | None, layout: str, sites: int, out_features: int, in_features: int
 ) -> MPOShape:
     """The given shape, if it is of that size; a layout's without one."""
-    usual = layout_shape(layout, out_features, in_features, sites)
+    one_of("layout", layout, LAYOUTS)
     if given is None:
-        return usual
+        return layout_shape(layout, out_features, in_features, sites)
     if (given.out_features, given.in_features) != (out_features, in_features):
         raise InputError(f"{name} must be for a {out_features}×{in_features} matrix, got {given}")
     return given

@@ -187,12 +187,8 @@ class StackedProjection(Projection):
 
     Parameters
     ----------
-    num_experts, out_features, in_features : int
-        Sizes.
-    bias : bool or "shared"
-        Whether every expert has a bias, or all have one together.
-    device, dtype
-        Of the parameters, as for torch's own layers.
+    num_experts, out_features, in_features, bias, device, dtype
+        As for :class:`Projection`.
 
     Examples
     --------
