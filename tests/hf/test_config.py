@@ -44,7 +44,7 @@ def test_shapes_are_shapes():
     [
         {},
         {"layers": [3, 1], "matrices": ["up"], "shared": {"up": {1, 0}, "down": "none"}},
-        {"layers": {2}, "matrices": "down", "shared": range(2), "max_bond": {"up": 8}},
+        {"layers": {2}, "matrices": iter(["down"]), "shared": range(2), "max_bond": {"up": 8}},
         {"layers": "block", "shapes": {(4, 6): tn.MPOShape((2, 2), (2, 3))}},
         {"num_experts_per_tok": 2, "router": {"jitter_noise": 0.1}},
     ],

@@ -119,7 +119,8 @@ class MPOEConfig:
             _check_shared(sites)
         check_layers(self.layers)
         one_of("shared_bias", self.shared_bias, (False, True))
-        check_matrices(self.matrices)
+        # One form of what may be given in several, here and below: equal configurations are equal.
+        object.__setattr__(self, "matrices", check_matrices(self.matrices))
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
@@ -141,12 +142,8 @@ class MPOEConfig:
 
         one_of("router_kind", self.router_kind, ("top_k", "expert_choice"))
         self.make_router(1, device="meta")
-        # One form of what may be given in several, so that equal configurations are equal.
-        settled = {"matrices": check_matrices(self.matrices)} | {
-            name: _settled(getattr(self, name)) for name in ("layers", "shared")
-        }
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
+        for name in ("layers", "shared"):
+            object.__setattr__(self, name, _settled(getattr(self, name)))
 
     def make_router(
         self,
