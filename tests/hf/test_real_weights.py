@@ -1,7 +1,5 @@
 """End to end on real weights: convert from folder to folder, load, compute, generate, go back."""
 
-import copy
-
 import pytest
 import torch
 import transformers
@@ -26,11 +24,6 @@ def case(request, tmp_path_factory):
     """Name, folder, inputs, outputs and generated tokens of the dense model."""
     folder = tmp_path_factory.mktemp("real") / request.param
     model, inputs = getattr(pretrained, request.param)()
-    if request.param == "smollm2":  # a model from GGUF cannot be saved as it is
-        config = copy.deepcopy(model.config)
-        del config.quantization_config
-        weights, model = model.state_dict(), transformers.LlamaForCausalLM(config).eval()
-        model.load_state_dict(weights)
     model.save_pretrained(folder)
     return request.param, folder, inputs, outputs(model, inputs), generated(model, inputs)
 
