@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.folder import read
@@ -68,6 +69,13 @@ STATEMENTS = [
     ("minilm", "mpoe", "dense", -1),
     ("minilm", "moe", "dense", 0),
     ("minilm", "split-64", "moe", 0),
+    ("minilm", "moe-top2", "dense", 0),
+    ("minilm", "mpoe-top2", "dense", -1),
+    ("minilm", "mpoe-top2", "moe-top2", 0),
+    ("minilm", "mpoe-mask-0.5", "mpoe", 1),
+    ("minilm", "mpoe-top2", "mpoe", 0),
+    ("minilm", "moe-top2", "moe", 0),
+    ("minilm", "mpoe-frozen", "mpoe", 0),
     ("flan-t5", "split-64", "dense", 0),
     ("flan-t5", "mpoe-mask-0.5", "mpoe", 0),
     ("flan-t5", "mpoe", "moe", 0),
@@ -75,6 +83,10 @@ STATEMENTS = [
     ("flan-t5", "moe", "dense", 0),
     ("t5", "moe", "dense", 0),
     ("t5", "mpoe", "dense", 0),
+    ("t5", "split-64", "dense", 0),
+    ("t5", "mpoe-mask-0.5", "mpoe", 0),
+    ("t5", "moe-top2", "dense", -1),
+    ("t5", "mpoe-top2", "moe-top2", 0),
 ]
 
 
@@ -90,6 +102,27 @@ def test_statements_are_those_of_the_intervals(setting, method, other, sign):
 def test_on_minilm_mixtures_with_a_shared_core_are_hardly_behind_the_ordinary_one():
     for method in ("mpoe", "split-64"):
         assert difference(RESULTS["minilm"], method, "moe", "loss").high < 0.01
+
+
+def test_with_two_experts_a_small_t5_is_as_good_with_2_2_times_fewer_parameters():
+    compared = difference(RESULTS["t5"], "mpoe-top2", "moe-top2", "loss")
+    assert compared.high < 0.01
+    sizes = {each["method"]: each["parameters"] for each in RESULTS["t5"]}
+    assert sizes["moe-top2"] / sizes["mpoe-top2"] == pytest.approx(2.2, abs=0.05)
+    gained = difference(RESULTS["t5"], "moe-top2", "dense", "loss").mean
+    assert gained == pytest.approx(-0.007, abs=0.0005)
+
+
+def test_on_minilm_accuracies_are_within_one_percent():
+    names = {each["method"] for each in RESULTS["minilm"]}
+    means = [np.mean([*values(RESULTS["minilm"], name, "accuracy").values()]) for name in names]
+    assert len(means) == 9
+    assert max(means) - min(means) < 0.01
+
+
+def test_on_minilm_the_mask_costs_what_the_page_says():
+    cost = difference(RESULTS["minilm"], "mpoe-mask-0.5", "mpoe", "loss").mean
+    assert cost == pytest.approx(0.008, abs=0.0005)
 
 
 def test_another_gauge_and_a_scaled_gradient_cost_what_the_page_says():
