@@ -13,7 +13,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the site: tutorials, recipes, explanations, reference (about two minutes)"
 	@echo "make bench  everything beside its peers, on one page (half an hour; ARGS=--quick: minutes)"
-	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 15 minutes)"
+	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 12 minutes)"
 	@echo "make env    only create the environment in $(VENV)"
 	@echo "make clean  remove the environment, the site and what the demo wrote"
 
