@@ -76,6 +76,7 @@ STATEMENTS = [
     ("minilm", "mpoe-top2", "mpoe", 0),
     ("minilm", "moe-top2", "moe", 0),
     ("minilm", "mpoe-frozen", "mpoe", 0),
+    ("minilm", "mpoe", "dense-wide", 0),
     ("flan-t5", "split-64", "dense", 0),
     ("flan-t5", "mpoe-mask-0.5", "mpoe", 0),
     ("flan-t5", "mpoe", "moe", 0),
@@ -87,6 +88,7 @@ STATEMENTS = [
     ("t5", "mpoe-mask-0.5", "mpoe", 0),
     ("t5", "moe-top2", "dense", -1),
     ("t5", "mpoe-top2", "moe-top2", 0),
+    ("t5", "mpoe", "dense-wide", 0),
 ]
 
 

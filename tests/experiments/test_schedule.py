@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments import curves, training
+from experiments import costs, curves, training
 from experiments.__main__ import main
 from experiments.folder import SettingFolder, locked, read, write
 from experiments.report import rows, write_report
-from experiments.schedule import run_all, steps_made, total_steps, training_jobs
+from experiments.schedule import cost_jobs, run_all, steps_made, total_steps, training_jobs
 from tests.experiments.tiny import setting, write_texts
 from tnmoe.errors import InputError
 
@@ -291,6 +292,21 @@ def _alive(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_step_costs_the_median_of_the_turns_after_the_first_two(
+    folder, texts, tmp_path, monkeypatch
+):
+    other = replace(setting(*texts), methods=("dense", "mpoe"), cost_turns=3)
+    copied = SettingFolder(tmp_path, other)
+    shutil.copytree(folder.path, copied.path, ignore=shutil.ignore_patterns("costs"))
+    (job,) = cost_jobs(copied, "cpu")
+    # Of a dense step and MPOE's in turn: two that warm up, three that count.
+    seconds = iter([90.0, 1.0, 80.0, 2.0, 1.0, 2.0, 5.0, 9.0, 2.0, 6.0])
+    monkeypatch.setattr(costs, "_timed", lambda step, turn, device: next(seconds))
+    turns: list[None] = []
+    assert job.make(lambda: turns.append(None)) == {"method": "mpoe", "time_ratio": 3.0}
+    assert len(turns) == job.steps == 5
 
 
 def test_the_report_has_every_run_and_says_what_it_is_of(folder, tmp_path):
