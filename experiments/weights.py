@@ -14,6 +14,7 @@ import onnx
 import torch
 import transformers
 from onnx import numpy_helper
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -101,11 +102,19 @@ def smollm2_folder(cache: Path) -> Path:
     ----------
     cache : Path
         Where it is written the first time, 540 MB: dequantizing takes many seconds, reading none.
+
+    Raises
+    ------
+    InputError
+        If the package is not installed, or there is no room.
     """
     written = cache / "smollm2"
     if not written.exists():
         with whole_folder(written) as new:
-            smollm2().save_pretrained(new)
+            try:
+                smollm2().save_pretrained(new)
+            except SafetensorError as error:  # a full disk, say, as Rust words it
+                raise InputError(f"cannot write to {written}: {error}") from error
     return written
 
 

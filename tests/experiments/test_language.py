@@ -3,10 +3,24 @@
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from experiments import weights
 from experiments.tasks.language import SmolLM2
 from tests.experiments.tiny import write_texts
+from tnmoe.errors import InputError
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    class Full(torch.nn.Module):
+        def save_pretrained(self, folder):
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "smollm2", Full)
+    with pytest.raises(InputError, match=f"cannot write to {tmp_path}.*No space left on device"):
+        weights.smollm2_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
