@@ -104,7 +104,7 @@ def test_the_checkpoint_is_a_hugging_face_folder_with_what_was_trained(demo):
     report = json.loads((demo[0] / "report.json").read_text())
     assert model.num_parameters() == report["results"][2]["parameters"]
     assert model.config.id2label == {0: "0", 1: "1"}
-    stored = tnmoe.hf.MPOEConfig.from_dict(model.config.quantization_config.mpoe)
+    stored = tnmoe.hf.config_of(model)
     assert (stored.balance_weight, stored.z_weight) == (0.01, 0.001)
 
 

@@ -193,7 +193,7 @@ def test_a_failed_conversion_leaves_the_model_as_it_was():
     with pytest.raises(tn.InputError, match="NaN"):
         hf.upcycle(model, CONFIG)
     assert len(hf.find_ffns(model)) == 3
-    assert getattr(model.config, "quantization_config", None) is None
+    assert not hasattr(model.config, "mpoe")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
@@ -205,7 +205,7 @@ def test_models_made_of_one_configuration_are_converted_each_by_itself(name):
         hf.upcycle(model, hf.MPOEConfig(num_experts=experts, sites=3))
     assert vars(config) == before
     for experts, model in enumerate(models, 2):
-        assert model.config.quantization_config.mpoe["num_experts"] == experts
+        assert hf.config_of(model).num_experts == experts
         # A setting that is changed later reaches the modules that look it up.
         held = {id(each.config) for each in model.modules() if hasattr(each, "config")}
         assert id(config) not in held
@@ -268,20 +268,28 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
             "is not an MPOE checkpoint",
         ),
         (
-            lambda path: hf.from_pretrained(saved_with(path, mpoe=None)),
-            "quantization_config of an MPOE checkpoint must hold mpoe, an object, .* got mpoe=None",
+            lambda path: hf.from_pretrained(saved_with(path, None)),
+            "mpoe must be an object, got None",
         ),
         (
-            lambda path: hf.plan_export(saved_with(path, magic=1), to="moe"),
-            r"must hold mpoe, .* nothing else .* got mpoe=\{.*\}, magic",
+            lambda path: hf.plan_export(saved_with(path, {"magic": 1}), to="moe"),
+            "mpoe has unknown entries 'magic'",
+        ),
+        (
+            lambda path: hf.from_pretrained(saved_with(path, {"networks": "all"})),
+            "networks of mpoe must be a list of names, got 'all'",
+        ),
+        (
+            lambda path: AutoModel.from_pretrained(saved_with(path, {"config": 3})),
+            "config of mpoe must be an object, got 3",
         ),
         (lambda path: hf.from_pretrained(saved_dense(path)), "is not an MPOE checkpoint"),
         (
-            lambda path: hf.from_pretrained(saved_with(path, layout_version=99)),
-            "layout version 99",
+            lambda path: hf.from_pretrained(saved_with(path, {"format": 99})),
+            "mpoe has format 99, this version of tnmoe reads 2",
         ),
         (
-            lambda path: hf.from_pretrained(saved_with(path, architectures=["Magic"])),
+            lambda path: hf.from_pretrained(saved_with(path, {}, ["Magic"])),
             "names no class of transformers: got 'Magic'",
         ),
     ],
@@ -327,10 +335,10 @@ def with_text(path, text):
     return path
 
 
-def saved_with(path, architectures=("BertModel",), **entries):
+def saved_with(path, entries, architectures=("BertModel",)):
     hf.upcycle(make("bert"), CONFIG).save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] |= entries
+    config["mpoe"] = None if entries is None else config["mpoe"] | entries
     config["architectures"] = list(architectures)
     (path / "config.json").write_text(json.dumps(config))
     return path

@@ -18,12 +18,16 @@ from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.conversion import Conversion
 from tnmoe.hf.export import average_experts, to_moe
 from tnmoe.hf.families import FFN, find_ffns, in_place, of_module, register_family
+from tnmoe.hf.hooks import teach_transformers
 from tnmoe.hf.inspection import Inspection, MatrixInspection, inspect_checkpoint
 from tnmoe.hf.plans import plan_export, plan_upcycle
+from tnmoe.hf.record import config_of
 from tnmoe.hf.report import ParameterCount, ParameterReport, parameter_report
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trainer import GradientMaskCallback
 from tnmoe.hf.upcycle import upcycle
+
+teach_transformers()
 
 __all__ = [
     "FFN",
@@ -36,6 +40,7 @@ __all__ = [
     "ParameterReport",
     "attach_router_losses",
     "average_experts",
+    "config_of",
     "find_ffns",
     "from_pretrained",
     "in_place",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.checkpoint import config_of
 from tnmoe.hf.export_targets import target_of
-from tnmoe.hf.families import FFN, find_ffns, weight_of
-from tnmoe.hf.structure import mixtures_of
+from tnmoe.hf.families import FFN, weight_of
+from tnmoe.hf.record import config_of, required_record, unmark
+from tnmoe.hf.structure import mixtures_of, networks_named
 from tnmoe.nn.moe import MPOMoE
 
 
@@ -50,11 +50,11 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     >>> type(average_experts(model).model.layers[0].mlp).__name__
     'LlamaMLP'
     """
-    config = config_of(model)
+    record = required_record(model)
     plain = copy.deepcopy(model.config)
-    del plain.quantization_config
+    unmark(plain)
     dense = _new(type(model), plain, model)
-    ffns = find_ffns(dense, config.layers, config.every)
+    ffns = networks_named(dense, record.networks)
     networks = [matrix for ffn in ffns for matrix in ffn.matrices.values()]
     mixtures = mixtures_of(model)
     _fill(dense, _outside(model, mixtures), networks)

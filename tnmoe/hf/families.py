@@ -420,16 +420,7 @@ def find_ffns(
     """
     check_layers(layers)
     positive_int("every", every)
-    by_matrix: dict[int, FFN] = {}
-    for name, module in model.named_modules():
-        found_by = ((family, finder(module)) for family, finder in _FAMILIES.items())
-        family, ffn = next((each for each in found_by if each[1]), ("", None))
-        if ffn is not None:
-            key = id(next(ffn.up.parameters()))
-            known = by_matrix.get(key)
-            ffn = replace(ffn, name=name, family=family)
-            by_matrix[key] = ffn if known is None else _at_both(known, ffn)
-    found = list(by_matrix.values())
+    found = all_ffns(model)
     if not found:
         raise InputError(
             f"{type(model).__name__} has no feed-forward network of a known family "
@@ -443,6 +434,20 @@ def find_ffns(
         )
     _check_untied(model, chosen)
     return chosen
+
+
+def all_ffns(model: nn.Module) -> list[FFN]:
+    """All dense feed-forward networks of known families, in the order of the model's modules."""
+    by_matrix: dict[int, FFN] = {}
+    for name, module in model.named_modules():
+        found_by = ((family, finder(module)) for family, finder in _FAMILIES.items())
+        family, ffn = next((each for each in found_by if each[1]), ("", None))
+        if ffn is not None:
+            key = id(next(ffn.up.parameters()))
+            known = by_matrix.get(key)
+            ffn = replace(ffn, name=name, family=family)
+            by_matrix[key] = ffn if known is None else _at_both(known, ffn)
+    return list(by_matrix.values())
 
 
 def _check_untied(model: nn.Module, ffns: list[FFN]) -> None:

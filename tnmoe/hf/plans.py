@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from tnmoe.errors import integer_from_zero, one_of
-from tnmoe.hf.checkpoint import StoredConfig, require_mpoe
+from tnmoe.errors import InputError, integer_from_zero, one_of
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.conversion import Conversion, Piece, copies
+from tnmoe.hf.entries import current_entries
 from tnmoe.hf.export import average_into
 from tnmoe.hf.export_targets import Target, target_of
-from tnmoe.hf.families import FFN, check_formula, find_ffns
-from tnmoe.hf.shards import Checkpoint, Spec
+from tnmoe.hf.families import FFN, check_formula
+from tnmoe.hf.record import ENTRY, Record, mark, to_file, with_records, without_records
+from tnmoe.hf.shards import CONFIG, Checkpoint, Spec
 from tnmoe.hf.skeleton import (
     Skeleton,
     check_dense,
@@ -25,7 +26,7 @@ from tnmoe.hf.skeleton import (
     model_without_numbers,
     stored_name,
 )
-from tnmoe.hf.structure import install_empty, mixtures_of
+from tnmoe.hf.structure import install_new, mixtures_of, networks_named
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
 
@@ -74,7 +75,9 @@ def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -
     dense, moe = Skeleton(source), Skeleton(source).model
     networks = dense.networks(config)
     dense.give_dtypes(moe)
-    install_empty(moe, config)
+    names = [ffn.name for ffn, _ in networks]
+    install_new(moe, config, names)
+    mark(moe, config, names)
     draws = _draw([ffn for ffn, _ in networks], config, integer_from_zero("seed", seed))
     pieces = [
         _upcycled(dense, ffn, names, path, layer, config, drawn)
@@ -84,11 +87,8 @@ def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -
     ]
     replaced = {name for piece in pieces for name in piece.reads}
     kept = copies(source, {name: name for name in source.specs if name not in replaced})
-    entries = source.config | {
-        "architectures": [type(moe).__name__],
-        "quantization_config": StoredConfig(config.to_dict()).to_dict(),
-    }
-    return Conversion(source, (*kept, *pieces), entries, {"seed": seed})
+    entries = with_records(source.config, moe.config) | {"architectures": [type(moe).__name__]}
+    return Conversion(source, (*kept, *pieces), to_file(entries), {"seed": seed})
 
 
 def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
@@ -128,11 +128,12 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     """
     one_of("to", to, FORMATS)
     source = Checkpoint(folder)
-    stored = require_mpoe(source.config.get("quantization_config"), source.folder)
-    config = MPOEConfig.from_dict(StoredConfig.from_dict(stored).mpoe)
-    plain = {key: each for key, each in source.config.items() if key != "quantization_config"}
+    entries = current_entries(source.config, source.folder / CONFIG)
+    if ENTRY not in entries:
+        raise InputError(f"{source.folder} is not an MPOE checkpoint: its config.json has none")
+    record, plain = Record.from_dict(entries[ENTRY]), without_records(entries)
     skeleton = Skeleton(source, plain)
-    install_empty(skeleton.model, config)
+    install_new(skeleton.model, record.config, record.networks)
     mixtures = mixtures_of(skeleton.model)
     skeleton.match(skeleton.names_of(p for each in mixtures.values() for p in each.parameters()))
     used = {
@@ -142,8 +143,8 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     }
     rest = [name for name in source.specs if name not in used]
     if to == "dense":
-        return _to_dense(skeleton, mixtures, plain, config, rest)
-    return _to_moe(skeleton, mixtures, config, rest)
+        return _to_dense(skeleton, mixtures, plain, record, rest)
+    return _to_moe(skeleton, mixtures, record.config, rest)
 
 
 def _upcycled(
@@ -174,11 +175,11 @@ def _to_dense(
     skeleton: Skeleton,
     mixtures: Mapping[str, MPOMoE],
     plain: Mapping[str, Any],
-    config: MPOEConfig,
+    record: Record,
     rest: Iterable[str],
 ) -> Conversion:
     dense = Skeleton(skeleton.source, plain)
-    ffns = find_ffns(dense.model, config.layers, config.every)
+    ffns = networks_named(dense.model, record.networks)
     pieces = [
         _averaged(skeleton, path, layer, dense, ffn)
         for (path, layer), ffn in zip(mixtures.items(), ffns, strict=True)

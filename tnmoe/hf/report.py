@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tnmoe.hf.checkpoint import check_unconverted
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import find_ffns
+from tnmoe.hf.record import check_unconverted
 from tnmoe.hf.skeleton import model_without_numbers
-from tnmoe.hf.structure import empty_moe
+from tnmoe.hf.structure import new_moe
 from tnmoe.tables import format_table
 
 
@@ -113,8 +113,8 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
         ParameterCount(
             ffn.name,
             ffn.num_params,
-            _count(empty_moe(ffn, replace(config, layout="dense"))),
-            _count(empty_moe(ffn, config)),
+            _count(new_moe(ffn, replace(config, layout="dense"), "meta")),
+            _count(new_moe(ffn, config, "meta")),
         )
         for ffn in find_ffns(dense, config.layers, config.every)
     )

@@ -41,10 +41,27 @@ def attach_router_losses(model: PreTrainedModel, config: MPOEConfig) -> None:
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2))
     >>> attach_router_losses(model, MPOEConfig(balance_weight=0.02))
     """
+    detach_router_losses(model)
     hooks = _RouterLosses(config.balance_weight, config.z_weight)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     # Also after a call that fails, so that nothing goes on recording.
     model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+
+
+def detach_router_losses(model: nn.Module) -> None:
+    """Take the hooks of :func:`attach_router_losses` from a model and from those that it holds.
+
+    A model around a converted one has the losses of all routers, and nothing counts twice.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            own = [
+                key
+                for key, hook in hooks.items()
+                if isinstance(getattr(hook, "__self__", None), _RouterLosses)
+            ]
+            for key in own:
+                del hooks[key]
 
 
 @dataclass

@@ -11,15 +11,16 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tnmoe.errors import InputError
-from tnmoe.hf.checkpoint import model_class_named
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns
+from tnmoe.hf.record import ENTRY
 from tnmoe.hf.shards import Checkpoint
 
 # From a parameter's name in a model to its name in a checkpoint.
@@ -57,6 +58,14 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
             ) from error
 
 
+def model_class_named(name: str) -> Any:
+    """The class of transformers' models of that name; None if it is none of them."""
+    found = getattr(transformers, name, None)
+    # A config.json may name anything: what it names is about to be called.
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if is_model else None
+
+
 def model_without_numbers(config: PreTrainedConfig) -> Any:
     """The model of a configuration, on the meta device.
 
@@ -81,7 +90,7 @@ def stored_name(model: Any, name: str) -> str:
 
 def check_dense(entries: Mapping[str, Any], path: Path) -> None:
     """Raise an InputError if a config.json is of a converted or quantized model."""
-    if entries.get("quantization_config"):
+    if entries.get("quantization_config") or entries.get(ENTRY):
         raise InputError(f"{path} is already converted or quantized")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns, weight_of
+from tnmoe.hf.families import FFN, all_ffns, weight_of
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.router import Router
@@ -39,8 +40,17 @@ def expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
     return settings
 
 
-def empty_moe(ffn: FFN, config: MPOEConfig) -> MPOMoE:
-    """The layer that replaces ``ffn``, on the meta device: shapes and dtypes, no numbers."""
+def new_moe(ffn: FFN, config: MPOEConfig, device: torch.device | str | None = None) -> MPOMoE:
+    """The layer that replaces ``ffn`` with numbers of its own, drawn at random.
+
+    Parameters
+    ----------
+    ffn : FFN
+    config : MPOEConfig
+    device : optional
+        That of the network by default; on the meta device there are no numbers.
+    """
+    device = weight_of(ffn.up).device if device is None else device
     inner, hidden = weight_of(ffn.up).shape
     make: type[Experts] = DenseExperts if config.layout == "dense" else MPOExperts
     experts = make(
@@ -48,20 +58,36 @@ def empty_moe(ffn: FFN, config: MPOEConfig) -> MPOMoE:
         intermediate_size=inner,
         gated=ffn.gate is not None,
         bias="shared" if config.shared_bias else True,
-        device="meta",
+        device=device,
         dtype=weight_of(ffn.up).dtype,
         **expert_settings(ffn, config),
     )  # type: ignore[call-arg]
     for name, matrix in ffn.matrices.items():
         if matrix.bias is None:
             getattr(experts, name).bias = None
-    return MPOMoE(new_router(ffn, config), experts, dropout=ffn.output_dropout)
+    return MPOMoE(new_router(ffn, config, device), experts, dropout=ffn.output_dropout)
 
 
-def install_empty(model: nn.Module, config: MPOEConfig) -> None:
-    """Put empty mixtures of experts in the place of a dense model's networks."""
-    for ffn in find_ffns(model, config.layers, config.every):
-        ffn.install(empty_moe(ffn, config))
+def networks_named(model: nn.Module, names: Iterable[str]) -> list[FFN]:
+    """The dense networks of a model that have one of these names there.
+
+    As for tensors of a checkpoint, the name may begin with the model's ``base_model_prefix`` or
+    leave it out: ``encoder.layer.0`` of a BertModel is ``bert.encoder.layer.0`` of a
+    BertForMaskedLM.
+    """
+    wanted = set(names)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return [
+        ffn
+        for ffn in all_ffns(model)
+        if not wanted.isdisjoint({ffn.name, prefix + ffn.name, ffn.name.removeprefix(prefix)})
+    ]
+
+
+def install_new(model: nn.Module, config: MPOEConfig, names: Iterable[str]) -> None:
+    """Put new mixtures of experts in the place of the networks that have these names."""
+    for ffn in networks_named(model, names):
+        ffn.install(new_moe(ffn, config).train(model.training))
 
 
 def mixtures_of(model: nn.Module) -> dict[str, MPOMoE]:

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tnmoe.errors import InputError, one_of
-from tnmoe.hf.checkpoint import config_of
+from tnmoe.hf.record import config_of
 from tnmoe.nn.gradient_mask import AutogradMask, GradientMask, Probability
 
 ENGINES = ("auto", "optimizer", "autograd")

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tnmoe.hf.checkpoint import check_unconverted, mark_as_mpoe, unmark_as_quantized
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
+from tnmoe.hf.record import check_unconverted, mark, own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.structure import expert_settings, new_router
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
@@ -84,10 +84,24 @@ def upcycle(
     layers = [converted(ffn, config, Draws.for_layer(ffn, config), on_matrix) for ffn in ffns]
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
-    mark_as_mpoe(model, config)
-    unmark_as_quantized(model)
+    own_configuration(model)
+    _unmark_as_quantized(model)
+    mark(model, config, [ffn.name for ffn in ffns])
     attach_router_losses(model, config)
     return model
+
+
+def _unmark_as_quantized(model: PreTrainedModel) -> None:
+    """Undo the marks of a quantizer that left floats, as that of GGUF files does.
+
+    They would keep Trainer, ``half`` and others from treating the weights as floats.
+    """
+    vars(model.config).pop("quantization_config", None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        vars(model).pop(name, None)
 
 
 def _check_types(model: object, config: object) -> None:

@@ -1,0 +1,57 @@
+"""What a config.json says, also one that an older tnmoe wrote.
+
+Those told of the conversion under ``quantization_config``, and of the layers by position.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from tnmoe.errors import InputError
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.families import find_ffns
+from tnmoe.hf.record import from_file, mark, with_records
+from tnmoe.hf.skeleton import config_from, model_without_numbers
+
+_PLACE, _METHOD = "quantization_config", "tnmoe"
+_LAYOUT_VERSION = 1
+
+
+def current_entries(entries: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """Entries of a config.json as transformers' configurations take them.
+
+    Parameters
+    ----------
+    entries : mapping
+        Of any config.json; what tnmoe has not written stays as it is.
+    path : path
+        Where they are from, for messages.
+
+    Raises
+    ------
+    InputError
+        If they are in the old form and damaged.
+    """
+    entries = from_file(entries)
+    stored = entries.get(_PLACE)
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != _METHOD:
+        return entries
+    if stored.get("layout_version", _LAYOUT_VERSION) != _LAYOUT_VERSION:
+        raise InputError(f"{path} has layout version {stored['layout_version']}, which is unknown")
+    told = stored.get("mpoe")
+    if not isinstance(told, Mapping):
+        raise InputError(f"{_PLACE} of {path} must hold mpoe, an object, got {told!r}")
+    warnings.warn(
+        f"{path} was written by an older tnmoe: load the model and call save_pretrained, since the "
+        "next version will not read it",
+        FutureWarning,
+        stacklevel=2,
+    )
+    config = MPOEConfig.from_dict(told)
+    dense = {key: value for key, value in entries.items() if key != _PLACE}
+    model = model_without_numbers(config_from(dense))
+    mark(model, config, [ffn.name for ffn in find_ffns(model, config.layers, config.every)])
+    return with_records(dense, model.config)
