@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -27,6 +28,9 @@ from tnmoe.hf.structure import install_new, mixtures_of, networks_named
 from tnmoe.nn.moe import MPOMoE
 
 _SHOWN = 4
+
+# Tensors of experts are called so.
+_OF_EXPERTS = re.compile(r"\.experts\.(up|gate|down)\.")
 
 
 def teach_transformers() -> None:
@@ -91,9 +95,8 @@ def _loading(load: Callable) -> Callable:
         folder = pretrained_model_name_or_path
         _check_given_config(folder, kwargs)
         model, info = load(cls, folder, *args, output_loading_info=True, **kwargs)
-        if record_of(model.config) is not None:
-            _check_all_there(model, info, folder)
-            _redraw(model, {name for name, *_ in info["mismatched_keys"]})
+        _check_all_there(model, info, folder)
+        _redraw(model, {name for name, *_ in info["mismatched_keys"]})
         return (model, info) if output_loading_info else model
 
     return from_pretrained
@@ -116,7 +119,7 @@ def _check_all_there(model: PreTrainedModel, info: Mapping[str, Any], folder: An
     """Raise an InputError if a network has numbers that are not in the checkpoint."""
     paths = tuple(f"{path}." for path in mixtures_of(model))
     lost = {name for name in info["missing_keys"] if name.startswith(paths)}
-    if any(".experts." in name for name in info["unexpected_keys"]):
+    if any(_OF_EXPERTS.search(name) for name in info["unexpected_keys"]):
         # The networks that these belong to are dense here.
         dense = {id(each) for ffn in all_ffns(model) for each in ffn.parameters}
         own = {name for name, each in model.named_parameters() if id(each) in dense}
@@ -132,7 +135,7 @@ def _check_all_there(model: PreTrainedModel, info: Mapping[str, Any], folder: An
 @torch.no_grad()
 def _redraw(model: PreTrainedModel, names: set[str]) -> None:
     """Draw the tensors of mixtures whose stored ones have other sizes, which the caller allowed."""
-    for path, layer in mixtures_of(model).items():
+    for path, layer in mixtures_of(model).items() if names else ():
         new = {name for name in layer.state_dict() if f"{path}.{name}" in names}
         if new:
             _draw(layer, new)
@@ -157,10 +160,8 @@ def _saving(save: Callable) -> Callable:
 def _check_recorded(model: PreTrainedModel) -> None:
     """Refuse to write a folder whose configuration tells of other networks than the model has."""
     record = record_of(model.config)
-    for path, part in model.named_modules():
-        if not isinstance(part, PreTrainedModel) or part is model:
-            continue
-        if record is None and record_of(part.config) is not None and mixtures_of(part):
+    for path, part in model.named_modules() if record is None else ():
+        if record_of(getattr(part, "config", None)) is not None and mixtures_of(part):
             raise InputError(
                 f"{path}, a {type(part).__name__}, was converted by itself, and the configuration "
                 f"of the {type(model).__name__} around it does not say so: save {path} alone, or "

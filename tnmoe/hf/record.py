@@ -18,7 +18,6 @@ from typing import Any, Self
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.quantization_config import QuantizationMethod
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
@@ -133,8 +132,8 @@ def check_unconverted(model: nn.Module) -> None:
     """Raise an InputError for a model that is converted or quantized already."""
     config = getattr(model, "config", None)
     quantized: Any = getattr(config, "quantization_config", None)
-    # What was loaded from a GGUF file is in floats again.
-    if getattr(quantized, "quant_method", None) == QuantizationMethod.GGUF:
+    # What was loaded from a GGUF file is in floats again. transformers 5.0 has no such member yet.
+    if getattr(quantized, "quant_method", None) == "gguf":
         quantized = None
     if quantized is not None or getattr(config, ENTRY, None) is not None:
         raise InputError(f"{type(model).__name__} is already converted or quantized")
@@ -154,9 +153,10 @@ def mark(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[str]) ->
     model.config.mpoe = Record(config, names).to_dict()
     parts: dict[int, tuple[PreTrainedConfig, list[str]]] = {}
     for path, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and part.config is not model.config:
-            roots = parts.setdefault(id(part.config), (part.config, []))[1]
-            # Names count from the outermost model that has this configuration.
+        own = getattr(part, "config", None)
+        if isinstance(own, PreTrainedConfig) and own is not model.config:
+            roots = parts.setdefault(id(own), (own, []))[1]
+            # Names count from the outermost module that has this configuration.
             if not any(_is_in(path, root) for root in roots):
                 roots.append(path)
     for part_config, roots in parts.values():

@@ -73,15 +73,21 @@ def networks_named(model: nn.Module, names: Iterable[str]) -> list[FFN]:
 
     As for tensors of a checkpoint, the name may begin with the model's ``base_model_prefix`` or
     leave it out: ``encoder.layer.0`` of a BertModel is ``bert.encoder.layer.0`` of a
-    BertForMaskedLM.
+    BertForMaskedLM. It may also count from a module inside that has the model's configuration.
     """
-    wanted = set(names)
+    wanted, config = set(names), getattr(model, "config", None)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    return [
-        ffn
-        for ffn in all_ffns(model)
-        if not wanted.isdisjoint({ffn.name, prefix + ffn.name, ffn.name.removeprefix(prefix)})
-    ]
+    roots = {f"{path}." for path, each in model.named_modules() if path and _has(each, config)}
+
+    def names_of(ffn: FFN) -> set[str]:
+        inner = {ffn.name.removeprefix(root) for root in roots | {prefix}}
+        return {ffn.name, prefix + ffn.name} | inner
+
+    return [ffn for ffn in all_ffns(model) if not wanted.isdisjoint(names_of(ffn))]
+
+
+def _has(module: nn.Module, config: Any) -> bool:
+    return config is not None and getattr(module, "config", None) is config
 
 
 def install_new(model: nn.Module, config: MPOEConfig, names: Iterable[str]) -> None:
