@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 from experiments.curves import check_tensorboard
-from experiments.folder import SettingFolder, locked
+from experiments.folder import SettingFolder
 from experiments.report import write_report
 from experiments.schedule import run_all
 from experiments.settings import SCALES, all_settings
 from experiments.texts import Text, default_texts
 from tnmoe.cli.arguments import from_one
 from tnmoe.errors import InputError
+from tnmoe.locks import locked
 from tnmoe.nn.devices import usable_device
 
 
@@ -54,7 +55,7 @@ def _run_and_report(folders: list[SettingFolder], output: Path, options: argpars
     device = str(usable_device(options.device))
     failures: list[str] = []
     if not options.report_only:
-        with locked(output):
+        with locked(output / ".lock", str(output)):
             failures = run_all(folders, device, options.jobs, options.threads)
     written = write_report(folders, options.report or output / "report", device)
     if not written and not failures:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -114,24 +111,6 @@ class SettingFolder:
         """What the stages' data are."""
         names = ["main"] if self.setting.pretraining is None else ["pretraining", "main"]
         return {name: read(self.data(name) / "data.json") for name in names}
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Keep a folder to one command at a time.
-
-    Raises
-    ------
-    InputError
-        If another one works in it.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another command works in {root}; wait, or stop it") from error
-        yield
 
 
 def read(path: Path) -> Any:

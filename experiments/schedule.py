@@ -23,6 +23,7 @@ from experiments.costs import WARM_UP, step_cost
 from experiments.folder import SettingFolder, write
 from experiments.settings import Setting
 from experiments.training import Run, train
+from tnmoe.progress import bar
 
 # Loaded once, and inherited by every run.
 _PRELOADED = ["experiments.schedule", "experiments.settings"]
@@ -142,7 +143,7 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
     list of str
         What went wrong with runs that failed; the others were made nevertheless.
     """
-    for folder in tqdm(folders, desc="preparing data", unit="setting"):
+    for folder in bar(folders, desc="preparing data", unit="setting"):
         folder.prepare()
 
     def training() -> Iterator[Job]:
@@ -155,29 +156,29 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
     processes = _Processes(device, threads)
     made = sum(steps_made(folder) for folder in folders)
     total = sum(total_steps(folder.setting) for folder in folders)
-    bar = partial(tqdm, unit="step", smoothing=0.05)
-    with bar(desc="training", total=total, initial=made) as trained:
+    steps = partial(bar, unit="step", smoothing=0.05)
+    with steps(desc="training", total=total, initial=made) as trained:
         _work_off(training, processes, jobs, trained)
-    with bar(desc="measuring steps", total=sum(job.steps for job in costs())) as measured:
+    with steps(desc="measuring steps", total=sum(job.steps for job in costs())) as measured:
         _work_off(costs, processes, 1, measured)
     return processes.failures
 
 
 def _work_off(
-    left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, bar: tqdm
+    left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, shown: tqdm
 ) -> None:
     """Start what is left until nothing is, a limited number at a time."""
-    before = bar.n - processes.steps()
+    before = shown.n - processes.steps()
     try:
         while True:
             processes.collect()
             free = (job for job in left() if job.path not in processes.known)
             while len(processes.running) < limit and (job := next(free, None)) is not None:
                 processes.start(job)
-            bar.update(before + processes.steps() - bar.n)
+            shown.update(before + processes.steps() - shown.n)
             if not processes.running:
                 return
-            bar.set_postfix_str(processes.names())
+            shown.set_postfix_str(processes.names())
             time.sleep(_POLL_SECONDS)
     finally:
         processes.stop()

@@ -1,62 +1,43 @@
-"""What was in the place of a new folder is never lost."""
+"""Files are written whole, and only where a file can be."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tnmoe.errors import InputError
-from tnmoe.folders import move_into_place
+from tnmoe.folders import write_whole
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """A new folder, and one with something precious in its place."""
-    new, target = tmp_path / "new", tmp_path / "target"
-    new.mkdir()
-    target.mkdir()
-    (new / "made").write_text("made")
-    (target / "precious").write_text("precious")
-    return new, target
+def test_a_link_to_a_file_is_followed_and_stays(tmp_path):
+    file, link = tmp_path / "disk" / "file", tmp_path / "link"
+    file.parent.mkdir()
+    for old in (None, b"old"):
+        if old is not None:
+            file.write_bytes(old)
+        link.unlink(missing_ok=True)
+        link.symlink_to(file)
+        write_whole(link, b"new")
+        assert link.is_symlink()
+        assert file.read_bytes() == b"new"
+    assert os.listdir(file.parent) == ["file"]
 
 
-def contents(folder):
-    return {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is no ordinary file"):
+        write_whole(tmp_path / "pipe", b"new")
+    assert (tmp_path / "pipe").is_fifo()
 
 
-def failing(monkeypatch, *times):
-    """Renaming fails at these times, counted from 0."""
-    rename, calls = Path.rename, iter(range(10))
+def test_a_file_that_cannot_take_its_place_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"old")
 
-    def may_fail(self, target):
-        if next(calls) in times:
-            raise PermissionError(13, "Permission denied", str(self))
-        return rename(self, target)
+    def refuse(self, target):
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "rename", may_fail)
-
-
-def test_a_new_folder_takes_the_place_of_another(folders, tmp_path):
-    move_into_place(*folders)
-    assert contents(tmp_path) == {"made": "made"}
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-@pytest.mark.parametrize("time", [0, 1])
-def test_a_failure_leaves_both_folders_as_they_were(time, folders, tmp_path, monkeypatch):
-    failing(monkeypatch, time)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(PermissionError):
-        move_into_place(*folders)
-    assert contents(folders[0]) == {"made": "made"}
-    assert contents(folders[1]) == {"precious": "precious"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "target"]
-
-
-def test_what_cannot_be_put_back_is_kept_and_named(folders, tmp_path, monkeypatch):
-    failing(monkeypatch, 1, 2)
-    with pytest.raises(
-        InputError, match=r"target could not be replaced.*it is now .*old"
-    ) as caught:
-        move_into_place(*folders)
-    kept = Path(str(caught.value).split("it is now ")[1])
-    assert contents(kept) == {"precious": "precious"}
-    assert contents(folders[0]) == {"made": "made"}
+        write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]

@@ -80,31 +80,30 @@ _TYPICAL = {
 def get_rates(device: str) -> Rates:
     """Rates of a device kind: those set, else those stored by a measurement, else typical ones."""
     if device not in _RATES:
-        _RATES[device] = _stored().get(device) or _TYPICAL.get(device, _TYPICAL["cuda"])
+        _RATES[device] = _stored(device) or _TYPICAL.get(device, _TYPICAL["cuda"])
     return _RATES[device]
 
 
 def set_rates(device: str, rates: Rates, store: bool = False) -> None:
     """Plan with these rates from now on, and in later processes too if they are stored."""
     _RATES[device] = rates
-    if not store:
-        return
-    known = {name: asdict(value) for name, value in {**_stored(), device: rates}.items()}
-    path = rates_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(known, indent=1).encode())
+    if store:
+        path = rates_path(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(asdict(rates), indent=1).encode())
 
 
-def rates_path() -> Path:
-    """Where measured rates are stored: in ``$TNMOE_CACHE``, or the user's cache folder."""
+def rates_path(device: str) -> Path:
+    """Where the rates of a device kind are stored: in ``$TNMOE_CACHE``, or the user's cache folder.
+
+    Each has a file of its own, so that measurements at the same time do not undo each other.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TNMOE_CACHE") or Path(cache) / "tnmoe") / "rates.json"
+    return Path(os.environ.get("TNMOE_CACHE") or Path(cache) / "tnmoe") / f"rates-{device}.json"
 
 
-def _stored() -> dict[str, Rates]:
+def _stored(device: str) -> Rates | None:
     # A missing or broken file is the same as no measurement.
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        return {
-            name: Rates(**values) for name, values in json.loads(rates_path().read_text()).items()
-        }
-    return {}
+    with suppress(OSError, ValueError, TypeError):
+        return Rates(**json.loads(rates_path(device).read_text(encoding="utf-8")))
+    return None

@@ -1,18 +1,34 @@
-"""Files and folders that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that remember which files tnmoe wrote."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from tempfile import mkdtemp
 from uuid import uuid4
 
 from tnmoe.errors import InputError
 
+# Lies in every folder that tnmoe makes, and lists the files that it wrote there.
+RECORD = ".tnmoe-files"
+
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """Write a file through a sibling that takes its place, durably; on failure nothing is left."""
+    """Write a file through a sibling that takes its place, durably; on failure nothing is left.
+
+    A link is followed, and stays.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    InputError
+        If a device, a pipe or the like has that name.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is no ordinary file")
     sibling = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with open(sibling, "xb") as file:
@@ -25,46 +41,130 @@ def write_whole(path: Path, contents: bytes) -> None:
         raise
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """Files, links and empty folders in a folder and its subfolders, as paths relative to it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for here, folders, files in os.walk(folder, onerror=fail):
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        for name in (*files, *links):
+            yield Path(here, name).relative_to(folder)
+        if not folders and not files and Path(here) != folder:
+            yield Path(here).relative_to(folder)
+
+
+def write_record(folder: Path) -> None:
+    """List the files of a folder in its record: tnmoe wrote them all, and now."""
+    names = sorted(path.as_posix() for path in files_in(folder) if path != Path(RECORD))
+    write_whole(folder / RECORD, f"{json.dumps(names, indent=1)}\n".encode())
+
+
+def unrecorded(folder: Path) -> list[Path]:
+    """What lies in a folder that tnmoe did not write there, or that changed since.
+
+    Returns
+    -------
+    list of Path
+        Relative to the folder. Where there is no record, all that there is.
+    """
+    written = _recorded(folder)
+    record = folder / RECORD
+    return sorted(
+        path
+        for path in files_in(folder)
+        if path not in written or _changed_since(record, folder / path)
+    )
+
+
+def remove(folder: Path, paths: Collection[Path]) -> None:
+    """Remove files, links and empty folders of a folder, and the subfolders that they leave empty.
+
+    Paths are relative to it.
+    """
+    for path in paths:
+        where = folder / path
+        if where.is_symlink() or not where.is_dir():
+            where.unlink()
+    touched = {each for path in paths for each in (path, *path.parents)} - {Path()}
+    for where in sorted((folder / each for each in touched), reverse=True):  # deepest first
+        if where.is_dir() and not any(where.iterdir()):
+            where.rmdir()
+
+
+def remove_recorded(folder: Path) -> None:
+    """Remove what tnmoe wrote in a folder, and the folder if nothing else is in it."""
+    foreign = set(unrecorded(folder))
+    remove(folder, [path for path in files_in(folder) if path not in {*foreign, Path(RECORD)}])
+    if not foreign:
+        # Last, so that whoever is stopped on the way can go on.
+        (folder / RECORD).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise an InputError if a folder cannot be made there: a file, or things to keep, are."""
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    """Raise an InputError if a folder cannot be made there, or something to keep would be lost.
+
+    Parameters
+    ----------
+    target : Path
+        Absolute, without links.
+    overwrite : bool
+        Whether what tnmoe wrote may be replaced.
+    """
+    if target.is_symlink():
+        raise InputError(f"{target} is a link that leads to itself")
+    if not target.is_dir():
+        if target.exists():
+            raise InputError(f"{target} is a file, not a folder")
+        return
+    if os.path.ismount(target):
+        raise InputError(
+            f"{target} is a mount point, which cannot be replaced: name a folder in it"
+        )
+    if Path.cwd().is_relative_to(target):
+        raise InputError(
+            f"{target} is or holds the working directory, which cannot be replaced: "
+            "choose another folder, or another working directory"
+        )
+    if not os.access(target, os.W_OK):
+        raise InputError(f"cannot write to {target}: Permission denied")
+    if any(target.iterdir()) and not overwrite:
         raise InputError(
             f"{target} is not empty: choose another folder, or pass overwrite=True (--overwrite)"
         )
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file, not a folder")
+    check_recorded(target)
 
 
-def move_into_place(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; what was there goes only once ``new`` is in its place.
+def check_recorded(target: Path, folder: Path | None = None) -> None:
+    """Raise an InputError if a folder holds anything that tnmoe did not write there.
 
-    Raises
-    ------
-    OSError
-        If that fails; everything is as it was.
-    InputError
-        If it fails and what was there cannot be put back; the message tells where it is.
+    ``folder`` is where the target is for the moment, if not in its place.
     """
-    if not target.exists():
-        new.rename(target)
-        return
-    kept = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    old = kept / "old"
-    try:
-        target.rename(old)
-        new.rename(target)
-    except BaseException as failure:
-        if old.exists():
-            _put_back(old, target, failure)
-        kept.rmdir()
-        raise
-    shutil.rmtree(kept, ignore_errors=True)
-
-
-def _put_back(old: Path, target: Path, failure: BaseException) -> None:
-    try:
-        old.rename(target)
-    except OSError:
+    if names := unrecorded(folder or target):
+        listed = ", ".join(map(str, names[:4])) + (f" and {len(names) - 4} more" * (len(names) > 4))
         raise InputError(
-            f"{target} could not be replaced ({failure}), nor put back: it is now {old}"
-        ) from failure
+            f"{target} holds what tnmoe did not write there, or what changed since: {listed}; "
+            "move it, or choose another folder"
+        )
+
+
+def _recorded(folder: Path) -> set[Path]:
+    try:
+        names = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed:
+        return set()
+    files = {Path(RECORD), *map(Path, names)}
+    # Of a folder whose files are gone by now, itself may be left.
+    return files | {parent for path in files for parent in path.parents}
+
+
+def _changed_since(record: Path, path: Path) -> bool:
+    """Whether a file is newer than the record, which is written last, or no ordinary one."""
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return True
+    return path.is_file() and path.stat().st_mtime_ns > record.stat().st_mtime_ns

@@ -61,6 +61,7 @@ def demo(tmp_path_factory, tiny_model, sentences) -> tuple[Path, str]:
         "--steps", 6, "--experts", 3, "--batch-size", 8, "--mask-probability", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    (output.parent / "stderr").write_bytes(done.stderr.encode())
     return output, done.stdout
 
 
@@ -70,6 +71,12 @@ def test_the_demo_prints_counts_the_comparison_and_a_verdict(demo):
     assert "relative difference" in printed
     for line in ("whole model", "dense", "MoE", "MPOE", "Lowest held-out loss"):
         assert line in printed
+
+
+def test_a_log_holds_lines_and_no_progress_bars(demo):
+    output, printed = demo
+    assert "\r" not in printed
+    assert (output.parent / "stderr").read_bytes() == b""
 
 
 def test_the_report_agrees_with_the_models(demo, tiny_model):

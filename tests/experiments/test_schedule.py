@@ -19,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiments import costs, curves, training
 from experiments.__main__ import main
-from experiments.folder import SettingFolder, locked, read, write
+from experiments.folder import SettingFolder, read, write
 from experiments.report import rows, write_report
 from experiments.schedule import cost_jobs, run_all, steps_made, total_steps, training_jobs
 from tests.experiments.tiny import setting, write_texts
 from tnmoe.errors import InputError
+from tnmoe.locks import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,14 +155,12 @@ def test_the_folder_of_another_setting_is_refused(folder, texts):
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path):
-    with (
-        locked(tmp_path),
-        pytest.raises(InputError, match="another command works in"),
-        locked(tmp_path),
-    ):
-        pass
-    with locked(tmp_path):
-        pass
+    command = [sys.executable, "-m", "experiments", "--quick", "--output", tmp_path]
+    with locked(tmp_path / ".lock", str(tmp_path)):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(texts, tmp_path):

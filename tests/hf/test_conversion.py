@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 import tnmoe as tn
-from tnmoe import hf
+from tnmoe import hf, work
 from tnmoe.hf import conversion
 
 CONFIG = hf.MPOEConfig(num_experts=2, sites=3, expert_noise=0.1)
@@ -46,7 +47,7 @@ def contents(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".tnmoe-lock")
     }
 
 
@@ -63,7 +64,7 @@ def test_the_files_beside_the_weights_come_along_and_nothing_else(undisturbed):
     assert len(shards) > 3
     assert set(undisturbed) == {
         *shards, "model.safetensors.index.json", "config.json", "generation_config.json",
-        "tokenizer.json", "LICENSE", "1_Pooling/config.json",
+        "tokenizer.json", "LICENSE", "1_Pooling/config.json", ".tnmoe-files",
     }  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def test_a_run_that_broke_off_at_its_beginning_goes_on(line, dense, undisturbed,
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: line + 1]))
     if line == 0:  # the files may not have been laid out
-        for path in (tmp_path / "target.partial").glob("*.safetensors"):
+        for path in (tmp_path / "target.partial").rglob("*.safetensors"):
             path.write_bytes(b"")
     hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
     assert contents(tmp_path / "target") == undisturbed
@@ -134,45 +135,171 @@ def test_a_run_that_broke_off_at_its_beginning_goes_on(line, dense, undisturbed,
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_that_broke_off_at_its_very_end_is_done(overwrite, dense, undisturbed, tmp_path):
-    """When only the journal was left to remove."""
+    """When all was in its place, and an earlier result not yet removed."""
     target = tmp_path / "target"
-    target.mkdir()
-    (target / "older").write_text("")
+    hf.plan_upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3)).run(target)
 
     class StoppedError(Exception):
         pass
 
-    def move_and_stop(part, target):
-        conversion.shutil.rmtree(target)
-        part.rename(target)
+    def stop(folder):
+        (folder / "config.json").unlink()
         raise StoppedError
 
     plan = hf.plan_upcycle(dense, CONFIG)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "move_into_place", move_and_stop)
+        patch.setattr(work, "remove_recorded", stop)
         with pytest.raises(StoppedError):
             plan.run(target, overwrite=True, shard_bytes=20_000)
     files = plan.run(target, overwrite=overwrite, shard_bytes=20_000)
     assert contents(tmp_path / "target") == undisturbed
     assert all(file.is_file() for file in files)
+    assert os.listdir(tmp_path) == ["target"]
     with pytest.raises(tn.InputError, match="is not empty"):
         plan.run(target, shard_bytes=20_000)
 
 
-def test_a_folder_that_cannot_be_moved_into_place_is_kept(dense, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_moved_into_place_is_kept(dense, tmp_path):
     def refuse(part, target):
         raise PermissionError(13, "Permission denied", str(target))
 
     plan = hf.plan_upcycle(dense, CONFIG)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "move_into_place", refuse)
+        patch.setattr(Path, "rename", refuse)
         with pytest.raises(
             tn.InputError, match=r"target: Permission denied; the same call goes on"
         ):
             plan.run(tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["target.partial"]
-    plan.run(tmp_path / "target")
+    calls = []
+    plan.run(tmp_path / "target", on_progress=lambda *done: calls.append(done))
+    assert not calls
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_with_the_same_target_is_refused_by_name(
+    overwrite, dense, undisturbed, tmp_path
+):
+    """At any time of the first, by the same thread, another one or another process."""
+    plan, other = hf.plan_upcycle(dense, CONFIG), hf.plan_upcycle(dense, hf.MPOEConfig(sites=3))
+    target = tmp_path / "target"
+    message = rf"target is in use by process {os.getpid()} on .* since \d{{4}}-"
+
+    def again(done, total):
+        for each in (plan, other):
+            with pytest.raises(tn.InputError, match=message):
+                each.run(target, shard_bytes=20_000, overwrite=overwrite)
+        with (
+            ThreadPoolExecutor(1) as thread,
+            pytest.raises(tn.InputError, match=message),
+        ):
+            thread.submit(plan.run, target, overwrite=overwrite).result()
+        if done == total and not overwrite:
+            command = [sys.executable, "-c", KILLED, dense, target, "100"]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert f"in use by process {os.getpid()} on" in process.stderr
+
+    plan.run(target, shard_bytes=20_000, on_progress=again)
+    assert contents(target) == undisturbed
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_an_error_of_whoever_watches_leaves_begun_work_alone(dense, undisturbed, tmp_path):
+    def watch(done, total):
+        if done > total / 2:
+            raise tn.InputError("the watcher's own")
+
+    plan = hf.plan_upcycle(dense, CONFIG)
+    with pytest.raises(tn.InputError, match="the watcher's own"):
+        plan.run(tmp_path / "target", shard_bytes=20_000, on_progress=watch)
+    begun = []
+    plan.run(
+        tmp_path / "target", shard_bytes=20_000, on_progress=lambda *done: begun.append(done[0])
+    )
+    assert begun[0] > 0
+    assert contents(tmp_path / "target") == undisturbed
+
+
+def test_the_lock_of_a_process_that_was_killed_is_taken_over(dense, undisturbed, tmp_path):
+    target = tmp_path / "target"
+    script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "print('at work'); input()")
+    command = [sys.executable, "-u", "-c", script, dense, target, "3"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    plan = hf.plan_upcycle(dense, CONFIG)
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == "at work\n"
+        with pytest.raises(tn.InputError, match=f"in use by process {process.pid} on"):
+            plan.run(target, shard_bytes=20_000)
+        process.kill()
+    plan.run(target, shard_bytes=20_000)
+    assert contents(target) == undisturbed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appeared_in_the_meantime_is_kept(overwrite, dense, undisturbed, tmp_path):
+    target = tmp_path / "target"
+    plan = hf.plan_upcycle(dense, CONFIG)
+    if overwrite:
+        plan.run(target, shard_bytes=30_000)
+
+    def appear(done, total):
+        target.mkdir(exist_ok=True)
+        (target / "thesis.txt").write_text("years of work")
+
+    message = "did not write there.*: thesis.txt" if overwrite else "is not empty"
+    with pytest.raises(tn.InputError, match=message):
+        plan.run(target, shard_bytes=20_000, overwrite=overwrite, on_progress=appear)
+    assert (target / "thesis.txt").read_text() == "years of work"
+    if overwrite:
+        hf.from_pretrained(target)
+    (target / "thesis.txt").rename(tmp_path / "thesis.txt")
+    # Nothing is made again.
+    plan.run(target, shard_bytes=20_000, overwrite=overwrite, on_progress=appear)
+    assert contents(target) == undisturbed
+
+
+def test_a_source_that_changes_meanwhile_makes_no_target(dense, tmp_path):
+    """Replaced by another conversion, say, whose target it is."""
+    source = tmp_path / "source"
+    shutil.copytree(dense, source)
+    plan = hf.plan_upcycle(source, CONFIG)
+
+    def change(done, total):
+        weights = source / "model.safetensors"
+        shutil.copyfile(weights, tmp_path / "copy")
+        (tmp_path / "copy").rename(weights)
+
+    with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
+        plan.run(tmp_path / "target", on_progress=change)
+    with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
+        plan.run(tmp_path / "target")
+    gone = hf.plan_upcycle(source, CONFIG)
+    with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
+        gone.run(tmp_path / "target", on_progress=lambda *_: shutil.rmtree(source, True))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_was_killed_before_its_journal_was_there_begins(dense, undisturbed, tmp_path):
+    part = tmp_path / "target.partial"
+    part.mkdir()
+    (part / ".tnmoe-lock").touch()
+    (part / "..tnmoe-journal.0123abc").write_text("half of a jour")
+    hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
+    assert contents(tmp_path / "target") == undisturbed
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_what_a_killed_run_left_half_written_is_not_in_the_result(dense, undisturbed, tmp_path):
+    kill(dense, tmp_path / "target", after=4)
+    new = tmp_path / "target.partial" / "new"
+    (new / ".config.json.0123abc").write_text("{")
+    (new / "2_Normalize").mkdir()
+    (new / "2_Normalize" / "config.json").write_text("{}")  # the source had it then
+    (new / "empty").mkdir()
+    hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
+    assert contents(tmp_path / "target") == undisturbed
+    assert {path.name for path in (tmp_path / "target").iterdir() if path.is_dir()} == {"1_Pooling"}
 
 
 def test_work_of_another_conversion_is_not_gone_on_with(dense, tmp_path):
@@ -206,7 +333,7 @@ def test_what_is_in_the_way_is_kept(dense, tmp_path):
     plan = hf.plan_upcycle(dense, CONFIG)
     with pytest.raises(tn.InputError, match="target is not empty: choose another folder"):
         plan.run(target)
-    (tmp_path / "target2.partial").mkdir()
+    (tmp_path / "target2.partial" / "new").mkdir(parents=True)
     for overwrite in (False, True):
         with pytest.raises(tn.InputError, match=r"target2.partial is in the way"):
             plan.run(tmp_path / "target2", overwrite=overwrite)
@@ -216,10 +343,50 @@ def test_what_is_in_the_way_is_kept(dense, tmp_path):
     for inside in (dense, dense / "new", dense.parent):
         with pytest.raises(tn.InputError, match="is, holds or lies in the source"):
             plan.run(inside, overwrite=True)
+    (tmp_path / "b.partial").mkdir()
+    shutil.copytree(dense, tmp_path / "b.partial", dirs_exist_ok=True)
+    with pytest.raises(tn.InputError, match=r"b.partial is, holds or lies in the source"):
+        hf.plan_upcycle(tmp_path / "b.partial", CONFIG).run(tmp_path / "b")
     assert (target / "thesis.txt").read_text() == "years of work"
-    plan.run(target, overwrite=True)
-    assert not (target / "thesis.txt").exists()
-    hf.from_pretrained(target)
+    assert (tmp_path / "target2.partial" / "new").is_dir()
+
+
+def test_only_what_a_conversion_wrote_is_replaced(dense, undisturbed, tmp_path):
+    target = tmp_path / "target"
+    plan = hf.plan_upcycle(dense, CONFIG)
+    plan.run(target)
+    (target / "thesis.txt").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(tn.InputError, match=r"target holds what tnmoe did not.*: thesis.txt;"):
+        plan.run(target, shard_bytes=20_000, overwrite=True)
+    assert contents(tmp_path) == before
+    (target / "thesis.txt").unlink()
+    # Trained meanwhile.
+    hf.from_pretrained(target).save_pretrained(target)
+    with pytest.raises(tn.InputError, match=r"what changed since: .*, model.safetensors"):
+        plan.run(target, shard_bytes=20_000, overwrite=True)
+    shutil.rmtree(target)
+    plan.run(target)
+    plan.run(target, shard_bytes=20_000, overwrite=True)
+    assert contents(target) == undisturbed
+    # Another's checkpoint, which looks the same.
+    shutil.copytree(dense, tmp_path / "others")
+    with pytest.raises(tn.InputError, match=r"others holds what tnmoe did not write there"):
+        plan.run(tmp_path / "others", overwrite=True)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_to_a_folder_is_followed_and_stays(exists, dense, undisturbed, tmp_path):
+    disk, link = tmp_path / "disk" / "model", tmp_path / "target"
+    plan = hf.plan_upcycle(dense, CONFIG)
+    if exists:
+        plan.run(disk)
+    link.symlink_to(disk)
+    files = plan.run(link, shard_bytes=20_000, overwrite=exists)
+    assert link.is_symlink()
+    assert contents(disk) == undisturbed
+    assert {file.parent for file in files} == {link}
+    assert os.listdir(disk.parent) == ["model"]
 
 
 def test_a_file_beside_the_weights_that_leads_elsewhere_is_refused_before_any_work(dense, tmp_path):

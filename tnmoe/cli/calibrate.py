@@ -23,10 +23,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace) -> None:
     from tnmoe.costs import rates_path
     from tnmoe.nn import calibrate
+    from tnmoe.nn.devices import usable_device
 
     rates = calibrate(options.device)
     print(f"large products   {rates.flops / 1e9:.4g} Gflop/s, half of it at depth "
           f"{rates.half_depth:.3g}")  # fmt: skip
     print(f"memory           {rates.bandwidth / 1e9:.3g} GB/s")
     print(f"a launch         {rates.launch * 1e6:.3g} µs")
-    print(f"stored in {rates_path()}")
+    print(f"stored in {rates_path(usable_device(options.device).type)}")

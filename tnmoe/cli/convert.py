@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnmoe.cli.arguments import add_config, config_of, from_one, from_zero, size
-from tnmoe.cli.progress import progress
 
 if TYPE_CHECKING:
     from tnmoe.hf import Conversion
@@ -55,7 +54,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _add_folders(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("target", type=Path, help="folder to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target")
+    parser.add_argument("--overwrite", action="store_true", help="replace what tnmoe wrote there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--jobs", type=from_one, help="layers at a time (default: all cores)")
     parser.add_argument(
@@ -82,9 +81,12 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace, plan: Conversion) -> None:
-    plan.check_target(options.target, options.overwrite)
     files = []
-    if not options.dry_run:
+    if options.dry_run:
+        plan.check_target(options.target, options.overwrite)
+    else:
+        from tnmoe.progress import progress
+
         with progress("converting", "B") as show:
             files = plan.run(
                 options.target,

@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         parser.add_argument(name, help=meaning, default=default, **details)
 
     add("--output", "folder for the results", type=Path)
-    add("--overwrite", "replace the output folder", action="store_true")
+    add("--overwrite", "replace what an earlier demo wrote there", action="store_true")
     add("--model", "Hugging Face folder instead of the packaged MiniLM", type=Path)
     add("--data", "CSV file with text,label instead of the packaged reviews", type=Path)
     add("--steps", "fine-tuning steps of each model", type=from_zero)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from tnmoe.cli.arguments import add_config, config_of, from_one, numbers
-from tnmoe.cli.progress import progress
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -40,6 +39,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from tnmoe.hf import inspect_checkpoint
+    from tnmoe.progress import progress
 
     config = config_of(options)
     with progress("reading", " networks") as show:

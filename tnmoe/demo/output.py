@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 
 from tnmoe.errors import InputError
-from tnmoe.folders import check_target, move_into_place
+from tnmoe.folders import check_target
+from tnmoe.work import Work
+
+_PURPOSE = "tnmoe demo"
 
 
 @contextmanager
 def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling to fill, renamed to ``target`` when the block ends well.
+    """A folder to fill, which becomes ``target`` when the block ends well.
 
-    On any exception the sibling is removed and ``target`` stays as it was.
+    On any exception it is removed and ``target`` stays as it was. If it cannot take its place in
+    the end, it is kept, and the message says where.
 
     Parameters
     ----------
     target : Path
         Folder to make.
     overwrite : bool
-        Replace a folder that holds something already.
+        Replace what tnmoe wrote there.
 
     Yields
     ------
@@ -34,20 +35,24 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises
     ------
     InputError
-        If ``target`` cannot be made, is a file, or is not empty and ``overwrite`` is not given.
+        If ``target`` cannot be made, is a file, is being made by another process, is not empty
+        and ``overwrite`` is not given, or holds what tnmoe did not write there.
     """
-    target = target.absolute()
-    check_target(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir() and not os.access(target, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        sibling = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    except OSError as error:
-        raise InputError(f"cannot write to {target}: {error.strerror}") from error
-    try:
-        sibling.chmod(0o755)  # mkdtemp keeps others out; a finished folder is an ordinary one
-        yield sibling
-        move_into_place(sibling, target)
-    finally:
-        shutil.rmtree(sibling, ignore_errors=True)
+    work = Work(target)
+    with work.alone():
+        check_target(work.target, overwrite)
+        if work.begun()[:1] not in ([], [_PURPOSE]) and not overwrite:
+            raise InputError(
+                f"{work.folder} is an unfinished conversion: remove it, or pass overwrite=True "
+                "(--overwrite)"
+            )
+        work.begin(_PURPOSE)
+        try:
+            yield work.new
+        except BaseException:
+            work.discard()
+            raise
+        try:
+            work.put_in_place(overwrite)
+        except InputError as error:
+            raise InputError(f"{error}; the results are in {work.new}") from error

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from tnmoe import hf
 from tnmoe.demo import DemoOptions, report
@@ -17,6 +16,7 @@ from tnmoe.demo.models import KINDS, load_dense, load_form, load_tokenizer
 from tnmoe.demo.output import whole_folder
 from tnmoe.demo.training import CHECKED, Job, Result, fine_tune, logits_of, predict, run_apart
 from tnmoe.nn.devices import usable_device
+from tnmoe.progress import bar
 from tnmoe.truncation import TruncationInfo
 
 # Largest relative difference between the outputs of the dense and the converted model.
@@ -103,7 +103,7 @@ def _convert(
     spectra: dict[str, np.ndarray] = {}
     ffns = hf.find_ffns(dense)
     matrices = sum(2 + (ffn.gate is not None) for ffn in ffns)
-    with tqdm(total=matrices, desc="decomposing", unit="matrix") as progress:
+    with bar(total=matrices, desc="decomposing", unit="matrix") as progress:
 
         def on_matrix(name: str, info: TruncationInfo) -> None:
             progress.update()

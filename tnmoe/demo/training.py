@@ -29,6 +29,7 @@ from tnmoe import hf
 from tnmoe.demo.data import Sentences
 from tnmoe.demo.models import load_form, load_tokenizer, quiet_transformers
 from tnmoe.nn import GradientMask, record_routing
+from tnmoe.progress import bar
 
 MAX_TOKENS = 128
 # Held-out sentences on which a converted or reloaded model is checked.
@@ -179,7 +180,7 @@ def _train(
             probability = job.config.mask_probability
             mask = stack.enter_context(GradientMask(optimizer, model, probability, job.seed))
         batches = _batches(len(job.train), job.batch_size, job.seed)
-        for _ in (progress := tqdm(range(job.steps), desc=f"{job.kind}: fine-tuning", unit="step")):
+        for _ in (progress := bar(range(job.steps), desc=f"{job.kind}: fine-tuning", unit="step")):
             start = time.perf_counter()
             inputs, labels = _encode(tokenizer, job.train, next(batches), job.device)
             loss = _step_loss(model, inputs, labels, job)
@@ -216,7 +217,7 @@ def evaluate(
     model.eval()
     losses, correct, counts = [], [], []
     starts = range(0, len(sentences), batch_size)
-    for start in tqdm(starts, desc=title, unit="batch", leave=False):
+    for start in bar(starts, desc=title, unit="batch", leave=False):
         indices = range(start, min(start + batch_size, len(sentences)))
         inputs, labels = _encode(tokenizer, sentences, list(indices), str(model.device))
         with record_routing(model) as routing:

@@ -1,8 +1,8 @@
 """From one folder of weights to another, a piece at a time: resumable, parallel, whole or not.
 
-What is being made lies in a folder beside the target, ``TARGET.partial``, whose files have their
-full size from the start; a journal says which pieces are done. After a crash, the same call goes
-on where the journal ends, and the files come out the same. The last step renames the folder.
+What is being made lies in a folder beside the target, ``TARGET.partial``; its files have their full
+size from the start, and a journal says which pieces are done. After a crash, the same call goes on
+where the journal ends, and the files come out the same. The last step moves the folder into place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,17 @@ from torch import Tensor
 
 from tnmoe import __version__
 from tnmoe.errors import InputError, positive_int
-from tnmoe.folders import check_target, move_into_place, write_whole
+from tnmoe.folders import check_target, files_in, remove
 from tnmoe.hf.ahead import results_of
-from tnmoe.hf.shards import CONFIG, Checkpoint, ShardWriter, Spec, inside, write_json
+from tnmoe.hf.shards import CONFIG, INDEX, Checkpoint, ShardWriter, Spec, inside, write_json
+from tnmoe.work import Work
 
 # Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
 _COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 
-_JOURNAL, _LAID_OUT = ".tnmoe-journal", "laid out"
+# The journal's line once the files have their size.
+_LAID_OUT = "laid out"
 
 # Bytes of copied tensors that make a piece.
 _COPIED = 64 * 2**20
@@ -150,7 +152,8 @@ class Conversion:
         target : path
             Folder to make.
         overwrite : bool
-            Replace what is there, and start anew what was begun with other settings.
+            Replace what tnmoe wrote there, and start anew what was begun with other settings.
+            What tnmoe did not write there, or what changed since, is never removed.
         jobs : int, optional
             Pieces at a time, each on one thread; as many as there are cores by default. The
             result does not depend on it.
@@ -167,45 +170,36 @@ class Conversion:
         Raises
         ------
         InputError
-            If the target cannot be made, or begun work there is of something else.
+            If the target cannot be made or holds something to keep, another process is making
+            it, or begun work there is of something else; if the source changes meanwhile.
         """
-        target = Path(target).absolute()
         identity = self._identity(positive_int("shard_bytes", shard_bytes))
-        part = target.with_name(f"{target.name}.partial")
-        writer = ShardWriter(part, self.specs, shard_bytes)
-        files = [target / file.name for file in writer.files]
-        if _lines(target / _JOURNAL)[:1] == [identity]:
-            # The work broke off when all was in its place and only the journal was left.
-            (target / _JOURNAL).unlink()
-            return files
-        self.check_target(target, overwrite)
         jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
-        companions = list(_companions(self.source.folder))
-        done = self._open(part, overwrite, identity)
-        with _going_on_later(part):
-            try:
-                if not done:
-                    writer.create()
-                    _append(part / _JOURNAL, _LAID_OUT)
-                for piece, tensors in self._made(done, jobs, on_progress):
-                    writer.write(self._copied(piece) if tensors is None else tensors)
-                    _append(part / _JOURNAL, piece.name)
-                self._finish(part, writer, companions)
-            except InputError:
-                # The source itself is at fault, and this work of no use once it is mended.
-                shutil.rmtree(part)
-                raise
-            move_into_place(part, target)
-            (target / _JOURNAL).unlink()
-        return files
+        self._check_apart(work := Work(target))
+        self.source.check_unchanged()
+        writer = ShardWriter(work.new, self.specs, shard_bytes)
+        with work.alone() as in_place:
+            if in_place != identity:
+                check_target(work.target, overwrite)
+                companions = list(_companions(self.source.folder))
+                done = self._begin(work, overwrite, identity)
+                with _going_on_later(work.folder):
+                    if not work.is_whole:
+                        self._make(work, writer, done, jobs, on_progress)
+                        self._finish(work, writer, companions)
+                    work.put_in_place(overwrite)
+        return [Path(target).absolute() / file.name for file in writer.files]
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
         """Raise an InputError if :meth:`run` would refuse ``target``, given ``overwrite``."""
-        target = Path(target).absolute()
+        self._check_apart(work := Work(target))
+        check_target(work.target, overwrite)
+
+    def _check_apart(self, work: Work) -> None:
         source = self.source.folder.resolve()
-        if target.resolve().is_relative_to(source) or source.is_relative_to(target.resolve()):
-            raise InputError(f"{target} is, holds or lies in the source {source}")
-        check_target(target, overwrite)
+        for folder in (work.target, work.folder):
+            if folder.is_relative_to(source) or source.is_relative_to(folder):
+                raise InputError(f"{folder} is, holds or lies in the source {source}")
 
     def _identity(self, shard_bytes: int) -> str:
         """A number that changes with whatever the target's bytes depend on."""
@@ -220,43 +214,42 @@ class Conversion:
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _open(self, part: Path, overwrite: bool, identity: str) -> set[str]:
+    def _begin(self, work: Work, overwrite: bool, identity: str) -> set[str]:
         """What is done: nothing if the work begins now, else the layout and pieces by name."""
-        begun = _lines(part / _JOURNAL)
-        if begun and begun[0] == identity:
-            # A line that broke off goes, so that the next one stands by itself.
-            write_whole(part / _JOURNAL, _as_text(begun))
+        begun = work.begun()
+        if begun[:1] == [identity]:
+            work.go_on()
             return set(begun[1:])
-        if part.exists() and not (overwrite and begun):
+        if begun and not overwrite:
             raise InputError(
-                f"{part} is unfinished work of another conversion: remove it, or pass "
+                f"{work.folder} is unfinished work of another conversion: remove it, or pass "
                 "overwrite=True (--overwrite)"
-                if begun
-                else f"{part} is in the way"
             )
-        try:
-            if begun:
-                shutil.rmtree(part)
-            self._check_space(part)
-            part.mkdir(parents=True)
-            write_whole(part / _JOURNAL, _as_text([identity]))
-        except OSError as error:
-            raise InputError(f"cannot write to {part}: {error.strerror}") from error
+        work.discard()
+        self._check_space(work.folder)
+        work.begin(identity)
         return set()
 
-    def _check_space(self, part: Path) -> None:
-        there = next(parent for parent in part.parents if parent.exists())
-        free = shutil.disk_usage(there).free
+    def _check_space(self, folder: Path) -> None:
+        free = shutil.disk_usage(folder).free
         if self.num_bytes > free:
             raise InputError(
-                f"{part.parent} has room for {free / 1e9:.3g} GB, "
+                f"{folder.parent} has room for {free / 1e9:.3g} GB, "
                 f"the result needs {self.num_bytes / 1e9:.3g} GB"
             )
 
-    def _made(
-        self, done: set[str], jobs: int, on_progress: Progress | None
-    ) -> Iterator[tuple[Piece, Mapping[str, Tensor] | None]]:
-        """Pieces that are not done yet and what they hold, in order, a few of them ahead."""
+    def _make(
+        self,
+        work: Work,
+        writer: ShardWriter,
+        done: set[str],
+        jobs: int,
+        on_progress: Progress | None,
+    ) -> None:
+        """Write the pieces that are not done yet."""
+        if not done:
+            writer.create()
+            work.note(_LAID_OUT)
         sizes = {
             piece.name: sum(self.source.specs[name].num_bytes for name in piece.reads)
             for piece in self.pieces
@@ -266,12 +259,36 @@ class Conversion:
         if on_progress is not None:
             on_progress(dealt, total)
         todo = [piece for piece in self.pieces if piece.name not in done]
-        made = results_of([piece.make or _nothing for piece in todo], jobs)
-        for piece, tensors in zip(todo, made, strict=True):
-            yield piece, tensors
+        for piece, tensors in self._made(work, todo, jobs):
+            with self._sound_source(work):
+                writer.write(self._copied(piece) if tensors is None else tensors)
+            work.note(piece.name)
             dealt += sizes[piece.name]
             if on_progress is not None:
                 on_progress(dealt, total)
+        with self._sound_source(work):
+            self.source.check_unchanged()
+
+    def _made(
+        self, work: Work, pieces: Sequence[Piece], jobs: int
+    ) -> Iterator[tuple[Piece, Mapping[str, Tensor] | None]]:
+        """Pieces and what they hold, in order, a few of them ahead."""
+        with self._sound_source(work):
+            made = results_of([piece.make or _nothing for piece in pieces], jobs)
+            yield from zip(pieces, made, strict=True)
+
+    @contextmanager
+    def _sound_source(self, work: Work) -> Iterator[None]:
+        """Discard the work if the source is at fault: it is of no use once that is mended."""
+        try:
+            try:
+                yield
+            except OSError:
+                self.source.check_unchanged()
+                raise
+        except InputError:
+            work.discard()
+            raise
 
     def _copied(self, piece: Piece) -> dict[str, Iterable[bytes]]:
         return {
@@ -279,13 +296,18 @@ class Conversion:
             for name, original in zip(piece.specs, piece.reads, strict=True)
         }
 
-    def _finish(self, part: Path, writer: ShardWriter, companions: Iterable[Path]) -> None:
+    def _finish(self, work: Work, writer: ShardWriter, companions: Iterable[Path]) -> None:
+        """Write all but the weights, and remove what a run that was killed may have left."""
         writer.write_index()
+        names = {Path(CONFIG), Path(INDEX), *(Path(path.name) for path in writer.files)}
         for path in companions:
-            copied = part / path.relative_to(self.source.folder)
+            name = path.relative_to(self.source.folder)
+            copied = work.new / name
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
-        write_json(part / CONFIG, self.config)
+            names.add(name)
+        write_json(work.new / CONFIG, self.config)
+        remove(work.new, [path for path in files_in(work.new) if path not in names])
 
 
 @contextmanager
@@ -297,22 +319,6 @@ def _going_on_later(part: Path) -> Iterator[None]:
         raise InputError(
             f"{error.filename or part}: {error.strerror}; the same call goes on from there"
         ) from error
-
-
-def _lines(journal: Path) -> list[str]:
-    """Whole lines of a journal: one that was being written when the work broke off is none."""
-    if not journal.is_file():
-        return []
-    return journal.read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def _as_text(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-def _append(journal: Path, line: str) -> None:
-    with open(journal, "a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
 
 
 def _nothing() -> None:

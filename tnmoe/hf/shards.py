@@ -103,7 +103,9 @@ class Checkpoint:
         self.specs: dict[str, Spec] = {}
         self.places: dict[str, Place] = {}
         index = self._index()
+        self._stats: dict[Path, os.stat_result] = {}
         for path in _files(self.folder, index):
+            self._stats[path] = path.stat()
             for name, spec, offset in _header(path):
                 if name in self.specs:
                     raise InputError(f"{path} and {self.places[name].path} both hold {name}")
@@ -139,12 +141,18 @@ class Checkpoint:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another one, or from itself after a change."""
-        files = sorted({place.path for place in self.places.values()})
-        stats = [(path.name, path.stat()) for path in files]
+        stats = sorted(self._stats.items())
         return {
             "config": self.config,
-            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+            "files": [[path.name, each.st_size, each.st_mtime_ns] for path, each in stats],
         }
+
+    def check_unchanged(self) -> None:
+        """Raise an InputError if a file of weights is another one by now, or is gone."""
+        for path, then in self._stats.items():
+            now = path.stat() if path.exists() else None
+            if now is None or _state(now) != _state(then):
+                raise InputError(f"{path} has changed since it was first read")
 
     def load(self, name: str) -> Tensor:
         """One tensor, on the CPU.
@@ -237,6 +245,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} should hold a JSON object, got {type(data).__name__}")
     return data
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _header(path: Path) -> Iterator[tuple[str, Spec, int]]:

@@ -1,0 +1,67 @@
+"""Work that one process does at a time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tnmoe.errors import InputError
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock while the block runs, or refuse at once.
+
+    The operating system frees the lock of a process that ends, however it ends. Where a file
+    system has no locks, the file itself is the lock, and one of a process that has died on this
+    machine is taken over.
+
+    Parameters
+    ----------
+    path : Path
+        File that stands for the lock; it is removed in the end. Its folder is made.
+    what : str
+        What is locked, for the message.
+
+    Raises
+    ------
+    InputError
+        If another process, or this one, holds it, and the message names the process; if there
+        can be no such file.
+    """
+    lock = FileLock(path)
+    owner = path.with_name(f"{path.name}-owner")
+    _acquire(lock, path, owner, what)
+    try:
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", "utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # while it is held: later it may be another's
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            return
+        except Timeout as error:
+            name = "another process"
+            with suppress(OSError):
+                name = owner.read_text("utf-8") or name
+            raise InputError(f"{what} is in use by {name}: wait, or stop it") from error
+        except FileNotFoundError:
+            # Whoever held the lock removed its folder just now.
+            continue
+        except OSError as error:
+            raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
