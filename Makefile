@@ -15,7 +15,7 @@ help:
 	@echo "make bench  everything beside its peers, on one page (half an hour; ARGS=--quick: minutes)"
 	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 12 minutes)"
 	@echo "make env    only create the environment in $(VENV)"
-	@echo "make clean  remove the environment, the site and what the demo wrote"
+	@echo "make clean  remove $(VENV), demo-output and docs/_build, with all that they hold"
 
 env: $(READY)
 

@@ -143,6 +143,7 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
     list of str
         What went wrong with runs that failed; the others were made nevertheless.
     """
+    transformers.logging.disable_progress_bar()  # of files loaded and saved; settings are counted
     for folder in bar(folders, desc="preparing data", unit="setting"):
         folder.prepare()
 

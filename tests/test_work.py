@@ -1,6 +1,7 @@
 """A folder in the making is whole or not in place, whenever its process ends, and nobody else's."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from tnmoe.folders import check_target
 from tnmoe.work import Work
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """Processes are killed here, and machines are not."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
 def make(target, text="new", overwrite=True):
     """A folder with two files, made as conversions are."""
     work = Work(target)
@@ -18,7 +25,7 @@ def make(target, text="new", overwrite=True):
         if in_place == text:
             return
         check_target(work.target, overwrite)
-        if work.begun()[:1] == [text]:
+        if work.begun()[:1] == [text] and work.new.is_dir():
             work.go_on()
         else:
             work.begin(text)
@@ -269,6 +276,30 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path):
     (tmp_path / "target").mkdir(mode=0o555)
     with pytest.raises(InputError, match=r"cannot write to .*target: Permission denied"):
         make(tmp_path / "target")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_many_at_once_each_makes_all_or_nothing(overwrite, tmp_path):
+    target = tmp_path / "deep" / "target"
+    for _ in range(5):
+        processes = []
+        for number in range(12):
+            if (process := os.fork()) == 0:
+                try:
+                    make(target, str(number), overwrite)
+                    os._exit(0)
+                except InputError as error:
+                    os._exit(3 if "in use" in str(error) or "not empty" in str(error) else 4)
+                finally:
+                    os._exit(5)
+            processes.append(process)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in processes]
+        assert set(codes) <= {0, 3}
+        made = [str(number) for number, code in enumerate(codes) if code == 0]
+        assert made if overwrite else len(made) == 1
+        assert contents(target) in [both(number) for number in made]
+        assert os.listdir(target.parent) == ["target"]
+        shutil.rmtree(target.parent)
 
 
 def test_one_process_works_at_a_time(tmp_path):

@@ -45,7 +45,7 @@ def files_in(folder: Path) -> Iterator[Path]:
     """Files, links and empty folders in a folder and its subfolders, as paths relative to it."""
 
     def fail(error: OSError) -> None:
-        raise error
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
 
     for here, folders, files in os.walk(folder, onerror=fail):
         links = [name for name in folders if os.path.islink(os.path.join(here, name))]
@@ -119,7 +119,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         if target.exists():
             raise InputError(f"{target} is a file, not a folder")
         return
-    if os.path.ismount(target):
+    if _is_mount_point(target):
         raise InputError(
             f"{target} is a mount point, which cannot be replaced: name a folder in it"
         )
@@ -148,6 +148,15 @@ def check_recorded(target: Path, folder: Path | None = None) -> None:
             f"{target} holds what tnmoe did not write there, or what changed since: {listed}; "
             "move it, or choose another folder"
         )
+
+
+def _is_mount_point(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    # Linux also mounts folders of the same disk, which only this list shows.
+    mounts = Path("/proc/self/mountinfo")
+    lines = mounts.read_text(errors="replace").splitlines() if mounts.exists() else []
+    return str(folder).replace(" ", r"\040") in {line.split()[4] for line in lines}
 
 
 def _recorded(folder: Path) -> set[Path]:

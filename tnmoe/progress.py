@@ -36,6 +36,12 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
+def end_line() -> None:
+    """End the line in which the bar of a process stood that was stopped."""
+    if _is_terminal():
+        print(file=sys.stderr)
+
+
 def _is_terminal() -> bool:
     there = sys.stderr is not None and sys.stderr.isatty()
     return there and os.environ.get("TERM") != "dumb"

@@ -70,10 +70,12 @@ class Work:
             is in the way.
         """
         missing = [each for each in self.folder.parents if not each.exists()]
-        self._check_place()
+        made = (self.new, self._old)
+        self._check_place(*made)
         try:
             with locked(self.folder / ".tnmoe-lock", str(self.target)):
-                self._check_place()
+                # These folders are made after the journal and removed before it.
+                self._check_place(*(made if self._journal.is_file() else ()))
                 yield self._settle()
         finally:
             # What was made for this alone goes; a folder that holds something cannot be removed.
@@ -81,17 +83,15 @@ class Work:
                 for folder in (self.folder, *missing):
                     folder.rmdir()
 
-    def _check_place(self) -> None:
-        """Raise an InputError if the folder is not this class's, or not only."""
-        if not self.folder.exists() and not self.folder.is_symlink():
-            return
-        ours = self.folder.is_dir() and not self.folder.is_symlink()
-        # Folders are made after the journal and removed before it.
-        made = (self.new.name, self._old.name) if self._journal.is_file() else ()
-        if not ours or any(
-            path.name not in made and not path.name.lstrip(".").startswith("tnmoe-")
-            for path in self.folder.iterdir()
-        ):
+    def _check_place(self, *folders: Path) -> None:
+        """Raise an InputError if there is anything but these folders and files of this class."""
+        try:
+            names = set(os.listdir(self.folder)) - {folder.name for folder in folders}
+        except FileNotFoundError:
+            names = set()
+        except NotADirectoryError:
+            names = {self.folder.name}
+        if self.folder.is_symlink() or not all(_is_ours(name) for name in names):
             raise InputError(f"{self.folder} is in the way")
 
     def begun(self) -> list[str]:
@@ -115,7 +115,6 @@ class Work:
     def go_on(self) -> None:
         """Prepare to add to the journal: a line that broke off goes."""
         write_whole(self._journal, _as_text(self.begun()))
-        self.new.mkdir(exist_ok=True)
 
     def note(self, line: str) -> None:
         """Add a line to the journal."""
@@ -198,6 +197,10 @@ class Work:
             return None
         self.discard()
         return begun[0] if self.target.is_dir() else None
+
+
+def _is_ours(name: str) -> bool:
+    return name.lstrip(".").startswith("tnmoe-")
 
 
 def _rename(folder: Path, target: Path) -> None:

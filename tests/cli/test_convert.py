@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import tnmoe as tn
 from tnmoe import hf
 from tnmoe.cli import main
+from tnmoe.work import Work
 
 TNMOE = str(Path(sys.executable).parent / "tnmoe")
 
@@ -231,6 +232,39 @@ def test_what_was_stopped_goes_on_with_the_same_command(how, larger, tmp_path):
     tnmoe(*command[1:])
     made = {path.name: path.read_bytes() for path in target.iterdir()}
     assert made == {path.name: path.read_bytes() for path in (larger / "whole").iterdir()}
+
+
+def test_a_command_that_was_stopped_when_all_was_in_place_is_done(dense, tmp_path, monkeypatch):
+    command = ["upcycle", dense, tmp_path / "target", "--sites", 3]
+
+    settle = Work._settle
+
+    def stop(self):
+        if self.target.exists():
+            raise KeyboardInterrupt
+        return settle(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "_settle", stop)
+        tnmoe(*command, code=130)
+    assert "written" in tnmoe(*command).stdout
+    assert os.listdir(tmp_path) == ["target"]
+    assert "is not empty" in tnmoe(*command, code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["upcycle", "export"])
+def test_only_what_a_command_wrote_is_overwritten(command, dense, mpoe, tmp_path):
+    source = dense if command == "upcycle" else mpoe[0]
+    target = tmp_path / "target"
+    tnmoe(command, source, target)
+    (target / "thesis.txt").write_text("years of work")
+    for way in ((), ("--dry-run",)):
+        done = tnmoe(command, source, target, "--overwrite", *way, code=2)
+        assert "thesis.txt; move it" in done.stderr
+    assert (target / "thesis.txt").read_text() == "years of work"
+    (target / "thesis.txt").unlink()
+    tnmoe(command, source, target, "--overwrite")
+    assert os.listdir(tmp_path) == ["target"]
 
 
 def damaged(folder):

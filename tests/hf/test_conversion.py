@@ -290,6 +290,13 @@ def test_a_run_that_was_killed_before_its_journal_was_there_begins(dense, undist
     assert os.listdir(tmp_path) == ["target"]
 
 
+def test_a_run_whose_unfinished_files_are_gone_begins(dense, undisturbed, tmp_path):
+    kill(dense, tmp_path / "target", after=4)
+    shutil.rmtree(tmp_path / "target.partial" / "new")
+    hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
+    assert contents(tmp_path / "target") == undisturbed
+
+
 def test_what_a_killed_run_left_half_written_is_not_in_the_result(dense, undisturbed, tmp_path):
     kill(dense, tmp_path / "target", after=4)
     new = tmp_path / "target.partial" / "new"

@@ -29,7 +29,7 @@ from tnmoe import hf
 from tnmoe.demo.data import Sentences
 from tnmoe.demo.models import load_form, load_tokenizer, quiet_transformers
 from tnmoe.nn import GradientMask, record_routing
-from tnmoe.progress import bar
+from tnmoe.progress import bar, end_line
 
 MAX_TOKENS = 128
 # Held-out sentences on which a converted or reloaded model is checked.
@@ -108,6 +108,7 @@ def run_apart(function: Callable[..., T], *arguments: Any) -> T:
         except (KeyboardInterrupt, SystemExit):
             for process in multiprocessing.active_children():
                 process.terminate()
+            end_line()
             raise
 
 

@@ -191,7 +191,7 @@ class Conversion:
         return [Path(target).absolute() / file.name for file in writer.files]
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
-        """Raise an InputError if :meth:`run` would refuse ``target``, given ``overwrite``."""
+        """Raise an InputError if :meth:`run` would refuse ``target`` for what is there now."""
         self._check_apart(work := Work(target))
         check_target(work.target, overwrite)
 
@@ -217,10 +217,11 @@ class Conversion:
     def _begin(self, work: Work, overwrite: bool, identity: str) -> set[str]:
         """What is done: nothing if the work begins now, else the layout and pieces by name."""
         begun = work.begun()
-        if begun[:1] == [identity]:
+        same = begun[:1] == [identity]
+        if same and work.new.is_dir():
             work.go_on()
             return set(begun[1:])
-        if begun and not overwrite:
+        if begun and not same and not overwrite:
             raise InputError(
                 f"{work.folder} is unfinished work of another conversion: remove it, or pass "
                 "overwrite=True (--overwrite)"
