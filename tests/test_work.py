@@ -257,6 +257,8 @@ def test_places_that_cannot_be_replaced_are_refused_before_anything_is_made(tmp_
         patch.setattr(os.path, "ismount", lambda path: Path(path) == made)
         with pytest.raises(InputError, match="made is a mount point, which cannot be replaced"):
             make(made)
+    with pytest.raises(InputError, match=r"cannot write to /proc/made.partial: No such file"):
+        make("/proc/made")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError, match="loop is a link that leads to itself"):
         make(tmp_path / "loop")

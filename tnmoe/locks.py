@@ -13,6 +13,9 @@ from filelock import FileLock, Timeout
 
 from tnmoe.errors import InputError
 
+# To make a lock's folder, which others remove when they are done.
+_TRIES = 100
+
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
@@ -50,7 +53,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
-    while True:
+    for left in reversed(range(_TRIES)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
@@ -60,8 +63,7 @@ def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
             with suppress(OSError):
                 name = owner.read_text("utf-8") or name
             raise InputError(f"{what} is in use by {name}: wait, or stop it") from error
-        except FileNotFoundError:
-            # Whoever held the lock removed its folder just now.
-            continue
         except OSError as error:
-            raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+            # Whoever held the lock may have removed its folder just now.
+            if not (left and isinstance(error, FileNotFoundError)):
+                raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error

@@ -191,7 +191,14 @@ class Conversion:
         return [Path(target).absolute() / file.name for file in writer.files]
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
-        """Raise an InputError if :meth:`run` would refuse ``target`` for what is there now."""
+        """Raise an InputError if :meth:`run` would refuse a target for what is there now.
+
+        Parameters
+        ----------
+        target : path
+        overwrite : bool
+            Whether what tnmoe wrote there may be replaced.
+        """
         self._check_apart(work := Work(target))
         check_target(work.target, overwrite)
 
