@@ -175,7 +175,7 @@ def cores_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         core
         for each in model.modules()
         if isinstance(each, SharedProjection)
-        for core in (*each.aux_cores, each.center)
+        for core in (*each.aux, each.center)
     ]
     return {"shared": shared, "owned": [core for core in cores if id(core) not in common]}
 

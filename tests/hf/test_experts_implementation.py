@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+from torch.autograd import forward_ad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -56,6 +57,9 @@ EXPERTS = {
         "moe_hidden_size": 8, "moe_intermediate_size": 12, "post_norm_eps": 1e-5,
     },
 }  # fmt: skip
+
+# Those whose own loop takes a slot without an expert.
+TAKES_NONE = (MixtralExperts, AriaExperts, MuseSparkExperts)
 
 
 def make(name):
@@ -150,7 +154,7 @@ def test_every_kind_of_experts_is_read_as_its_class_does(kind):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", [MixtralExperts, AriaExperts, MuseSparkExperts])
+@pytest.mark.parametrize("kind", TAKES_NONE)
 def test_what_goes_to_no_expert_counts_for_nothing(kind, compiled):
     experts = make_experts(kind)
     states, index, weights = routed()
@@ -173,6 +177,118 @@ def test_biases_of_absent_experts_are_not_added():
     assert not weight_grad[index == E].any()
     alone = run(experts, "eager", states[:1], index[:1, :1], weights[:1, :1])[0]
     torch.testing.assert_close(output[:1], alone)
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_what_is_not_finite_in_an_expert_stays_with_its_tokens(kind, transformed):
+    experts, (states, index, weights) = make_experts(kind), routed(tokens=30)
+    well = (index != 2).all(1)
+    expected = run(experts, "tnmoe", states[well], index[well], weights[well])
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            if len(parameter) == E:
+                parameter[2] = torch.nan
+    experts.config._experts_implementation = "tnmoe"
+    states, weights = (each.requires_grad_() for each in (states, weights))
+    forward = (
+        (lambda *x: torch.func.vmap(experts)(*(each[None] for each in x))[0])
+        if (transformed)
+        else experts
+    )
+    output = forward(states, index, weights)
+    assert output[~well].isnan().any(1).all()
+    wanted = [states, weights, *experts.parameters()]
+    grads = torch.autograd.grad(output[well].sin().sum(), wanted)
+    torch.testing.assert_close(output[well], expected[0])
+    for mine, own in zip(grads[:2], expected[1:3], strict=True):
+        torch.testing.assert_close(mine[well], own)
+    for mine, own in zip(grads[2:], expected[3:], strict=True):
+        if len(own) == E:  # a norm behind all experts has seen the others' tokens, too
+            torch.testing.assert_close(mine[[0, 1, 3]], own[[0, 1, 3]])
+
+
+def test_weights_of_slots_without_an_expert_do_not_count():
+    experts, (states, index, weights) = make_experts(MixtralExperts), routed()
+    index[0, 1] = index[3] = E
+    expected = run(experts, "tnmoe", states, index, weights)
+    weights[index == E] = torch.nan
+    for mine, own in zip(run(experts, "tnmoe", states, index, weights), expected, strict=True):
+        torch.testing.assert_close(mine, own)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_are_vectorised_over_inputs_and_parameters(kind):
+    experts, (states, index, weights) = make_experts(kind), routed(tokens=12)
+    if kind in TAKES_NONE:
+        index[5, 0] = index[7] = E
+    batch = [each.unflatten(0, (3, 4)) for each in (states, index, weights)]
+    many = {
+        name: torch.stack([each, 2 * each, each.sin()]) for name, each in experts.named_parameters()
+    }
+
+    def call(parameters, *given):
+        return torch.func.functional_call(experts, parameters, given)
+
+    def one(number, *given):
+        return call({name: each[number] for name, each in many.items()}, *given)
+
+    def slope(parameters, *given):
+        return torch.func.grad(lambda x: call(x, *given).sin().sum())(parameters)
+
+    expected = torch.stack(
+        [run(experts, "eager", *(each[i] for each in batch))[0] for i in range(3)]
+    )
+    experts.config._experts_implementation = "tnmoe"
+    own = dict(experts.named_parameters())
+    torch.testing.assert_close(torch.func.vmap(call, (None, 0, 0, 0))(own, *batch), expected)
+    together = torch.func.vmap(call, (0, None, None, None))(many, states, index, weights)
+    torch.testing.assert_close(
+        together, torch.stack([one(i, states, index, weights) for i in range(3)])
+    )
+    slopes = torch.func.vmap(slope, (None, 0, 0, 0))(own, *batch)
+    for number in range(3):
+        alone = run(experts, "eager", *(each[number] for each in batch))[3:]
+        for mine, theirs in zip(slopes.values(), alone, strict=True):
+            torch.testing.assert_close(mine[number], theirs)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_derivatives_of_second_order_and_forward_mode_are_those_of_the_class(kind):
+    experts, (states, index, weights) = make_experts(kind).double(), routed(dtype=torch.float64)
+    if kind in TAKES_NONE:
+        index[0, 1] = index[3] = E
+    direction, results = torch.randn_like(states), []
+    for implementation in ("eager", "tnmoe"):
+        experts.config._experts_implementation = implementation
+        given = states.clone().requires_grad_()
+        wanted = [given, *experts.parameters()]
+        slopes = torch.autograd.grad(
+            experts(given, index, weights).sin().sum(), wanted, create_graph=True
+        )
+        penalty = sum(each.square().sum() for each in slopes)
+        results.append([*torch.autograd.grad(penalty, wanted)])
+        with forward_ad.dual_level():
+            dual = experts(forward_ad.make_dual(states, direction), index, weights)
+            results[-1] += forward_ad.unpack_dual(dual)
+    # A norm is computed in single precision.
+    limit = 1e-4 if kind is MuseSparkExperts else 1e-12
+    for mine, own in zip(results[1], results[0], strict=True):
+        assert relative(mine, own) < limit
+
+
+def test_models_are_vectorised_as_with_the_implementations_of_transformers():
+    model = make("mixtral")
+    embedded = model.get_input_embeddings()(IDS).detach()
+    found = []
+    for implementation in ("batched_mm", "tnmoe"):
+        model.set_experts_implementation(implementation)
+        found.append(
+            torch.func.vmap(
+                lambda each: model(inputs_embeds=each[None], use_cache=False).logits[0]
+            )(embedded)
+        )
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("index", [torch.zeros(0, 2).long(), torch.full((3, 2), E)])

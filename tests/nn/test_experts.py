@@ -169,7 +169,7 @@ def test_parameter_names_are_one_center_and_stacked_aux_per_projection():
     assert names == {
         f"{projection}.{part}"
         for projection in ("up", "gate", "down")
-        for part in ("center", "aux.0", "aux.1", "bias")
+        for part in ("center", "aux_0", "aux_1", "bias")
     }
 
 

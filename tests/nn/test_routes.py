@@ -90,7 +90,7 @@ def test_gradients_of_a_route_agree_with_finite_differences(route, name, index):
 
 @pytest.mark.parametrize("route", ["dense", "shared"])
 def test_gradients_are_those_of_the_dense_matrices_where_only_some_are_wanted(route):
-    for frozen in ("center", "aux.0", "rows"):
+    for frozen in ("center", "aux_0", "rows"):
         gradients = []
         for way in (route, None):
             made = projection(dtype=torch.float32)
@@ -219,7 +219,7 @@ def test_only_cores_are_kept_for_the_backward_and_only_experts_with_rows_are_bui
 
 def test_auxiliary_cores_are_found_under_a_parametrization():
     made = projection()
-    torch.nn.utils.parametrize.register_parametrization(made.aux, "0", torch.nn.Tanh())
+    torch.nn.utils.parametrize.register_parametrization(made, "aux_0", torch.nn.Tanh())
     made.route = "shared"
     rows, index = torch.randn(2, made.in_features, dtype=torch.float64), torch.tensor([0, 2])
     torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
@@ -324,7 +324,7 @@ def test_cores_that_gate_and_up_share_are_applied_once_and_get_the_gradients_of_
     from tnmoe.nn import in_order
 
     layer, tied = experts("shared", torch.float64, layout=layout), []
-    layer.gate.aux[-1] = layer.up.aux[-1]
+    layer.gate.set_core(layer.up.shape.sites - 1, layer.up.aux[-1])
     products = []
     multiply = in_order._multiply
     monkeypatch.setattr(in_order, "_multiply", lambda *a: products.append(a) or multiply(*a))
@@ -610,7 +610,7 @@ def test_kept_matrices_follow_changes_where_numbers_are_not_looked_at(change, ca
         if change == "in place":
             made.aux[0].mul_(2)
         elif change == "another tensor":
-            made.aux[0] = torch.nn.Parameter(made.aux[0] * 2)
+            made.aux_0 = torch.nn.Parameter(made.aux[0] * 2)
         else:
             made.aux[0].data = made.aux[0].data * 2
         torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
@@ -695,8 +695,8 @@ def test_matrices_may_come_from_another_thread_while_some_are_forgotten(cache):
 @pytest.mark.parametrize("site", [0, 1])
 def test_pruned_cores_are_found_at_their_sites(site):
     made = projection()
-    prune.l1_unstructured(made.aux, str(site), amount=0.5)
-    assert not made.aux_cores[site].all()
+    prune.l1_unstructured(made, f"aux_{site}", amount=0.5)
+    assert not made.aux[site].all()
     rows, index = torch.randn(3, made.in_features, dtype=torch.float64), torch.tensor([0, 1, 2])
     made.route = "dense"
     torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))

@@ -81,7 +81,7 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
     layer = make()
     count = nn.train_auxiliary(layer)
     trained = {name for name, each in layer.named_parameters() if each.requires_grad}
-    assert trained == {f"experts.{side}.aux.{site}" for side in ("up", "down") for site in (0, 1)}
+    assert trained == {f"experts.{side}.aux_{site}" for side in ("up", "down") for site in (0, 1)}
     assert count == sum(each.numel() for each in layer.parameters() if each.requires_grad)
     more = nn.train_auxiliary(layer, also=["router"])
     assert more == count + layer.router.weight.numel()
@@ -89,7 +89,7 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
     other = nn.MPOExperts(4, 8, 12, sites=3, shared={"up": (0, 1), "down": (0, 2)})
     nn.train_auxiliary(other)
     trained = {name for name, each in other.named_parameters() if each.requires_grad}
-    assert trained == {"up.aux.1", "down.center"}
+    assert trained == {"up.aux_1", "down.center"}
 
 
 def test_tensors_thawed_later_are_scaled_too():
@@ -105,12 +105,12 @@ def test_tensors_thawed_later_are_scaled_too():
 
 def test_auxiliary_cores_are_trained_through_their_parametrizations():
     layer = make()
-    aux = layer.experts.up.aux
-    parametrize.register_parametrization(aux, "0", torch.nn.Tanh())
-    prune.l1_unstructured(aux, "1", amount=0.3)
+    up = layer.experts.up
+    parametrize.register_parametrization(up, "aux_0", torch.nn.Tanh())
+    prune.l1_unstructured(up, "aux_1", amount=0.3)
     nn.train_auxiliary(layer)
-    assert aux.parametrizations["0"].original.requires_grad
-    assert aux.get_parameter("1_orig").requires_grad
+    assert up.parametrizations["aux_0"].original.requires_grad
+    assert up.get_parameter("aux_1_orig").requires_grad
     assert not layer.experts.up.center.requires_grad
 
 

@@ -269,7 +269,7 @@ def test_input_cores_tied_between_gate_and_up_are_applied_once_under_autocast(mo
     from tnmoe.nn import in_order
 
     layer = nn.MPOExperts(E, H, F, "silu", gated=True, sites=3)
-    layer.gate.aux[-1] = layer.up.aux[-1]
+    layer.gate.set_core(layer.up.shape.sites - 1, layer.up.aux[-1])
     for name in ("up", "gate", "down"):
         getattr(layer, name).route = "shared"
     products, multiply = [], in_order._multiply

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tnmoe.nn.grouped import Groups, grouped_linear, spread
+from tnmoe.nn.grouped import Groups, Visits, cleared, grouped_linear, per_row, spread
+from tnmoe.nn.transforms import autocast_dtype, is_transformed
 
 NAME = "tnmoe"
 
@@ -47,46 +48,66 @@ def experts_forward(
     ... )
     >>> MixtralModel(config).set_experts_implementation("tnmoe")
     """
+    if is_transformed():
+        return _all_on_all(experts, hidden_states, top_k_index, top_k_weights)
     choices = top_k_index.shape[1]
     groups = Groups.of(top_k_index.reshape(-1), experts.num_experts)
     nowhere = _nowhere(groups, experts.num_experts)
-    rows = _cleared(spread(hidden_states, groups.order, groups.inverse, choices), nowhere)
-    into = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", rows, groups)
-    into = _cleared(into, nowhere)
-    inner = experts._apply_gate(into) if experts.has_gate else experts.act_fn(into)
-    outputs = _cleared(_project(experts, "down_proj", inner, groups), nowhere)
-    if experts.has_post_expert_norm:
-        outputs = experts.post_expert_norm(outputs)
+    if nowhere is not None:
+        top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
+    rows = cleared(spread(hidden_states, groups.order, groups.inverse, choices), nowhere)
+    into = cleared(_project(experts, _first_of(experts), rows, groups), nowhere)
+    outputs = _project(experts, "down_proj", _activated(experts, into), groups)
+    outputs = _normed(experts, cleared(outputs, nowhere))
     outputs = spread(outputs, groups.inverse, groups.order).unflatten(0, top_k_index.shape)
     return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
 
+def _all_on_all(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Every expert on every token, or on zeros where it was not chosen.
+
+    Under ``torch.func``, where how many tokens an expert gets is not a number that code may
+    depend on.
+    """
+    visits = Visits.of(index, weights, experts.num_experts)
+    into = visits.cleared(_project(experts, _first_of(experts), visits.spread(states), visits))
+    inner = _activated(experts, into.flatten(0, 1)).unflatten(0, into.shape[:2])
+    outputs = _project(experts, "down_proj", visits.cleared(inner), visits)
+    outputs = _normed(experts, visits.cleared(outputs))
+    return visits.collect(outputs).to(states.dtype)
+
+
+def _first_of(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _activated(experts: Any, into: Tensor) -> Tensor:
+    return experts._apply_gate(into) if experts.has_gate else experts.act_fn(into)
+
+
+def _normed(experts: Any, outputs: Tensor) -> Tensor:
+    return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
+
+
 def _nowhere(groups: Groups, num_experts: int) -> Tensor | None:
-    """Rows without an expert, (rows, 1); None where it is known that there are none."""
+    """Rows without an expert, (rows,); None where it is known that there are none."""
     waits = groups.offsets.device.type == "cpu" and not torch.compiler.is_compiling()
     if waits and int(groups.offsets[-1]) == groups.rows:
         return None
-    return (groups.experts >= num_experts)[:, None]
+    return groups.experts >= num_experts
 
 
-def _cleared(rows: Tensor, nowhere: Tensor | None) -> Tensor:
-    """Rows that no product is taken of are zero, and so are their gradients."""
-    return rows if nowhere is None else rows.masked_fill(nowhere, 0)
-
-
-def _project(experts: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
+def _project(experts: Any, name: str, rows: Tensor, groups: Groups | Visits) -> Tensor:
     """One projection of all experts, each of its own rows."""
     weight = getattr(experts, name)
-    kind = rows.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    stacked = weight.mT if experts.is_transposed else weight
-    result = grouped_linear(rows.to(dtype), stacked.to(dtype), groups.offsets)
-    if not experts.has_bias:
-        return result
-    # A product with the experts' indicators: its gradient, too, is one, not a scatter.
-    bias = getattr(experts, f"{name}_bias").to(dtype)
-    mine = groups.experts[:, None] == torch.arange(len(bias), device=rows.device)
-    return torch.addmm(result, mine.to(dtype), bias)
+    dtype = autocast_dtype(rows) or weight.dtype
+    stacked = (weight.mT if experts.is_transposed else weight).to(dtype)
+    bias = getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None
+    if isinstance(groups, Visits):
+        result = torch.einsum("tei,eoi->teo", rows.to(dtype), stacked)
+        return result if bias is None else result + bias
+    result = grouped_linear(rows.to(dtype), stacked, groups.offsets)
+    return result if bias is None else result + per_row(bias, groups)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("tnmoe.nn", "torch", "torch") from error
 
+import tnmoe.nn.flops  # noqa: F401 - registers formulas with torch
 from tnmoe.costs import Rates
 from tnmoe.nn.activations import ClampedSwiGLU, Gated
 from tnmoe.nn.cache import WeightCache, weight_cache

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tnmoe.nn.grouped import multiply_groups
+from tnmoe.nn.grouped import grouped_linear
 from tnmoe.nn.materialize import Legs, build, common_dtype, environments, experts_of
 from tnmoe.nn.transforms import without_autocast
 
@@ -194,7 +194,7 @@ def cached_linear(
         numbers = [*legs.out, *legs.in_, *size, site]
         return torch.ops.tnmoe.cached_linear(rows, offsets, center, list(aux), numbers)
     matrices = weight_cache.get(center, aux, site, legs, size, rows.dtype)
-    return multiply_groups(rows, matrices, offsets)
+    return grouped_linear(rows, matrices, offsets)
 
 
 @torch.library.custom_op("tnmoe::cached_linear", mutates_args=())

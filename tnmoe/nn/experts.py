@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from tnmoe.decompose import decompose
 from tnmoe.errors import InputError, generator_of, number_in, one_of
 from tnmoe.nn.activations import resolve_activation
-from tnmoe.nn.grouped import Groups, spread
-from tnmoe.nn.projection import Bias, Projection, SharedProjection, StackedProjection
-from tnmoe.nn.transforms import is_transformed
+from tnmoe.nn.grouped import Groups, Visits, cleared, spread
+from tnmoe.nn.projection import (
+    Bias,
+    Projection,
+    SharedProjection,
+    StackedProjection,
+    side_by_side,
+)
+from tnmoe.nn.transforms import autocast_dtype, is_transformed, takes_apart
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
 
@@ -165,23 +171,19 @@ class Experts(nn.Module):
         """
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
         if is_transformed():
-            return self._all_on_all(
-                *self._nowhere_to_the_last(hidden_states, top_k_index, top_k_weights)
-            )
-        kind = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        states = hidden_states.to(dtype or hidden_states.dtype)
-        waits = kind == "cpu" and not torch.compiler.is_compiling()
-        if not waits:
-            states, top_k_index, top_k_weights = self._nowhere_to_the_last(
-                states, top_k_index, top_k_weights
-            )
-        groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
-        routed = self._count_routed(groups) if waits else groups.rows
-        if self._takes_turns(states, groups):
-            outputs = self._one_by_one(states, groups, top_k_weights)
+            return self._all_on_all(hidden_states, top_k_index, top_k_weights)
+        states = hidden_states.to(autocast_dtype(hidden_states) or hidden_states.dtype)
+        if states.device.type == "cpu" and not torch.compiler.is_compiling():
+            groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
+            routed, weights = self._count_routed(groups), top_k_weights
+            if routed < groups.rows:
+                weights = weights.masked_fill(top_k_index == self.num_experts, 0)
+            if self._takes_turns(states, groups):
+                outputs = self._one_by_one(states, groups, weights)
+            else:
+                outputs = self._together(states, groups, weights, routed)
         else:
-            outputs = self._together(states, groups, top_k_weights, routed)
+            outputs = self._without_waiting(states, top_k_index, top_k_weights)
         outputs = outputs.sum(1) if outputs.shape[1] > 1 else outputs.squeeze(1)
         return outputs.to(hidden_states.dtype)
 
@@ -215,24 +217,34 @@ class Experts(nn.Module):
             )
         return groups.rows if highest < self.num_experts else int(groups.offsets[-1])
 
-    def _nowhere_to_the_last(
-        self, states: Tensor, index: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots without an expert given to the last one, for nothing.
+    def _without_waiting(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """:meth:`_together` where it cannot be known how many slots have no expert.
 
-        How many there are cannot be known where the device is not to be waited for.
+        These go, as zeros and for nothing, to an expert that others visit.
         """
         nowhere = index >= self.num_experts
-        # Whatever such a token holds must not reach the last expert's gradient.
-        states = states.masked_fill(nowhere.all(1, keepdim=True), 0)
-        return states, index.clamp(max=self.num_experts - 1), weights.masked_fill(nowhere, 0)
+        visited = F.pad(index.masked_fill(nowhere, 0).reshape(-1), (0, 1)).amax()
+        groups = Groups.of(torch.where(nowhere, visited, index).reshape(-1), self.num_experts)
+        weights = weights.masked_fill(nowhere, 0)
+        nowhere = nowhere.reshape(-1).index_select(0, groups.order)
+        return self._together(states, groups, weights, groups.rows, nowhere)
 
-    def _together(self, states: Tensor, groups: Groups, weights: Tensor, routed: int) -> Tensor:
-        """Weighted outputs (T, k, H) of all experts, each projection for all of them at once."""
+    def _together(
+        self,
+        states: Tensor,
+        groups: Groups,
+        weights: Tensor,
+        routed: int,
+        nowhere: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted outputs (T, k, H) of all experts, each projection for all of them at once.
+
+        Rows after the first ``routed``, and those where ``nowhere`` is true, have no expert.
+        """
         tokens, choices = weights.shape
         rows = spread(states, groups.order, groups.inverse, choices)
         if routed == groups.rows:
-            outputs = self._feed_forward(rows, groups)
+            outputs = cleared(self._feed_forward(cleared(rows, nowhere), groups), nowhere)
         else:
             outputs = self._feed_forward(rows[:routed], groups.first(routed))
             outputs = F.pad(outputs, (0, 0, 0, groups.rows - routed))
@@ -257,7 +269,7 @@ class Experts(nn.Module):
         if self.gate is None:
             inner = self.activation(self.up(rows, groups))
         else:
-            inner = self.activation(*self.gate.forward_beside(self.up, rows, groups))
+            inner = self.activation(*side_by_side(self.gate, self.up, rows, groups))
         return self.down(self._drop(inner), groups)
 
     def _drop(self, inner: Tensor) -> Tensor:
@@ -268,30 +280,24 @@ class Experts(nn.Module):
 
         Not in training, where all is kept for the backward anyway.
         """
-        if states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or takes_apart():
             return False
         if groups.rows * self.intermediate_size <= _CACHED:
             return False
         return not (self.up.joins_experts(groups.rows) or self.down.joins_experts(groups.rows))
 
     def _all_on_all(self, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Every expert on every token, unchosen ones weighted 0.
+        """Every expert on every token, or on zeros where it was not chosen.
 
         Under ``torch.func`` how many tokens an expert gets is not a number that code may depend
         on, so this costs E times as much there.
         """
-        experts = torch.arange(self.num_experts, device=states.device)
-        chosen = top_k_index[..., None] == experts
-        weights = (chosen * top_k_weights[..., None]).sum(-2)
-
-        def project(projection: Projection, equation: str, states: Tensor) -> Tensor:
-            result = torch.einsum(equation, states, projection.weight().to(states.dtype))
-            return result if projection.bias is None else result + projection.bias.to(result.dtype)
-
+        visits = Visits.of(top_k_index, top_k_weights, self.num_experts)
+        rows = visits.spread(states)
         sides = (self.up,) if self.gate is None else (self.gate, self.up)
-        inner = self.activation(*(project(side, "th,efh->tef", states) for side in sides))
-        outputs = project(self.down, "tef,ehf->teh", self._drop(inner))
-        return torch.einsum("teh,te->th", outputs, weights.to(outputs.dtype)).to(states.dtype)
+        inner = self.activation(*(visits.cleared(side(rows, visits)) for side in sides))
+        outputs = self.down(visits.cleared(self._drop(inner)), visits)
+        return visits.collect(outputs).to(states.dtype)
 
 
 # Numbers that a CPU's last cache holds, roughly.
@@ -397,7 +403,7 @@ class MPOExperts(Experts):
     """Experts whose matrices share a central tensor (MPOE, arXiv:2203.01104, section 3.2).
 
     Per projection the layer holds one ``center`` (D, out, in, D') and stacked auxiliary cores
-    ``aux.0 …`` (E, D, out, in, D').
+    ``aux_0``, ``aux_1``, … (E, D, out, in, D').
 
     Parameters
     ----------

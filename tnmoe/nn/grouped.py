@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnmoe.nn.transforms import is_watched, takes_apart
 from tnmoe.routes import WIDE
 
 
@@ -70,6 +71,11 @@ class Groups:
         ends = torch.searchsorted(experts, every, right=True)
         return cls(experts, ends.to(torch.int32), rows, order, inverse)
 
+    @property
+    def visited(self) -> Tensor:
+        """Experts that have rows, (E,) of bool; an accelerator is not waited for."""
+        return self.offsets.diff(prepend=self.offsets.new_zeros(1)) > 0
+
     def first(self, rows: int) -> Groups:
         """The first ``rows`` rows alone, without what leads to and from slots."""
         everyone = torch.arange(rows, device=self.order.device)
@@ -90,13 +96,53 @@ class Groups:
             yield block, Groups(self.experts[block], ends, self.rows, alone, alone)
 
 
+@dataclass(frozen=True)
+class Visits:
+    """Which tokens go to which experts as a table, where code may not depend on such numbers.
+
+    Every expert then has a row for every token: zeros where it was not chosen.
+
+    Attributes
+    ----------
+    chosen : Tensor of bool, shape (T, E, 1)
+    weights : Tensor, shape (T, E)
+        Of every expert in a token's sum.
+    """
+
+    chosen: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, weights: Tensor, num_experts: int) -> Visits:
+        """From experts and weights of tokens, (T, k) both; an expert that there is not is none."""
+        chosen = index[..., None] == torch.arange(num_experts, device=index.device)
+        return cls(chosen.any(1)[..., None], torch.where(chosen, weights[..., None], 0).sum(1))
+
+    @property
+    def visited(self) -> Tensor:
+        """Experts that have tokens, (E,) of bool."""
+        return self.chosen[..., 0].any(0)
+
+    def spread(self, states: Tensor) -> Tensor:
+        """A row of every token for every expert: (T, H) → (T, E, H)."""
+        return self.cleared(states[:, None])
+
+    def cleared(self, rows: Tensor) -> Tensor:
+        """Rows (T, E, n) with zeros where an expert was not chosen, and so are the gradients."""
+        return torch.where(self.chosen, rows, 0)
+
+    def collect(self, outputs: Tensor) -> Tensor:
+        """Every token's weighted sum of outputs (T, E, H)."""
+        return (self.cleared(outputs) * self.weights[..., None]).sum(1)
+
+
 def spread(states: Tensor, order: Tensor, inverse: Tensor, choices: int = 1) -> Tensor:
     """Every slot's token, in the order of the rows: (T, H) → (T · choices, H).
 
     As indexing with ``order // choices``, but the gradient is no scattered addition: it goes the
     way back along ``inverse``.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not takes_apart():
         return _Spread.apply(states, order, inverse, choices)
     return states.index_select(0, order // choices if choices > 1 else order)
 
@@ -128,6 +174,32 @@ class _Collect(torch.autograd.Function):
         return _Spread.apply(grad, *ctx.saved_tensors, ctx.choices), None, None, None
 
 
+def cleared(rows: Tensor, nowhere: Tensor | None) -> Tensor:
+    """Rows (T, …) with zeros where ``nowhere`` (T,) is true; so are their gradients.
+
+    A product with 0 would let NaN and infinity pass.
+    """
+    if nowhere is None:
+        return rows
+    return rows.masked_fill(nowhere.view(-1, *[1] * (rows.ndim - 1)), 0)
+
+
+def per_row(table: Tensor, groups: Groups) -> Tensor:
+    """Every row's expert's entry of a table, (E, n) → (T, n).
+
+    As indexing with ``groups.experts``, but the gradient is no scattered addition: the rows of an
+    expert lie side by side.
+    """
+    if takes_apart() or not torch.is_grad_enabled():
+        return _entries(table, groups.experts)
+    return torch.ops.tnmoe.per_row(table, groups.experts, groups.offsets)
+
+
+def _entries(table: Tensor, experts: Tensor) -> Tensor:
+    # Rows without an expert come last, and are of no use.
+    return table.index_select(0, experts.clamp(max=len(table) - 1))
+
+
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Product of each block of rows with its own matrix.
 
@@ -148,7 +220,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     -----
     One operator to ``torch.compile``, which need not know how many rows each expert has.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if takes_apart():
+        return _linear_apart(rows, weight, offsets)
+    opaque = torch.compiler.is_compiling() or is_watched() or rows.is_meta
+    if torch.is_grad_enabled() or opaque:
         return torch.ops.tnmoe.grouped_linear(rows, weight, offsets)
     # What an operator brings with it costs more than the product of a few rows.
     return multiply_groups(rows, weight, offsets)
@@ -159,7 +234,29 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
     Columns, (T, out, n) and (T, in, n), are summed over as well.
     """
+    if takes_apart():
+        return _outer_apart(left, right, offsets)
     return torch.ops.tnmoe.grouped_outer(left, right, offsets)
+
+
+def _linear_apart(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """:func:`grouped_linear` in torch's own operators."""
+    columns = rows if rows.ndim == 3 else rows[..., None]
+    blocks = [weight[expert] @ columns[block] for expert, block in blocks_of(offsets)]
+    routed = sum(map(len, blocks))
+    rest = columns.new_zeros(len(rows) - routed, weight.shape[1], columns.shape[2])
+    result = torch.cat([*blocks, rest])
+    return result if rows.ndim == 3 else result[..., 0]
+
+
+def _outer_apart(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """:func:`grouped_outer` in torch's own operators."""
+    zero = left.new_zeros(left.shape[1], right.shape[1])
+    blocks = {
+        expert: torch.tensordot(left[block], right[block], [[0, *range(2, left.ndim)]] * 2)
+        for expert, block in blocks_of(offsets)
+    }
+    return torch.stack([blocks.get(expert, zero) for expert in range(len(offsets))])
 
 
 def multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -192,6 +289,24 @@ def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     result = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     for expert, block in blocks_of(offsets):
         outer_block(left[block], right[block], result[expert])
+    return result
+
+
+@torch.library.custom_op("tnmoe::per_row", mutates_args=())
+def _per_row(table: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+    return _entries(table, experts)
+
+
+@torch.library.custom_op("tnmoe::grouped_sum", mutates_args=())
+def _grouped_sum(rows: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of the rows of every expert, (T, n) → (E, n): the adjoint of ``per_row``."""
+    if _on_cuda(rows):
+        # As a product, whose kernel neither waits nor adds in an order of its own.
+        ones = rows.new_ones(len(rows), 16 // rows.element_size())
+        return _grouped_outer(rows, ones, offsets)[..., 0].contiguous()
+    result = rows.new_zeros(len(offsets), rows.shape[1])
+    for expert, block in blocks_of(offsets):
+        torch.sum(rows[block], 0, out=result[expert])
     return result
 
 
@@ -266,6 +381,16 @@ def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
 
 
+@_per_row.register_fake
+def _(table: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+    return table.new_empty(experts.shape[0], table.shape[1])
+
+
+@_grouped_sum.register_fake
+def _(rows: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(offsets.shape[0], rows.shape[1])
+
+
 def _keep_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     rows, weight, offsets = inputs
     ctx.save_for_backward(rows, weight, offsets)
@@ -276,8 +401,8 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     wanted = ctx.needs_input_grad
     grad = grad.contiguous()
     return (
-        torch.ops.tnmoe.grouped_linear(grad, weight.mT, offsets) if wanted[0] else None,
-        torch.ops.tnmoe.grouped_outer(grad, rows, offsets) if wanted[1] else None,
+        grouped_linear(grad, weight.mT, offsets) if wanted[0] else None,
+        grouped_outer(grad, rows, offsets) if wanted[1] else None,
         None,
     )
 
@@ -291,11 +416,32 @@ def _outer_backward(ctx, grad):  # type: ignore[no-untyped-def]
     left, right, offsets = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     return (
-        torch.ops.tnmoe.grouped_linear(right, grad, offsets) if wanted[0] else None,
-        torch.ops.tnmoe.grouped_linear(left, grad.mT, offsets) if wanted[1] else None,
+        grouped_linear(right, grad, offsets) if wanted[0] else None,
+        grouped_linear(left, grad.mT, offsets) if wanted[1] else None,
         None,
     )
 
 
+def _keep_places(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _per_row_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    experts, offsets = ctx.saved_tensors
+    if takes_apart():
+        ones = grad.new_ones(len(grad), 1)
+        return _outer_apart(grad, ones, offsets)[..., 0], None, None
+    return torch.ops.tnmoe.grouped_sum(grad, experts, offsets), None, None
+
+
+def _grouped_sum_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    experts, offsets = ctx.saved_tensors
+    if takes_apart():
+        return _entries(grad, experts), None, None
+    return torch.ops.tnmoe.per_row(grad, experts, offsets), None, None
+
+
+_per_row.register_autograd(_per_row_backward, setup_context=_keep_places)
+_grouped_sum.register_autograd(_grouped_sum_backward, setup_context=_keep_places)
 _grouped_linear.register_autograd(_linear_backward, setup_context=_keep_linear)
 _grouped_outer.register_autograd(_outer_backward, setup_context=_keep_outer)

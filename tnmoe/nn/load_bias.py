@@ -50,6 +50,10 @@ class LoadBias(nn.Module):
         self.register_buffer("value", zeros)
         self.counts = torch.zeros_like(zeros, dtype=torch.int64)
 
+    def forward(self, scores: Tensor) -> Tensor:
+        """``scores``, (T, E), and the bias of every expert."""
+        return scores + self.value.to(scores.dtype)
+
     def reset(self) -> None:
         """Start again without a bias."""
         self.value.zero_()

@@ -65,6 +65,7 @@ def load_balancing_loss(
     one_of("form", form, FORMS)
     one_of("score_function", score_function, SCORE_FUNCTIONS)
     _check_routing(router_logits, top_k_index)
+    router_logits = counted_logits(router_logits, attention_mask)
     experts = router_logits.shape[-1]
     index = top_k_index[:, :1] if form == "gshard" else top_k_index
     slots = F.one_hot(index, experts + 1)[..., :experts].sum(-2).float()
@@ -113,9 +114,16 @@ def router_z_loss(
     """
     if router_logits.ndim != 2:
         raise InputError(f"expected router_logits (T, E), got {tuple(router_logits.shape)}")
+    router_logits = counted_logits(router_logits, attention_mask)
     squares = router_logits.float().logsumexp(-1).square()
     weights = _token_weights(router_logits, attention_mask, sequences)
     return _over_sequences((weights * squares.view_as(weights)).sum(-1), weights)
+
+
+def counted_logits(router_logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Logits (T, E), zeros for tokens that do not count: a weight of 0 would let their NaN pass."""
+    mask = check_mask(attention_mask, len(router_logits))
+    return router_logits if mask is None else router_logits.masked_fill(~mask[:, None], 0)
 
 
 def normalized_scores(router_logits: Tensor, score_function: str) -> Tensor:

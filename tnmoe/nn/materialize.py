@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from tnmoe.backends import backend_named
 from tnmoe.contraction import left_environment, right_environment
 from tnmoe.nn.grouped import blocks_of, grouped_linear, grouped_outer
+from tnmoe.nn.transforms import takes_apart
 
 _TORCH = backend_named("torch")
 
@@ -241,7 +243,31 @@ def shared_linear(
     -------
     Tensor, shape (T, out)
     """
+    if takes_apart():
+        matrices = _whole(_half(center, left, legs), right, legs)
+        return grouped_linear(rows, matrices.flatten(4, 6).flatten(1, 3), offsets)
     return torch.ops.tnmoe.shared_linear(rows, center, left, right, offsets, [*legs.out, *legs.in_])
+
+
+def _half(center: Tensor, left: Tensor, legs: Legs) -> Tensor:
+    """Halves of all experts in torch's own operators.
+
+    Axes (E, out left, in left, out centre, in centre, D').
+    """
+    return torch.einsum("eabd,dopf->eabopf", left.unflatten(1, _left(legs)), center)
+
+
+def _whole(half: Tensor, right: Tensor, legs: Legs) -> Tensor:
+    """Matrices, with axes (E, out left, centre, right, in left, centre, right)."""
+    return torch.einsum("eabopf,efcg->eaocbpg", half, right.unflatten(2, _right(legs)))
+
+
+def _left(legs: Legs) -> tuple[int, int]:
+    return legs.out[0], legs.in_[0]
+
+
+def _right(legs: Legs) -> tuple[int, int]:
+    return legs.out[2], legs.in_[2]
 
 
 @torch.library.custom_op("tnmoe::shared_linear", mutates_args=())
@@ -338,7 +364,10 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     wanted = ctx.needs_input_grad
-    gradients = torch.ops.tnmoe.shared_linear_backward(
+    # With create_graph=True the gradients have gradients themselves, to any order.
+    apart = takes_apart() or (torch.is_grad_enabled() and not torch.compiler.is_compiling())
+    backward: Any = _backward_apart if apart else torch.ops.tnmoe.shared_linear_backward
+    gradients = backward(
         grad.contiguous(), *ctx.saved_tensors, ctx.legs, wanted[0], any(wanted[1:4])
     )
     return (
@@ -346,6 +375,27 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         None,
         None,
     )
+
+
+def _backward_apart(  # type: ignore[no-untyped-def]
+    grad, rows, center, left, right, offsets, legs, wants_rows, wants_cores
+):
+    """What the backward operator computes, in operators that have gradients themselves."""
+    legs = Legs(tuple(legs[:3]), tuple(legs[3:]))
+    half = _half(center, left, legs)
+    of_rows = of_center = of_left = of_right = None
+    if wants_rows:
+        matrices = _whole(half, right, legs).flatten(4, 6).flatten(1, 3)
+        of_rows = grouped_linear(grad, matrices.mT, offsets)
+    if wants_cores:
+        of_matrices = grouped_outer(grad, rows, offsets)
+        of_matrices = of_matrices.unflatten(2, legs.in_).unflatten(1, legs.out)
+        of_right = torch.einsum("eabopf,eaocbpg->efcg", half, of_matrices).flatten(2)
+        right = right.unflatten(2, _right(legs))
+        of_half = torch.einsum("eaocbpg,efcg->eabopf", of_matrices, right)
+        of_left = torch.einsum("eabopf,dopf->eabd", of_half, center).flatten(1, 2)
+        of_center = torch.einsum("eabd,eabopf->dopf", left.unflatten(1, _left(legs)), of_half)
+    return of_rows, of_center, of_left, of_right
 
 
 _shared_linear.register_autograd(_backward, setup_context=_keep)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod, sqrt
 from typing import Any, Self
 
@@ -18,9 +19,10 @@ from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_m
 from tnmoe.errors import InputError, generator_of, index_in, one_of, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
-from tnmoe.nn.grouped import Groups, grouped_linear
+from tnmoe.nn.grouped import Groups, Visits, grouped_linear, per_row
 from tnmoe.nn.in_order import chain_linear, chain_linears
 from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
+from tnmoe.nn.transforms import takes_apart
 from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO, replicate
@@ -107,37 +109,34 @@ class Projection(nn.Module, ABC):
             If a route was set that there is not, or ``cached`` where gradients are needed.
         """
 
-    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """What :meth:`multiply` gives of ``rows`` and ``groups``, and every expert's bias."""
-        return self._add_bias(self.multiply(rows, groups), groups)
+    def forward(self, rows: Tensor, groups: Groups | Visits) -> Tensor:
+        """Rows times their experts' matrices, and their experts' biases.
+
+        Parameters
+        ----------
+        rows : Tensor, shape (T, in), or (T, E, in) for visits
+        groups : Groups or Visits
+            Which rows are whose: as for :meth:`multiply`, or a row of every token for every
+            expert.
+
+        Returns
+        -------
+        Tensor, shape (T, out), or (T, E, out) for visits
+        """
+        if isinstance(groups, Groups):
+            return self._add_bias(self.multiply(rows, groups), groups)
+        result = torch.einsum("tei,eoi->teo", rows, self._weight_for(groups).to(rows.dtype))
+        return result if self.bias is None else result + self.bias.to(result.dtype)
+
+    def _weight_for(self, visits: Visits) -> Tensor:
+        """All matrices, of which those of experts without tokens need not be right."""
+        return self.weight()
 
     def _add_bias(self, result: Tensor, groups: Groups) -> Tensor:
         if self.bias is None:
             return result
-        if len(self.bias) < self.num_experts:
-            return result + self.bias.to(result.dtype)
-        # A product with the experts' indicators: its gradient, too, is one, not a scatter.
-        mine = groups.experts[:, None] == torch.arange(self.num_experts, device=result.device)
-        return torch.addmm(result, mine.to(result.dtype), self.bias.to(result.dtype))
-
-    def forward_beside(
-        self, other: Projection, rows: Tensor, groups: Groups
-    ) -> tuple[Tensor, Tensor]:
-        """This projection and another one of the same rows, sharing work where they can.
-
-        Parameters
-        ----------
-        other : Projection
-            With as many experts and inputs.
-        rows, groups
-            As for :meth:`multiply`.
-
-        Returns
-        -------
-        tuple of Tensor, shapes (T, out)
-            Of this projection and of ``other``.
-        """
-        return self(rows, groups), other(rows, groups)
+        bias = self.bias.to(result.dtype)
+        return result + (bias if len(bias) < self.num_experts else per_row(bias, groups))
 
     def joins_experts(self, rows: int) -> bool:
         """Whether ``rows`` slots, in inference, go through products for all experts together."""
@@ -286,8 +285,8 @@ class SharedProjection(Projection):
     ----------
     center : Parameter, shape (D, out, in, D') if shared, or (E, D, out, in, D')
         The central core.
-    aux : ParameterList of shapes (E, D, out, in, D'), or (1, D, out, in, D') if shared
-        The other sites, left to right.
+    aux_0, aux_1, … : Parameter, shape (E, D, out, in, D'), or (1, D, out, in, D') if shared
+        The cores of the other sites, left to right; :attr:`aux` is all of them.
     shared_sites : frozenset of int
         Sites whose cores all experts share.
 
@@ -304,7 +303,6 @@ class SharedProjection(Projection):
     """
 
     center: nn.Parameter
-    aux: nn.ParameterList
     shared_sites: frozenset[int]
     # One of "shared", "chain", "dense", "cached" to fix the route; by default it is planned.
     route: str | None = None
@@ -411,8 +409,11 @@ class SharedProjection(Projection):
             for site, core in enumerate(core.detach() for core in cores)
         ]
         self.center = parameters.pop(self.site)
-        self.aux = nn.ParameterList(parameters)
-        self._aux_names = tuple(self.aux._parameters)
+        # Parameters of this very module, not of a list in it: whatever moves the parameters of a
+        # module in and out of memory around its forward, as accelerate does, must find them.
+        self._aux_names = tuple(f"aux_{number}" for number in range(len(parameters)))
+        for name, parameter in zip(self._aux_names, parameters, strict=True):
+            self.register_parameter(name, parameter)
 
     @property
     def shared_cores(self) -> list[nn.Parameter]:
@@ -421,15 +422,15 @@ class SharedProjection(Projection):
 
     def parameters_at(self, site: int) -> list[nn.Parameter]:
         """What the core of ``site`` is stored as: itself, or what a parametrization makes it of."""
-        module, name = (self, "center") if site == self.site else (self.aux, self._aux_name(site))
-        if is_parametrized(module, name):
-            return list(module.get_submodule(f"parametrizations.{name}").parameters())
+        name = self._name_of(site)
+        if is_parametrized(self, name):
+            return list(self.get_submodule(f"parametrizations.{name}").parameters())
         # torch.nn.utils.prune keeps the tensor itself under another name.
-        stored = name if name in module._parameters else f"{name}_orig"
-        return [module.get_parameter(stored)]
+        stored = name if name in self._parameters else f"{name}_orig"
+        return [self.get_parameter(stored)]
 
-    def _aux_name(self, site: int) -> str:
-        return str(site - (site > self.site))
+    def _name_of(self, site: int) -> str:
+        return "center" if site == self.site else self._aux_names[site - (site > self.site)]
 
     def core_at(self, site: int) -> nn.Parameter:
         """The stored core of a site, (E, D, out, in, D') or, if shared at the centre, without E.
@@ -444,10 +445,7 @@ class SharedProjection(Projection):
         InputError
             If there is no such site.
         """
-        site = index_in("site", site, self.shape.sites)
-        if site == self.site:
-            return self.center
-        return self.aux_cores[site - (site > self.site)]
+        return getattr(self, self._name_of(index_in("site", site, self.shape.sites)))
 
     def set_core(self, site: int, core: nn.Parameter) -> None:
         """Store a tensor, another projection's perhaps, as the core of a site.
@@ -464,19 +462,16 @@ class SharedProjection(Projection):
         InputError
             If there is no such site.
         """
-        site = index_in("site", site, self.shape.sites)
-        if site == self.site:
-            self.center = core
-        else:
-            self.aux[site - (site > self.site)] = core
+        setattr(self, self._name_of(index_in("site", site, self.shape.sites)), core)
 
     @property
-    def aux_cores(self) -> tuple[nn.Parameter, ...]:
-        """The cores in ``aux``; a ParameterList takes a microsecond for each."""
-        stored = self.aux._parameters
+    def aux(self) -> tuple[nn.Parameter, ...]:
+        """The cores of all sites but the centre, left to right."""
+        stored: dict[str, Any] = self._parameters
         # Parametrized or pruned cores are attributes of another kind.
-        plain = tuple(stored) == self._aux_names
-        return tuple(stored.values() if plain else self.aux)
+        return tuple(
+            stored[name] if name in stored else getattr(self, name) for name in self._aux_names
+        )
 
     def to_shared(self) -> SharedMPO:
         """The cores as a SharedMPO that shares memory and gradients with this module.
@@ -508,15 +503,21 @@ class SharedProjection(Projection):
         return MPO(cores, self.shape)
 
     def weight(self) -> Tensor:
-        dtype = common_dtype(self._stored)
-        aux = [core.to(dtype) for core in self._stacked()]
-        center = self.center.to(dtype)
+        return self._matrices((self.center, *self._stacked()))
+
+    def _weight_for(self, visits: Visits) -> Tensor:
+        return self._matrices(self._of_visited((self.center, *self._stacked()), visits))
+
+    def _matrices(self, cores: Sequence[Tensor]) -> Tensor:
+        """Matrices (E, out, in) from the central core and the stacked ones."""
+        dtype = common_dtype(cores)
+        center, *aux = (core.to(dtype) for core in cores)
         matrices = stacked_to_padded_matrices(_TORCH, center, aux[: self.site], aux[self.site :])
         return matrices[:, : self.out_features, : self.in_features]
 
     def _stacked(self) -> list[Tensor]:
         """Auxiliary cores of every expert, shared ones repeated without a copy."""
-        return [core.expand(self.num_experts, -1, -1, -1, -1) for core in self.aux_cores]
+        return [core.expand(self.num_experts, -1, -1, -1, -1) for core in self.aux]
 
     def train(self, mode: bool = True) -> Self:
         """As of any module; kept matrices are forgotten when the mode changes."""
@@ -528,7 +529,7 @@ class SharedProjection(Projection):
     # watches them.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight_cache.forget(self._stored)
-        return super()._apply(fn, recurse)
+        return super()._apply(partial(_applied, fn), recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         weight_cache.forget(self._stored)
@@ -556,7 +557,8 @@ class SharedProjection(Projection):
             center=self.site,
             training=training,
             cached=not training
-            and not self._is_sharded
+            and not self._is_gathered
+            and not takes_apart()
             and weight_cache.has_room(self._stored, self._matrices_bytes),
             device=self.center.device.type,
             itemsize=self.center.element_size(),
@@ -567,13 +569,15 @@ class SharedProjection(Projection):
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         route = self.route or self._chosen_route(rows, groups)
-        if route == "cached" and self._is_sharded:
+        if route == "cached" and self._is_gathered:
             route = "dense"
         if route == "cached":
+            if self.route and takes_apart():
+                raise InputError("route='cached' has no derivatives: set another, or None")
             if self.route and self._in_training(rows):
                 raise InputError("route='cached' has no gradients: use it under torch.no_grad()")
             size = self.out_features, self.in_features
-            cores = self.center, self.aux_cores
+            cores = self.center, self.aux
             return cached_linear(rows, groups.offsets, *cores, self.site, self.legs, size)
         multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}.get(route)
         if multiply is None:
@@ -582,18 +586,22 @@ class SharedProjection(Projection):
             )
         return multiply(self._padded(rows), groups)[:, : self.out_features]
 
-    def forward_beside(
-        self, other: Projection, rows: Tensor, groups: Groups
-    ) -> tuple[Tensor, Tensor]:
-        """Both projections; cores on the input side that are the same tensor are applied once."""
-        if (
-            not isinstance(other, SharedProjection)
-            or other.aux[-1] is not self.aux[-1]
-            or other.shape != self.shape
-            or {each.route or each._chosen_route(rows, groups) for each in (self, other)}
-            != {"shared"}
-        ):
-            return super().forward_beside(other, rows, groups)
+    def _shares_input_with(self, other: nn.Module, rows: Tensor, groups: Groups) -> bool:
+        """Whether both may go through cores on the input side, the same tensors, only once."""
+        return (
+            isinstance(other, SharedProjection)
+            # What is hooked is to be called.
+            and not (_is_hooked(self) or _is_hooked(other))
+            and other.aux[-1] is self.aux[-1]
+            and other.shape == self.shape
+            and all(
+                (each.route or each._chosen_route(rows, groups)) == "shared"
+                for each in (self, other)
+            )
+        )
+
+    def _both(self, other: Any, rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+        """What this and another projection that shares cores on the input side give of rows."""
         chains = [self._cores(rows.dtype), other._cores(rows.dtype)]
         for site in range(self.shape.sites):
             # The same tensor again, whatever its dtype had to be changed to.
@@ -611,34 +619,52 @@ class SharedProjection(Projection):
 
     def _chosen_route(self, rows: Tensor, groups: Groups) -> str:
         training = self._in_training(rows)
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not (compiling or rows.is_meta):
             return self.plan(groups.rows, training).route
-        # What is compiled must do for any number of rows.
+        # What is compiled, or has no numbers, must do for any number of rows.
         if self.shape.is_split(self.site):
             return "shared"
-        return "dense" if training else "cached"
+        return "cached" if compiling and not training else "dense"
 
     @property
-    def _is_sharded(self) -> bool:
-        """Whether FSDP gathers the cores before every use.
+    def _is_gathered(self) -> bool:
+        """Whether the cores come here before every use: FSDP's, or those accelerate offloads.
 
-        It writes to the gathered ones in ways that leave no trace, so matrices cannot be kept.
+        FSDP writes to them in ways that leave no trace, and accelerate makes new ones every time,
+        so matrices cannot be kept.
         """
-        return getattr(self, "_is_fsdp_managed_module", False)
+        hook = getattr(self, "_hf_hook", None)
+        offloaded = any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
+        return offloaded or getattr(self, "_is_fsdp_managed_module", False)
 
     def _in_training(self, rows: Tensor) -> bool:
         return torch.is_grad_enabled() and any(each.requires_grad for each in (rows, *self._stored))
 
     def _cores(self, dtype: torch.dtype) -> list[Tensor]:
         """Cores of all sites, in one dtype; those that experts own have an expert axis."""
-        cores = [(core[0] if len(core) == 1 else core).to(dtype) for core in self.aux_cores]
+        cores = [(core[0] if len(core) == 1 else core).to(dtype) for core in self.aux]
         cores.insert(self.site, self.center.to(dtype))
         return cores
+
+    def _of_visited(self, cores: Iterable[Tensor], groups: Groups | Visits) -> list[Tensor]:
+        """Cores, but zeros for those of experts without rows.
+
+        What these hold, NaN even, would be multiplied by a gradient of 0 and reach cores that
+        experts share.
+        """
+        if not torch.is_grad_enabled():
+            return list(cores)
+        none = groups.visited.logical_not().view(-1, 1, 1, 1, 1)
+        return [
+            core.masked_fill(none, 0) if len(core) == len(none) and core.ndim == 5 else core
+            for core in cores
+        ]
 
     def _dense(self, rows: Tensor, groups: Groups) -> Tensor:
         if self.center.ndim == 5:
             return self._owned(rows, groups)
-        aux = [core.to(rows.dtype) for core in self.aux_cores]
+        aux = self._of_visited((core.to(rows.dtype) for core in self.aux), groups)
         left, right = environments(aux[: self.site], aux[self.site :], self.num_experts)
         return shared_linear(
             rows, self.center.to(rows.dtype), left, right, self.legs, groups.offsets
@@ -646,8 +672,9 @@ class SharedProjection(Projection):
 
     def _owned(self, rows: Tensor, groups: Groups) -> Tensor:
         """The dense route of experts that own their central cores: all matrices at once."""
-        aux = [core.to(rows.dtype) for core in self._stacked()]
-        center = self.center.to(rows.dtype)
+        center, *aux = self._of_visited(
+            (core.to(rows.dtype) for core in (self.center, *self._stacked())), groups
+        )
         matrices = stacked_to_padded_matrices(_TORCH, center, aux[: self.site], aux[self.site :])
         return grouped_linear(rows, matrices, groups.offsets)
 
@@ -670,7 +697,7 @@ class SharedProjection(Projection):
 
     @property
     def _stored(self) -> tuple[nn.Parameter, ...]:
-        return (self.center, *self.aux_cores)
+        return (self.center, *self.aux)
 
     @property
     def _matrices_bytes(self) -> int:
@@ -679,7 +706,7 @@ class SharedProjection(Projection):
 
     @property
     def _bond_dims(self) -> tuple[int, ...]:
-        bonds = [core.size(1) for core in self.aux_cores]
+        bonds = [core.size(1) for core in self.aux]
         bonds.insert(self.site, self.center.size(-4))
         return tuple(bonds[1:])
 
@@ -716,6 +743,49 @@ class SharedProjection(Projection):
             f"{super().extra_repr()}, shape={self.shape}, bond_dims={self._bond_dims}, "
             f"shared_sites={sorted(self.shared_sites)}"
         )
+
+
+def side_by_side(
+    first: nn.Module, second: nn.Module, rows: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """Two projections of the same rows, sharing work where they can.
+
+    Parameters
+    ----------
+    first, second : Projection, or a wrapper of one
+        With as many experts and inputs.
+    rows, groups
+        As for :meth:`Projection.forward`.
+
+    Returns
+    -------
+    tuple of Tensor, shapes (T, out)
+    """
+    if isinstance(first, SharedProjection) and first._shares_input_with(second, rows, groups):
+        return first._both(second, rows, groups)
+    return first(rows, groups), second(rows, groups)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something happens when a module is called besides its own forward."""
+    return bool(
+        # As accelerate does it.
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _applied(fn: Callable[[Tensor], Tensor], core: Tensor) -> Tensor:
+    """A core moved or cast by a function that may also arrange images of four or five axes anew.
+
+    Cores have as many axes and are no images: with more axes they stay as they lie.
+    """
+    if core.ndim not in (4, 5) or type(core) not in (Tensor, nn.Parameter):
+        return fn(core)
+    return fn(core.detach()[None, None])[0, 0]
 
 
 def _check_torch(cores: Iterable[Any]) -> None:

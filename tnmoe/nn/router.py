@@ -175,7 +175,7 @@ class Router(nn.Module, ABC):
             weights = self._shares(chosen.masked_fill(~kept, torch.finfo(chosen.dtype).min))
             alone = kept.sum(-1, keepdim=True) == 1
             weights = torch.where(alone, self._weigh_one(chosen, logits), weights)
-        return weights if kept is None else weights * kept
+        return weights if kept is None else weights.masked_fill(~kept, 0)
 
     def _weigh_one(self, chosen: Tensor, logits: Tensor) -> Tensor:
         """Weights of experts that are alone: exactly 1, with the gradient of the log-score."""
@@ -415,7 +415,7 @@ class TopKRouter(Router):
         if self.load_bias is not None or self.num_groups > 1:
             scores = self.log_scores(logits).exp()
         if self.load_bias is not None:
-            scores = scores + self.load_bias.value.to(scores.dtype)
+            scores = self.load_bias(scores)
         if self.num_groups > 1:
             size = self.num_experts // self.num_groups
             groups = scores.view(scores.shape[0], self.num_groups, size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.errors import InputError, positive_int
-from tnmoe.nn.losses import normalized_scores
+from tnmoe.nn.losses import counted_logits, normalized_scores
 from tnmoe.nn.routing import Routing, RoutingCall
 
 
@@ -115,9 +115,9 @@ def _together(calls: list[tuple[Tensor, RouterStatistics]]) -> RouterStatistics:
 
 def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> tuple[Tensor, RouterStatistics]:
     """How many tokens counted, and their statistics."""
-    logits = call.logits.float()
-    experts = logits.shape[-1]
     mask = call.counted(attention_mask)
+    logits = counted_logits(call.logits.float(), mask)
+    experts = logits.shape[-1]
     tokens = logits.new_ones(len(logits)) if mask is None else mask.float()
     share = tokens / tokens.sum().clamp(min=1)
     everyone = torch.arange(experts, device=logits.device)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
@@ -17,6 +18,16 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def takes_apart() -> bool:
+    """Whether code is differentiated or vectorised in a way that only torch's own operators know.
+
+    The transformations of ``torch.func``, and forward-mode differentiation without them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return is_transformed() or forward_ad._current_level >= 0
 
 
 def may_look(tensor: Tensor) -> bool:
@@ -31,6 +42,20 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
+
+
+def is_watched() -> bool:
+    """Whether a mode looks at every operator: one that counts operations, or computes nothing."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast takes products in where a tensor is; None where it is off."""
+    kind = tensor.device.type
+    # The meta device has none.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
