@@ -14,7 +14,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.families import FFN, weight_of
 from tnmoe.hf.record import config_of, required_record, unmark
-from tnmoe.hf.structure import mixtures_of, networks_named
+from tnmoe.hf.structure import check_in_memory, mixtures_of, networks_named
 from tnmoe.nn.moe import MPOMoE
 
 
@@ -38,7 +38,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     Raises
     ------
     InputError
-        If the model is no converted one.
+        If the model is no converted one, or is not in memory as a whole.
 
     Examples
     --------
@@ -51,6 +51,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     'LlamaMLP'
     """
     record = required_record(model)
+    check_in_memory(model, "tnmoe.hf.plan_export")
     plain = copy.deepcopy(model.config)
     unmark(plain)
     dense = _new(type(model), plain, model)
@@ -101,7 +102,8 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     Raises
     ------
     InputError
-        If the model is no converted one, or has something that the other class cannot express.
+        If the model is no converted one or not in memory as a whole, or has something that the
+        other class cannot express.
 
     Notes
     -----
@@ -127,6 +129,7 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     'MixtralForCausalLM'
     """
     config = config_of(model)
+    check_in_memory(model, "tnmoe.hf.plan_export")
     target, mixtures = target_of(model), mixtures_of(model)
     for layer in mixtures.values():
         target.check(layer)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, all_ffns, weight_of
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
@@ -94,6 +95,20 @@ def install_new(model: nn.Module, config: MPOEConfig, names: Iterable[str]) -> N
     """Put new mixtures of experts in the place of the networks that have these names."""
     for ffn in networks_named(model, names):
         ffn.install(new_moe(ffn, config).train(model.training))
+
+
+def check_in_memory(model: nn.Module, planner: str) -> None:
+    """Raise an InputError where a model's tensors are elsewhere: offloaded, or never loaded.
+
+    ``planner`` is what does the same work from folder to folder.
+    """
+    absent = [name for name, each in model.named_parameters() if each.is_meta]
+    if absent:
+        raise InputError(
+            f"{type(model).__name__} has {len(absent)} tensors that are not in memory, "
+            f"{absent[0]} for one: load it without offloading, or use {planner}, which never "
+            "holds a whole model"
+        )
 
 
 def mixtures_of(model: nn.Module) -> dict[str, MPOMoE]:

@@ -15,7 +15,7 @@ from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
 from tnmoe.hf.record import check_unconverted, mark, own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.structure import expert_settings, new_router
+from tnmoe.hf.structure import check_in_memory, expert_settings, new_router
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.router import Router
@@ -77,6 +77,7 @@ def upcycle(
     """
     _check_types(model, config)
     check_unconverted(model)
+    check_in_memory(model, "tnmoe.hf.plan_upcycle")
     # Everything is built before anything is replaced: an error leaves the model as it was.
     ffns = find_ffns(model, config.layers, config.every)
     for ffn in ffns:
