@@ -45,6 +45,7 @@ class _Mask:
         seed: int,
         per_layer: bool,
     ) -> None:
+        self._model = parameters_or_model if isinstance(parameters_or_model, nn.Module) else None
         if isinstance(parameters_or_model, nn.Module):
             self._tensors = _named_shared(parameters_or_model)
             layer_of = _layers(parameters_or_model)
@@ -63,6 +64,18 @@ class _Mask:
         self.masked_steps = 0
         self.updates = dict.fromkeys(self._tensors, 0)
         self.probability_at(0)
+
+    def _check_among(self, held: Iterable[Tensor], failing: str) -> None:
+        """Raise an InputError unless the tensors to mask are among others, by identity."""
+        there = {id(each) for each in held}
+        missing = [name for name, each in self._tensors.items() if id(each) not in there]
+        if missing:
+            raise InputError(
+                f"{failing} {len(missing)} of the {len(self._tensors)} tensors to mask: "
+                f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}; what wraps or "
+                "copies a model makes other parameters: make first the optimizer and then the "
+                "mask of the model that is trained"
+            )
 
     def probability_at(self, step: int) -> float:
         """Probability of being masked at a step.
@@ -224,13 +237,8 @@ class GradientMask(_Mask):
     ) -> None:
         super().__init__(parameters_or_model, probability, seed, per_layer)
         optimizer = innermost(optimizer, "; for engines with their own steps, use AutogradMask")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, each in self._tensors.items() if id(each) not in held]
-        if missing:
-            raise InputError(
-                f"the optimizer does not hold {len(missing)} of the {len(self._tensors)} shared "
-                f"tensors to mask: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}"
-            )
+        self._optimizer = optimizer
+        self._check_held()
         # Values that masked tensors have before a step with a closure.
         self._before: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: list[Any] = [StepHook(optimizer, self._before_step, self._after_step)]
@@ -239,6 +247,13 @@ class GradientMask(_Mask):
                 hook_gradient(each, partial(self._arrived, name))
                 for name, each in self._tensors.items()
             ]
+
+    def _check_held(self) -> None:
+        """Raise an InputError unless the optimizer has all the tensors that are to be masked."""
+        self._check_among(
+            (each for group in self._optimizer.param_groups for each in group["params"]),
+            "the optimizer does not hold",
+        )
 
     def apply(self) -> None:
         """Zero the gradients that the coming step is to do without; it drops them altogether.
@@ -275,6 +290,8 @@ class GradientMask(_Mask):
         return nn.utils.clip_grad_norm_(parameters, max_norm, **options)
 
     def _before_step(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+        # What wraps a model may exchange its parameters, those of the optimiser as well.
+        self._check_held()
         self._drop()
         self._before = []
         closure = args[0] if args else kwargs.get("closure")
@@ -367,6 +384,8 @@ class AutogradMask(_Mask):
 
         A block that ends with an exception counts as no step.
         """
+        if self._model is not None:
+            self._check_among(self._model.parameters(), "the model no longer has")
         masked = [each for each in self._masked_now() if each.requires_grad]
         for parameter in masked:
             parameter.requires_grad_(False)

@@ -414,6 +414,8 @@ class SharedProjection(Projection):
         self._aux_names = tuple(f"aux_{number}" for number in range(len(parameters)))
         for name, parameter in zip(self._aux_names, parameters, strict=True):
             self.register_parameter(name, parameter)
+        # Known once: where a core is sharded between its uses, it has no such shape there.
+        self._bond_dims = tuple(core.shape[-4] for core in cores[1:])
 
     @property
     def shared_cores(self) -> list[nn.Parameter]:
@@ -421,13 +423,37 @@ class SharedProjection(Projection):
         return [each for site in sorted(self.shared_sites) for each in self.parameters_at(site)]
 
     def parameters_at(self, site: int) -> list[nn.Parameter]:
-        """What the core of ``site`` is stored as: itself, or what a parametrization makes it of."""
+        """What the core of ``site`` is stored as: itself, or what a parametrization makes it of.
+
+        Parameters
+        ----------
+        site : int
+            From 0, left to right.
+
+        Raises
+        ------
+        InputError
+            If the core is no parameter any more, but a part of one.
+        """
         name = self._name_of(site)
         if is_parametrized(self, name):
             return list(self.get_submodule(f"parametrizations.{name}").parameters())
         # torch.nn.utils.prune keeps the tensor itself under another name.
-        stored = name if name in self._parameters else f"{name}_orig"
-        return [self.get_parameter(stored)]
+        for stored in (name, f"{name}_orig"):
+            if isinstance(found := self._parameters.get(stored), nn.Parameter):
+                return [found]
+        raise InputError(
+            f"the core {name!r} is no parameter by itself, but part of a larger one, in which it "
+            "cannot be told from others: use FullyShardedDataParallel with use_orig_params=True, "
+            "or fully_shard; and not while a model runs"
+        )
+
+    def tensors_at(self, site: int) -> list[Tensor]:
+        """As :meth:`parameters_at`, but the tensors that FSDP gathers in the parameters' place."""
+        gathered = vars(self).get(self._name_of(site))
+        if isinstance(gathered, Tensor) and f"{self._name_of(site)}_orig" not in self._parameters:
+            return [gathered]
+        return list(self.parameters_at(site))
 
     def _name_of(self, site: int) -> str:
         return "center" if site == self.site else self._aux_names[site - (site > self.site)]
@@ -462,7 +488,8 @@ class SharedProjection(Projection):
         InputError
             If there is no such site.
         """
-        setattr(self, self._name_of(index_in("site", site, self.shape.sites)), core)
+        site = index_in("site", site, self.shape.sites)
+        setattr(self, self._name_of(site), core)
 
     @property
     def aux(self) -> tuple[nn.Parameter, ...]:
@@ -557,7 +584,7 @@ class SharedProjection(Projection):
             center=self.site,
             training=training,
             cached=not training
-            and not self._is_gathered
+            and not self.is_gathered
             and not takes_apart()
             and weight_cache.has_room(self._stored, self._matrices_bytes),
             device=self.center.device.type,
@@ -569,7 +596,7 @@ class SharedProjection(Projection):
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         route = self.route or self._chosen_route(rows, groups)
-        if route == "cached" and self._is_gathered:
+        if route == "cached" and self.is_gathered:
             route = "dense"
         if route == "cached":
             if self.route and takes_apart():
@@ -628,7 +655,7 @@ class SharedProjection(Projection):
         return "cached" if compiling and not training else "dense"
 
     @property
-    def _is_gathered(self) -> bool:
+    def is_gathered(self) -> bool:
         """Whether the cores come here before every use: FSDP's, or those accelerate offloads.
 
         FSDP writes to them in ways that leave no trace, and accelerate makes new ones every time,
@@ -703,12 +730,6 @@ class SharedProjection(Projection):
     def _matrices_bytes(self) -> int:
         numbers = self.num_experts * self.out_features * self.in_features
         return numbers * self.center.element_size()
-
-    @property
-    def _bond_dims(self) -> tuple[int, ...]:
-        bonds = [core.size(1) for core in self.aux]
-        bonds.insert(self.site, self.center.size(-4))
-        return tuple(bonds[1:])
 
     @property
     def legs(self) -> Legs:

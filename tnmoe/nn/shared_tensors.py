@@ -70,8 +70,8 @@ def tie_layers(layers: Iterable[nn.Module], sites: str | Iterable[int] = "center
     Raises
     ------
     InputError
-        If there are fewer than two layers, a site is not there, or cores differ in shape. Nothing
-        is tied then.
+        If there are fewer than two layers, a site is not there, cores differ in shape, or they
+        are sharded or offloaded already. Nothing is tied then.
 
     Examples
     --------
@@ -86,6 +86,8 @@ def tie_layers(layers: Iterable[nn.Module], sites: str | Iterable[int] = "center
         raise InputError(f"tying needs at least two layers, got {len(layers)}")
     if odd := [type(layer).__name__ for layer in layers if not isinstance(layer, Experts)]:
         raise InputError(f"layers must be Experts, or an MPOMoE of them, got {', '.join(odd)}")
+    if any(_is_elsewhere(each) for layer in layers for each in layer.modules()):
+        raise InputError("layers are sharded or offloaded already: tie them before that")
     if sites != "center" and (isinstance(sites, str) or not isinstance(sites, Iterable)):
         raise InputError(f"sites must be 'center' or the numbers of sites, got {sites!r}")
     numbers = None if isinstance(sites, str) else sorted(set(sites))
@@ -102,6 +104,11 @@ def tie_layers(layers: Iterable[nn.Module], sites: str | Iterable[int] = "center
     for _, first, other in pairs:
         for site in [first.site] if numbers is None else numbers:
             other.set_core(site, first.core_at(site))
+
+
+def _is_elsewhere(module: nn.Module) -> bool:
+    """Whether FSDP or accelerate brings a module's cores only when it is called."""
+    return isinstance(module, SharedProjection) and module.is_gathered
 
 
 def _check_tie(name: str, first: Any, other: Any, sites: list[int] | None) -> None:
@@ -197,7 +204,7 @@ class SharedGradientScale:
 
     Notes
     -----
-    With ``fully_shard``, make it afterwards.
+    With ``fully_shard`` or ``FullyShardedDataParallel``, make it afterwards.
 
     Examples
     --------
@@ -219,9 +226,9 @@ class SharedGradientScale:
             for core, by in scales.values()
         ]
         self._handles += [
-            _GatheredScale(module, scale, set(scales))
-            for module in model.modules()
-            if isinstance(module, Experts) and getattr(module, "_is_fsdp_managed_module", False)
+            _GatheredScale(each, scale, set(scales))
+            for each in shared_projections(model)
+            if each.is_gathered
         ]
 
     def remove(self) -> None:
@@ -252,21 +259,31 @@ def _scaled(gradient: Tensor, by: float) -> Tensor:
 
 
 class _GatheredScale:
-    """Scale the gradients of the tensors that FSDP gathers for a layer, in its parameters' place.
+    """Scale the gradients of the tensors that FSDP gathers, in the parameters' place.
 
-    They are there from the first forward pass on; gradients of the parameters never arrive.
+    Gradients of the parameters never arrive. The tensors are there from the first forward pass on,
+    or are others in each.
     """
 
-    def __init__(self, experts: Experts, scale: float | None, others: set[int]) -> None:
-        self._scale, self._others = scale, others
+    def __init__(self, projection: SharedProjection, scale: float | None, others: set[int]) -> None:
+        self._by = 1 / projection.num_experts if scale is None else scale
+        self._others = others
         # The tensors are held, so that no other gets the identity of one that is gone.
         self._hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
-        self._handle = experts.register_forward_pre_hook(self._before_forward)
+        self._handle = projection.register_forward_pre_hook(self._before_forward)
 
-    def _before_forward(self, experts: nn.Module, _: Any) -> None:
-        for key, (core, by) in _scales(experts, self._scale).items():
-            if core.requires_grad and key not in self._others and key not in self._hooked:
-                self._hooked[key] = core, core.register_hook(partial(_scaled, by=by))
+    def _before_forward(self, projection: Any, _: Any) -> None:
+        cores = [
+            core
+            for site in projection.shared_sites
+            for core in projection.tensors_at(site)
+            if core.requires_grad and id(core) not in self._others
+        ]
+        scaled = partial(_scaled, by=self._by)
+        self._hooked = {
+            id(core): self._hooked.get(id(core)) or (core, core.register_hook(scaled))
+            for core in cores
+        }
 
     def remove(self) -> None:
         for handle in (self._handle, *(handle for _, handle in self._hooked.values())):
