@@ -167,10 +167,10 @@ def asked_of_exchanged(rank):
 def test_masks_notice_that_their_tensors_were_exchanged(ranks):
     for found in ranks:
         exchanged, foreign, tied, stepped = found["exchanged"]
-        assert exchanged.startswith("the model no longer has 3 of the 3 tensors to mask")
-        assert foreign.startswith("the optimizer does not hold 3 of the 3 tensors to mask")
+        assert exchanged.startswith("the model no longer has 3 of the 3 shared tensors to mask")
+        assert foreign.startswith("the optimizer does not hold 3 of the 3 shared tensors to mask")
         assert "tie them before that" in tied
-        assert stepped.startswith("the optimizer does not hold 3 of the 3 tensors to mask")
+        assert stepped.startswith("the optimizer does not hold 3 of the 3 shared tensors to mask")
 
 
 def inference(policy):

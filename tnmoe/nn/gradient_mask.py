@@ -71,7 +71,7 @@ class _Mask:
         missing = [name for name, each in self._tensors.items() if id(each) not in there]
         if missing:
             raise InputError(
-                f"{failing} {len(missing)} of the {len(self._tensors)} tensors to mask: "
+                f"{failing} {len(missing)} of the {len(self._tensors)} shared tensors to mask: "
                 f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}; what wraps or "
                 "copies a model makes other parameters: make first the optimizer and then the "
                 "mask of the model that is trained"

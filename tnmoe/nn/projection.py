@@ -448,7 +448,7 @@ class SharedProjection(Projection):
             "or fully_shard; and not while a model runs"
         )
 
-    def tensors_at(self, site: int) -> list[Tensor]:
+    def _tensors_at(self, site: int) -> list[Tensor]:
         """As :meth:`parameters_at`, but the tensors that FSDP gathers in the parameters' place."""
         gathered = vars(self).get(self._name_of(site))
         if isinstance(gathered, Tensor) and f"{self._name_of(site)}_orig" not in self._parameters:
@@ -584,7 +584,7 @@ class SharedProjection(Projection):
             center=self.site,
             training=training,
             cached=not training
-            and not self.is_gathered
+            and not self._is_gathered
             and not takes_apart()
             and weight_cache.has_room(self._stored, self._matrices_bytes),
             device=self.center.device.type,
@@ -596,7 +596,7 @@ class SharedProjection(Projection):
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         route = self.route or self._chosen_route(rows, groups)
-        if route == "cached" and self.is_gathered:
+        if route == "cached" and self._is_gathered:
             route = "dense"
         if route == "cached":
             if self.route and takes_apart():
@@ -655,7 +655,7 @@ class SharedProjection(Projection):
         return "cached" if compiling and not training else "dense"
 
     @property
-    def is_gathered(self) -> bool:
+    def _is_gathered(self) -> bool:
         """Whether the cores come here before every use: FSDP's, or those accelerate offloads.
 
         FSDP writes to them in ways that leave no trace, and accelerate makes new ones every time,

@@ -108,7 +108,7 @@ def tie_layers(layers: Iterable[nn.Module], sites: str | Iterable[int] = "center
 
 def _is_elsewhere(module: nn.Module) -> bool:
     """Whether FSDP or accelerate brings a module's cores only when it is called."""
-    return isinstance(module, SharedProjection) and module.is_gathered
+    return isinstance(module, SharedProjection) and module._is_gathered
 
 
 def _check_tie(name: str, first: Any, other: Any, sites: list[int] | None) -> None:
@@ -228,7 +228,7 @@ class SharedGradientScale:
         self._handles += [
             _GatheredScale(each, scale, set(scales))
             for each in shared_projections(model)
-            if each.is_gathered
+            if each._is_gathered
         ]
 
     def remove(self) -> None:
@@ -276,7 +276,7 @@ class _GatheredScale:
         cores = [
             core
             for site in projection.shared_sites
-            for core in projection.tensors_at(site)
+            for core in projection._tensors_at(site)
             if core.requires_grad and id(core) not in self._others
         ]
         scaled = partial(_scaled, by=self._by)
