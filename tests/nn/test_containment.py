@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tnmoe import nn
+from tnmoe.nn import grouped as grouped_module
 from tnmoe.nn.projection import SharedProjection
 
 E, H, F = 4, 6, 8
@@ -215,3 +216,24 @@ def test_losses_and_statistics_do_not_see_tokens_that_do_not_count():
         found.append([*losses, *slopes, *vars(statistics).values()])
     for well, sick in zip(*found, strict=True):
         torch.testing.assert_close(sick, well)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_on_an_accelerator_have_the_gradients_of_their_own_rows(dtype, monkeypatch):
+    monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
+    torch.manual_seed(0)
+    groups = grouped_module.Groups.of(torch.tensor([0, 0, 0, 2, 2, 3]), 4)
+    table = torch.randn(4, 16).to(dtype).requires_grad_()
+    slopes = torch.randn(6, 16).to(dtype)
+    slopes[4] = torch.nan
+    (gradient,) = torch.autograd.grad(grouped_module.per_row(table, groups), table, slopes)
+    expected = torch.zeros(4, 16).index_add(0, groups.experts, slopes.float())
+    torch.testing.assert_close(
+        gradient.float(),
+        expected,
+        equal_nan=True,
+        rtol=1e-2 if dtype.itemsize == 2 else 1e-6,
+        atol=1e-2,
+    )
+    assert gradient[2].isnan().all()
+    assert gradient[[0, 1, 3]].isfinite().all()
