@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -314,6 +315,10 @@ def in_old_form(folder):
                 value.update(stopped)
 
     rewrite(folder, change)
+    tensors = load_file(folder / "model.safetensors")
+    former = {re.sub(r"aux_(\d+)$", r"aux.\1", name): each for name, each in tensors.items()}
+    assert former.keys() != tensors.keys()
+    save_file(former, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_folder_of_an_older_tnmoe_loads_with_a_hint_and_is_renewed_by_saving(
@@ -327,12 +332,15 @@ def test_a_folder_of_an_older_tnmoe_loads_with_a_hint_and_is_renewed_by_saving(
     assert not hasattr(loaded.config, "quantization_config")
     loaded.save_pretrained(tmp_path / "new")
     assert entries_of(tmp_path / "new")["mpoe"] == entries_of(saved[1])["mpoe"]
+    names = [set(load_file(each / "model.safetensors")) for each in (tmp_path / "new", saved[1])]
+    assert names[0] == names[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         hf.from_pretrained(tmp_path / "new")
     with pytest.warns(FutureWarning):
-        plan = hf.plan_export(folder, to="moe")
-    assert plan.config["architectures"] == ["MixtralForCausalLM"]
+        hf.plan_export(folder, to="moe").run(tmp_path / "moe")
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
+    assert relative(outputs(moe, "llama"), outputs(saved[0], "llama")) < 1e-5
 
 
 def test_positions_of_an_older_folder_are_those_of_the_class_that_it_names(tmp_path):

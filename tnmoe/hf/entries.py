@@ -14,9 +14,9 @@ from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import find_ffns
 from tnmoe.hf.record import from_file, mark, with_records
+from tnmoe.hf.shards import OLD_PLACE, is_old
 from tnmoe.hf.skeleton import config_from, model_without_numbers
 
-_PLACE, _METHOD = "quantization_config", "tnmoe"
 _LAYOUT_VERSION = 1
 
 
@@ -36,14 +36,14 @@ def current_entries(entries: Mapping[str, Any], path: str | os.PathLike) -> dict
         If they are in the old form and damaged.
     """
     entries = from_file(entries)
-    stored = entries.get(_PLACE)
-    if not isinstance(stored, Mapping) or stored.get("quant_method") != _METHOD:
+    if not is_old(entries):
         return entries
+    stored = entries[OLD_PLACE]
     if stored.get("layout_version", _LAYOUT_VERSION) != _LAYOUT_VERSION:
         raise InputError(f"{path} has layout version {stored['layout_version']}, which is unknown")
     told = stored.get("mpoe")
     if not isinstance(told, Mapping):
-        raise InputError(f"{_PLACE} of {path} must hold mpoe, an object, got {told!r}")
+        raise InputError(f"{OLD_PLACE} of {path} must hold mpoe, an object, got {told!r}")
     warnings.warn(
         f"{path} was written by an older tnmoe: load the model and call save_pretrained, since the "
         "next version will not read it",
@@ -51,7 +51,7 @@ def current_entries(entries: Mapping[str, Any], path: str | os.PathLike) -> dict
         stacklevel=2,
     )
     config = MPOEConfig.from_dict(told)
-    dense = {key: value for key, value in entries.items() if key != _PLACE}
+    dense = {key: value for key, value in entries.items() if key != OLD_PLACE}
     model = model_without_numbers(config_from(dense))
     mark(model, config, [ffn.name for ffn in find_ffns(model, config.layers, config.every)])
     return with_records(dense, model.config)

@@ -23,7 +23,7 @@ from tnmoe.hf.entries import current_entries
 from tnmoe.hf.families import all_ffns
 from tnmoe.hf.record import ENTRY, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.shards import CONFIG, read_json
+from tnmoe.hf.shards import CONFIG, FORMER_CORE, PRESENT_CORE, is_old, read_json
 from tnmoe.hf.structure import install_new, mixtures_of, networks_named
 from tnmoe.nn.moe import MPOMoE
 
@@ -93,8 +93,14 @@ def _loading(load: Callable) -> Callable:
         **kwargs: Any,
     ) -> Any:
         folder = pretrained_model_name_or_path
-        _check_given_config(folder, kwargs)
+        entries = _local_entries(folder, kwargs.get("subfolder", ""))
+        _check_given_config(folder, entries, kwargs.get("config"))
+        old = is_old(entries)
+        if old:
+            kwargs["key_mapping"] = {FORMER_CORE: PRESENT_CORE} | (kwargs.get("key_mapping") or {})
         model, info = load(cls, folder, *args, output_loading_info=True, **kwargs)
+        if old:
+            _forget_former_names(model)
         _check_all_there(model, info, folder)
         _redraw(model, {name for name, *_ in info["mismatched_keys"]})
         return (model, info) if output_loading_info else model
@@ -102,17 +108,31 @@ def _loading(load: Callable) -> Callable:
     return from_pretrained
 
 
-def _check_given_config(folder: Any, options: Mapping[str, Any]) -> None:
+def _local_entries(folder: Any, subfolder: str) -> dict[str, Any]:
+    """What config.json says, where there is one on this machine that can be read."""
+    path = Path("" if folder is None else folder) / subfolder / CONFIG
+    try:
+        return {} if folder is None or not path.is_file() else read_json(path)
+    except InputError:
+        return {}  # transformers has its own message
+
+
+def _check_given_config(folder: Any, entries: Mapping[str, Any], given: Any) -> None:
     """Refuse to load a converted model by the configuration of a dense one."""
-    given = options.get("config")
-    if folder is None or not isinstance(given, PreTrainedConfig) or is_marked(given):
-        return
-    path = Path(folder) / options.get("subfolder", "") / CONFIG
-    if path.is_file() and ENTRY in read_json(path):
+    is_dense = isinstance(given, PreTrainedConfig) and not is_marked(given)
+    if is_dense and (ENTRY in entries or is_old(entries)):
         raise InputError(
-            f"{path} is of a converted model, but the {type(given).__name__} that was given as "
+            f"{folder} is of a converted model, but the {type(given).__name__} that was given as "
             "config is not: load it from there, or leave config out"
         )
+
+
+def _forget_former_names(model: PreTrainedModel) -> None:
+    """Let a model that had them be saved with today's names: transformers renames back."""
+    used: Any = getattr(model, "_weight_conversions", None) or []
+    vars(model)["_weight_conversions"] = [
+        each for each in used if FORMER_CORE not in getattr(each, "source_patterns", ())
+    ]
 
 
 def _check_all_there(model: PreTrainedModel, info: Mapping[str, Any], folder: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -31,6 +32,10 @@ _DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# Where an older tnmoe told of a conversion in config.json, and what it called auxiliary cores.
+OLD_PLACE, OLD_METHOD = "quantization_config", "tnmoe"
+FORMER_CORE, PRESENT_CORE = r"\.aux\.(\d+)$", r".aux_\1"
 
 # Bytes that are copied at a time.
 _CHUNK = 16 * 2**20
@@ -106,7 +111,8 @@ class Checkpoint:
         self._stats: dict[Path, os.stat_result] = {}
         for path in _files(self.folder, index):
             self._stats[path] = path.stat()
-            for name, spec, offset in _header(path):
+            for stored, spec, offset in _header(path):
+                name = self._present(stored)
                 if name in self.specs:
                     raise InputError(f"{path} and {self.places[name].path} both hold {name}")
                 self.specs[name], self.places[name] = spec, Place(path, offset)
@@ -126,7 +132,11 @@ class Checkpoint:
         index = read_json(inside(self.folder, INDEX)).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
             raise InputError(f"{path} has no weight_map from tensors to files")
-        return index
+        return {self._present(name): file for name, file in index.items()}
+
+    def _present(self, name: str) -> str:
+        """Today's name of a tensor."""
+        return re.sub(FORMER_CORE, PRESENT_CORE, name) if is_old(self.config) else name
 
     @property
     def num_bytes(self) -> int:
@@ -184,6 +194,12 @@ class Checkpoint:
                     raise InputError(f"{place.path} ends within {name}")
                 left -= len(data)
                 yield data
+
+
+def is_old(entries: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model which an older tnmoe converted."""
+    told = entries.get(OLD_PLACE)
+    return isinstance(told, Mapping) and told.get("quant_method") == OLD_METHOD
 
 
 def read_config(folder: Path) -> dict[str, Any]:
