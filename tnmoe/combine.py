@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, prod
+from typing import Literal, get_args, overload
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
 from tnmoe.rounding import near_one, times_power, truncated_isometry
 from tnmoe.shapes import MPOShape
+from tnmoe.truncation import TruncationInfo
 
 # The random projections keep this many directions more than will be kept in the end.
 _OVERSAMPLING = 10
@@ -26,16 +28,49 @@ _FIRST_GUESS = 16
 _MEASURABLE = 1e-6
 
 
+AddMethod = Literal["direct", "successive", "randomized"]
+MatmulMethod = Literal["direct", "zipup", "randomized"]
+
+
+@overload
 def add(
     mpos: Sequence[MPO],
     *,
-    method: str = "direct",
+    method: AddMethod = ...,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[False] = ...,
+) -> MPO: ...
+
+
+@overload
+def add(
+    mpos: Sequence[MPO],
+    *,
+    method: AddMethod = ...,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[True],
+) -> tuple[MPO, TruncationInfo]: ...
+
+
+def add(
+    mpos: Sequence[MPO],
+    *,
+    method: AddMethod = "direct",
     max_bond: int | Sequence[int] | None = None,
     bonds: Sequence[int] | None = None,
     rtol: float | None = None,
     max_params: int | None = None,
     rng: np.random.Generator | int = 0,
-) -> MPO:
+    return_info: bool = False,
+) -> MPO | tuple[MPO, TruncationInfo]:
     """Sum of operators, rounded.
 
     Parameters
@@ -55,11 +90,16 @@ def add(
         As for :meth:`MPO.compress`; ``randomized`` needs one of the first three.
     rng : numpy Generator or int
         Source of random numbers.
+    return_info : bool
+        Also return what was cut. For ``randomized`` the error of the projection is then measured,
+        as a difference of norms in double precision: below 1e-8 of the norm it is rounding.
 
     Returns
     -------
     MPO
         In canonical form around ``shape.center``.
+    TruncationInfo
+        Only with ``return_info``: of the last rounding. Its ``error_bound`` is for the whole sum.
 
     Raises
     ------
@@ -69,43 +109,73 @@ def add(
     Examples
     --------
     >>> one = MPO.identity(MPOShape((2, 2), (2, 2)))
-    >>> round(add([one, one, one], max_bond=1).trace().item(), 6)
-    12.0
+    >>> total, info = add([one, one, one], max_bond=1, return_info=True)
+    >>> round(total.trace().item(), 6), info.error_bound < 1e-9
+    (12.0, True)
     """
     mpos = list(mpos)
     if not mpos:
         raise InputError("a sum needs at least one operator, got none")
     first = mpos[0]
-    for other in mpos[1:]:
+    for other in mpos:
         check_operands(first, other)
         if other.shape != first.shape:
             raise InputError(f"cannot add {first.shape} and {other.shape}: they must be equal")
     selection = Selection(first.shape, max_bond, bonds, rtol, max_params)
-    one_of("method", method, ("direct", "successive", "randomized"))
+    one_of("method", method, get_args(AddMethod))
     xp = get_backend(first.cores[0])
-    if method == "randomized":
-        chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
-        terms = [_Term((chain,)) for chain in chains]
-        found = _randomized(xp, terms, selection, generator_of(rng))
-        if found is not None:
-            return _finish(first, found, exponent, selection)
-    if method == "successive":
-        return _successive(mpos, selection)
-    whole = MPO(algebra.add(xp, [mpo.cores for mpo in mpos]), first.shape)
-    return _compressed(whole, selection)
+    with xp.full_precision(first.cores[0]):
+        if method == "randomized":
+            mpo, info = _randomized_sum(mpos, selection, generator_of(rng), return_info)
+        elif method == "successive":
+            mpo, info = _successive(mpos, selection)
+        else:
+            mpo, info = _direct_sum(mpos, selection)
+    return (mpo, info) if return_info else mpo
+
+
+@overload
+def matmul(
+    a: MPO,
+    b: MPO,
+    *,
+    method: MatmulMethod = ...,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[False] = ...,
+) -> MPO: ...
+
+
+@overload
+def matmul(
+    a: MPO,
+    b: MPO,
+    *,
+    method: MatmulMethod = ...,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[True],
+) -> tuple[MPO, TruncationInfo]: ...
 
 
 def matmul(
     a: MPO,
     b: MPO,
     *,
-    method: str = "direct",
+    method: MatmulMethod = "direct",
     max_bond: int | Sequence[int] | None = None,
     bonds: Sequence[int] | None = None,
     rtol: float | None = None,
     max_params: int | None = None,
     rng: np.random.Generator | int = 0,
-) -> MPO:
+    return_info: bool = False,
+) -> MPO | tuple[MPO, TruncationInfo]:
     """Product ``a @ b`` of operators, rounded.
 
     Parameters
@@ -123,11 +193,17 @@ def matmul(
         As for :meth:`MPO.compress`; ``randomized`` needs one of the first three.
     rng : numpy Generator or int
         Source of random numbers.
+    return_info : bool
+        Also return what was cut. For ``zipup`` and ``randomized`` the error that was made before
+        is then measured, as for :func:`add`, which for large bonds costs more than the product.
 
     Returns
     -------
     MPO
         In canonical form around its ``shape.center``.
+    TruncationInfo
+        Only with ``return_info``: of the last rounding. Its ``error_bound`` is for the whole
+        product.
 
     Raises
     ------
@@ -141,21 +217,61 @@ def matmul(
     >>> bool(np.allclose(product.to_matrix(), a.to_matrix() @ a.to_matrix()))
     True
     """
-    shape, factors = product_factors(a, b)
-    selection = Selection(shape, max_bond, bonds, rtol, max_params)
-    one_of("method", method, ("direct", "zipup", "randomized"))
+    one_of("method", method, get_args(MatmulMethod))
+    check_operands(a, b)
     xp = get_backend(a.cores[0])
-    if method != "direct":
-        (left,), left_exponent = near_one(xp, [factors[0]])
-        (right,), right_exponent = near_one(xp, [factors[1]])
-        exponent = left_exponent + right_exponent
-        if method == "zipup":
-            return _finish(a, _zip_up(xp, (left, right), selection), exponent, selection)
-        term = _Term((_wide(xp, left), _wide(xp, right)))
-        found = _randomized(xp, [term], selection, generator_of(rng))
-        if found is not None:
-            return _finish(a, found, exponent, selection)
-    return _compressed(MPO(algebra.compose(xp, *factors), shape), selection, like=a)
+    with xp.full_precision(a.cores[0]):
+        shape, factors = product_factors(a, b)
+        selection = Selection(shape, max_bond, bonds, rtol, max_params)
+        if method == "direct":
+            mpo, info = _compressed(MPO(algebra.compose(xp, *factors), shape), selection)
+        else:
+            rng = generator_of(rng)
+            mpo, info = _product_as_formed(xp, factors, selection, method, rng, return_info)
+        mpo = _as(a, mpo)
+    return (mpo, info) if return_info else mpo
+
+
+def _direct_sum(mpos: Sequence[MPO], selection: Selection) -> tuple[MPO, TruncationInfo]:
+    xp = get_backend(mpos[0].cores[0])
+    whole = MPO(algebra.add(xp, [mpo.cores for mpo in mpos]), mpos[0].shape)
+    return _compressed(whole, selection)
+
+
+def _randomized_sum(
+    mpos: Sequence[MPO], selection: Selection, rng: np.random.Generator, measure: bool
+) -> tuple[MPO, TruncationInfo]:
+    xp = get_backend(mpos[0].cores[0])
+    chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
+    terms = [_Term((chain,)) for chain in chains]
+    found = _randomized(xp, terms, selection, rng)
+    if found is None:
+        return _direct_sum(mpos, selection)
+    missed = _distance(xp, terms, found) if measure else 0.0
+    mpo, info = _finish(found, exponent, selection, missed)
+    return _as(mpos[0], mpo), info
+
+
+def _product_as_formed(
+    xp: Backend,
+    factors: tuple[Sequence[Array], Sequence[Array]],
+    selection: Selection,
+    method: MatmulMethod,
+    rng: np.random.Generator,
+    measure: bool,
+) -> tuple[MPO, TruncationInfo]:
+    """A product that is approximated while it is formed."""
+    (left,), left_exponent = near_one(xp, [factors[0]])
+    (right,), right_exponent = near_one(xp, [factors[1]])
+    term = _Term((_wide(xp, left), _wide(xp, right)))
+    if method == "zipup":
+        found: list[Array] | None = _zip_up(xp, (left, right), selection)
+    else:
+        found = _randomized(xp, [term], selection, rng)
+    if found is None:
+        return _compressed(MPO(algebra.compose(xp, *factors), selection.shape), selection)
+    missed = _distance(xp, [term], found) if measure else 0.0
+    return _finish(found, left_exponent + right_exponent, selection, missed)
 
 
 @dataclass(frozen=True)
@@ -290,14 +406,23 @@ def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Select
     return cores
 
 
-def _successive(mpos: Sequence[MPO], selection: Selection) -> MPO:
+def _distance(xp: Backend, terms: Sequence[_Term], cores: Sequence[Array]) -> float:
+    """Frobenius norm of a sum of terms minus a chain, from the inner products of all."""
+    chain = _wide(xp, cores)
+    chain[-1] = -1.0 * chain[-1]
+    return max(0.0, _squared_norm(xp, [*terms, _Term((chain,))])) ** 0.5
+
+
+def _successive(mpos: Sequence[MPO], selection: Selection) -> tuple[MPO, TruncationInfo]:
     """Sum with a rounding after every addition, a tolerance shared between the roundings."""
     xp, allowed = get_backend(mpos[0].cores[0]), None
+    if len(mpos) == 1:
+        return _compressed(mpos[0], selection)
     if selection.rtol is not None:
         chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
         squared = max(0.0, _squared_norm(xp, [_Term((chain,)) for chain in chains]))
         allowed = float(np.ldexp(selection.rtol * squared**0.5 / len(mpos), exponent))
-    total = mpos[0]
+    total, earlier = mpos[0], 0.0
     for position, mpo in enumerate(mpos[1:], start=2):
         total = total + mpo
         last = position == len(mpos)
@@ -306,36 +431,37 @@ def _successive(mpos: Sequence[MPO], selection: Selection) -> MPO:
         # An exact list is for the end: on the way a bond may not be that large yet.
         exact = selection.bonds if last else None
         cap = selection.max_bond if selection.bonds is None else selection.caps
-        total = total.compress(
+        total, info = total.compress(
             max_bond=cap if exact is None else None,
             bonds=exact,
             rtol=rtol,
             max_params=selection.max_params if last else None,
+            return_info=True,
         )
-    return _compressed(total, selection) if len(mpos) == 1 else total
+        info = replace(info, earlier_error=earlier)
+        earlier = info.error_bound
+    return total, info
 
 
-def _compressed(mpo: MPO, selection: Selection, like: MPO | None = None) -> MPO:
-    compressed = mpo.compress(
+def _compressed(mpo: MPO, selection: Selection) -> tuple[MPO, TruncationInfo]:
+    return mpo.compress(
         max_bond=selection.max_bond,
         bonds=selection.bonds,
         rtol=selection.rtol,
         max_params=selection.max_params,
+        return_info=True,
     )
-    return compressed if like is None else _as(like, compressed)
 
 
-def _finish(like: MPO, cores: Sequence[Array], exponent: int, selection: Selection) -> MPO:
-    """Round 2ᵉ times projected cores to what was asked for, in the dtype of an operand."""
-    rtol = selection.rtol if selection.rtol is None else 0.9 * selection.rtol
+def _finish(
+    cores: Sequence[Array], exponent: int, selection: Selection, missed: float
+) -> tuple[MPO, TruncationInfo]:
+    """Round 2ᵉ times projected cores, which missed so much, to what was asked for."""
+    rtol = None if selection.rtol is None else 0.9 * selection.rtol
     cores = [*cores[:-1], times_power(cores[-1], exponent)]
-    mpo = MPO(cores, selection.shape, selection.shape.sites - 1).compress(
-        max_bond=selection.max_bond,
-        bonds=selection.bonds,
-        rtol=rtol,
-        max_params=selection.max_params,
-    )
-    return _as(like, mpo)
+    mpo = MPO(cores, selection.shape, selection.shape.sites - 1)
+    mpo, info = _compressed(mpo, replace(selection, rtol=rtol))
+    return mpo, replace(info, earlier_error=float(np.ldexp(missed, exponent)))
 
 
 def _as(like: MPO, mpo: MPO) -> MPO:

@@ -152,21 +152,25 @@ def decompose(
     center = check_center(shape, center)
     one_of("method", method, METHODS)
 
-    computed = computable(xp, matrix)
-    scales = _scales(xp, computed, shape)
-    sweep_center = _sweep_center(shape, center)
-    sweep = Sweep(
-        xp,
-        _interleave(xp, computed, shape, scales, sweep_center),
-        shape.legs,
-        sweep_center,
-        selection,
-        method,
-        generator_of(rng),
-        return_info,
-    )
-    sweep.run()
-    results = [_result(xp, sweep, index, scale, name, center) for index, scale in enumerate(scales)]
+    with xp.full_precision(matrix):
+        computed = computable(xp, matrix)
+        scales = _scales(xp, computed, shape)
+        sweep_center = _sweep_center(shape, center)
+        tensor = _interleave(xp, computed, shape, scales, sweep_center)
+        sweep = Sweep(
+            xp,
+            tensor,
+            shape.legs,
+            sweep_center,
+            selection,
+            method,
+            generator_of(rng),
+            return_info,
+        )
+        sweep.run()
+        results = [
+            _result(xp, sweep, index, scale, name, center) for index, scale in enumerate(scales)
+        ]
     if matrix.ndim == 2:
         return results[0] if return_info else results[0][0]
     mpos, infos = zip(*results, strict=True)

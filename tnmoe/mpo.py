@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from numbers import Number
 from typing import Any, Literal, overload
@@ -189,7 +190,8 @@ class MPO:
 
     def to_matrix(self) -> Array:
         """The dense matrix, shape (out_features, in_features)."""
-        matrix = to_padded_matrix(self._backend, self._computable_cores())
+        with self._full_precision():
+            matrix = to_padded_matrix(self._backend, self._computable_cores())
         return self._in_own_dtype(matrix)[: self.shape.out_features, : self.shape.in_features]
 
     def apply(self, x: Array) -> Array:
@@ -198,6 +200,9 @@ class MPO:
         The result has the dtype that NumPy would give a product of both, in every library.
         The vectors are contracted with the cores, or with the built matrix where
         :func:`tnmoe.contraction_plan` finds that cheaper for this many vectors.
+
+        Its products are as precise as torch's own: rougher under ``torch.autocast`` and with TF32.
+        Everything else that an MPO computes has full precision there, too.
 
         Parameters
         ----------
@@ -224,9 +229,9 @@ class MPO:
         if shape.padded_in != shape.in_features:
             vectors = xp.pad(vectors, vectors.shape[0], shape.padded_in)
         vectors, *cores = in_one_dtype(xp, [vectors, *self.cores])
-        result = apply_cores(xp, shape, cores, vectors)
-        if xp.dtype_name(x) == xp.dtype_name(self.cores[0]):
-            result = self._in_own_dtype(result)
+        same = xp.dtype_name(x) == xp.dtype_name(self.cores[0])
+        dtype = xp.dtype_name(self.cores[0] if same else vectors)
+        result = xp.astype(apply_cores(xp, shape, cores, vectors), dtype)
         return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)
 
     def __add__(self, other: MPO) -> MPO:
@@ -235,7 +240,8 @@ class MPO:
         check_operands(self, other)
         if self.shape != other.shape:
             raise InputError(f"cannot add {self.shape} and {other.shape}: they must be equal")
-        return MPO(algebra.add(self._backend, [self.cores, other.cores]), self.shape)
+        with self._full_precision():
+            return MPO(algebra.add(self._backend, [self.cores, other.cores]), self.shape)
 
     def __neg__(self) -> MPO:
         return self * -1
@@ -281,8 +287,9 @@ class MPO:
         return NotImplemented
 
     def _compose(self, other: MPO) -> MPO:
-        shape, factors = product_factors(self, other)
-        cores = algebra.compose(self._backend, *factors)
+        with self._full_precision():
+            shape, factors = product_factors(self, other)
+            cores = algebra.compose(self._backend, *factors)
         return MPO([self._in_own_dtype(core) for core in cores], shape)
 
     @property
@@ -312,10 +319,11 @@ class MPO:
         """
         _check_square(self.shape, "a trace")
         xp, cores = self._backend, self._computable_cores()
-        if self.shape.padded_out != self.shape.out_features:
-            legs, size = self.shape.out_dims, self.shape.out_features
-            cores = algebra.compose(xp, algebra.mask(xp, legs, size, cores[0]), cores)
-        return self._in_own_dtype(algebra.trace(xp, cores))
+        with self._full_precision():
+            if self.shape.padded_out != self.shape.out_features:
+                legs, size = self.shape.out_dims, self.shape.out_features
+                cores = algebra.compose(xp, algebra.mask(xp, legs, size, cores[0]), cores)
+            return self._in_own_dtype(algebra.trace(xp, cores))
 
     def inner(self, other: MPO) -> Array:
         """Frobenius inner product ⟨self, other⟩ = Σ conj(self) · other, a scalar.
@@ -344,7 +352,8 @@ class MPO:
         if self.shape != other.shape:
             raise InputError(f"{self.shape} and {other.shape} must be equal for an inner product")
         bra, ket = self._computable_cores(), other._computable_cores()
-        return self._in_own_dtype(algebra.inner(self._backend, bra, ket))
+        with self._full_precision():
+            return self._in_own_dtype(algebra.inner(self._backend, bra, ket))
 
     def _in_own_dtype(self, array: Array) -> Array:
         return self._backend.astype(array, self._backend.dtype_name(self.cores[0]))
@@ -362,7 +371,8 @@ class MPO:
         if self.center is not None:
             return xp.norm(self.cores[self.center])
         cores = [widened(xp, core) for core in self.cores]
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is done again below
+        # What overflows is done again below.
+        with self._full_precision(), np.errstate(over="ignore", invalid="ignore"):
             squared = algebra.inner(xp, cores, cores).real
         if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
             return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
@@ -391,7 +401,8 @@ class MPO:
             If ``center`` is not a site.
         """
         center = check_center(self.shape, center)
-        cores = canonicalize(self._backend, self._computable_cores(), self.center, center)
+        with self._full_precision():
+            cores = canonicalize(self._backend, self._computable_cores(), self.center, center)
         name = self._backend.dtype_name(self.cores[0])
         return MPO(narrowed(self._backend, cores, name), self.shape, center)
 
@@ -416,7 +427,8 @@ class MPO:
         ([(1, 2, 2, 3), (3, 2, 2, 1)], (3,))
         """
         exact = self.compress(center=0)
-        gammas, values = vidal(self._backend, exact._computable_cores())
+        with self._full_precision():
+            gammas, values = vidal(self._backend, exact._computable_cores())
         name = self._backend.dtype_name(self.cores[0])
         return tuple(narrowed(self._backend, gammas, name)), tuple(values)
 
@@ -502,8 +514,9 @@ class MPO:
         center = check_center(self.shape, center)
         selection = Selection(self.shape, max_bond, bonds, rtol, max_params)
         xp, name = self._backend, self._backend.dtype_name(self.cores[0])
-        rounded, info = round_chain(xp, self._computable_cores(), selection)
-        cores = canonicalize(xp, rounded, self.shape.sites - 1, center)
+        with self._full_precision():
+            rounded, info = round_chain(xp, self._computable_cores(), selection)
+            cores = canonicalize(xp, rounded, self.shape.sites - 1, center)
         mpo = MPO(narrowed(xp, cores, name), self.shape, center)
         return (mpo, info) if return_info else mpo
 
@@ -531,7 +544,9 @@ class MPO:
         if self.shape.sites == 1:
             raise InputError(f"bond must lie between two sites, and there is one: got {bond!r}")
         bond = index_in("bond", bond, self.shape.sites - 1)
-        return spectrum.schmidt_values(self._backend, self._computable_cores(), self.center, bond)
+        xp, cores = self._backend, self._computable_cores()
+        with self._full_precision():
+            return spectrum.schmidt_values(xp, cores, self.center, bond)
 
     def entropy(self, bond: int) -> float:
         """Entanglement entropy across a bond, in nats.
@@ -551,6 +566,9 @@ class MPO:
         """
         values = self._backend.to_numpy(self.schmidt_values(bond))
         return spectrum.entanglement_entropy(values)
+
+    def _full_precision(self) -> AbstractContextManager[None]:
+        return self._backend.full_precision(self.cores[0])
 
     def _computable_cores(self) -> tuple[Array, ...]:
         return tuple(computable(self._backend, core) for core in self.cores)

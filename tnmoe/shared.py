@@ -164,7 +164,9 @@ class SharedMPO:
         """All dense matrices, shape (E, out_features, in_features)."""
         xp = get_backend(self.center_core)
         center, *aux = (computable(xp, core) for core in (self.center_core, *self.aux))
-        matrices = stacked_to_padded_matrices(xp, center, aux[: self.center], aux[self.center :])
+        left, right = aux[: self.center], aux[self.center :]
+        with xp.full_precision(center):
+            matrices = stacked_to_padded_matrices(xp, center, left, right)
         matrices = xp.astype(matrices, xp.dtype_name(self.center_core))
         return matrices[:, : self.shape.out_features, : self.shape.in_features]
 
@@ -180,8 +182,9 @@ def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Gener
     """Copies (E, …) of an array, with Gaussian noise relative to its root mean square."""
     number_in("noise", noise, "[0, inf)")
     xp = get_backend(array)
-    stacked = xp.stack([array] * num_experts)
-    if not noise:
-        return stacked
-    rms = float(xp.norm(array)) / sqrt(prod(array.shape))
+    with xp.full_precision(array):
+        stacked = xp.stack([array] * num_experts)
+        if not noise:
+            return stacked
+        rms = float(xp.norm(array)) / sqrt(prod(array.shape))
     return stacked + (noise * rms) * xp.normal(stacked.shape, rng, like=array)

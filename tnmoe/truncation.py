@@ -24,6 +24,9 @@ class TruncationInfo:
         of the cores' library in double precision, whatever the dtype of the cores.
     methods : tuple of str
         Per bond: the algorithm used (``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``).
+    earlier_error : float
+        Bound on the error made before these cuts, where what was cut was itself an approximation:
+        a sum or product that was never formed exactly. 0 otherwise.
 
     Examples
     --------
@@ -39,17 +42,18 @@ class TruncationInfo:
     discarded: tuple[float, ...]
     spectra: tuple[Array, ...] = field(repr=False)
     methods: tuple[str, ...]
+    earlier_error: float = 0.0
 
     @property
     def error_bound(self) -> float:
-        """Bound on ‖W − MPO‖ in the Frobenius norm, absolute: sqrt(Σ discarded²).
+        """Bound on ‖W − MPO‖ in the Frobenius norm: earlier_error + sqrt(Σ discarded²).
 
         Every cut is an orthogonal projection inside the range of the ones before it, so the
         errors add up as squares (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), theorem 2.2).
         The bound is reached, except where the shape is padded: what was cut may lie in the
         padding. Rounding comes on top: a few units in the last place of ‖W‖.
         """
-        return hypot(*self.discarded)
+        return self.earlier_error + hypot(*self.discarded)
 
 
 def squared_tails(spectra: np.ndarray) -> np.ndarray:

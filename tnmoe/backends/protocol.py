@@ -16,6 +16,7 @@ It is never written into, and never given to a function of NumPy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +75,13 @@ class Backend(Protocol):
         """A NumPy array as one of this library.
 
         Without ``like`` the dtype stays and the array is on the CPU.
+        """
+
+    def full_precision(self, like: Array) -> AbstractContextManager[None]:
+        """A block in which products on the device of ``like`` have the precision of their dtype.
+
+        Whatever makes products rougher outside, such as ``torch.autocast`` or TF32, does not count
+        in the block. Blocks may lie inside each other, and in several threads at once.
         """
 
     def tracked(self, array: Array) -> bool:

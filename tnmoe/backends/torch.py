@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,9 @@ class TorchBackend:
             numbers = (numbers + 1j * rng.standard_normal(shape)) / np.sqrt(2)
         return self.from_numpy(numbers, like)
 
+    def full_precision(self, like: Tensor) -> AbstractContextManager[None]:
+        return _full_precision(like.device.type)
+
     def tracked(self, array: Tensor) -> bool:
         return _tracked(array)
 
@@ -114,6 +119,89 @@ class TorchBackend:
 
 
 backend = TorchBackend()
+
+
+@contextmanager
+def _full_precision(kind: str) -> Iterator[None]:
+    """A block without autocast on a kind of device, and without rough products of float32."""
+    autocast: AbstractContextManager = nullcontext()
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        autocast = torch.autocast(kind, enabled=False)
+    with autocast, _rough_products.off(), np.errstate(under="ignore"):
+        yield
+
+
+# What may let products of float32 be rougher than float32: TF32 on a GPU, bfloat16 in oneDNN.
+# Before torch 2.9 there is only the setting for all of them.
+_PRODUCTS: tuple[Any, ...] = tuple(
+    owner
+    for owner in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    if hasattr(owner, "fp32_precision")
+)
+
+
+class _RoughProducts:
+    """The settings that let products of float32 be rougher than float32.
+
+    They belong to the process, not to a thread: the first block that needs them off turns them
+    off, and the last one turns them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._blocks = Lock(), 0
+        self._common: str | None = None
+        self._own: list[str] = []
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A block in which products of float32 have the precision of float32."""
+        # What is compiled keeps the settings that it was compiled under.
+        if torch.compiler.is_compiling() or not self._enter():
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> bool:
+        """Count a block in, unless there is nothing to turn off."""
+        with self._lock:
+            if not self._blocks:
+                self._common = _common_precision()
+                self._own = [owner.fp32_precision for owner in _PRODUCTS]
+                if self._common in (None, "highest") and {*self._own} <= {"none", "ieee"}:
+                    return False
+                if self._common is not None:
+                    torch.set_float32_matmul_precision("highest")
+                for owner in _PRODUCTS:
+                    owner.fp32_precision = "ieee"
+            self._blocks += 1
+            return True
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks:
+                return
+            if self._common is not None:
+                torch.set_float32_matmul_precision(self._common)
+            for owner, before in zip(_PRODUCTS, self._own, strict=True):
+                # "none" stands for what the settings above this one say; they may have said it.
+                for precision in ("none", before):
+                    if owner.fp32_precision != before:
+                        owner.fp32_precision = precision
+
+
+def _common_precision() -> str | None:
+    """The setting for all devices; None where those of single devices contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+_rough_products = _RoughProducts()
 
 
 def _qr(matrix: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
@@ -176,8 +264,9 @@ class _Eigh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, grad_vectors: Tensor) -> Tensor:
         values, vectors = ctx.saved_tensors
-        inner = _rotation_gradient(values, vectors, grad_vectors) + torch.diag_embed(grad_values)
-        return vectors @ inner @ vectors.mH
+        with _full_precision(vectors.device.type):
+            inner = _rotation_gradient(values, vectors, grad_vectors)
+            return vectors @ (inner + torch.diag_embed(grad_values)) @ vectors.mH
 
 
 class _LeftSVD(torch.autograd.Function):
@@ -197,8 +286,9 @@ class _LeftSVD(torch.autograd.Function):
         missing = u.shape[-1] - s.shape[-1]
         squares = torch.nn.functional.pad(s**2, (0, missing))
         grad_u = torch.nn.functional.pad(grad_u, (0, missing))
-        grad = 2 * u @ _rotation_gradient(squares, u, grad_u) @ (u.mH @ matrix)
-        return grad + (u[..., : s.shape[-1]] * grad_s[..., None, :]) @ vh
+        with _full_precision(u.device.type):
+            grad = 2 * u @ _rotation_gradient(squares, u, grad_u) @ (u.mH @ matrix)
+            return grad + (u[..., : s.shape[-1]] * grad_s[..., None, :]) @ vh
 
 
 class _QR(torch.autograd.Function):
@@ -214,10 +304,12 @@ class _QR(torch.autograd.Function):
     def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
         # Walter, Lehmann, Lamour, Opt. Methods Softw. 27, 341 (2012).
         q, r = ctx.saved_tensors
-        inner = (grad_r @ r.mH - q.mH @ grad_q).triu()
-        inner = inner + inner.triu(1).mH
-        inner = inner - 1j * torch.diag_embed(_diagonal(inner).imag) if q.is_complex() else inner
-        return (q @ inner + grad_q) @ torch.linalg.pinv(r).mH
+        with _full_precision(q.device.type):
+            inner = (grad_r @ r.mH - q.mH @ grad_q).triu()
+            inner = inner + inner.triu(1).mH
+            if q.is_complex():
+                inner = inner - 1j * torch.diag_embed(_diagonal(inner).imag)
+            return (q @ inner + grad_q) @ torch.linalg.pinv(r).mH
 
 
 def _diagonal(matrix: Tensor) -> Tensor:
