@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd.functional import hvp
 
 import tnmoe as tn
 
@@ -64,3 +65,73 @@ def test_gradients_of_roundings_are_finite_for_zero_and_for_equal_schmidt_values
     product = tn.matmul(mpo, mpo, max_bond=2)
     (total.to_matrix().sum() + product.to_matrix().sum() + (total @ mpo).trace()).backward()
     assert all(torch.isfinite(core.grad).all() for core in cores)
+
+
+SQUARE = tn.MPOShape((2, 4, 2), (2, 4, 2))
+MATRIX, DIRECTION, WEIGHTS = torch.randn(
+    3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+)
+
+
+def weighed(mpo):
+    return (mpo.to_matrix() * WEIGHTS).sum()
+
+
+FUNCTIONS = {
+    "decompose by svd": lambda m: weighed(tn.decompose(m, SQUARE, max_bond=3)),
+    "decompose by eigh": lambda m: weighed(tn.decompose(m, SQUARE, max_bond=3, method="eigh")),
+    "compress": lambda m: weighed(tn.decompose(m, SQUARE).compress(max_bond=3)),
+    "product": lambda m: weighed(tn.matmul(*[tn.decompose(m, SQUARE)] * 2, max_bond=3)),
+    "fit": lambda m: weighed(tn.fit(tn.decompose(m, SQUARE), max_bond=3, max_sweeps=3)),
+    "Schmidt values": lambda m: tn.decompose(m, SQUARE).schmidt_values(0).sum(),
+    "norm": lambda m: tn.decompose(m, SQUARE).norm(),
+    "apply": lambda m: tn.decompose(m, SQUARE).apply(WEIGHTS).pow(2).sum(),
+}
+
+
+def gradient(function, matrix):
+    matrix = matrix.clone().requires_grad_()
+    function(matrix).backward()
+    return matrix.grad
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_derivatives_agree_with_finite_differences_in_every_mode(name):
+    function, step = FUNCTIONS[name], 1e-5
+    expected = gradient(function, MATRIX + step * DIRECTION)
+    expected = (expected - gradient(function, MATRIX - step * DIRECTION)) / (2 * step)
+    twice = {
+        "backward twice": hvp(function, MATRIX, DIRECTION)[1],
+        "torch.func.vjp": torch.func.vjp(torch.func.grad(function), MATRIX)[1](DIRECTION)[0],
+        "forward over reverse": torch.func.jvp(torch.func.grad(function), (MATRIX,), (DIRECTION,))[
+            1
+        ],
+    }
+    for result in twice.values():
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_transformations_of_torch_func_give_the_same_derivatives(name):
+    function, expected = FUNCTIONS[name], gradient(FUNCTIONS[name], MATRIX)
+    torch.testing.assert_close(torch.func.grad(function)(MATRIX), expected)
+    forward = torch.func.jvp(function, (MATRIX,), (DIRECTION,))[1]
+    torch.testing.assert_close(forward, (expected * DIRECTION).sum())
+
+
+def test_a_second_derivative_that_is_not_known_is_refused_and_the_first_is_right():
+    """Of a chain whose bonds are larger than its rank."""
+    one = tn.decompose(MATRIX, SQUARE)
+    cores = [core.clone().requires_grad_() for core in (one + one).cores]
+    value = weighed(tn.MPO(cores, SQUARE).compress(max_bond=3))
+    plain = torch.autograd.grad(value, cores, retain_graph=True)
+    recorded = torch.autograd.grad(value, cores, create_graph=True)
+    for each, other in zip(recorded, plain, strict=True):
+        torch.testing.assert_close(each, other)
+    with pytest.raises(tn.InputError, match="second derivatives .* need unfoldings of full rank"):
+        sum(each.sum() for each in recorded).backward()
+
+
+def test_vmap_is_refused_with_what_to_do_instead():
+    with pytest.raises(tn.InputError, match=r"torch\.func\.vmap hides .* tnmoe\.decompose_batch"):
+        torch.func.vmap(FUNCTIONS["decompose by svd"])(torch.stack([MATRIX, WEIGHTS]))

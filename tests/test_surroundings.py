@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import tnmoe as tn
-from tests.matrices import dense_norm
+from tests.matrices import KINDS, LIBRARIES, dense_norm, make_matrix, to_library, to_numpy
 from tnmoe import interop
 from tnmoe.backends import get_backend
 
@@ -219,7 +219,9 @@ def test_a_tolerance_holds_against_dense_algebra(surroundings):
             assert relative_error(tn.matmul(a, b, rtol=1e-3, method=method), x @ y) <= 1e-3
         mpo, info = tn.decompose(m, SHAPE, rtol=0.2, return_info=True)
         exact = m.double().numpy()
-        assert relative_error(mpo, exact) <= min(0.2, 1.00001 * info.error_bound / dense_norm(exact))
+        assert relative_error(mpo, exact) <= min(
+            0.2, 1.00001 * info.error_bound / dense_norm(exact)
+        )
 
 
 @pytest.mark.parametrize("surroundings", ["autocast to bfloat16", "autocast to float16"])
@@ -304,3 +306,27 @@ def test_threads_keep_products_precise_for_each_other():
         left.set()
         thread.join()
     assert torch.equal(results[0], precise)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("scale", [1e-150, 1e-38, 1.0, 1e300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_error_of_numpy_and_no_warning_is_raised_whatever_the_numbers(kind, scale, library):
+    matrix = to_library(make_matrix(kind, 24, 24, "float64", 3) * scale, library)
+    shape = tn.MPOShape((2, 4, 3), (3, 4, 2))
+    if not np.isfinite(to_numpy(matrix)).all():
+        pytest.skip("beyond float64")
+    with np.errstate(all="raise"), warnings_as_errors():
+        mpo = tn.decompose(matrix, shape, rtol=0.1)
+        for method in ("svd", "eigh", "randomized"):
+            tn.decompose(matrix, shape, rtol=0.1, method=method, return_info=True)
+        spectra = [mpo.schmidt_values(bond) for bond in range(2)]
+        tn.select_bonds(spectra, shape, rtol=0.1)
+        tn.bonds_by_entropy(spectra, shape)
+        mpo.vidal(), mpo.entropy(0), mpo.norm(), mpo.to_matrix(), mpo.canonicalize(0)
+        for method in ("direct", "successive", "randomized"):
+            tn.add([mpo, mpo], rtol=0.1, method=method)
+        tn.fit(mpo, max_bond=2)
+        squeezed = tn.squeeze({"w": mpo}, lambda mpos: 1.0, 0.5, max_steps=3)
+        assert all(0 <= step.error <= 1 for step in squeezed.steps)
+        tn.SharedMPO.replicate(mpo, 2, noise=0.1, rng=0).to_matrices()

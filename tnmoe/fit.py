@@ -148,8 +148,8 @@ def fit(
     (first,), _ = near_one(xp, [[widened(xp, core) for core in start.cores]])
     with xp.full_precision(start.cores[0]):
         cores, info = _alternate(xp, chains, first, max_sweeps, tol)
-    cores[0] = times_power(cores[0], exponent)
-    mpo = MPO(narrowed(xp, cores, name), start.shape, 0)
+        cores[0] = times_power(cores[0], exponent)
+        mpo = MPO(narrowed(xp, cores, name), start.shape, 0)
     return (mpo, info) if return_info else mpo
 
 

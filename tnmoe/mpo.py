@@ -192,7 +192,7 @@ class MPO:
         """The dense matrix, shape (out_features, in_features)."""
         with self._full_precision():
             matrix = to_padded_matrix(self._backend, self._computable_cores())
-        return self._in_own_dtype(matrix)[: self.shape.out_features, : self.shape.in_features]
+            return self._in_own_dtype(matrix)[: self.shape.out_features, : self.shape.in_features]
 
     def apply(self, x: Array) -> Array:
         """Apply to vectors along the last axis: (..., in_features) → (..., out_features).
@@ -290,7 +290,7 @@ class MPO:
         with self._full_precision():
             shape, factors = product_factors(self, other)
             cores = algebra.compose(self._backend, *factors)
-        return MPO([self._in_own_dtype(core) for core in cores], shape)
+            return MPO([self._in_own_dtype(core) for core in cores], shape)
 
     @property
     def T(self) -> MPO:  # noqa: N802
@@ -403,8 +403,8 @@ class MPO:
         center = check_center(self.shape, center)
         with self._full_precision():
             cores = canonicalize(self._backend, self._computable_cores(), self.center, center)
-        name = self._backend.dtype_name(self.cores[0])
-        return MPO(narrowed(self._backend, cores, name), self.shape, center)
+            name = self._backend.dtype_name(self.cores[0])
+            return MPO(narrowed(self._backend, cores, name), self.shape, center)
 
     def vidal(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Symmetric (Vidal) form: cores Γ and the Schmidt values λ of the bonds between them.
@@ -429,8 +429,8 @@ class MPO:
         exact = self.compress(center=0)
         with self._full_precision():
             gammas, values = vidal(self._backend, exact._computable_cores())
-        name = self._backend.dtype_name(self.cores[0])
-        return tuple(narrowed(self._backend, gammas, name)), tuple(values)
+            name = self._backend.dtype_name(self.cores[0])
+            return tuple(narrowed(self._backend, gammas, name)), tuple(values)
 
     @overload
     def compress(
@@ -517,7 +517,7 @@ class MPO:
         with self._full_precision():
             rounded, info = round_chain(xp, self._computable_cores(), selection)
             cores = canonicalize(xp, rounded, self.shape.sites - 1, center)
-        mpo = MPO(narrowed(xp, cores, name), self.shape, center)
+            mpo = MPO(narrowed(xp, cores, name), self.shape, center)
         return (mpo, info) if return_info else mpo
 
     def schmidt_values(self, bond: int) -> Array:

@@ -200,7 +200,8 @@ def _check_spectrum(bond: int, spectrum: Array) -> np.ndarray:
 def _scaled(spectra: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The spectra divided by their largest value, so that squares neither over- nor underflow."""
     largest = max((values.max() for values in spectra), default=0.0)
-    return [values / largest if largest > 0 else values for values in spectra]
+    with np.errstate(under="ignore"):
+        return [values / largest if largest > 0 else values for values in spectra]
 
 
 def _allowed_square(rtol: float, tails: Sequence[np.ndarray]) -> float:

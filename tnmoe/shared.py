@@ -167,7 +167,7 @@ class SharedMPO:
         left, right = aux[: self.center], aux[self.center :]
         with xp.full_precision(center):
             matrices = stacked_to_padded_matrices(xp, center, left, right)
-        matrices = xp.astype(matrices, xp.dtype_name(self.center_core))
+            matrices = xp.astype(matrices, xp.dtype_name(self.center_core))
         return matrices[:, : self.shape.out_features, : self.shape.in_features]
 
     def __repr__(self) -> str:

@@ -33,6 +33,7 @@ def entanglement_entropy(values: np.ndarray) -> float:
     largest = values.max(initial=0.0)
     if largest == 0:
         return 0.0
-    squares = (values / largest).astype(np.float64) ** 2
-    weights = squares[squares > 0] / squares.sum()
+    with np.errstate(under="ignore"):
+        squares = (values / largest).astype(np.float64) ** 2
+        weights = squares[squares > 0] / squares.sum()
     return abs(float(-(weights * np.log(weights)).sum()))

@@ -161,7 +161,9 @@ def _costs(name: str, mpo: MPO, factor: float, min_bond: int) -> list[tuple[floa
         if after >= dim:
             continue
         values = mpo.schmidt_values(bond)
-        tails = squared_tails(get_backend(values).to_numpy(values))
+        spectrum = get_backend(values).to_numpy(values)
+        with np.errstate(under="ignore"):
+            tails = squared_tails(spectrum / (spectrum[0] or 1.0))
         error = float(np.sqrt(tails[after] / tails[0])) if tails[0] else 0.0
         costs.append((error, name, bond, after))
     return costs

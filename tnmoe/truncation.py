@@ -58,7 +58,8 @@ class TruncationInfo:
 
 def squared_tails(spectra: np.ndarray) -> np.ndarray:
     """Squared weight lost by keeping r = 0, 1, … of descending values along the last axis."""
-    squares = np.asarray(spectra, dtype=np.float64) ** 2
+    with np.errstate(under="ignore"):
+        squares = np.asarray(spectra, dtype=np.float64) ** 2
     tails = np.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
     return np.concatenate([tails, np.zeros_like(tails[..., :1])], axis=-1)
 

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from tnmoe.errors import InputError
 
 
 class TorchBackend:
@@ -24,14 +27,18 @@ class TorchBackend:
         return array.to(getattr(torch, dtype))
 
     def to_numpy(self, array: Tensor) -> np.ndarray:
-        array = array.detach().cpu()
-        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        array = _plain(array)
+        # What torch.func.grad and its like have wrapped only has memory outside of them.
+        with torch._C._DisableFuncTorch():
+            array = array.detach().cpu()
+            return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     def from_numpy(self, array: np.ndarray, like: Tensor | None = None) -> Tensor:
         tensor = torch.from_numpy(np.asarray(array, order="C"))
         return tensor if like is None else tensor.to(like.device, like.dtype)
 
     def max_abs(self, array: Tensor) -> float:
+        _plain(array)  # or an error
         if array.is_complex():
             array = torch.view_as_real(array.detach().resolve_conj())
         if not array.numel():
@@ -89,7 +96,7 @@ class TorchBackend:
         return _full_precision(like.device.type)
 
     def tracked(self, array: Tensor) -> bool:
-        return _tracked(array)
+        return _tracked(array) or _forward_mode()
 
     def qr(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not _tracked(matrix):
@@ -101,7 +108,10 @@ class TorchBackend:
         return unitary, unitary.mH @ matrix
 
     def left_svd(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        return _LeftSVD.apply(matrix) if _tracked(matrix) else _svd(matrix)[:2]
+        if not _tracked(matrix):
+            return _svd(matrix)[:2]
+        u, s, _ = _LeftSVD.apply(matrix)
+        return u[..., : s.shape[-1]].contiguous(), s
 
     def eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         return _Eigh.apply(matrix) if _tracked(matrix) else _eigh(matrix)
@@ -112,10 +122,13 @@ class TorchBackend:
         return torch.linalg.eigvalsh(matrix).flip(-1)
 
     def triangle(self, matrix: Tensor) -> Tensor:
-        if not _tracked(matrix):
+        if _tracked(matrix):
+            return _Triangle.apply(matrix)[0]
+        if not _forward_mode():
             return self.adjoint(_qr(self.adjoint(matrix), mode="r")[1])
-        # A = T Q: turning Q leaves T Tᴴ alone, so Q counts as constant.
-        return matrix @ _qr(matrix.detach().mH)[0]
+        if not matrix.requires_grad:
+            return matrix @ _qr(matrix.detach().mH)[0]  # see _Triangle
+        return self.adjoint(_qr(self.adjoint(matrix))[1])
 
 
 backend = TorchBackend()
@@ -215,7 +228,26 @@ def _qr(matrix: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
 
 
 def _tracked(matrix: Tensor) -> bool:
-    return matrix.requires_grad and torch.is_grad_enabled()
+    """Whether gradients are asked for in reverse mode alone, for which the functions below are."""
+    return matrix.requires_grad and torch.is_grad_enabled() and not _forward_mode()
+
+
+def _forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode, which has torch's own formulas."""
+    return forward_ad._current_level >= 0
+
+
+def _plain(array: Tensor) -> Tensor:
+    """The tensor inside what the transformations of ``torch.func`` wrap around it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(array):
+        if functorch.is_batchedtensor(array):
+            raise InputError(
+                "torch.func.vmap hides the numbers in a tensor, on which scales and bond "
+                "dimensions depend: use a loop, or tnmoe.decompose_batch for many matrices"
+            )
+        array = functorch.get_unwrapped(array)
+    return array
 
 
 def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,10 +288,12 @@ def _rotation_gradient(values: Tensor, vectors: Tensor, grad: Tensor) -> Tensor:
 
 class _Eigh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        values, vectors = _eigh(matrix)
-        ctx.save_for_backward(values, vectors)
-        return values, vectors
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return _eigh(matrix)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, grad_vectors: Tensor) -> Tensor:
@@ -270,35 +304,47 @@ class _Eigh(torch.autograd.Function):
 
 
 class _LeftSVD(torch.autograd.Function):
-    """Left singular vectors and singular values: the eigenvectors of A Aᴴ, without squaring."""
+    """All left singular vectors, singular values, and the right vectors that belong to them.
+
+    The former two are those of the eigenvectors of A Aᴴ, without squaring. The right vectors have
+    no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, columns = matrix.shape[-2:]
         # The left vectors beyond the rank take part: a kept space can turn into their directions.
         u, s, vh = _svd(matrix, full=rows > columns)
-        ctx.save_for_backward(matrix, u, s, vh[..., : min(rows, columns), :])
-        return u[..., : s.shape[-1]].contiguous(), s
+        return u, s, vh[..., : min(rows, columns), :]
 
     @staticmethod
-    def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor, _: Tensor) -> Tensor:
         matrix, u, s, vh = ctx.saved_tensors
-        missing = u.shape[-1] - s.shape[-1]
-        squares = torch.nn.functional.pad(s**2, (0, missing))
-        grad_u = torch.nn.functional.pad(grad_u, (0, missing))
+        left = u[..., : s.shape[-1]]
+        squares = torch.nn.functional.pad(s**2, (0, u.shape[-1] - s.shape[-1]))
         with _full_precision(u.device.type):
+            if torch.is_grad_enabled():
+                inverse = s / (s**2).clamp_min(torch.finfo(s.dtype).tiny)
+                vh = _with_gradient_of(vh, inverse[..., None] * (left.mH @ matrix))
             grad = 2 * u @ _rotation_gradient(squares, u, grad_u) @ (u.mH @ matrix)
-            return grad + (u[..., : s.shape[-1]] * grad_s[..., None, :]) @ vh
+            return grad + (left * grad_s[..., None, :]) @ vh
 
 
 class _QR(torch.autograd.Function):
     """QR of a tall matrix; the inverse of R in its gradient is a pseudo-inverse."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        q, r = _qr(matrix)
-        ctx.save_for_backward(q, r)
-        return q, r
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return _qr(matrix)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
@@ -310,6 +356,59 @@ class _QR(torch.autograd.Function):
             if q.is_complex():
                 inner = inner - 1j * torch.diag_embed(_diagonal(inner).imag)
             return (q @ inner + grad_q) @ torch.linalg.pinv(r).mH
+
+
+class _Triangle(torch.autograd.Function):
+    """T and Q in A = T Qᴴ, for A wider than tall.
+
+    Turning Q leaves T Tᴴ alone. So in a function of that, Q counts as constant within the space
+    that its columns span, and only leaves this space as A does. Q has no gradient.
+    """
+
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        q, r = _qr(matrix.mH)
+        return r.mH.contiguous(), q
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        matrix, triangle, q = ctx.saved_tensors
+        with _full_precision(q.device.type):
+            if torch.is_grad_enabled():
+                full = bool((torch.linalg.matrix_rank(triangle) == triangle.shape[-1]).all())
+                other = (
+                    matrix.mH @ torch.linalg.pinv(triangle).mH if full else _Unknown.apply(matrix)
+                )
+                q = _with_gradient_of(q, other)
+            return grad @ q.mH
+
+
+class _Unknown(torch.autograd.Function):
+    """Zero, with a gradient that nobody knows."""
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        return matrix.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise InputError(
+            "second derivatives of a decomposition or rounding need unfoldings of full rank: "
+            "smaller bonds, or a shape without padding"
+        )
+
+
+def _with_gradient_of(array: Tensor, other: Tensor) -> Tensor:
+    """An array with the derivative of another expression for it, less precise perhaps."""
+    return array + (other - other.detach())
 
 
 def _diagonal(matrix: Tensor) -> Tensor:
