@@ -128,7 +128,7 @@ def test_a_second_derivative_that_is_not_known_is_refused_and_the_first_is_right
     recorded = torch.autograd.grad(value, cores, create_graph=True)
     for each, other in zip(recorded, plain, strict=True):
         torch.testing.assert_close(each, other)
-    with pytest.raises(tn.InputError, match="second derivatives .* need unfoldings of full rank"):
+    with pytest.raises(tn.InputError, match=r"second derivatives .* need unfoldings of full rank"):
         sum(each.sum() for each in recorded).backward()
 
 

@@ -93,7 +93,8 @@ class TorchBackend:
         return self.from_numpy(numbers, like)
 
     def full_precision(self, like: Tensor) -> AbstractContextManager[None]:
-        return _full_precision(like.device.type)
+        kind = like.device.type
+        return _without_autocast(kind) if torch.compiler.is_compiling() else _full_precision(kind)
 
     def tracked(self, array: Tensor) -> bool:
         return _tracked(array) or _forward_mode()
@@ -137,11 +138,14 @@ backend = TorchBackend()
 @contextmanager
 def _full_precision(kind: str) -> Iterator[None]:
     """A block without autocast on a kind of device, and without rough products of float32."""
-    autocast: AbstractContextManager = nullcontext()
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        autocast = torch.autocast(kind, enabled=False)
-    with autocast, _rough_products.off(), np.errstate(under="ignore"):
+    with _without_autocast(kind), _rough_products.off(), np.errstate(under="ignore"):
         yield
+
+
+def _without_autocast(kind: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 # What may let products of float32 be rougher than float32: TF32 on a GPU, bfloat16 in oneDNN.
@@ -168,8 +172,7 @@ class _RoughProducts:
     @contextmanager
     def off(self) -> Iterator[None]:
         """A block in which products of float32 have the precision of float32."""
-        # What is compiled keeps the settings that it was compiled under.
-        if torch.compiler.is_compiling() or not self._enter():
+        if not self._enter():
             yield
             return
         try:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tnmoe.backends import backend_named
 from tnmoe.errors import InputError, integer_from_zero, positive_int
 from tnmoe.nn.activations import resolve_activation
 
@@ -378,15 +379,17 @@ def _computes(network: nn.Module, ffn: FFN) -> bool:
         return F.linear(rows, weight_of(matrices[name]), matrices[name].bias)
 
     weight = weight_of(ffn.up)
-    rows = torch.sin(torch.arange(3.0 * weight.shape[1], device=weight.device)).view(1, 3, -1)
+    like = {"dtype": torch.float32, "device": weight.device}
+    rows = torch.sin(torch.arange(3 * weight.shape[1], **like)).view(1, 3, -1)
     # Of several sizes: small ones pass a clamp unchanged.
-    rows = rows * torch.tensor([1.0, 1e2, 1e4], device=weight.device)[:, None]
-    sides = [product(name, rows) for name in ("gate", "up") if name in matrices]
-    expected = product("down", resolve_activation(activation, len(sides) == 2)(*sides))
-    try:
-        difference = (network(rows) - expected).norm(dim=-1)
-    except TypeError:  # it takes or gives something else as well
-        return False
+    rows = rows * torch.tensor([1.0, 1e2, 1e4], **like)[:, None]
+    with backend_named("torch").full_precision(weight):
+        sides = [product(name, rows) for name in ("gate", "up") if name in matrices]
+        expected = product("down", resolve_activation(activation, len(sides) == 2)(*sides))
+        try:
+            difference = (network(rows) - expected).norm(dim=-1)
+        except TypeError:  # it takes or gives something else as well
+            return False
     return not bool((difference > 1e-3 * expected.norm(dim=-1)).any())
 
 

@@ -539,7 +539,9 @@ class SharedProjection(Projection):
         """Matrices (E, out, in) from the central core and the stacked ones."""
         dtype = common_dtype(cores)
         center, *aux = (core.to(dtype) for core in cores)
-        matrices = stacked_to_padded_matrices(_TORCH, center, aux[: self.site], aux[self.site :])
+        with _TORCH.full_precision(center):
+            left, right = aux[: self.site], aux[self.site :]
+            matrices = stacked_to_padded_matrices(_TORCH, center, left, right)
         return matrices[:, : self.out_features, : self.in_features]
 
     def _stacked(self) -> list[Tensor]:
