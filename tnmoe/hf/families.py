@@ -379,10 +379,12 @@ def _computes(network: nn.Module, ffn: FFN) -> bool:
         return F.linear(rows, weight_of(matrices[name]), matrices[name].bias)
 
     weight = weight_of(ffn.up)
-    like = {"dtype": torch.float32, "device": weight.device}
-    rows = torch.sin(torch.arange(3 * weight.shape[1], **like)).view(1, 3, -1)
+    like = torch.empty(0, dtype=torch.float32, device=weight.device)
+    rows = torch.sin(torch.arange(3 * weight.shape[1], device=weight.device).to(like)).view(
+        1, 3, -1
+    )
     # Of several sizes: small ones pass a clamp unchanged.
-    rows = rows * torch.tensor([1.0, 1e2, 1e4], **like)[:, None]
+    rows = rows * like.new_tensor([1.0, 1e2, 1e4])[:, None]
     with backend_named("torch").full_precision(weight):
         sides = [product(name, rows) for name in ("gate", "up") if name in matrices]
         expected = product("down", resolve_activation(activation, len(sides) == 2)(*sides))
