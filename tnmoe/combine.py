@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, prod
-from typing import Literal, get_args, overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from tnmoe.canonical import canonicalize
 from tnmoe.einsum import contract
 from tnmoe.errors import InputError, generator_of, one_of
 from tnmoe.mpo import MPO, check_operands, product_factors
+from tnmoe.options import ADD_METHODS, MATMUL_METHODS, AddMethod, MatmulMethod
 from tnmoe.plan import Selection
 from tnmoe.precision import narrowed, widened
 from tnmoe.rounding import near_one, times_power, truncated_isometry
@@ -26,10 +27,6 @@ _OVERSAMPLING = 10
 _FIRST_GUESS = 16
 # Below this relative error ‖W‖² − ‖result‖² is rounding, and cannot be measured.
 _MEASURABLE = 1e-6
-
-
-AddMethod = Literal["direct", "successive", "randomized"]
-MatmulMethod = Literal["direct", "zipup", "randomized"]
 
 
 @overload
@@ -122,7 +119,7 @@ def add(
         if other.shape != first.shape:
             raise InputError(f"cannot add {first.shape} and {other.shape}: they must be equal")
     selection = Selection(first.shape, max_bond, bonds, rtol, max_params)
-    one_of("method", method, get_args(AddMethod))
+    one_of("method", method, ADD_METHODS)
     xp = get_backend(first.cores[0])
     with xp.full_precision(first.cores[0]):
         if method == "randomized":
@@ -217,7 +214,7 @@ def matmul(
     >>> bool(np.allclose(product.to_matrix(), a.to_matrix() @ a.to_matrix()))
     True
     """
-    one_of("method", method, get_args(MatmulMethod))
+    one_of("method", method, MATMUL_METHODS)
     check_operands(a, b)
     xp = get_backend(a.cores[0])
     with xp.full_precision(a.cores[0]):

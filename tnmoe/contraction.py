@@ -14,6 +14,7 @@ from tnmoe.backends import Array, Backend
 from tnmoe.costs import Rates, get_rates
 from tnmoe.einsum import Contraction
 from tnmoe.errors import InputError, index_in, integer_from_zero, positive_int
+from tnmoe.options import Route
 from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
 from tnmoe.shapes import MPOShape
 
@@ -328,7 +329,7 @@ def _contraction(
     return Contraction(equation, tuple(shapes), path), info
 
 
-def _plan(route: str, info: PathInfo) -> ContractionPlan:
+def _plan(route: Route, info: PathInfo) -> ContractionPlan:
     return ContractionPlan(
         route, int(info.opt_cost), int(info.largest_intermediate), tuple(map(tuple, info.path))
     )

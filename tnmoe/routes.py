@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from tnmoe.costs import Rates
+from tnmoe.options import Route
 from tnmoe.shapes import MPOShape
 from tnmoe.tables import format_table
 
@@ -59,11 +60,11 @@ class ContractionPlan:
     ('chain', ((0, 3), (1, 2), (0, 1)))
     """
 
-    route: str
+    route: Route
     flops: int
     peak_elements: int
     path: Path
-    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    seconds: dict[Route, float] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         text = (
@@ -120,7 +121,10 @@ def expert_routes(
     work: Work, rates: Rates, chain: ContractionPlan, cached: bool
 ) -> ContractionPlan:
     """The fastest route for experts, ``chain`` being the plan for one of them alone."""
-    seconds = {"shared": _shared_seconds(work, rates), "dense": _dense_seconds(work, rates)}
+    seconds: dict[Route, float] = {
+        "shared": _shared_seconds(work, rates),
+        "dense": _dense_seconds(work, rates),
+    }
     if chain.route == "chain":
         seconds["chain"] = _chain_seconds(work, rates, chain)
     if cached and not work.training:

@@ -9,6 +9,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tnmoe.options import ANY_LAYOUTS, GAUGES
+
 if TYPE_CHECKING:
     from tnmoe.hf import MPOEConfig
 
@@ -71,7 +73,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     add(
         "--layout",
         "how matrices split over sites; dense: an ordinary mixture (default: interleaved)",
-        choices=("interleaved", "split", "dense"),
+        choices=ANY_LAYOUTS,
     )
     add("--sites", "sites of an interleaved MPO (default: 5)", type=from_two)
     add("--max-bond", "largest bond dimension (default: exact)", type=from_one)
@@ -89,7 +91,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     add(
         "--gauge",
         "how auxiliary cores of exact bonds start (default: identity)",
-        choices=("identity", "schmidt"),
+        choices=GAUGES,
     )
     add("--expert-noise", "relative noise that sets experts apart (default: 0)", type=weight)
     add("--balance-weight", "weight of the load-balancing loss (default: 0.01)", type=weight)

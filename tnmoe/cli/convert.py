@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnmoe.cli.arguments import add_config, config_of, from_one, from_zero, size
+from tnmoe.options import EXPORT_FORMATS
 
 if TYPE_CHECKING:
     from tnmoe.hf import Conversion
@@ -44,7 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     _add_folders(export, "Hugging Face folder with an MPOE checkpoint")
     export.add_argument(
         "--to",
-        choices=("moe", "dense"),
+        choices=EXPORT_FORMATS,
         default="moe",
         help="moe: the same function; dense: the mean of the experts (default: moe)",
     )

@@ -11,6 +11,7 @@ from typing import Any
 from tnmoe.cli.arguments import from_one, from_two, from_zero, positive, share, weight
 from tnmoe.demo import DemoOptions
 from tnmoe.errors import MissingExtraError
+from tnmoe.options import LAYOUTS
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -41,7 +42,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--learning-rate", "peak of the schedule, for all models", type=positive)
     add("--experts", "experts per layer", type=from_one, dest="num_experts")
     add("--top-k", "experts per token", type=from_one)
-    add("--layout", "how matrices split over sites", choices=("interleaved", "split"))
+    add("--layout", "how matrices split over sites", choices=LAYOUTS)
     add("--sites", "sites of an interleaved MPO", type=from_two)
     add("--mask-probability", "share of steps that spare the central tensors", type=share)
     add("--balance-weight", "weight of the load-balancing loss", type=weight)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tnmoe.options import Layout
+
 
 @dataclass(frozen=True)
 class DemoOptions:
@@ -21,7 +23,7 @@ class DemoOptions:
     steps: int = 80
     num_experts: int = 8
     top_k: int = 1
-    layout: str = "interleaved"
+    layout: Layout = "interleaved"
     sites: int = 5
     mask_probability: float = 0.0
     balance_weight: float = 0.01

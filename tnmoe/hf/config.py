@@ -12,16 +12,19 @@ import torch
 from tnmoe.errors import InputError, integer_from_zero, number_in, one_of, positive_int
 from tnmoe.hf.families import check_layers
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
-from tnmoe.nn.experts import (
-    GAUGES,
-    LAYOUTS,
-    PROJECTIONS,
-    check_matrices,
-    layout_shape,
-    per_projection,
-)
+from tnmoe.nn.experts import check_matrices, layout_shape, per_projection
 from tnmoe.nn.projection import resolve_shared
 from tnmoe.nn.router import Router, TopKRouter
+from tnmoe.options import (
+    ANY_LAYOUTS,
+    GAUGES,
+    MATRICES,
+    ROUTER_KINDS,
+    AnyLayout,
+    Gauge,
+    Matrix,
+    RouterKind,
+)
 from tnmoe.shapes import MPOShape
 
 Size = tuple[int, int]
@@ -90,18 +93,18 @@ class MPOEConfig:
 
     num_experts: int = 8
     num_experts_per_tok: int = 1
-    layout: str = "interleaved"
+    layout: AnyLayout = "interleaved"
     sites: int = 5
     max_bond: int | Mapping[str, int | None] | None = None
     shared: Any = "center"
-    matrices: Sequence[str] = PROJECTIONS
+    matrices: Sequence[Matrix] = MATRICES
     shared_bias: bool = False
     layers: Sequence[int] | str | None = None
     every: int = 1
     shapes: Mapping[Size, MPOShape] = field(default_factory=dict)
-    gauge: str = "identity"
+    gauge: Gauge = "identity"
     expert_noise: float = 0.0
-    router_kind: str = "top_k"
+    router_kind: RouterKind = "top_k"
     router: Mapping[str, Any] = field(default_factory=dict)
     balance_weight: float = 0.01
     z_weight: float = 0.0
@@ -126,7 +129,7 @@ class MPOEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
                 f"num_experts={self.num_experts}"
             )
-        one_of("layout", self.layout, (*LAYOUTS, "dense"))
+        one_of("layout", self.layout, ANY_LAYOUTS)
         one_of("gauge", self.gauge, GAUGES)
         number_in("mask_probability", self.mask_probability, "[0, 1]")
         for name in ("expert_noise", "balance_weight", "z_weight"):
@@ -140,7 +143,7 @@ class MPOEConfig:
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")
 
-        one_of("router_kind", self.router_kind, ("top_k", "expert_choice"))
+        one_of("router_kind", self.router_kind, ROUTER_KINDS)
         self.make_router(1, device="meta")
         for name in ("layers", "shared"):
             object.__setattr__(self, name, _settled(getattr(self, name)))

@@ -29,8 +29,7 @@ from tnmoe.hf.skeleton import (
 from tnmoe.hf.structure import install_new, mixtures_of, networks_named
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
-
-FORMATS = ("moe", "dense")
+from tnmoe.options import EXPORT_FORMATS, ExportFormat
 
 
 def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -> Conversion:
@@ -91,7 +90,7 @@ def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -
     return Conversion(source, (*kept, *pieces), to_file(entries), {"seed": seed})
 
 
-def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
+def plan_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     """How an MPOE checkpoint becomes one that other software runs, a layer at a time.
 
     Parameters
@@ -126,7 +125,7 @@ def plan_export(folder: str | os.PathLike, to: str) -> Conversion:
     >>> plan.config["architectures"]
     ['MixtralForCausalLM']
     """
-    one_of("to", to, FORMATS)
+    one_of("to", to, EXPORT_FORMATS)
     source = Checkpoint(folder)
     entries = current_entries(source.config, source.folder / CONFIG)
     if ENTRY not in entries:

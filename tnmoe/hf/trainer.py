@@ -11,8 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tnmoe.errors import InputError, one_of
 from tnmoe.hf.record import config_of
 from tnmoe.nn.gradient_mask import AutogradMask, GradientMask, Probability
-
-ENGINES = ("auto", "optimizer", "autograd")
+from tnmoe.options import MASK_ENGINES, MaskEngine
 
 
 class GradientMaskCallback(TrainerCallback):
@@ -58,9 +57,9 @@ class GradientMaskCallback(TrainerCallback):
         probability: Probability | None = None,
         seed: int = 0,
         per_layer: bool = False,
-        engine: str = "auto",
+        engine: MaskEngine = "auto",
     ) -> None:
-        one_of("engine", engine, ENGINES)
+        one_of("engine", engine, MASK_ENGINES)
         self.probability, self.seed, self.per_layer = probability, seed, per_layer
         self.engine = engine
         self.mask: GradientMask | AutogradMask | None = None

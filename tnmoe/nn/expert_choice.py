@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tnmoe.errors import number_in, one_of
 from tnmoe.nn.capacity import room
-from tnmoe.nn.router import SCOPES, Router
+from tnmoe.nn.router import Router
 from tnmoe.nn.transforms import is_transformed
+from tnmoe.options import SCOPES, Scope, ScoreFunction
 
 
 class ExpertChoiceRouter(Router):
@@ -69,13 +70,13 @@ class ExpertChoiceRouter(Router):
         hidden_size: int,
         num_experts: int,
         capacity_factor: float = 2.0,
-        score_function: str = "softmax",
+        score_function: ScoreFunction = "softmax",
         normalize: bool = True,
         jitter_noise: float = 0.0,
         *,
         bias: bool = False,
         straight_through: bool = True,
-        scope: str = "batch",
+        scope: Scope = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

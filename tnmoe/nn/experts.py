@@ -23,16 +23,12 @@ from tnmoe.nn.projection import (
     side_by_side,
 )
 from tnmoe.nn.transforms import autocast_dtype, is_transformed, takes_apart
+from tnmoe.options import GAUGES, LAYOUTS, MATRICES, Gauge, Layout, Matrix, SharedSites
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
 
-LAYOUTS = ("interleaved", "split")
-GAUGES = ("identity", "schmidt")
-
-PROJECTIONS = ("up", "gate", "down")
-
 # Sites whose cores experts share.
-Shared = str | Iterable[int]
+Shared = SharedSites | Iterable[int]
 
 # Groups of a split shape: large enough to leave experts some freedom, small enough to stay cheap.
 _SPLIT_GROUP = 64
@@ -70,7 +66,12 @@ def layout_shape(layout: str, out_features: int, in_features: int, sites: int = 
 
 
 def _shape_for(
-    name: str, given: MPOShape | None, layout: str, sites: int, out_features: int, in_features: int
+    name: str,
+    given: MPOShape | None,
+    layout: Layout,
+    sites: int,
+    out_features: int,
+    in_features: int,
 ) -> MPOShape:
     """The given shape, if it is of that size; a layout's without one."""
     one_of("layout", layout, LAYOUTS)
@@ -457,7 +458,7 @@ class MPOExperts(Experts):
         activation: str | Callable[..., Tensor] = "relu",
         gated: bool = False,
         bias: Bias = False,
-        layout: str = "interleaved",
+        layout: Layout = "interleaved",
         sites: int = 5,
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
@@ -465,11 +466,11 @@ class MPOExperts(Experts):
         shared: Shared | Mapping[str, Shared] = "center",
         dropout: float = 0.0,
         *,
-        matrices: Iterable[str] = PROJECTIONS,
+        matrices: Iterable[Matrix] = MATRICES,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        chosen = check_matrices(matrices, PROJECTIONS if gated else ("up", "down"))
+        chosen = check_matrices(matrices, MATRICES if gated else ("up", "down"))
         sizes = intermediate_size, hidden_size
         up_shape = _shape_for("up_shape", up_shape, layout, sites, *sizes)
         down_shape = _shape_for("down_shape", down_shape, layout, sites, *sizes[::-1])
@@ -506,14 +507,14 @@ class MPOExperts(Experts):
         num_experts: int = 8,
         activation: str | Callable[..., Tensor] = "relu",
         dropout: float = 0.0,
-        layout: str = "interleaved",
+        layout: Layout = "interleaved",
         sites: int = 5,
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
         max_bond: int | Mapping[str, int | None] | None = None,
         shared: Shared | Mapping[str, Shared] = "center",
-        matrices: Iterable[str] = PROJECTIONS,
-        gauge: str = "identity",
+        matrices: Iterable[Matrix] = MATRICES,
+        gauge: Gauge = "identity",
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
         on_matrix: Callable[[str, TruncationInfo], None] | None = None,
@@ -594,12 +595,12 @@ def _set_biases(
         projection.set_bias(biases[name], shared, f"{name}_bias")
 
 
-def check_matrices(names: Iterable[str], present: Iterable[str] = PROJECTIONS) -> tuple[str, ...]:
+def check_matrices(names: Iterable[str], present: Iterable[str] = MATRICES) -> tuple[Matrix, ...]:
     """Names of matrices, one of which a network has at least; an InputError unless they are."""
     several = (names,) if isinstance(names, str) else names
-    chosen = tuple(several) if isinstance(several, Iterable) else ()
-    if not chosen or not all(name in PROJECTIONS for name in chosen):
-        raise InputError(f"matrices must be some of {', '.join(PROJECTIONS)}, got {names!r}")
+    chosen: tuple[Any, ...] = tuple(several) if isinstance(several, Iterable) else ()
+    if not chosen or not all(name in MATRICES for name in chosen):
+        raise InputError(f"matrices must be some of {', '.join(MATRICES)}, got {names!r}")
     if not set(chosen) & set(present):
         raise InputError(f"matrices={[*chosen]} are none of the network's {', '.join(present)}")
     return chosen
@@ -614,10 +615,10 @@ def per_projection(name: str, value: Any, default: Any) -> dict[str, Any]:
         If a mapping has a projection that there is none of.
     """
     if not isinstance(value, Mapping):
-        return dict.fromkeys(PROJECTIONS, value)
-    if unknown := sorted(set(value) - set(PROJECTIONS)):
-        raise InputError(f"{name} is for {', '.join(PROJECTIONS)}, got {unknown}")
-    return {**dict.fromkeys(PROJECTIONS, default), **value}
+        return dict.fromkeys(MATRICES, value)
+    if unknown := sorted(set(value) - set(MATRICES)):
+        raise InputError(f"{name} is for {', '.join(MATRICES)}, got {unknown}")
+    return {**dict.fromkeys(MATRICES, default), **value}
 
 
 def check_ffn(

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from tnmoe.errors import InputError, one_of, positive_int
 from tnmoe.nn.capacity import check_mask
-from tnmoe.nn.router import SCORE_FUNCTIONS
 from tnmoe.nn.transforms import may_look
-
-FORMS = ("switch", "gshard")
+from tnmoe.options import BALANCE_FORMS, SCORE_FUNCTIONS, BalanceForm, ScoreFunction
 
 
 def load_balancing_loss(
@@ -18,8 +16,8 @@ def load_balancing_loss(
     top_k_index: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    form: str = "switch",
-    score_function: str = "softmax",
+    form: BalanceForm = "switch",
+    score_function: ScoreFunction = "softmax",
     sequences: int = 1,
 ) -> Tensor:
     """Product of each expert's load and mean score, summed and scaled to 1 at balance.
@@ -62,7 +60,7 @@ def load_balancing_loss(
     >>> load_balancing_loss(logits, logits.topk(1).indices)  # all tokens to one of two experts
     tensor(1.9998)
     """
-    one_of("form", form, FORMS)
+    one_of("form", form, BALANCE_FORMS)
     one_of("score_function", score_function, SCORE_FUNCTIONS)
     _check_routing(router_logits, top_k_index)
     router_logits = counted_logits(router_logits, attention_mask)
@@ -126,7 +124,7 @@ def counted_logits(router_logits: Tensor, attention_mask: Tensor | None) -> Tens
     return router_logits if mask is None else router_logits.masked_fill(~mask[:, None], 0)
 
 
-def normalized_scores(router_logits: Tensor, score_function: str) -> Tensor:
+def normalized_scores(router_logits: Tensor, score_function: ScoreFunction) -> Tensor:
     """Scores (T, E) of float32, each token's summing to 1."""
     if score_function == "sigmoid":
         return F.logsigmoid(router_logits.float()).softmax(-1)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod, sqrt
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -23,15 +23,15 @@ from tnmoe.nn.grouped import Groups, Visits, grouped_linear, per_row
 from tnmoe.nn.in_order import chain_linear, chain_linears
 from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
 from tnmoe.nn.transforms import takes_apart
+from tnmoe.options import Route, SharedSites
 from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO, replicate
 
 _TORCH = backend_named("torch")
 
+Bias = bool | Literal["shared"]
 BIASES = (False, True, "shared")
-
-Bias = bool | str
 
 
 class Projection(nn.Module, ABC):
@@ -304,8 +304,8 @@ class SharedProjection(Projection):
 
     center: nn.Parameter
     shared_sites: frozenset[int]
-    # One of "shared", "chain", "dense", "cached" to fix the route; by default it is planned.
-    route: str | None = None
+    # Fixes the route; by default it is planned.
+    route: Route | None = None
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class SharedProjection(Projection):
         shape: MPOShape,
         bias: Bias = False,
         max_bond: int | None = None,
-        shared: str | Iterable[int] = "center",
+        shared: SharedSites | Iterable[int] = "center",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -342,7 +342,7 @@ class SharedProjection(Projection):
         cls,
         mpo: MPO,
         num_experts: int,
-        shared: str | Iterable[int] = "center",
+        shared: SharedSites | Iterable[int] = "center",
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
     ) -> SharedProjection:

@@ -15,10 +15,14 @@ from tnmoe.errors import InputError, number_in, one_of, positive_int
 from tnmoe.nn.capacity import check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
 from tnmoe.nn.transforms import is_transformed, without_autocast
-
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
-SECOND_EXPERT = ("all", "none", "threshold", "random")
-SCOPES = ("batch", "sequence")
+from tnmoe.options import (
+    SCOPES,
+    SCORE_FUNCTIONS,
+    SECOND_EXPERT,
+    Scope,
+    ScoreFunction,
+    SecondExpert,
+)
 
 Routed = tuple[Tensor, Tensor, Tensor]
 
@@ -63,7 +67,7 @@ class Router(nn.Module, ABC):
         self,
         hidden_size: int,
         num_experts: int,
-        score_function: str,
+        score_function: ScoreFunction,
         normalize: bool,
         straight_through: bool,
         bias: bool,
@@ -326,13 +330,13 @@ class TopKRouter(Router):
         hidden_size: int,
         num_experts: int,
         top_k: int = 1,
-        score_function: str = "softmax",
+        score_function: ScoreFunction = "softmax",
         normalize: bool = True,
         jitter_noise: float = 0.0,
         capacity_factor: float | None = None,
         *,
         eval_capacity_factor: float | None = None,
-        capacity_scope: str = "batch",
+        capacity_scope: Scope = "batch",
         noisy: bool = False,
         bias: bool = False,
         straight_through: bool = True,
@@ -341,7 +345,7 @@ class TopKRouter(Router):
         num_groups: int = 1,
         top_groups: int = 1,
         group_score: int = 2,
-        second_expert: str = "all",
+        second_expert: SecondExpert = "all",
         second_threshold: float = 0.2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

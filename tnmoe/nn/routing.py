@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_mask
 from tnmoe.nn.losses import load_balancing_loss, router_z_loss
-from tnmoe.nn.router import SCOPES, Router
+from tnmoe.nn.router import Router
 from tnmoe.nn.transforms import in_backward
+from tnmoe.options import SCOPES, BalanceForm, Scope, ScoreFunction
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class RoutingCall:
     choices: Tensor
     token_mask: Tensor | None
     sequences: int
-    score_function: str
+    score_function: ScoreFunction
     lost_gradient: bool
 
     def counted(self, attention_mask: Tensor | None) -> Tensor | None:
@@ -93,8 +94,8 @@ class Routing:
         self,
         attention_mask: Tensor | None = None,
         *,
-        form: str = "switch",
-        scope: str = "batch",
+        form: BalanceForm = "switch",
+        scope: Scope = "batch",
     ) -> Tensor:
         """Mean load-balancing loss of the recorded calls.
 
@@ -127,7 +128,7 @@ class Routing:
             ]
         )
 
-    def z_loss(self, attention_mask: Tensor | None = None, *, scope: str = "batch") -> Tensor:
+    def z_loss(self, attention_mask: Tensor | None = None, *, scope: Scope = "batch") -> Tensor:
         """Mean router z-loss of the recorded calls.
 
         Parameters

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tnmoe.errors import InputError, index_in, number_in
-from tnmoe.nn.experts import PROJECTIONS, Experts
+from tnmoe.nn.experts import Experts
 from tnmoe.nn.projection import SharedProjection
+from tnmoe.options import MATRICES
 
 
 def shared_projections(model: nn.Module) -> Iterator[SharedProjection]:
@@ -52,7 +53,9 @@ def find_shared(model: nn.Module) -> list[nn.Parameter]:
     raise InputError(f"{type(model).__name__} has no tensor that experts share")
 
 
-def tie_layers(layers: Iterable[nn.Module], sites: str | Iterable[int] = "center") -> None:
+def tie_layers(
+    layers: Iterable[nn.Module], sites: Literal["center"] | Iterable[int] = "center"
+) -> None:
     """Let layers share cores as well: one stored tensor, with the gradients of all of them.
 
     MPOBERT (Liu et al., arXiv:2303.16753, section 3.1) shares the central tensors of all layers.
@@ -94,7 +97,7 @@ def tie_layers(layers: Iterable[nn.Module], sites: str | Iterable[int] = "center
     if numbers == []:
         raise InputError("sites must name at least one site, got none")
     pairs = []
-    for name in PROJECTIONS:
+    for name in MATRICES:
         first, *others = (getattr(layer, name) for layer in layers)
         if first is None and all(other is None for other in others):
             continue

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
+from tnmoe.options import ENTROPY_AXES, EntropyAxis
 from tnmoe.plot.data import named, numbers
 from tnmoe.plot.style import GREY, add_legend, from_zero, line_style, new_axes, shown_apart
 
@@ -67,7 +68,7 @@ def schmidt_spectra(spectra: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 def entropy(
     operators: MPO | Mapping[str, Any],
     ax: Axes | None = None,
-    against: str = "bond",
+    against: EntropyAxis = "bond",
     bond_dims: Sequence[int] | None = None,
 ) -> Axes:
     """Entanglement entropy of bonds, under the most that they can have: log(bond dimension).
@@ -99,7 +100,7 @@ def entropy(
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('bond', 'entanglement entropy (nats)')
     """
-    one_of("against", against, ("bond", "layer"))
+    one_of("against", against, ENTROPY_AXES)
     given = {"operator": operators} if isinstance(operators, MPO) else named("operators", operators)
     lines = {name: _entropies(name, each, bond_dims) for name, each in given.items()}
     names, common = shown_apart(lines)

@@ -1,0 +1,52 @@
+"""Options that are one of a few words: the type that editors see, and the words to check against.
+
+The command line takes its choices from here, too, before it has loaded torch.
+"""
+
+from typing import Literal, get_args
+
+# tnmoe.decompose, tnmoe.add, tnmoe.matmul
+Method = Literal["auto", "svd", "qr", "eigh", "randomized"]
+METHODS = get_args(Method)
+AddMethod = Literal["direct", "successive", "randomized"]
+ADD_METHODS = get_args(AddMethod)
+MatmulMethod = Literal["direct", "zipup", "randomized"]
+MATMUL_METHODS = get_args(MatmulMethod)
+
+# Routes from activations to outputs: of one MPO the first two, of experts all.
+Route = Literal["chain", "dense", "shared", "cached"]
+ROUTES = get_args(Route)
+
+# Experts
+Layout = Literal["interleaved", "split"]
+LAYOUTS = get_args(Layout)
+Gauge = Literal["identity", "schmidt"]
+GAUGES = get_args(Gauge)
+Matrix = Literal["up", "gate", "down"]
+MATRICES = get_args(Matrix)
+SharedSites = Literal["center", "none"]
+SHARED_SITES = get_args(SharedSites)
+
+# Routers, their losses and what was recorded of them
+ScoreFunction = Literal["softmax", "sigmoid"]
+SCORE_FUNCTIONS = get_args(ScoreFunction)
+SecondExpert = Literal["all", "none", "threshold", "random"]
+SECOND_EXPERT = get_args(SecondExpert)
+Scope = Literal["batch", "sequence"]
+SCOPES = get_args(Scope)
+BalanceForm = Literal["switch", "gshard"]
+BALANCE_FORMS = get_args(BalanceForm)
+
+# Conversions
+AnyLayout = Literal[Layout, "dense"]
+ANY_LAYOUTS = get_args(AnyLayout)
+RouterKind = Literal["top_k", "expert_choice"]
+ROUTER_KINDS = get_args(RouterKind)
+MaskEngine = Literal["auto", "optimizer", "autograd"]
+MASK_ENGINES = get_args(MaskEngine)
+ExportFormat = Literal["moe", "dense"]
+EXPORT_FORMATS = get_args(ExportFormat)
+
+# Pictures
+EntropyAxis = Literal["bond", "layer"]
+ENTROPY_AXES = get_args(EntropyAxis)
