@@ -136,7 +136,7 @@ def test_small_neighbouring_sites_are_read_together(method, kind, monkeypatch):
 @pytest.mark.parametrize("scale", [1.0, 1e200])
 def test_an_operator_does_not_change_with_the_matrix_that_it_was_made_of(scale, shape, library):
     matrix = to_library(scale * np.random.default_rng(0).standard_normal((8, 6)), library)
-    mpos = [tn.decompose(matrix, shape), *tn.decompose(matrix[None], shape)]
+    mpos = [tn.decompose(matrix, shape), *tn.decompose_batch(matrix[None], shape)]
     before = to_numpy(mpos[0].to_matrix()).copy()
     matrix *= 0
     for mpo in mpos:
@@ -289,7 +289,7 @@ def test_a_batch_holds_every_matrix_to_its_own_guarantee(case, library, max_bond
     shape, matrix = case
     batch = np.stack([matrix * np.asarray(10.0**k, matrix.dtype) for k in range(count)])
     batch[-1] = batch[-1][::-1]
-    mpos, infos = tn.decompose(
+    mpos, infos = tn.decompose_batch(
         to_library(batch, library), shape, max_bond=max_bond, rtol=rtol, return_info=True
     )
     assert len(mpos) == len(infos) == count
@@ -421,8 +421,9 @@ def test_nan_and_infinity_are_refused(library, value, dtype):
 @pytest.mark.parametrize(
     ("matrix", "arguments", "message"),
     [
-        (np.ones((4, 5)), {}, r"for a \(4, 4\) matrix or a batch .*, got one of shape \(4, 5\)"),
-        (np.ones(4), {}, r"got one of shape \(4,\)"),
+        (np.ones((4, 5)), {}, r"is for a \(4, 4\) matrix, got one of shape \(4, 5\)"),
+        (np.ones(4), {}, r"expected a matrix .*, got an array of shape \(4,\)"),
+        (np.ones((2, 4, 4)), {}, r"expected a matrix \(decompose_batch takes many\), got an array"),
         (np.ones((4, 4), int), {}, "must be of float16, bfloat16, .*, complex128, got dtype int64"),
         (np.ones((4, 4)), {"max_bond": 0}, "max_bond must be a positive integer, got 0"),
         (np.ones((4, 4)), {"max_params": 7}, "max_params=7 is too few"),
@@ -435,7 +436,7 @@ def test_nan_and_infinity_are_refused(library, value, dtype):
             {"max_params": 9, "method": "randomized"},
             "max_params weighs all Schmidt values",
         ),
-        (np.ones((2, 2, 4, 4)), {}, r"got one of shape \(2, 2, 4, 4\)"),
+        (np.ones((2, 2, 4, 4)), {}, r"got an array of shape \(2, 2, 4, 4\)"),
         (np.ones((4, 4)), {"max_bond": (2, 2)}, r"got \(2, 2\) for 1 bonds"),
         (np.ones((4, 4)), {"rtol": -1}, "rtol must be a finite number of at least 0, got -1"),
         (np.ones((4, 4)), {"rtol": float("nan")}, "rtol must be"),
@@ -466,3 +467,21 @@ def test_an_array_of_no_known_library_is_a_type_error():
 def test_a_shape_that_is_none_is_named():
     with pytest.raises(TypeError, match=r"shape must be an MPOShape, got tuple: \(4, 4\)"):
         tn.decompose(np.eye(4), (4, 4))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("size", [(12, 18), (1, 1), (53, 7), (64, 1)])
+def test_the_usual_shape_is_the_balanced_one(library, size):
+    matrix = np.random.default_rng(0).standard_normal((2, *size))
+    mpo = tn.decompose(to_library(matrix[0], library))
+    assert mpo.shape == tn.MPOShape.for_matrix(*size)
+    np.testing.assert_allclose(to_numpy(mpo.to_matrix()), matrix[0], atol=1e-12)
+    for mpo, each in zip(tn.decompose_batch(to_library(matrix, library)), matrix, strict=True):
+        assert mpo.shape == tn.MPOShape.for_matrix(*size)
+        np.testing.assert_allclose(to_numpy(mpo.to_matrix()), each, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (0, 4, 4), (1, 2, 4, 4), (2, 4, 5)])
+def test_what_is_no_batch_is_refused(shape):
+    with pytest.raises(tn.InputError, match=r"batch of matrices|is for a \(4, 4\) matrix"):
+        tn.decompose_batch(np.ones(shape), tn.MPOShape((2, 2), (2, 2)))

@@ -1,10 +1,11 @@
 """What users rely on changes only on purpose, and what goes is announced."""
 
+import importlib
 import warnings
 
 import pytest
 
-from tests.public_api import FROZEN, public_api
+from tests.public_api import FROZEN, MODULES, public_api
 from tnmoe.deprecation import deprecated, renamed_parameter
 
 
@@ -14,6 +15,12 @@ def test_public_names_and_parameters_are_the_frozen_ones():
     What went or changed its name must go on working for a while: ``tnmoe.deprecation``.
     """
     assert public_api().splitlines() == FROZEN.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_dir_shows_the_public_names_and_no_others(module):
+    code = importlib.import_module(module)
+    assert {name for name in dir(code) if not name.startswith("__")} == set(code.__all__)
 
 
 @deprecated("0.2", use="tnmoe.new")

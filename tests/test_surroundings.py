@@ -65,7 +65,7 @@ OPERATIONS = {
     "decompose exactly": lambda a, b, m: tn.decompose(m, SHAPE),
     "decompose to a tolerance": lambda a, b, m: tn.decompose(m, SHAPE, rtol=0.3, return_info=True),
     "decompose to a size": lambda a, b, m: tn.decompose(m, SHAPE, max_params=900, return_info=True),
-    "decompose a batch": lambda a, b, m: tn.decompose(m.expand(2, 64, 64), SHAPE, max_bond=6),
+    "decompose a batch": lambda a, b, m: tn.decompose_batch(m.expand(2, 64, 64), SHAPE, max_bond=6),
     "decompose a padded matrix": lambda a, b, m: tn.decompose(m[:61, :59], PADDED, max_bond=9),
     "compress": lambda a, b, m: (a + b).compress(rtol=1e-3, return_info=True),
     **{

@@ -2,7 +2,7 @@
 
 from tnmoe.combine import add, matmul
 from tnmoe.contraction import ContractionPlan, contraction_plan
-from tnmoe.decompose import decompose
+from tnmoe.decompose import decompose, decompose_batch
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.fit import FitInfo, fit
 from tnmoe.io import load, save
@@ -28,6 +28,7 @@ __all__ = [
     "bonds_by_entropy",
     "contraction_plan",
     "decompose",
+    "decompose_batch",
     "factorize",
     "fit",
     "kron",
@@ -39,3 +40,7 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import frexp, isfinite, prod
 from operator import mul
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -15,30 +15,28 @@ from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize
 from tnmoe.errors import InputError, generator_of, one_of
 from tnmoe.mpo import MPO, check_center
+from tnmoe.options import METHODS, Method
 from tnmoe.plan import Selection
 from tnmoe.precision import check_range, computable, narrowed
 from tnmoe.shapes import MPOShape
 from tnmoe.sweep import Sweep
 from tnmoe.truncation import TruncationInfo
 
-METHODS = ("auto", "svd", "qr", "eigh", "randomized")
-
 # Entries between these can be squared and summed in every dtype as they are.
 _SAFE = (2.0**-30, 2.0**30)
 
 
-# An array's type does not say whether it is one matrix or a batch: these are for one matrix.
 @overload
 def decompose(
     matrix: Array,
-    shape: MPOShape,
+    shape: MPOShape | None = ...,
     *,
     max_bond: int | Sequence[int] | None = ...,
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
     max_params: int | None = ...,
     center: int | None = ...,
-    method: str = ...,
+    method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[False] = ...,
 ) -> MPO: ...
@@ -47,14 +45,14 @@ def decompose(
 @overload
 def decompose(
     matrix: Array,
-    shape: MPOShape,
+    shape: MPOShape | None = ...,
     *,
     max_bond: int | Sequence[int] | None = ...,
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
     max_params: int | None = ...,
     center: int | None = ...,
-    method: str = ...,
+    method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[True],
 ) -> tuple[MPO, TruncationInfo]: ...
@@ -62,17 +60,17 @@ def decompose(
 
 def decompose(
     matrix: Array,
-    shape: MPOShape,
+    shape: MPOShape | None = None,
     *,
     max_bond: int | Sequence[int] | None = None,
     bonds: Sequence[int] | None = None,
     rtol: float | None = None,
     max_params: int | None = None,
     center: int | None = None,
-    method: str = "auto",
+    method: Method = "auto",
     rng: np.random.Generator | int = 0,
     return_info: bool = False,
-) -> Any:
+) -> MPO | tuple[MPO, TruncationInfo]:
     """Decompose a matrix into an MPO, exactly or truncated.
 
     Cores are split off from both ends, each pushing its singular values inwards, so the centre
@@ -81,11 +79,11 @@ def decompose(
 
     Parameters
     ----------
-    matrix : array, shape (out_features, in_features) or (B, out_features, in_features)
-        NumPy array or torch tensor, floating-point or complex: one matrix, or a batch that is
-        decomposed together. Half precisions are computed in float32.
-    shape : MPOShape
-        Legs of the MPO.
+    matrix : array, shape (out_features, in_features)
+        NumPy array or torch tensor, floating-point or complex. Half precisions are computed in
+        float32.
+    shape : MPOShape, optional
+        Legs of the MPO; by default ``MPOShape.for_matrix(out_features, in_features)``.
     max_bond : int or sequence of int, optional
         Largest bond dimension, for all bonds or one per bond.
     bonds : sequence of int, optional
@@ -118,10 +116,9 @@ def decompose(
     -------
     MPO
         In canonical form around ``center``, with the matrix's library, dtype and device. Without
-        any limit the bonds are exact: ``shape.bond_dims()``. For a batch: a tuple of B MPOs with
-        common bond dimensions, those that the most demanding matrix needs.
+        any limit the bonds are exact: ``shape.bond_dims()``.
     TruncationInfo
-        Only with ``return_info``. For a batch: a tuple of B.
+        Only with ``return_info``.
 
     Raises
     ------
@@ -130,6 +127,10 @@ def decompose(
         or infinity; if an argument is out of range or contradicts another.
     TypeError
         If the matrix belongs to no supported library, or ``shape`` is no MPOShape.
+
+    See Also
+    --------
+    decompose_batch : Many matrices of one shape together.
 
     Notes
     -----
@@ -146,52 +147,138 @@ def decompose(
     >>> bool(np.allclose(mpo.to_matrix(), matrix))
     True
     """
-    xp = get_backend(matrix)
-    name = _check_matrix(xp, matrix, shape)
+    shape = _check_matrix(matrix, shape, axes=2)
     selection = Selection(shape, max_bond, bonds, rtol, max_params)
-    center = check_center(shape, center)
-    one_of("method", method, METHODS)
+    ((mpo, info),) = _decomposed(matrix, selection, center, method, rng, return_info)
+    return (mpo, info) if return_info else mpo
 
-    with xp.full_precision(matrix):
-        computed = computable(xp, matrix)
-        scales = _scales(xp, computed, shape)
-        sweep_center = _sweep_center(shape, center)
-        tensor = _interleave(xp, computed, shape, scales, sweep_center)
-        sweep = Sweep(
-            xp,
-            tensor,
-            shape.legs,
-            sweep_center,
-            selection,
-            method,
-            generator_of(rng),
-            return_info,
-        )
-        sweep.run()
-        results = [
-            _result(xp, sweep, index, scale, name, center) for index, scale in enumerate(scales)
-        ]
-    if matrix.ndim == 2:
-        return results[0] if return_info else results[0][0]
+
+@overload
+def decompose_batch(
+    matrices: Array,
+    shape: MPOShape | None = ...,
+    *,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    center: int | None = ...,
+    method: Method = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[False] = ...,
+) -> tuple[MPO, ...]: ...
+
+
+@overload
+def decompose_batch(
+    matrices: Array,
+    shape: MPOShape | None = ...,
+    *,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    center: int | None = ...,
+    method: Method = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[True],
+) -> tuple[tuple[MPO, ...], tuple[TruncationInfo, ...]]: ...
+
+
+def decompose_batch(
+    matrices: Array,
+    shape: MPOShape | None = None,
+    *,
+    max_bond: int | Sequence[int] | None = None,
+    bonds: Sequence[int] | None = None,
+    rtol: float | None = None,
+    max_params: int | None = None,
+    center: int | None = None,
+    method: Method = "auto",
+    rng: np.random.Generator | int = 0,
+    return_info: bool = False,
+) -> tuple[MPO, ...] | tuple[tuple[MPO, ...], tuple[TruncationInfo, ...]]:
+    """Decompose many matrices of one shape together, into MPOs of the same bonds.
+
+    Parameters
+    ----------
+    matrices : array, shape (B, out_features, in_features)
+        At least one matrix.
+    shape, max_bond, bonds, rtol, max_params, center, method, rng, return_info
+        As for :func:`decompose`; limits hold for every matrix.
+
+    Returns
+    -------
+    tuple of B MPO
+        Their bonds are those that the most demanding matrix needs.
+    tuple of B TruncationInfo
+        Only with ``return_info``.
+
+    Raises
+    ------
+    InputError, TypeError
+        As for :func:`decompose`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> matrices = np.stack([np.eye(8), np.ones((8, 8))])
+    >>> mpos = decompose_batch(matrices, MPOShape((2, 2, 2), (2, 2, 2)), rtol=1e-10)
+    >>> [mpo.bond_dims for mpo in mpos]
+    [(1, 1), (1, 1)]
+    """
+    shape = _check_matrix(matrices, shape, axes=3)
+    selection = Selection(shape, max_bond, bonds, rtol, max_params)
+    results = _decomposed(matrices, selection, center, method, rng, return_info)
     mpos, infos = zip(*results, strict=True)
     return (mpos, infos) if return_info else mpos
 
 
-def _check_matrix(xp: Backend, matrix: Array, shape: MPOShape) -> str:
-    """Dtype name of a matrix, or a batch of them, that fits the shape; an error otherwise."""
-    if not isinstance(shape, MPOShape):
+def _decomposed(
+    matrices: Array,
+    selection: Selection,
+    center: int | None,
+    method: Method,
+    rng: np.random.Generator | int,
+    want_spectra: bool,
+) -> list[tuple[MPO, TruncationInfo]]:
+    """One matrix or a batch of them, checked."""
+    xp, shape = get_backend(matrices), selection.shape
+    center = check_center(shape, center)
+    one_of("method", method, METHODS)
+    dtype = xp.dtype_name(matrices)
+    with xp.full_precision(matrices):
+        computed = computable(xp, matrices)
+        scales = _scales(xp, computed, shape)
+        sweep_center = _sweep_center(shape, center)
+        tensor = _interleave(xp, computed, shape, scales, sweep_center)
+        rng = generator_of(rng)
+        sweep = Sweep(xp, tensor, shape.legs, sweep_center, selection, method, rng, want_spectra)
+        sweep.run()
+        return [
+            _result(xp, sweep, index, scale, dtype, center) for index, scale in enumerate(scales)
+        ]
+
+
+def _check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
+    """The shape, or the usual one, for a matrix or a batch of them that fits it; or an error."""
+    xp, given = get_backend(matrix), tuple(matrix.shape)
+    name, known = xp.dtype_name(matrix), (*REAL_DTYPES, *COMPLEX_DTYPES)
+    if shape is not None and not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape, got {type(shape).__qualname__}: {shape!r}")
+    if len(given) != axes or 0 in given:
+        expected = {
+            2: "a matrix (decompose_batch takes many)",
+            3: "a batch of matrices (decompose takes one)",
+        }[axes]
+        raise InputError(f"expected {expected}, got an array of shape {given}")
+    shape = MPOShape.for_matrix(*given[-2:]) if shape is None else shape
     size = (shape.out_features, shape.in_features)
-    given = tuple(matrix.shape)
-    if len(given) not in (2, 3) or given[-2:] != size or 0 in given:
-        raise InputError(
-            f"{shape} is for a {size} matrix or a batch of them, got one of shape {given}"
-        )
-    name = xp.dtype_name(matrix)
-    known = (*REAL_DTYPES, *COMPLEX_DTYPES)
+    if given[-2:] != size:
+        raise InputError(f"{shape} is for a {size} matrix, got one of shape {given[-2:]}")
     if name not in known:
         raise InputError(f"the matrix must be of {', '.join(known)}, got dtype {name}")
-    return name
+    return shape
 
 
 def _scales(xp: Backend, matrix: Array, shape: MPOShape) -> list[float]:

@@ -43,6 +43,10 @@ class FitInfo:
     errors: tuple[float, ...]
     converged: bool
 
+    def __repr__(self) -> str:
+        last = f"{self.errors[-1]:.3g}"
+        return f"FitInfo(error={last} after sweeps={len(self.errors)}, converged={self.converged})"
+
 
 @overload
 def fit(

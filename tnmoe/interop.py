@@ -13,6 +13,10 @@ from tnmoe.precision import in_one_dtype
 __all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_tensorly"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 def to_tensorly(mpo: MPO) -> Any:
     """The operator as a ``tensorly.tt_matrix.TTMatrix``, whose cores are laid out as ours.
 

@@ -194,6 +194,10 @@ class MPO:
             matrix = to_padded_matrix(self._backend, self._computable_cores())
             return self._in_own_dtype(matrix)[: self.shape.out_features, : self.shape.in_features]
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dense matrix for ``np.asarray``, without gradients, from any library and device."""
+        return as_numpy(self._backend, self.to_matrix(), dtype, copy)
+
     def apply(self, x: Array) -> Array:
         """Apply to vectors along the last axis: (..., in_features) → (..., out_features).
 
@@ -242,6 +246,10 @@ class MPO:
             raise InputError(f"cannot add {self.shape} and {other.shape}: they must be equal")
         with self._full_precision():
             return MPO(algebra.add(self._backend, [self.cores, other.cores]), self.shape)
+
+    def __radd__(self, other: Any) -> MPO:
+        """What ``sum([a, b])`` begins with: 0 + a."""
+        return self if type(other) is int and other == 0 else NotImplemented
 
     def __neg__(self) -> MPO:
         return self * -1
@@ -651,6 +659,14 @@ def product_factors(a: MPO, b: MPO) -> tuple[MPOShape, tuple[Sequence[Array], Se
         second = list(algebra.compose(xp, inside, second))
     shape = MPOShape(left.out_dims, right.in_dims, left.out_features, right.in_features)
     return shape, (first, second)
+
+
+def as_numpy(xp: Backend, matrix: Array, dtype: Any, copy: bool | None) -> np.ndarray:
+    """A matrix that was built for NumPy's ``__array__`` protocol."""
+    if copy is False:
+        raise ValueError("the cores of an operator are no dense matrix: a copy is needed")
+    # Of one site it is a view of the core, which a caller who asks for a copy may write into.
+    return np.array(xp.to_numpy(matrix), dtype=dtype, copy=True if copy else None)
 
 
 def check_center(shape: MPOShape, center: int | None) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod, sqrt
+from typing import Any
 
 import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.contraction import stacked_to_padded_matrices
 from tnmoe.errors import InputError, generator_of, index_in, number_in, positive_int
-from tnmoe.mpo import MPO, check_center
+from tnmoe.mpo import MPO, as_numpy, check_center
 from tnmoe.precision import computable
 from tnmoe.shapes import MPOShape
 
@@ -169,6 +170,10 @@ class SharedMPO:
             matrices = stacked_to_padded_matrices(xp, center, left, right)
             matrices = xp.astype(matrices, xp.dtype_name(self.center_core))
         return matrices[:, : self.shape.out_features, : self.shape.in_features]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dense matrices for ``np.asarray``, without gradients, from any library and device."""
+        return as_numpy(get_backend(self.center_core), self.to_matrices(), dtype, copy)
 
     def __repr__(self) -> str:
         return (

@@ -72,6 +72,10 @@ class SqueezeResult:
     score: float
     steps: tuple[SqueezeStep, ...]
 
+    def __repr__(self) -> str:
+        bonds = ", ".join(f"{name!r}: {mpo.bond_dims}" for name, mpo in self.mpos.items())
+        return f"SqueezeResult(score={self.score:.6g}, steps={len(self.steps)}, bonds={{{bonds}}})"
+
 
 def squeeze(
     mpos: Mapping[str, MPO],

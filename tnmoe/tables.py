@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -27,3 +28,10 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
         ).rstrip()
         for row in table
     )
+
+
+def shortened(items: Iterable[Any], most: int = 3) -> str:
+    """Items as a list prints them, those after the first few only counted."""
+    items = list(items)
+    shown = ", ".join(map(repr, items[:most]))
+    return f"[{shown}, … {len(items)} in all]" if len(items) > most else f"[{shown}]"

@@ -16,6 +16,11 @@ from tnmoe.errors import InputError
 
 __all__ = ["Array", "Backend", "available_backends", "backend_named", "get_backend", "register"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 _BUILT_IN = tuple(
     sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "protocol")
 )

@@ -13,6 +13,9 @@ class NumpyBackend:
 
     name = "numpy"
 
+    def __repr__(self) -> str:
+        return f"<backend of {self.name}>"
+
     def dtype_name(self, array: np.ndarray) -> str:
         return array.dtype.name
 

@@ -20,6 +20,9 @@ class TorchBackend:
 
     name = "torch"
 
+    def __repr__(self) -> str:
+        return f"<backend of {self.name}>"
+
     def dtype_name(self, array: Tensor) -> str:
         return str(array.dtype).removeprefix("torch.")
 

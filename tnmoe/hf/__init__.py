@@ -53,3 +53,7 @@ __all__ = [
     "to_moe",
     "upcycle",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -121,6 +121,12 @@ class Conversion:
     config: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return (
+            f"Conversion({str(self.source.folder)!r}, pieces={len(self.pieces)}, "
+            f"num_params={self.num_params}, num_bytes={self.num_bytes})"
+        )
+
     @property
     def specs(self) -> dict[str, Spec]:
         """All tensors of the target."""

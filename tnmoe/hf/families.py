@@ -91,6 +91,13 @@ class FFN:
     family: str = ""
     network: nn.Module | None = None
 
+    def __repr__(self) -> str:
+        inner, outer = weight_of(self.up).shape
+        return (
+            f"FFN({self.name!r}, {self.family}, {outer}→{inner}→{outer}, "
+            f"matrices={[*self.matrices]}, activation={type(self.activation).__name__})"
+        )
+
     @property
     def matrices(self) -> dict[str, Matrix]:
         """Its matrices by name: up, down, and gate if there is one."""

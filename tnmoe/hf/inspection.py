@@ -87,6 +87,12 @@ class Inspection:
     parameters: ParameterReport
     matrices: tuple[MatrixInspection, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"Inspection({self.architecture!r}, matrices={len(self.matrices)}, "
+            f"parameters={self.parameters!r})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {

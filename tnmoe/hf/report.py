@@ -68,6 +68,12 @@ class ParameterReport:
     ffns: tuple[ParameterCount, ...]
     total: ParameterCount
 
+    def __repr__(self) -> str:
+        return (
+            f"ParameterReport(num_experts={self.num_experts}, ffns={len(self.ffns)}, "
+            f"total={self.total})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self) | {"ratio": self.total.ratio}

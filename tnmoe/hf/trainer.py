@@ -65,6 +65,12 @@ class GradientMaskCallback(TrainerCallback):
         self.mask: GradientMask | AutogradMask | None = None
         self._step = ExitStack()
 
+    def __repr__(self) -> str:
+        return (
+            f"GradientMaskCallback(probability={self.probability}, seed={self.seed}, "
+            f"per_layer={self.per_layer}, engine={self.engine!r})"
+        )
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

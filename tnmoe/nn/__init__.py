@@ -76,3 +76,7 @@ __all__ = [
     "train_auxiliary",
     "weight_cache",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -64,6 +64,9 @@ class WeightCache:
         self._enabled = True
         self.limit = limit
 
+    def __repr__(self) -> str:
+        return f"WeightCache(limit={self.limit}, used={self.used}, enabled={self.enabled})"
+
     @property
     def enabled(self) -> bool:
         """Whether matrices are kept; setting it to False lets those go that were."""

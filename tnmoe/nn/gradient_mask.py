@@ -63,6 +63,13 @@ class _Mask:
         self.step = 0
         self.masked_steps = 0
         self.updates = dict.fromkeys(self._tensors, 0)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(probability={self.probability}, seed={self.seed}, "
+            f"per_layer={self.per_layer}, tensors={len(self._tensors)}, step={self.step}, "
+            f"masked_steps={self.masked_steps})"
+        )
         self.probability_at(0)
 
     def _check_among(self, held: Iterable[Tensor], failing: str) -> None:

@@ -7,7 +7,7 @@ needs no permutation, the columns being legs that were contracted before.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -45,11 +45,11 @@ class Groups:
     [1, 1, 3]
     """
 
-    experts: Tensor
+    experts: Tensor = field(repr=False)
     offsets: Tensor
     rows: int
-    order: Tensor
-    inverse: Tensor
+    order: Tensor = field(repr=False)
+    inverse: Tensor = field(repr=False)
 
     @classmethod
     def of(cls, expert_of_slot: Tensor, num_experts: int) -> Groups:

@@ -143,6 +143,9 @@ class BiasBalancer:
         self.rate = number_in("rate", rate, "[0, inf)")
         self._handle = StepHook(innermost(optimizer), after=self._after_step)
 
+    def __repr__(self) -> str:
+        return f"BiasBalancer(rate={self.rate}, routers={len(self.biases)})"
+
     def _after_step(self) -> None:
         for bias in self.biases:
             bias.update(self.rate)

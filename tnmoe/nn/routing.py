@@ -16,6 +16,7 @@ from tnmoe.nn.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.router import Router
 from tnmoe.nn.transforms import in_backward
 from tnmoe.options import SCOPES, BalanceForm, Scope, ScoreFunction
+from tnmoe.tables import shortened
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class RoutingCall:
     score_function: ScoreFunction
     lost_gradient: bool
 
+    def __repr__(self) -> str:
+        tokens, experts = self.logits.shape
+        return (
+            f"RoutingCall({self.name!r}, tokens={tokens}, experts={experts}, "
+            f"choices={self.index.shape[-1]}, sequences={self.sequences})"
+        )
+
     def counted(self, attention_mask: Tensor | None) -> Tensor | None:
         """Tokens that count, as (T,) of bool: ``attention_mask``, else the router's own mask."""
         mask = self.token_mask if attention_mask is None else attention_mask
@@ -89,6 +97,11 @@ class Routing:
     """
 
     calls: list[RoutingCall] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        tokens = sum(len(call.logits) for call in self.calls)
+        routers = list(dict.fromkeys(call.name for call in self.calls))
+        return f"Routing(calls={len(self.calls)}, tokens={tokens}, routers={shortened(routers)})"
 
     def balance_loss(
         self,

@@ -221,8 +221,7 @@ class SharedGradientScale:
 
     def __init__(self, model: nn.Module, scale: float | None = None) -> None:
         find_shared(model)
-        if scale is not None:
-            number_in("scale", scale, "[0, inf)")
+        self.scale = scale if scale is None else number_in("scale", scale, "[0, inf)")
         scales = _scales(model, scale)
         self._handles: list[Any] = [
             hook_gradient(core, partial(_scaled, by=by), accumulated=False)
@@ -233,6 +232,9 @@ class SharedGradientScale:
             for each in shared_projections(model)
             if each._is_gathered
         ]
+
+    def __repr__(self) -> str:
+        return f"SharedGradientScale(scale={self.scale}, tensors={len(self._handles)})"
 
     def remove(self) -> None:
         """Leave gradients as they are from now on."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from tnmoe.errors import InputError, positive_int
 from tnmoe.nn.losses import counted_logits, normalized_scores
 from tnmoe.nn.routing import Routing, RoutingCall
+from tnmoe.tables import shortened
 
 
 class RouterCollapseWarning(UserWarning):
@@ -180,6 +181,10 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
         self._steps: dict[str, list[RouterStatistics]] = {}
         self._choices: dict[str, int] = {}
         self._collapsed: set[str] = set()
+
+    def __repr__(self) -> str:
+        steps = max(map(len, self._steps.values()), default=0)
+        return f"RoutingHistory(steps={steps}, routers={shortened(self)})"
 
     def append(self, routing: Routing, attention_mask: Tensor | None = None) -> None:
         """Add a step's statistics.

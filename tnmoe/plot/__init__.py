@@ -30,3 +30,7 @@ __all__ = [
     "routing_statistic",
     "schmidt_spectra",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
