@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import tnmoe as tn
 from tests.backend_toy import ToyBackend
 from tests.backend_toy_array import ToyArray
 from tests.matrices import LIBRARIES, to_library, to_numpy
@@ -29,8 +30,8 @@ def test_subclasses_of_arrays_are_found():
 
 
 def test_an_unknown_library_is_named():
-    with pytest.raises(InputError, match=r"'jax'; tnmoe has backends for .*numpy.*, torch"):
-        backend_named("jax")
+    with pytest.raises(InputError, match=r"'no library'; tnmoe has backends for .*numpy.*, torch"):
+        backend_named("no library")
     with pytest.raises(TypeError, match=r"one of .*numpy.*, torch.*, got builtins\.dict"):
         get_backend({})
 
@@ -129,6 +130,75 @@ def test_what_cannot_be_registered_is_refused_as_a_whole(
 def test_toy_arrays_refuse_what_only_numpy_has(use):
     with pytest.raises((TypeError, AttributeError)):
         use(ToyArray(np.ones((2, 2))))
+
+
+TRACEABLE = {
+    "apply": lambda a, x: (a.apply(x), a.apply(x[0])),
+    "to_matrix": lambda a, x: a.to_matrix(),
+    "sums and multiples": lambda a, x: (a + a - 2.0 * a).to_matrix(),
+    "products": lambda a, x: (a @ a.T @ a.H.conj()).to_matrix(),
+    "trace and inner": lambda a, x: (a.trace(), a.inner(a)),
+    "kron": lambda a, x: tn.kron(a, a).trace(),
+    "canonicalize": lambda a, x: a.canonicalize(0).to_matrix(),
+    "experts": lambda a, x: tn.SharedMPO.replicate(a, 2).to_matrices(),
+    "an expert": lambda a, x: tn.SharedMPO.replicate(a, 2).expert(1).to_matrix(),
+}
+EAGER = {
+    "decompose": lambda a, x: tn.decompose(x, tn.MPOShape((2, 2), (2, 2))),
+    "compress": lambda a, x: a.compress(max_bond=1),
+    "add": lambda a, x: tn.add([a, a], max_bond=1),
+    "matmul": lambda a, x: tn.matmul(a, a, max_bond=1),
+    "vidal": lambda a, x: a.vidal(),
+    "fit": lambda a, x: tn.fit(a, max_bond=1),
+    "squeeze": lambda a, x: tn.squeeze({"a": a}, lambda mpos: 1.0, 0.0),
+    "norm": lambda a, x: a.norm(),
+    "schmidt_values": lambda a, x: a.schmidt_values(0),
+    "entropy": lambda a, x: a.entropy(0),
+    "noise": lambda a, x: tn.SharedMPO.replicate(a, 2, noise=0.1),
+}
+
+
+@pytest.fixture
+def without_numbers(monkeypatch):
+    """A toy operator and vectors that show no numbers, as those of a library that traces."""
+    like = ToyArray(np.zeros(()))
+    mpo = tn.MPO.random(tn.MPOShape((2, 2), (2, 2)), 3, rng=0, like=like)
+
+    def hidden(*_):
+        raise RuntimeError("a tracer has no numbers")
+
+    monkeypatch.setattr(ToyBackend, "to_numpy", hidden)
+    monkeypatch.setattr(ToyBackend, "max_abs", hidden)
+    monkeypatch.setattr(ToyArray, "__float__", hidden)
+    return mpo, ToyArray(np.ones((4, 4)))
+
+
+@pytest.mark.parametrize("operation", TRACEABLE)
+def test_what_only_computes_looks_at_no_numbers(without_numbers, operation):
+    TRACEABLE[operation](*without_numbers)
+
+
+@pytest.mark.parametrize("operation", EAGER)
+def test_what_decides_by_numbers_asks_for_them(without_numbers, operation):
+    with pytest.raises(RuntimeError, match="a tracer has no numbers"):
+        EAGER[operation](*without_numbers)
+
+
+@pytest.mark.parametrize("operation", ["apply", "to_matrix", "products", "trace and inner"])
+def test_torch_vectorises_what_only_computes(operation):
+    shape, like = tn.MPOShape((2, 2), (2, 2)), torch.zeros((), dtype=torch.float64)
+    mpos = [tn.MPO.random(shape, 3, rng=seed, like=like) for seed in range(3)]
+    stacks = [torch.stack(cores) for cores in zip(*(mpo.cores for mpo in mpos), strict=True)]
+    x = torch.randn(4, 4, dtype=torch.float64)
+
+    def function(*cores):
+        return TRACEABLE[operation](tn.MPO(cores), x)
+
+    results = torch.func.vmap(function)(*stacks)
+    expected = [function(*mpo.cores) for mpo in mpos]
+    if isinstance(results, tuple):
+        results, expected = results[0], [each[0] for each in expected]
+    torch.testing.assert_close(results, torch.stack(expected))
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -8,12 +8,16 @@ from hypothesis import strategies as st
 import tnmoe as tn
 from tests.matrices import LIBRARIES, dense_norm, libraries, to_library, to_numpy
 from tnmoe import combine
+from tnmoe.options import ADD_METHODS, MATMUL_METHODS
 
 SHAPE = tn.MPOShape((3, 2, 2, 3), (2, 3, 3, 2))
 SQUARE = tn.MPOShape((3, 2, 2, 3), (3, 2, 2, 3))
 PADDED = tn.MPOShape((3, 2, 2, 3), (3, 2, 2, 3), 31, 29)
 dtypes = st.sampled_from(("float32", "float64", "complex64", "complex128"))
 seeds = st.integers(0, 2**32 - 1)
+
+
+METHODS = {"add": ADD_METHODS, "matmul": MATMUL_METHODS}
 
 
 def random_mpo(shape, dtype, library, seed, max_bond):
@@ -306,3 +310,36 @@ def test_exact_bonds_are_exact_in_every_scheme(method):
     total = tn.add([tn.MPO.identity(shape)] * 3, method=method, bonds=(2,))
     assert total.bond_dims == (2,)
     np.testing.assert_allclose(total.to_matrix(), 3 * np.eye(9), atol=1e-12)
+
+
+@pytest.mark.parametrize("limits", [{"max_bond": 3}, {"rtol": 0.05}, {"bonds": (3, 3)}])
+@pytest.mark.parametrize(
+    ("operation", "method"),
+    [(operation, method) for operation, methods in METHODS.items() for method in methods],
+)
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("scale", [1.0, 1e100])
+def test_the_bound_that_is_reported_holds(operation, method, limits, library, scale):
+    """Also for the methods that lose something before the cuts they report."""
+    shape = tn.MPOShape((4, 4, 4), (4, 4, 4))
+    like = to_library(np.zeros(()), library)
+    a, b = (tn.MPO.random(shape, 5, rng=seed, like=like) * scale for seed in (0, 1))
+    x, y = (to_numpy(each.to_matrix()) for each in (a, b))
+    if operation == "add":
+        given, exact = ([a, b, a],), 2 * x + y
+    else:
+        given, exact = (a, b), x @ y
+    function = getattr(tn, operation)
+    mpo, info = function(*given, method=method, **limits, return_info=True)
+    error, norm = dense_norm(to_numpy(mpo.to_matrix()) - exact), dense_norm(exact)
+    assert error <= info.error_bound + 1e-7 * norm
+    # As a bound it is of use: not many times what happened.
+    assert info.error_bound <= 5 * error + 1e-7 * norm
+    without = function(*given, method=method, **limits)
+    assert without.bond_dims == mpo.bond_dims
+    np.testing.assert_array_equal(to_numpy(without.to_matrix()), to_numpy(mpo.to_matrix()))
+
+
+def test_what_is_no_operator_is_refused_in_a_sum_of_one():
+    with pytest.raises(TypeError, match="expected an MPO, got ndarray"):
+        tn.add([np.eye(4)])

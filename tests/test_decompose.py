@@ -460,7 +460,7 @@ def test_bad_arguments_are_named(matrix, arguments, message):
 
 
 def test_an_array_of_no_known_library_is_a_type_error():
-    with pytest.raises(TypeError, match=r"one of numpy, torch.*, got builtins\.list"):
+    with pytest.raises(TypeError, match=r"one of .*numpy, .*torch.*, got builtins\.list"):
         tn.decompose([[1.0]], tn.MPOShape((1,), (1,)))
 
 

@@ -266,3 +266,42 @@ def test_indices_may_be_those_of_numpy():
 
 def simple() -> tn.MPO:
     return tn.MPO([np.ones((1, 2, 2, 1))])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("sites", [1, 3])
+def test_numpy_takes_an_operator_as_its_matrix(library, sites):
+    shape = tn.MPOShape((6,), (4,)) if sites == 1 else tn.MPOShape((2, 3, 1), (2, 1, 2))
+    mpo = tn.MPO.random(shape, rng=0, like=to_library(np.zeros((), np.float32), library))
+    expected = to_numpy(mpo.to_matrix())
+    for array in (np.asarray(mpo), np.array(mpo), np.stack([mpo, mpo])[0]):
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, expected)
+    assert np.asarray(mpo, dtype=np.complex128).dtype == np.complex128
+    assert np.linalg.norm(mpo) == pytest.approx(float(mpo.norm()))
+    with pytest.raises(ValueError, match="a copy is needed"):
+        mpo.__array__(copy=False)
+    np.array(mpo)[:] = 0
+    np.testing.assert_array_equal(to_numpy(mpo.to_matrix()), expected)
+    shared = tn.SharedMPO.replicate(tn.kron(mpo, mpo), 3)
+    np.testing.assert_array_equal(np.asarray(shared), to_numpy(shared.to_matrices()))
+
+
+def test_numpy_takes_half_precision_and_what_has_gradients():
+    mpo = tn.decompose(torch.eye(4, dtype=torch.bfloat16), tn.MPOShape((2, 2), (2, 2)))
+    cores = [core.float().requires_grad_() for core in mpo.cores]
+    for each in (mpo, tn.MPO(cores)):
+        np.testing.assert_array_equal(np.asarray(each), np.eye(4))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_sum_adds_operators(library):
+    like = to_library(np.zeros(()), library)
+    a, b = (tn.MPO.random(tn.MPOShape((2, 3), (3, 2)), 2, rng=seed, like=like) for seed in (0, 1))
+    expected = to_numpy(a.to_matrix()) + to_numpy(b.to_matrix())
+    np.testing.assert_allclose(to_numpy(sum([a, b]).to_matrix()), expected, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(sum([b], start=a).to_matrix()), expected, atol=1e-12)
+    assert 0 + a is a
+    for wrong in (1, 0.5, "0", None):
+        with pytest.raises(TypeError):
+            wrong + a

@@ -44,8 +44,8 @@ class FitInfo:
     converged: bool
 
     def __repr__(self) -> str:
-        last = f"{self.errors[-1]:.3g}"
-        return f"FitInfo(error={last} after sweeps={len(self.errors)}, converged={self.converged})"
+        sweeps, last = len(self.errors), self.errors[-1] if self.errors else None
+        return f"FitInfo(error={last}, sweeps={sweeps}, converged={self.converged})"
 
 
 @overload

@@ -50,3 +50,4 @@ EXPORT_FORMATS = get_args(ExportFormat)
 # Pictures
 EntropyAxis = Literal["bond", "layer"]
 ENTROPY_AXES = get_args(EntropyAxis)
+Statistic = Literal["entropy", "dropped", "untouched", "max_violation"]

@@ -12,7 +12,7 @@ import torch
 from tnmoe.errors import InputError, integer_from_zero, number_in, one_of, positive_int
 from tnmoe.hf.families import check_layers
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
-from tnmoe.nn.experts import check_matrices, layout_shape, per_projection
+from tnmoe.nn.experts import Shared, check_matrices, layout_shape, per_projection
 from tnmoe.nn.projection import resolve_shared
 from tnmoe.nn.router import Router, TopKRouter
 from tnmoe.options import (
@@ -96,7 +96,7 @@ class MPOEConfig:
     layout: AnyLayout = "interleaved"
     sites: int = 5
     max_bond: int | Mapping[str, int | None] | None = None
-    shared: Any = "center"
+    shared: Shared | Mapping[str, Shared] = "center"
     matrices: Sequence[Matrix] = MATRICES
     shared_bias: bool = False
     layers: Sequence[int] | str | None = None

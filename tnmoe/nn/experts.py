@@ -626,6 +626,9 @@ def check_ffn(
 ) -> dict[str, Tensor]:
     """The matrices by name, or an InputError unless they are those of one feed-forward network."""
     matrices = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Tensor):
+            raise InputError(f"{name} must be a Tensor, got a {type(matrix).__name__}")
     if gate is None and gate_bias is not None:
         raise InputError("gate_bias was given without a gate")
     fits = up.ndim == 2 and all(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, number_in
-from tnmoe.nn.experts import Experts
-from tnmoe.nn.router import Router
+from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.router import Router, TopKRouter
+from tnmoe.options import ANY_LAYOUTS, AnyLayout
 
 
 class MPOMoE(nn.Module):
@@ -86,6 +87,80 @@ class MPOMoE(nn.Module):
             )
         self.dropout = number_in("dropout", dropout, "[0, 1]")
         self._token_mask: Tensor | None = None
+
+    @classmethod
+    def from_dense(
+        cls,
+        up: Tensor,
+        down: Tensor,
+        gate: Tensor | None = None,
+        *,
+        num_experts: int = 8,
+        top_k: int = 1,
+        layout: AnyLayout = "interleaved",
+        router: Mapping[str, Any] | None = None,
+        output_dropout: float = 0.0,
+        **experts: Any,
+    ) -> Self:
+        """A layer that starts as one pretrained feed-forward network: sparse upcycling.
+
+        With exact bonds and no noise it computes what the network computes, to rounding, as long
+        as a token's weights sum to 1, which is the router's default. For another router make the
+        parts yourself: ``MPOMoE(router, MPOExperts.from_dense(...))``.
+
+        Parameters
+        ----------
+        up, gate : Tensor, shape (F, H)
+            Pretrained matrices, laid out as in ``torch.nn.Linear.weight``.
+        down : Tensor, shape (H, F)
+            Pretrained matrix.
+        num_experts : int
+            Number of experts E.
+        top_k : int
+            Experts per token.
+        layout : {"interleaved", "split", "dense"}
+            How matrices split over sites, see :class:`MPOExperts`; ``dense`` gives every expert
+            its own copies, see :class:`DenseExperts`.
+        router : mapping, optional
+            Further settings of :class:`TopKRouter` by name. Its weights are drawn from torch's
+            global generator, on the device and in the dtype of ``up``.
+        output_dropout : float
+            The ``dropout`` of the layer.
+        **experts
+            Further arguments of :meth:`MPOExperts.from_dense`, or :meth:`DenseExperts.from_dense`:
+            ``activation``, ``up_bias``, ``max_bond`` and others.
+
+        Raises
+        ------
+        InputError
+            If the matrices do not fit each other, or a setting is out of range.
+        TypeError
+            If there is no setting of a name.
+
+        Notes
+        -----
+        Komatsuzaki et al., arXiv:2212.05055.
+
+        Examples
+        --------
+        >>> import torch
+        >>> up, down = torch.randn(16, 8), torch.randn(8, 16)
+        >>> layer = MPOMoE.from_dense(up, down, num_experts=4, top_k=2, activation="gelu", sites=3)
+        >>> x = torch.randn(5, 8)
+        >>> expected = torch.nn.functional.gelu(x @ up.T) @ down.T
+        >>> torch.allclose(layer(x), expected, atol=1e-4)
+        True
+        """
+        one_of("layout", layout, ANY_LAYOUTS)
+        experts["num_experts"] = num_experts
+        made: Experts
+        if layout == "dense":
+            made = DenseExperts.from_dense(up, down, gate, **experts)
+        else:
+            made = MPOExperts.from_dense(up, down, gate, layout=layout, **experts)
+        settings = {"device": up.device, "dtype": up.dtype, **(router or {})}
+        chosen = TopKRouter(made.hidden_size, num_experts, top_k, **settings)
+        return cls(chosen, made, dropout=output_dropout)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_token_mask": None}

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.options import Statistic
 from tnmoe.plot.data import named, numbers
 from tnmoe.plot.style import add_legend, count_on, line_style, new_axes, shown, shown_apart
 
@@ -73,7 +74,7 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
 
 def routing_statistic(
     history: Mapping[str, Mapping[str, Any]],
-    statistic: str = "max_violation",
+    statistic: Statistic = "max_violation",
     ax: Axes | None = None,
 ) -> Axes:
     """One statistic of every router against steps.
