@@ -15,7 +15,6 @@ MATMUL_METHODS = get_args(MatmulMethod)
 
 # Routes from activations to outputs: of one MPO the first two, of experts all.
 Route = Literal["chain", "dense", "shared", "cached"]
-ROUTES = get_args(Route)
 
 # Experts
 Layout = Literal["interleaved", "split"]
@@ -25,7 +24,6 @@ GAUGES = get_args(Gauge)
 Matrix = Literal["up", "gate", "down"]
 MATRICES = get_args(Matrix)
 SharedSites = Literal["center", "none"]
-SHARED_SITES = get_args(SharedSites)
 
 # Routers, their losses and what was recorded of them
 ScoreFunction = Literal["softmax", "sigmoid"]

@@ -31,9 +31,7 @@ def mixture():
 
 CONVERSIONS = {
     "interleaved": converted,
-    "split": lambda: converted(layout="split"),
     "truncated": lambda: converted(max_bond=8),
-    "Schmidt basis": lambda: converted(gauge="schmidt"),
     "to_moe": lambda: to_moe(mixture()),
     "average_experts": lambda: average_experts(mixture()),
 }
