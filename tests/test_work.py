@@ -269,6 +269,8 @@ def test_places_that_cannot_be_replaced_are_refused_before_anything_is_made(tmp_
     (tmp_path / "b.partial" / "mine").touch()
     with pytest.raises(InputError, match=r"b.partial is in the way"):
         make(tmp_path / "b")
+    with pytest.raises(InputError, match=r"cannot write to .*c.partial: Not a directory"):
+        make(tmp_path / "a.partial" / "c")
     assert sorted(os.listdir(tmp_path)) == ["a.partial", "b.partial", "loop", "made"]
     assert os.listdir(tmp_path / "b.partial") == ["mine"]
 

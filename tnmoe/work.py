@@ -90,7 +90,8 @@ class Work:
         except FileNotFoundError:
             names = set()
         except NotADirectoryError:
-            names = {self.folder.name}
+            # The folder itself, or what should hold it, is a file.
+            names = {self.folder.name} if self.folder.exists() else set()
         if self.folder.is_symlink() or not all(_is_ours(name) for name in names):
             raise InputError(f"{self.folder} is in the way")
 
