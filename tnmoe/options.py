@@ -30,8 +30,8 @@ ScoreFunction = Literal["softmax", "sigmoid"]
 SCORE_FUNCTIONS = get_args(ScoreFunction)
 SecondExpert = Literal["all", "none", "threshold", "random"]
 SECOND_EXPERT = get_args(SecondExpert)
-Scope = Literal["batch", "sequence"]
-SCOPES = get_args(Scope)
+BatchScope = Literal["batch", "sequence"]
+BATCH_SCOPES = get_args(BatchScope)
 BalanceForm = Literal["switch", "gshard"]
 BALANCE_FORMS = get_args(BalanceForm)
 

@@ -11,7 +11,7 @@ from tnmoe.errors import number_in, one_of
 from tnmoe.nn.capacity import room
 from tnmoe.nn.router import Router
 from tnmoe.nn.transforms import is_transformed
-from tnmoe.options import SCOPES, Scope, ScoreFunction
+from tnmoe.options import BATCH_SCOPES, BatchScope, ScoreFunction
 
 
 class ExpertChoiceRouter(Router):
@@ -76,7 +76,7 @@ class ExpertChoiceRouter(Router):
         *,
         bias: bool = False,
         straight_through: bool = True,
-        scope: Scope = "batch",
+        scope: BatchScope = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,7 +84,7 @@ class ExpertChoiceRouter(Router):
             hidden_size, num_experts, score_function, normalize, straight_through, bias,
             jitter_noise, device, dtype,
         )  # fmt: skip
-        one_of("scope", scope, SCOPES)
+        one_of("scope", scope, BATCH_SCOPES)
         self.capacity_factor = number_in("capacity_factor", capacity_factor, "(0, inf)")
         self.scope = scope
         self.reset_parameters()

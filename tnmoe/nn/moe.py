@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.router import Router, TopKRouter
+from tnmoe.nn.scopes import Scope
 from tnmoe.options import ANY_LAYOUTS, AnyLayout
+
+# Of the blocks of ignore_padding.
+_masks: Scope[Tensor] = Scope("_masks")
 
 
 class MPOMoE(nn.Module):
@@ -86,7 +90,6 @@ class MPOMoE(nn.Module):
                 weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype
             )
         self.dropout = number_in("dropout", dropout, "[0, 1]")
-        self._token_mask: Tensor | None = None
 
     @classmethod
     def from_dense(
@@ -162,9 +165,6 @@ class MPOMoE(nn.Module):
         chosen = TopKRouter(made.hidden_size, num_experts, top_k, **settings)
         return cls(chosen, made, dropout=output_dropout)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_token_mask": None}
-
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token through its experts.
 
@@ -180,9 +180,10 @@ class MPOMoE(nn.Module):
         -------
         Tensor, shape (..., H)
         """
-        mask = self._token_mask if token_mask is None else token_mask
+        if token_mask is None:
+            token_mask = next(reversed(_masks.of(self)), None)
         # Other libraries' routers know no mask.
-        inputs = (hidden_states,) if mask is None else (hidden_states, mask)
+        inputs = (hidden_states,) if token_mask is None else (hidden_states, token_mask)
         _, weights, index = self.router(*inputs)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(tokens, index, weights).view_as(hidden_states)
@@ -193,6 +194,9 @@ class MPOMoE(nn.Module):
             output = output + shared
         return F.dropout(output, self.dropout, self.training) if self.dropout else output
 
+    def _replicate_for_data_parallel(self) -> Self:
+        return _masks.hand_over(self, super()._replicate_for_data_parallel())
+
 
 @contextmanager
 def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
@@ -200,7 +204,8 @@ def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
 
     Padding then goes to no expert, takes no one's room and counts in no load. A model hands its
     feed-forward networks no mask, hence this block around its call. With activation checkpointing
-    the backward pass calls the layers again, and belongs into the block as well.
+    the backward pass calls the layers again, and belongs into the block as well. As with
+    :func:`record_routing`, other threads and tasks see nothing of the block.
 
     Parameters
     ----------
@@ -228,11 +233,9 @@ def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, MPOMoE)]
     if not layers:
         raise InputError(f"{type(model).__name__} has no MPOMoE layer")
-    before = [layer._token_mask for layer in layers]
-    for layer in layers:
-        layer._token_mask = attention_mask
+    masks = {id(layer): attention_mask for layer in layers}
+    _masks.put(masks)
     try:
         yield
     finally:
-        for layer, mask in zip(layers, before, strict=True):
-            layer._token_mask = mask
+        _masks.take(masks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import inf, prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, number_in, one_of, positive_int
 from tnmoe.nn.capacity import check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
+from tnmoe.nn.scopes import Scope
 from tnmoe.nn.transforms import is_transformed, without_autocast
 from tnmoe.options import (
-    SCOPES,
+    BATCH_SCOPES,
     SCORE_FUNCTIONS,
     SECOND_EXPERT,
-    Scope,
+    BatchScope,
     ScoreFunction,
     SecondExpert,
 )
 
 Routed = tuple[Tensor, Tensor, Tensor]
+
+# What is told of every call of a router: see record_routing.
+recorders: Scope[Callable[..., None]] = Scope("_recorders")
 
 
 class Router(nn.Module, ABC):
@@ -82,14 +86,9 @@ class Router(nn.Module, ABC):
         self.score_function = score_function
         self.normalize, self.straight_through = normalize, straight_through
         self.jitter_noise = number_in("jitter_noise", jitter_noise, "[0, 1)")
-        # What is told of every call: see record_routing.
-        self._recorders: tuple[Callable[..., None], ...] = ()
         size: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **size))
         self.bias = nn.Parameter(torch.empty(num_experts, **size)) if bias else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorders": ()}
 
     def reset_parameters(self) -> None:
         """Draw new weights with standard deviation 0.02; biases become 0."""
@@ -136,8 +135,8 @@ class Router(nn.Module, ABC):
             logits = self._logits(tokens.to(torch.promote_types(x.dtype, torch.float32)))
             weights, index = self._route(logits, mask, sequences)
         weights = weights.to(x.dtype)
-        for recorder in self._recorders:
-            recorder(self, logits, weights, index, mask, sequences)
+        for record in recorders.of(self):
+            record(self, logits, weights, index, mask, sequences)
         return logits, weights, index
 
     @staticmethod
@@ -206,6 +205,9 @@ class Router(nn.Module, ABC):
         -------
         Tensor of int64, shape (T, k)
         """
+
+    def _replicate_for_data_parallel(self) -> Self:
+        return recorders.hand_over(self, super()._replicate_for_data_parallel())
 
     def extra_repr(self) -> str:
         return (
@@ -336,7 +338,7 @@ class TopKRouter(Router):
         capacity_factor: float | None = None,
         *,
         eval_capacity_factor: float | None = None,
-        capacity_scope: Scope = "batch",
+        capacity_scope: BatchScope = "batch",
         noisy: bool = False,
         bias: bool = False,
         straight_through: bool = True,
@@ -363,7 +365,7 @@ class TopKRouter(Router):
         ):
             if factor is not None:
                 number_in(name, factor, "(0, inf)")
-        one_of("capacity_scope", capacity_scope, SCOPES)
+        one_of("capacity_scope", capacity_scope, BATCH_SCOPES)
         one_of("second_expert", second_expert, SECOND_EXPERT)
         if second_expert != "all" and top_k != 2:
             raise InputError(f"second_expert={second_expert!r} needs top_k=2, got top_k={top_k}")

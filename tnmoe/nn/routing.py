@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, one_of
 from tnmoe.nn.capacity import check_mask
 from tnmoe.nn.losses import load_balancing_loss, router_z_loss
-from tnmoe.nn.router import Router
+from tnmoe.nn.router import Router, recorders
 from tnmoe.nn.transforms import in_backward
-from tnmoe.options import SCOPES, BalanceForm, Scope, ScoreFunction
+from tnmoe.options import BATCH_SCOPES, BalanceForm, BatchScope, ScoreFunction
 from tnmoe.tables import shortened
 
 
@@ -108,7 +108,7 @@ class Routing:
         attention_mask: Tensor | None = None,
         *,
         form: BalanceForm = "switch",
-        scope: Scope = "batch",
+        scope: BatchScope = "batch",
     ) -> Tensor:
         """Mean load-balancing loss of the recorded calls.
 
@@ -126,7 +126,7 @@ class Routing:
         InputError
             If nothing was recorded, the mask has another size, or a name is unknown.
         """
-        one_of("scope", scope, SCOPES)
+        one_of("scope", scope, BATCH_SCOPES)
         return self._mean(
             [
                 load_balancing_loss(
@@ -141,7 +141,9 @@ class Routing:
             ]
         )
 
-    def z_loss(self, attention_mask: Tensor | None = None, *, scope: Scope = "batch") -> Tensor:
+    def z_loss(
+        self, attention_mask: Tensor | None = None, *, scope: BatchScope = "batch"
+    ) -> Tensor:
         """Mean router z-loss of the recorded calls.
 
         Parameters
@@ -154,7 +156,7 @@ class Routing:
         InputError
             If nothing was recorded, the mask has another size, or the scope is unknown.
         """
-        one_of("scope", scope, SCOPES)
+        one_of("scope", scope, BATCH_SCOPES)
         return self._mean(
             [
                 router_z_loss(
@@ -205,11 +207,46 @@ class Routing:
         return torch.stack(losses).mean()
 
 
+class Recording:
+    """Fills a Routing with the calls of a model's routers, from start to stop.
+
+    Parameters
+    ----------
+    model : Module
+        Anything that contains routers.
+
+    Attributes
+    ----------
+    routing : Routing
+    paused : bool
+        Whether calls are left out for the time being.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routing = Routing()
+        self.paused = False
+        named = model.named_modules()
+        self._routers = {each: name for name, each in named if isinstance(each, Router)}
+        self._recorders: dict[int, Callable[..., None]] = {
+            id(router): _Recorder(self, name) for router, name in self._routers.items()
+        }
+
+    def start(self) -> None:
+        recorders.put(self._recorders)
+
+    def stop(self) -> None:
+        recorders.take(self._recorders)
+
+    def is_alone(self) -> bool:
+        """Whether, before it stops, nothing else records the same routers."""
+        return all(len(recorders.of(router)) == 1 for router in self._routers)
+
+
 @dataclass(frozen=True)
 class _Recorder:
-    """Tells a Routing of the calls of one router."""
+    """Tells a Recording of the calls of one router."""
 
-    routing: Routing
+    recording: Recording
     name: str
 
     def __call__(
@@ -221,11 +258,11 @@ class _Recorder:
         token_mask: Tensor | None,
         sequences: int,
     ) -> None:
-        if in_backward():
+        if self.recording.paused or in_backward():
             return
         choices = router.choices(logits, index)
         learns = router.training and router.weight.requires_grad
-        self.routing.calls.append(
+        self.recording.routing.calls.append(
             RoutingCall(
                 self.name,
                 logits,
@@ -247,6 +284,10 @@ def record_routing(model: nn.Module) -> Iterator[Routing]:
     What activation checkpointing calls again in a backward pass is not recorded again. With its
     ``use_reentrant=True`` the pass that is recorded has no gradients, which losses warn of.
 
+    A block records the calls of its own thread, or task of asyncio, and of ``DataParallel``; other
+    threads may use the model meanwhile. A thread that runs in a copy of the block's context, as
+    those of ``asyncio.to_thread`` do, belongs to it.
+
     Parameters
     ----------
     model : Module
@@ -267,17 +308,9 @@ def record_routing(model: nn.Module) -> Iterator[Routing]:
     >>> routing.counts().sum()
     tensor(10)
     """
-    routing = Routing()
-
-    recorders = [
-        (module, _Recorder(routing, name))
-        for name, module in model.named_modules()
-        if isinstance(module, Router)
-    ]
-    for router, recorder in recorders:
-        router._recorders = (*router._recorders, recorder)
+    recording = Recording(model)
+    recording.start()
     try:
-        yield routing
+        yield recording.routing
     finally:
-        for router, recorder in recorders:
-            router._recorders = tuple(each for each in router._recorders if each is not recorder)
+        recording.stop()

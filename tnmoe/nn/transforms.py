@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context, copy_context
 
 import torch
 from torch import Tensor
@@ -56,6 +57,16 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def caller_context() -> Context:
+    """The context of the code that runs, and in a backward pass of who called ``backward``.
+
+    Torch runs the backward passes of accelerators in threads of its own.
+    """
+    if in_backward() and torch._C._is_key_in_tls("context"):
+        return torch._C._get_obj_in_tls("context")
+    return copy_context()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
