@@ -1,6 +1,9 @@
 """What is published: built, installed into an empty environment, used there."""
 
+import email
+import email.policy
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,6 +17,7 @@ from tests.test_readme import EXAMPLES
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+HOME = "https://github.com/tnmoe/tnmoe"
 CONSTRAINTS = ROOT / "requirements/constraints.txt"
 
 
@@ -62,6 +66,26 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence(built):
     assert modules <= set(names)
 
 
+def test_what_a_package_index_shows_leads_somewhere(built):
+    with zipfile.ZipFile(built[1]) as wheel:
+        (name,) = (each for each in wheel.namelist() if each.endswith(".dist-info/METADATA"))
+        shown = email.message_from_bytes(wheel.read(name), policy=email.policy.default)
+    assert shown["Description-Content-Type"] == "text/markdown"
+    text = shown.get_payload()
+    links = re.findall(r"\]\(([^)]*)\)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    assert len(links) > 5
+    assert all(link.startswith("https://") for link in links), links
+    own = [link for link in links if link.startswith(HOME)]
+    files = [link.removeprefix(f"{HOME}/blob/main/").partition("#")[0] for link in own]
+    assert files
+    assert all((ROOT / file).is_file() for file in files), files
+    addresses = dict(line.split(", ") for line in shown.get_all("Project-URL"))
+    assert {"Homepage", "Documentation", "Changelog", "Issues"} <= set(addresses)
+    assert all(address.startswith(HOME) for address in addresses.values())
+    versions = [line for line in shown.get_all("Classifier") if "Python :: 3." in line]
+    assert f"Programming Language :: Python :: {shown['Requires-Python'].strip('>=')}" in versions
+
+
 def test_the_source_archive_is_enough_to_test_and_to_document(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -85,4 +109,4 @@ def test_the_command_is_there_and_names_the_extra_it_lacks(installed, tmp_path):
     assert "demo" in succeed(command, "--help", cwd=tmp_path)
     refused = run(command, "demo", "--output", tmp_path / "out", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "which is not installed: pip install 'tnmoe[demo]'" in refused.stderr
+    assert "which are not installed: pip install 'tnmoe[demo]'" in refused.stderr

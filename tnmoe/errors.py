@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -25,20 +25,38 @@ class InputError(ValueError):
 
 
 class MissingExtraError(ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it.
+    """Optional dependencies are not installed; the message names the extra that brings them.
+
+    Parameters
+    ----------
+    feature, extra : str
+        What needs them, and the extra.
+    missing : iterable of str
+        Packages that are not installed.
+    old : mapping of str to str, optional
+        What is needed, as ``transformers>=5.0``, where another version is installed; and which.
 
     Examples
     --------
-    >>> raise MissingExtraError("tnmoe.plot", "matplotlib", "plot")  # doctest: +ELLIPSIS
+    >>> raise MissingExtraError("tnmoe.plot", "plot", ["matplotlib"])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     tnmoe.errors.MissingExtraError: tnmoe.plot needs matplotlib, which is not installed: ...
     """
 
-    def __init__(self, feature: str, package: str, extra: str) -> None:
-        self.package = package
-        super().__init__(
-            f"{feature} needs {package}, which is not installed: pip install 'tnmoe[{extra}]'"
-        )
+    def __init__(
+        self,
+        feature: str,
+        extra: str,
+        missing: Iterable[str],
+        old: Mapping[str, str] | None = None,
+    ) -> None:
+        missing = list(missing)
+        lacks = [f"{needed}, but {found} is installed" for needed, found in (old or {}).items()]
+        if missing:
+            *others, last = missing
+            names = f"{', '.join(others)} and {last}" if others else last
+            lacks.insert(0, f"{names}, which {'are' if others else 'is'} not installed")
+        super().__init__(f"{feature} needs {', and '.join(lacks)}: pip install 'tnmoe[{extra}]'")
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:

@@ -6,7 +6,8 @@ from math import prod
 from typing import Any
 
 from tnmoe.backends import Array, get_backend
-from tnmoe.errors import InputError, MissingExtraError
+from tnmoe.errors import InputError
+from tnmoe.extras import require_extra
 from tnmoe.mpo import MPO
 from tnmoe.precision import in_one_dtype
 
@@ -43,10 +44,9 @@ def to_tensorly(mpo: MPO) -> Any:
     >>> [core.shape for core in to_tensorly(mpo)]
     [(1, 2, 3, 2), (2, 3, 2, 1)]
     """
-    try:
-        from tensorly.tt_matrix import TTMatrix
-    except ImportError as error:
-        raise MissingExtraError("to_tensorly", "tensorly", "interop") from error
+    require_extra("to_tensorly", "interop", "tensorly")
+    from tensorly.tt_matrix import TTMatrix
+
     _refuse_padding(mpo)
     return TTMatrix(list(mpo.cores))
 
@@ -112,10 +112,9 @@ def to_quimb(mpo: MPO) -> Any:
     >>> to_quimb(mpo).to_dense().shape
     (6, 6)
     """
-    try:
-        from quimb.tensor import MatrixProductOperator
-    except ImportError as error:
-        raise MissingExtraError("to_quimb", "quimb", "interop") from error
+    require_extra("to_quimb", "interop", "quimb")
+    from quimb.tensor import MatrixProductOperator
+
     _refuse_padding(mpo)
     xp = get_backend(mpo.cores[0])
     arrays = [xp.permute(core, (0, 3, 1, 2)) for core in mpo.cores]

@@ -13,6 +13,7 @@ from typing import Any
 
 from tnmoe.backends.protocol import Array, Backend
 from tnmoe.errors import InputError
+from tnmoe.extras import require_extra
 
 __all__ = ["Array", "Backend", "available_backends", "backend_named", "get_backend", "register"]
 
@@ -42,7 +43,7 @@ def backend_named(name: str) -> Backend:
     ------
     InputError
         If tnmoe has no backend of that name.
-    ImportError
+    MissingExtraError
         If the library is not installed.
     """
     for backend in _registered.values():
@@ -53,6 +54,8 @@ def backend_named(name: str) -> Backend:
             f"unknown array library {name!r}; tnmoe has backends for "
             f"{', '.join(available_backends())}"
         )
+    if name == "torch":
+        require_extra("the torch backend", "torch")
     return import_module(f"tnmoe.backends.{name}").backend
 
 

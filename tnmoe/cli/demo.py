@@ -10,7 +10,7 @@ from typing import Any
 
 from tnmoe.cli.arguments import from_one, from_two, from_zero, positive, share, weight
 from tnmoe.demo import DemoOptions
-from tnmoe.errors import MissingExtraError
+from tnmoe.extras import require_extra
 from tnmoe.options import LAYOUTS
 
 
@@ -55,12 +55,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # results appear as they come, in a pipe too
         sys.stdout.reconfigure(line_buffering=True)
+    require_extra("tnmoe demo", "demo")
     # Imported late: the command must answer --help at once, without torch.
-    try:
-        import tnmoe.hf
-        import tnmoe.plot  # noqa: F401 - before any work is done
-    except MissingExtraError as error:
-        raise MissingExtraError("tnmoe demo", error.package, "demo") from error
     from tnmoe.demo.run import run_demo
 
     names = DemoOptions.__dataclass_fields__

@@ -4,13 +4,9 @@ Importing this module teaches ``transformers`` to load MPOE checkpoints with ``f
 and to compute its own mixtures of experts with ``experts_implementation="tnmoe"``.
 """
 
-import tnmoe.nn
-from tnmoe.errors import MissingExtraError
+from tnmoe.extras import require_extra
 
-try:
-    import transformers  # noqa: F401
-except ImportError as error:
-    raise MissingExtraError("tnmoe.hf", "transformers", "hf") from error
+require_extra("tnmoe.hf", "hf")
 
 import tnmoe.hf.experts_implementation  # noqa: F401 - registers itself
 from tnmoe.hf.checkpoint import from_pretrained

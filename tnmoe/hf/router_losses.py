@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnmoe.hf.config import MPOEConfig
+from tnmoe.nn.adapters import warn_of_unsaved
 from tnmoe.nn.routing import Recording, Routing, RoutingCall
 from tnmoe.nn.scopes import Scope
 
@@ -112,6 +113,7 @@ class _RouterLosses:
     balance_weight: float
     z_weight: float
     _warned: bool = False
+    _trains: bool = False
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         asked = kwargs.pop("output_router_logits", None)
@@ -125,6 +127,7 @@ class _RouterLosses:
             call.paused = next((each.recording for each in reversed(around) if each.whole), None)
             if call.shows or self._learns(model):
                 call.recording = Recording(model)
+            self._look_at_adapters(model)
         call.begin(self)
         return args, kwargs
 
@@ -160,6 +163,14 @@ class _RouterLosses:
             if call.frame is not None and call.frame not in running:
                 call.end()
         return [call for call in calls if call.frame is None or call.frame in running]
+
+    def _look_at_adapters(self, model: nn.Module) -> None:
+        """Once, as training begins: what is trained must be saved, too."""
+        if self._trains or not (model.training and torch.is_grad_enabled()):
+            return
+        if not torch.compiler.is_compiling():
+            self._trains = True
+            warn_of_unsaved(model, stacklevel=7)  # of who called the model
 
     def _learns(self, model: nn.Module) -> bool:
         return model.training and (self.balance_weight > 0 or self.z_weight > 0)

@@ -1,11 +1,8 @@
 """PyTorch adapters: experts that share a central tensor, routers, losses, the gradient mask."""
 
-from tnmoe.errors import MissingExtraError
+from tnmoe.extras import require_extra
 
-try:
-    import torch  # noqa: F401
-except ImportError as error:
-    raise MissingExtraError("tnmoe.nn", "torch", "torch") from error
+require_extra("tnmoe.nn", "torch")
 
 import tnmoe.nn.flops  # noqa: F401 - registers formulas with torch
 from tnmoe.costs import Rates

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tnmoe.errors import InputError, index_in, number_in
+from tnmoe.nn.adapters import modules_in_use, warn_of_unsaved
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.projection import SharedProjection
 from tnmoe.options import MATRICES
@@ -22,8 +23,10 @@ from tnmoe.options import MATRICES
 
 def shared_projections(model: nn.Module) -> Iterator[SharedProjection]:
     """All projections of a model whose experts share cores."""
-    for module in model.modules():
-        if isinstance(module, SharedProjection):
+    seen: set[nn.Module] = set()
+    for module in modules_in_use(model):
+        if isinstance(module, SharedProjection) and module not in seen:
+            seen.add(module)
             yield module
 
 
@@ -335,6 +338,12 @@ def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
     InputError
         If nothing is shared, or a part of ``also`` is in no name.
 
+    Warns
+    -----
+    UserWarning
+        If the model is one of PEFT, which will not save what is trained: it saves its adapters
+        and the modules that ``modules_to_save`` names, ``["router", "experts"]`` for instance.
+
     Examples
     --------
     >>> from tnmoe.nn import MPOExperts, MPOMoE, TopKRouter
@@ -353,9 +362,18 @@ def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
         for site in set(range(each.shape.sites)) - each.shared_sites
         for core in each.parameters_at(site)
     }
+    unused = _originals(model)
     for name, each in named.items():
-        each.requires_grad_(id(each) in owned or any(part in name for part in parts))
+        trained = id(each) in owned or any(part in name for part in parts)
+        each.requires_grad_(trained and id(each) not in unused)
+    warn_of_unsaved(model)
     return sum(each.numel() for each in named.values() if each.requires_grad)
+
+
+def _originals(model: nn.Module) -> set[int]:
+    """Parameters that PEFT keeps beside those that it trains in their place."""
+    used = {id(each) for part in modules_in_use(model) for each in part.parameters(recurse=False)}
+    return {id(each) for each in model.parameters()} - used
 
 
 def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
@@ -386,4 +404,6 @@ def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
     shared = find_shared(model)
     for core in shared:
         core.requires_grad_(not frozen)
+    if not frozen:
+        warn_of_unsaved(model)
     return sum(core.numel() for core in shared)

@@ -5,12 +5,9 @@ are drawn on without pyplot. Nothing needs a display. Series differ in colour, m
 style, and the colours are those that colour-blind readers can tell apart.
 """
 
-from tnmoe.errors import MissingExtraError
+from tnmoe.extras import require_extra
 
-try:
-    import matplotlib  # noqa: F401
-except ImportError as error:
-    raise MissingExtraError("tnmoe.plot", "matplotlib", "plot") from error
+require_extra("tnmoe.plot", "plot")
 
 from tnmoe.plot.diagram import network
 from tnmoe.plot.parameters import error_against_parameters, parameter_bars
