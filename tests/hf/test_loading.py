@@ -322,8 +322,9 @@ def in_old_form(folder):
 
 
 def test_a_folder_of_an_older_tnmoe_loads_with_a_hint_and_is_renewed_by_saving(
-    saved, folder, tmp_path
+    saved, folder, tmp_path_factory
 ):
+    tmp_path = tmp_path_factory.mktemp("renewed")
     in_old_form(folder)
     for load in (hf.from_pretrained, AutoModelForCausalLM.from_pretrained):
         with pytest.warns(FutureWarning, match="older tnmoe.* save_pretrained"):
