@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
@@ -43,7 +44,9 @@ DRAWINGS = {
 
 
 def axes():
-    return Figure(layout="constrained").subplots()
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)  # the canvas that a figure has by itself draws nothing
+    return figure.subplots()
 
 
 def texts(ax):
@@ -274,6 +277,40 @@ def test_a_new_figure_grows_with_the_sites():
     assert widths[0] < widths[1] < widths[2]
 
 
+# Size
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        lambda rows: plot.expert_load(np.full((rows, 8), 1 / 8)),
+        lambda rows: plot.expert_load(np.full((rows, 64), 1 / 64)),
+        lambda rows: plot.load_history({"a": {"load": np.full((9, rows), 1 / rows)}}, "a"),
+        lambda rows: plot.parameter_bars({f"{row}": row + 1 for row in range(rows)}),
+    ],
+)
+def test_few_rows_make_a_low_figure_and_not_high_rows(drawing):
+    import matplotlib.pyplot as plt
+
+    heights = []
+    for rows in (1, 2, 3, 12):
+        ax = drawing(rows)
+        ax.figure.canvas.draw()
+        assert 0.2 < ax.bbox.height / ax.figure.dpi / rows < 0.75  # inches
+        heights.append(ax.figure.get_figheight())
+        plt.close(ax.figure)
+    assert heights == sorted(heights)
+
+
+def test_parts_are_told_below_the_name_of_the_axis():
+    ax = plot.parameter_bars({"a": {"one": 1, "two": 2}}, axes())
+    for height in (2, 4.8, 9):
+        ax.figure.set_figheight(height)
+        ax.figure.canvas.draw()
+        legend_box, label = ax.get_legend().get_window_extent(), ax.xaxis.label.get_window_extent()
+        assert 0 < legend_box.y1 <= label.y0
+
+
 # Spectra and entropy
 
 
@@ -283,8 +320,78 @@ def test_spectra_are_relative_to_the_largest_value():
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [1, 0.5, 0.25, 0])
     np.testing.assert_allclose(ax.lines[1].get_ydata(), [0, 0])
     assert legend(ax) == ["b (dimension 4)", "zero (dimension 2)"]
-    ax.set_yscale("log")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0, 1e-3, 1e-6, 1e-9],
+        [1.0, 0.9, 0.8],
+        [2.0, 2.0, 2.0],
+        [3e30, 3e20],
+        [1e-30, 1e-33],
+        [5.0],
+        np.geomspace(1, 1e-7, 64, dtype=np.float32),
+    ],
+)
+def test_spectra_are_drawn_by_their_logarithm_and_whole(values):
+    ax = plot.schmidt_spectra({"a": values}, axes())
     ax.figure.canvas.draw()
+    assert ax.get_yscale() == "log"
+    low, high = ax.get_ylim()
+    assert all(low < value < high for value in ax.lines[0].get_ydata())
+    assert high > 10 * low
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.5, 0.0], [0.0, 0.0], [1.0, 1e-3, 1e-18, 1e-300]])
+def test_schmidt_values_of_zero_have_their_place_below_all_others(values):
+    ax = plot.schmidt_spectra({"a": values}, axes())
+    ax.figure.canvas.draw()
+    assert ax.get_yscale() == "symlog"
+    assert "$\\mathdefault{0}$" in [tick.get_text() for tick in ax.get_yticklabels()]
+    places = ax.transData.transform([(1, value) for value in ax.lines[0].get_ydata()])[:, 1]
+    zero = ax.transData.transform((1, 0))[1]
+    bottom, top = ax.bbox.y0, ax.bbox.y1
+    assert all(bottom < place < top for place in [*places, zero])
+    for value, place in zip(values, places, strict=True):
+        # What is rounding lies on zero, what is more a tenth of the axis above it.
+        assert (place - zero > 0.1 * (top - bottom)) == (value >= 1e-15)
+
+
+def test_spectra_of_an_operator_and_of_a_truncation_are_those_of_all_bonds():
+    matrix = np.random.default_rng(0).normal(size=(48, 36))
+    shape = tn.MPOShape((4, 4, 3), (3, 4, 3))
+    mpo, info = tn.decompose(matrix, shape, max_bond=5, return_info=True)
+    ax = plot.schmidt_spectra(mpo, axes())
+    assert legend(ax) == ["bond 0 (dimension 5)", "bond 1 (dimension 5)"]
+    for bond, line in enumerate(ax.lines):
+        # Independent of tnmoe's gauges: singular values of the matrix between the legs.
+        tensor = mpo.to_matrix().reshape(4, 4, 3, 3, 4, 3).transpose(0, 3, 1, 4, 2, 5)
+        values = np.linalg.svd(tensor.reshape(12 * 16**bond, -1), compute_uv=False)[:5]
+        np.testing.assert_allclose(line.get_ydata(), values / values[0])
+    ax = plot.schmidt_spectra(info, axes())
+    assert legend(ax) == ["bond 0 (dimension 12)", "bond 1 (dimension 9)"]
+    for line, values in zip(ax.lines, info.spectra, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), values / values[0])
+
+
+def test_spectra_of_several_operators_are_named_by_operator_and_bond():
+    mpo = tn.decompose(torch.eye(36).bfloat16(), tn.MPOShape((6, 6), (6, 6)))
+    info = tn.TruncationInfo((0.0,), ([1.0, 0.5],), ("svd",))
+    ax = plot.schmidt_spectra({"one": mpo, "seen": info, "values": [1, 0.1]}, axes())
+    assert legend(ax) == [
+        "one, bond 0 (dimension 36)", "seen, bond 0 (dimension 2)", "values (dimension 2)",
+    ]  # fmt: skip
+
+
+def test_entropies_of_what_a_truncation_saw_are_those_before_it():
+    matrix = np.random.default_rng(0).normal(size=(48, 36))
+    shape = tn.MPOShape((8, 6), (6, 6))
+    info = tn.decompose(matrix, shape, max_bond=3, return_info=True)[1]
+    line, most = plot.entropy(info, axes()).lines
+    before = tn.decompose(matrix, shape)
+    np.testing.assert_allclose(line.get_ydata(), [before.entropy(0)])
+    np.testing.assert_allclose(most.get_ydata(), np.log(before.bond_dims))
 
 
 def test_entropies_are_those_of_the_operator_below_the_logarithm_of_its_bonds():
@@ -479,6 +586,15 @@ def test_load_over_time_is_every_steps_or_means_over_as_many(steps):
         (lambda: plot.core_drift({"a": [1]}, steps=[1, 2]), "got 2 steps and 1 values of 'a'"),
         (lambda: plot.schmidt_spectra({"a": [1, np.nan]}), "finite and at least 0, got nan"),
         (lambda: plot.schmidt_spectra({"a": [1j]}), "real numbers, at least one, got complex128"),
+        (lambda: plot.schmidt_spectra([1.0]), "operators must be a mapping from names, got list"),
+        (
+            lambda: plot.schmidt_spectra(tn.MPO.zeros(tn.MPOShape((2,), (2,)))),
+            r"operators must have a bond, got MPO\(2×2, sites=1",
+        ),
+        (
+            lambda: plot.schmidt_spectra({"a": tn.TruncationInfo((), (), ())}),
+            r"operators\['a'\] must have a bond, got TruncationInfo",
+        ),
         (lambda: plot.entropy({}), "operators must have at least one entry"),
         (lambda: plot.entropy(np.ones(3)), "operators must be a mapping from names, got ndarray"),
         (lambda: plot.entropy({"a": []}), r"operators\['a'\] must be a sequence of real numbers"),

@@ -17,10 +17,13 @@ from matplotlib.figure import Figure
 import tnmoe
 from tnmoe import plot
 from tnmoe.demo.training import Evaluation, Result
+from tnmoe.plot.style import rows_size
 from tnmoe.tables import format_table
 
 # Two-sided 95 % of a normal distribution.
 _Z95 = 1.96
+# Of pictures: sharp on dense screens.
+_DPI = 200
 
 
 def result_table(results: list[Result]) -> str:
@@ -148,22 +151,23 @@ def draw_pictures(folder: Path, results: list[Result], spectra: dict[str, np.nda
     if losses:
         figure = _figure(1)
         plot.loss_curves(losses, figure.axes[0])
-        figure.savefig(folder / "loss_curves.png", dpi=120)
+        figure.savefig(folder / "loss_curves.png", dpi=_DPI)
     mixtures = [result for result in results if result.after.expert_counts is not None]
-    figure = _figure(len(mixtures))
+    layers = len(load_of(mixtures[0]))
+    figure = _figure(len(mixtures), rows_size(layers)[1])
     brightest = max(float(load_of(result).max()) for result in mixtures)
     for axes, result in zip(figure.axes, mixtures, strict=True):
         plot.expert_load(load_of(result), axes, brightest)
         axes.set_title(f"{result.kind}: {axes.get_title()}")
-    figure.savefig(folder / "expert_load.png", dpi=120)
+    figure.savefig(folder / "expert_load.png", dpi=_DPI)
     figure = _figure(1)
     plot.schmidt_spectra(spectra, figure.axes[0]).set_title("Schmidt spectra of the first FFN's up")
-    figure.savefig(folder / "schmidt_spectra.png", dpi=120)
+    figure.savefig(folder / "schmidt_spectra.png", dpi=_DPI)
 
 
-def _figure(columns: int) -> Figure:
+def _figure(columns: int, height: float = 4.8) -> Figure:
     """A figure that needs no display."""
-    figure = Figure(figsize=(6.4 * columns, 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4 * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.subplots(1, columns)
     return figure

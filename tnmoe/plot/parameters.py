@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from tnmoe.errors import InputError, positive_int
 from tnmoe.plot.data import named, numbers
 from tnmoe.plot.style import (
     COLORS,
+    FAR_APART,
     GREY,
     add_legend,
+    decades_and_zero,
     from_zero,
     line_style,
     new_axes,
+    rows_size,
+    scale_sizes,
+    short,
     shown,
     shown_apart,
 )
@@ -25,8 +31,8 @@ from tnmoe.plot.style import (
 if TYPE_CHECKING:
     from tnmoe.hf import ParameterReport
 
-# From this ratio of the largest to the smallest on, an axis is logarithmic.
-_WIDE = 30
+# Inches from the axis of bars to their legend.
+_LEGEND_BELOW = 0.45
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
 
@@ -83,10 +89,10 @@ def error_against_parameters(
             zorder=1, label="guaranteed bound (lighter)" if index == min(bounded) else None,
         )  # fmt: skip
     for size in marked:
-        ax.axvline(size, color=GREY, linestyle=":", label=f"dense: {_short(size)}")
+        ax.axvline(size, color=GREY, linestyle=":", label=f"dense: {short(size)}")
     sizes = np.concatenate([marked, *(table[0] for table in tables.values())])
     heights = np.concatenate([table[1:].ravel() for table in tables.values()])
-    _scale_sizes(ax, sizes)
+    scale_sizes(ax, sizes)
     _scale_errors(ax, heights)
     ax.set(xlabel="parameters", ylabel="relative error (Frobenius)", title="Error of truncations")
     add_legend(ax, common)
@@ -104,26 +110,14 @@ def _points(name: str, points: Any) -> np.ndarray:
     return table[np.argsort(table[:, 0], kind="stable")].T
 
 
-def _scale_sizes(ax: Axes, sizes: np.ndarray) -> None:
-    """A logarithmic x-axis for sizes far apart, with readable numbers."""
-    if sizes.max() > _WIDE * sizes.min() > 0:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _short(size)))
-
-
 def _scale_errors(ax: Axes, errors: np.ndarray) -> None:
     """A logarithmic y-axis for errors far apart, on which an error of 0 has its place too."""
     positive = errors[errors > 0]
-    if positive.size and positive.max() > _WIDE * positive.min():
+    if positive.size and positive.max() > FAR_APART * positive.min():
         if positive.size == errors.size:
             ax.set_yscale("log")
         else:
-            smallest = 10 ** np.floor(np.log10(positive.min()))
-            decades = np.log10(positive.max() / smallest)
-            ax.set_yscale("symlog", linthresh=smallest, linscale=max(0.5, decades / 8))
-            ax.set_ylim(bottom=-0.2 * smallest)
+            decades_and_zero(ax, positive.min(), positive.max())
     else:
         from_zero(ax)
 
@@ -152,13 +146,13 @@ def parameter_bars(
     ['4.72 M', '37.8 M (8×)', '7.71 M (1.63×)']
     """
     bars = _bars(report)
-    ax = new_axes(ax)
+    ax = new_axes(ax, rows_size(len(bars)))
     _draw_parts(ax, bars)
     _write_totals(ax, [sum(parts.values()) for parts in bars.values()])
     names, common = shown_apart(bars)
     ax.set_yticks(range(len(bars)), names)
     ax.set(xlabel="parameters", ylabel=common or "", title="Parameters")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _short(size)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: short(size)))
     ax.invert_yaxis()
     return ax
 
@@ -175,19 +169,20 @@ def _draw_parts(ax: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
         )  # fmt: skip
         left += widths
     if len(kinds) > 1:
-        # Below, where it hides no number.
+        # Below the axis and its label, where it hides no number.
+        below = ScaledTranslation(0, -_LEGEND_BELOW, ax.figure.dpi_scale_trans)
         ax.legend(
-            fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3,
-            frameon=False,
+            fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 0),
+            bbox_transform=ax.transAxes + below, ncols=3, frameon=False,
         )  # fmt: skip
 
 
 def _write_totals(ax: Axes, totals: Sequence[float]) -> None:
     """Sizes behind the bars, with how many times the first they are."""
     for row, total in enumerate(totals):
-        times = f" ({_short(total / totals[0])}×)" if row and totals[0] else ""
+        times = f" ({short(total / totals[0])}×)" if row and totals[0] else ""
         ax.annotate(
-            _short(total) + times, (total, row), xytext=(4, 0), textcoords="offset points",
+            short(total) + times, (total, row), xytext=(4, 0), textcoords="offset points",
             va="center",
         )  # fmt: skip
     # Room for them, and no frame for them to cross.
@@ -216,11 +211,3 @@ def _parts(report: ParameterReport, form: str) -> dict[str, int]:
     networks = sum(getattr(count, form) for count in report.ffns)
     rest = getattr(report.total, form) - networks
     return {"feed-forward networks": networks, "all else": rest}
-
-
-def _short(count: float) -> str:
-    """A number of parameters in three digits: 950, 4.72 M, 1.2 B."""
-    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if count >= 0.9995 * unit:
-            return f"{count / unit:.3g}{name}"
-    return f"{count:.3g}"

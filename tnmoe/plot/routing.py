@@ -11,7 +11,15 @@ from matplotlib.axes import Axes
 from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.options import Statistic
 from tnmoe.plot.data import named, numbers
-from tnmoe.plot.style import add_legend, count_on, line_style, new_axes, shown, shown_apart
+from tnmoe.plot.style import (
+    add_legend,
+    count_on,
+    line_style,
+    new_axes,
+    rows_size,
+    shown,
+    shown_apart,
+)
 
 # Up to so many experts and layers, shares are written into the cells of a heat map.
 _MOST_WRITTEN = (16, 24)
@@ -50,8 +58,8 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
             "load must be shares, of which no row sums to more than 1: divide counts by their "
             f"sums, got {load[load.sum(1).argmax()]}"
         )
-    ax = new_axes(ax)
     layers, experts = load.shape
+    ax = new_axes(ax, rows_size(layers))
     balanced = 1 / experts
     if brightest is None:
         brightest = _brightest(load)
@@ -138,8 +146,8 @@ def load_history(
     (2, 3)
     """
     load = _series(history, "load", axes=2, routers=[router])[router]
-    ax = new_axes(ax)
     steps, experts = load.shape
+    ax = new_axes(ax, rows_size(experts))
     block = -(-steps // _MOST_STEPS)
     means = _block_means(load, block)
     image = ax.imshow(
@@ -147,8 +155,9 @@ def load_history(
         aspect="auto", origin="lower", extent=(0.5, len(means) * block + 0.5, -0.5, experts - 0.5),
     )  # fmt: skip
     ax.set_xlim(0.5, steps + 0.5)
-    ax.figure.colorbar(image, ax=ax, label=f"share of choices (balanced: {1 / experts:.1%})")
-    ax.set(xlabel="step", ylabel="expert", title=f"Load of {shown(router or 'the router')}")
+    ax.figure.colorbar(image, ax=ax, label="share of choices")
+    title = f"Load of {shown(router or 'the router')} (balanced: {1 / experts:.1%})"
+    ax.set(xlabel="step", ylabel="expert", title=title)
     count_on(ax.xaxis)
     count_on(ax.yaxis)
     return ax

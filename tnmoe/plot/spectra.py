@@ -12,19 +12,40 @@ from tnmoe.errors import InputError, one_of
 from tnmoe.mpo import MPO
 from tnmoe.options import ENTROPY_AXES, EntropyAxis
 from tnmoe.plot.data import named, numbers
-from tnmoe.plot.style import GREY, add_legend, from_zero, line_style, new_axes, shown_apart
+from tnmoe.plot.style import (
+    GREY,
+    add_legend,
+    decade_below,
+    decades_and_zero,
+    from_zero,
+    line_style,
+    new_axes,
+    shown_apart,
+)
+from tnmoe.spectrum import entanglement_entropy
+from tnmoe.truncation import TruncationInfo
 
 # So many names fit along an axis, and so many letters if they lie flat.
 _MOST_TICKS, _MOST_LETTERS = 40, 50
+# Relative to the largest, smaller Schmidt values are rounding in every precision.
+_ROUNDING = float(np.finfo(np.float64).eps)
+# The axis reaches down to here, even where all values are equal.
+_LEAST = 0.1
 
 
-def schmidt_spectra(spectra: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+def schmidt_spectra(
+    operators: MPO | TruncationInfo | Mapping[str, Any], ax: Axes | None = None
+) -> Axes:
     """Schmidt values, relative to the largest, against their share of the bond.
+
+    The axis of the values is logarithmic. Zero lies at its lower end, and so do values that are
+    nothing but rounding, below 2e-16 of the largest.
 
     Parameters
     ----------
-    spectra : mapping from str to array
-        Descending Schmidt values, per bond.
+    operators : MPO, TruncationInfo, or mapping from str to MPO, TruncationInfo or array
+        One operator, or what a truncation saw of it (``return_info=True``), whose bonds are all
+        drawn. Or several by name, or the Schmidt values of single bonds by name.
     ax : Axes, optional
 
     Raises
@@ -34,39 +55,77 @@ def schmidt_spectra(spectra: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 
     Notes
     -----
-    ``ax.set_yscale("log")`` shows spectra that fall by orders of magnitude.
+    ``ax.set_yscale("linear")`` compares the largest values.
 
     Examples
     --------
     >>> from tnmoe import MPO, MPOShape
     >>> mpo = MPO.random(MPOShape((2, 2, 2), (2, 2, 2)), rng=0)
-    >>> ax = schmidt_spectra({f"bond {bond}": mpo.schmidt_values(bond) for bond in range(2)})
+    >>> ax = schmidt_spectra(mpo)
     >>> [line.get_label() for line in ax.lines]
     ['bond 0 (dimension 4)', 'bond 1 (dimension 4)']
+    >>> ax = schmidt_spectra({"mine": mpo.schmidt_values(0), "first": [1.0, 0.1, 0.01]})
+    >>> [line.get_label() for line in ax.lines]
+    ['mine (dimension 4)', 'first (dimension 3)']
     """
-    arrays = {
-        name: numbers(f"spectra[{name!r}]", values, lowest=0)
-        for name, values in named("spectra", spectra).items()
-    }
+    arrays = _spectra_by_name(operators)
     ax = new_axes(ax)
     labels, common = shown_apart(arrays)
-    for index, (label, values) in enumerate(zip(labels, arrays.values(), strict=True)):
+    relative = [values / (values.max() or 1.0) for values in arrays.values()]
+    for index, (label, values) in enumerate(zip(labels, relative, strict=True)):
         share = (np.arange(len(values)) + 1) / len(values)
         label = f"{label} (dimension {len(values)})"
-        relative = values / (values.max() or 1.0)
-        ax.plot(share, relative, label=label, **line_style(index, len(values)))
+        ax.plot(share, values, label=label, **line_style(index, len(values)))
     ax.set(
-        xlabel="index / bond dimension",
-        ylabel="Schmidt value / largest",
-        ylim=(0, 1.05),
-        title="Schmidt spectra",
+        xlabel="index / bond dimension", ylabel="Schmidt value / largest", title="Schmidt spectra"
     )
+    _scale(ax, np.concatenate(relative))
     add_legend(ax, common)
     return ax
 
 
+def _spectra_by_name(operators: Any) -> dict[str, np.ndarray]:
+    """Schmidt values of every bond that is to be drawn."""
+    if isinstance(operators, (MPO, TruncationInfo)):
+        return _bonds("operators", operators)
+    arrays: dict[str, np.ndarray] = {}
+    for name, each in named("operators", operators).items():
+        what = f"operators[{name!r}]"
+        if isinstance(each, (MPO, TruncationInfo)):
+            bonds = _bonds(what, each)
+            arrays |= {f"{name}, {bond}": values for bond, values in bonds.items()}
+        else:
+            arrays[name] = numbers(what, each, lowest=0)
+    return arrays
+
+
+def _bonds(what: str, operator: MPO | TruncationInfo) -> dict[str, np.ndarray]:
+    """Schmidt values of an operator's bonds, or of those that a truncation saw."""
+    if isinstance(operator, MPO):
+        spectra = [operator.schmidt_values(bond) for bond in range(operator.shape.sites - 1)]
+    else:
+        spectra = list(operator.spectra)
+    if not spectra:
+        raise InputError(f"{what} must have a bond, got {operator}")
+    return {
+        f"bond {bond}": numbers(f"{what}, bond {bond}", values, lowest=0)
+        for bond, values in enumerate(spectra)
+    }
+
+
+def _scale(ax: Axes, values: np.ndarray) -> None:
+    """A logarithmic axis from 1 down to the least value, or to zero if values are nothing more."""
+    lowest = values[values >= _ROUNDING].min(initial=_LEAST)
+    if values.min() < _ROUNDING:
+        decades_and_zero(ax, lowest, 1.0)
+    else:
+        # Whole decades, and room for a marker on the lowest.
+        ax.set(yscale="log", ylim=(0.7 * decade_below(lowest), None))
+    ax.set(xlim=(0, 1.03), ylim=(None, 1.5))
+
+
 def entropy(
-    operators: MPO | Mapping[str, Any],
+    operators: MPO | TruncationInfo | Mapping[str, Any],
     ax: Axes | None = None,
     against: EntropyAxis = "bond",
     bond_dims: Sequence[int] | None = None,
@@ -75,9 +134,9 @@ def entropy(
 
     Parameters
     ----------
-    operators : MPO, or mapping from str to MPO or sequence of float
-        One operator, or several by name (layers, say); each an MPO or its entropies bond by bond,
-        in nats.
+    operators : MPO, TruncationInfo, or mapping from str to these or to sequence of float
+        One operator, or several by name (layers, say); each an MPO, what a truncation saw of it
+        (``return_info=True``), or its entropies bond by bond, in nats.
     ax : Axes, optional
     against : {"bond", "layer"}
         What runs along the picture: the bonds, with a line per operator; or the operators, with
@@ -101,7 +160,8 @@ def entropy(
     ('bond', 'entanglement entropy (nats)')
     """
     one_of("against", against, ENTROPY_AXES)
-    given = {"operator": operators} if isinstance(operators, MPO) else named("operators", operators)
+    single = isinstance(operators, (MPO, TruncationInfo))
+    given = {"operator": operators} if single else named("operators", operators)
     lines = {name: _entropies(name, each, bond_dims) for name, each in given.items()}
     names, common = shown_apart(lines)
     bonds = max(len(values) for values, _ in lines.values())
@@ -133,11 +193,13 @@ def _entropies(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Entropies of an operator's bonds and the most they can be, NaN where that is not known."""
     what = f"operators[{name!r}]"
-    if isinstance(operator, MPO):
-        if operator.shape.sites == 1:
-            raise InputError(f"{what} must have a bond, got {operator}")
-        bond_dims = operator.bond_dims
-        operator = [operator.entropy(bond) for bond in range(len(bond_dims))]
+    if isinstance(operator, (MPO, TruncationInfo)):
+        spectra = _bonds(what, operator).values()
+        # An operator's bond may be larger than what it carries.
+        bond_dims = [len(values) for values in spectra]
+        if isinstance(operator, MPO):
+            bond_dims = list(operator.bond_dims)
+        operator = [entanglement_entropy(values) for values in spectra]
     values = numbers(what, operator, lowest=0)
     if bond_dims is None:
         return values, np.full(len(values), np.nan)

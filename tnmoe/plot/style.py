@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from tnmoe.errors import InputError
 
@@ -27,6 +28,10 @@ _MARKERS_PER_LINE = 8
 _LONG_NAME, _LONGEST_NAME = 20, 40
 # Entries up to which a legend stands inside, and of one of its columns outside.
 _LONGEST_LEGEND, _MOST_ROWS = 8, 24
+# From this ratio of the largest to the smallest on, an axis is logarithmic.
+FAR_APART = 30
+# Inches: a new figure's width, its usual height, what is above and below its rows, and a row.
+_WIDTH, _HEIGHT, _AROUND, _ROW = 6.4, 4.8, 1.0, 0.45
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
@@ -39,6 +44,11 @@ def new_axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     if not isinstance(ax, Axes):
         raise InputError(f"ax must be one matplotlib Axes, got {type(ax).__qualname__}")
     return ax
+
+
+def rows_size(rows: int) -> tuple[float, float]:
+    """Size in inches of a new figure of so many rows, which is low if there are few."""
+    return _WIDTH, min(_HEIGHT, _AROUND + _ROW * rows)
 
 
 def line_style(index: int, points: int) -> dict[str, Any]:
@@ -100,6 +110,35 @@ def from_zero(ax: Axes) -> None:
     """The y-axis from 0 on, with room for markers that lie on it."""
     top = max(float(ax.dataLim.y1), 0.0) or 1.0
     ax.set_ylim(-0.03 * top, 1.05 * top)
+
+
+def decade_below(number: float) -> float:
+    """The largest power of ten that is not above a positive number."""
+    return float(10 ** np.floor(np.log10(number)))
+
+
+def decades_and_zero(ax: Axes, lowest: float, highest: float) -> None:
+    """A logarithmic y-axis for positive values between these, with zero at its lower end."""
+    start = decade_below(lowest)
+    ax.set_yscale("symlog", linthresh=start, linscale=max(0.5, np.log10(highest / start) / 8))
+    ax.set_ylim(bottom=-0.2 * start)
+
+
+def scale_sizes(ax: Axes, sizes: np.ndarray) -> None:
+    """An x-axis of sizes with readable numbers, logarithmic if they are far apart."""
+    if sizes.max() > FAR_APART * sizes.min() > 0:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: short(size)))
+
+
+def short(count: float) -> str:
+    """A number of parameters in three digits: 950, 4.72 M, 1.2 B."""
+    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= 0.9995 * unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:.3g}"
 
 
 def add_legend(ax: Axes, title: str | None = None) -> None:
