@@ -53,9 +53,9 @@ def write_report(folders: Sequence[SettingFolder], target: Path, device: str) ->
         results[setting.name] = found
         write(target / f"{setting.name}.json", data)
         drawn = pictures.draw(setting, data, target)
-        page = target / f"{setting.name}.md"
-        page.write_text(_page(setting, data, drawn), encoding="utf-8")
-        written += [target / f"{setting.name}.json", page, *drawn]
+        text = target / f"{setting.name}.md"
+        text.write_text(page(setting, data, drawn), encoding="utf-8")
+        written += [target / f"{setting.name}.json", text, *(each.path for each in drawn)]
     if results:
         claims = target / "claims.md"
         claims.write_text(_claims(judge(results)), encoding="utf-8")
@@ -149,8 +149,9 @@ def _mean(numbers: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _page(setting: Setting, data: dict[str, Any], drawn: Sequence[Path]) -> str:
-    pictures_ = "\n\n".join(f"![{path.stem}]({path.name})" for path in drawn)
+def page(setting: Setting, data: dict[str, Any], drawn: Sequence[pictures.Picture]) -> str:
+    """A setting's page, in Markdown."""
+    pictures_ = "\n\n".join(f"![{each.alt}]({each.path.name})" for each in drawn)
     return (
         "\n\n".join(
             [

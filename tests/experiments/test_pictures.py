@@ -1,42 +1,97 @@
-"""Pictures can be read."""
+"""Pictures of the experiments can be read; those stored are what the stored results give."""
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from experiments.pictures import _name
+from experiments import pictures
+from experiments.folder import read
+from experiments.report import page
+from experiments.settings import all_settings
+from experiments.texts import default_texts
 
-CROWDED = {f"method-{index}": (2e6, 0.5) for index in range(8)}
-
-
-@pytest.mark.parametrize(
-    "places",
-    [
-        CROWDED,
-        {f"method-{index}": (2e6 * 1.01**index, 0.5 + index / 1e3) for index in range(8)},
-        CROWDED | {"above": (2e6, 0.53), "beside": (2.1e6, 0.5)},
-    ],
-)
-def test_names_lie_beside_each_other_however_close_their_points(places):
-    figure = Figure(figsize=(7, 4.8), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    ax.set(xscale="log", xlim=(1e6, 4e6), ylim=(0, 1))
-    _name(ax, places)
-    canvas.draw()
-    assert {text.get_text() for text in ax.texts} == set(places)
-    # Of the names alone: an annotation's own extent has its line as well.
-    boxes = [Text.get_window_extent(text) for text in ax.texts]
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+STORED = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
 
 
-def test_names_with_room_stay_at_their_points():
-    ax = Figure().subplots()
-    ax.set(xscale="log", xlim=(1e6, 4e6), ylim=(0, 1))
-    _name(ax, {"low": (2e6, 0.2), "high": (2e6, 0.8), "far": (1.1e6, 0.2)})
-    assert {text.get_text(): text.xyann[1] for text in ax.texts} == {
-        "low": 0.2, "high": 0.8, "far": 0.2,
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def settings():
+    return all_settings("full", *default_texts())
+
+
+def test_there_are_stored_results():
+    assert len(STORED) == 5
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_pages_and_pictures_are_those_that_the_stored_results_give(name, settings, tmp_path):
+    data = read(STORED[name])
+    drawn = pictures.draw(settings[name], data, tmp_path)
+    stored = STORED[name].with_suffix(".md").read_text(encoding="utf-8")
+    assert page(settings[name], data, drawn) == stored
+    assert {each.path.name for each in drawn} == {
+        path.name for path in RESULTS.glob(f"{name}-*") if path.suffix in (".svg", ".png")
+    }
+    assert all(each.path.stat().st_size < 300_000 for each in drawn)
+
+
+def test_a_picture_is_the_same_whenever_it_is_drawn(settings, tmp_path):
+    drawn = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        pictures.draw(settings["smollm2"], read(STORED["smollm2"]), folder)
+        drawn.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert drawn[0] == drawn[1]
+    assert drawn[0]
+    assert all(b"<dc:date>" not in text for text in drawn[0].values())
+
+
+def visible(figure):
+    """All texts of a figure with where they are, ticks beyond the axes aside."""
+    FigureCanvasAgg(figure).draw()
+    for ax in figure.axes + [child for each in figure.axes for child in each.child_axes]:
+        for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True):
+                label.set_visible(min(low, high) <= place <= max(low, high))
+    texts = [each for each in figure.findobj(Text) if each.get_text() and each.get_visible()]
+    return {(each.get_text(), index): each.get_window_extent() for index, each in enumerate(texts)}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_no_text_of_a_picture_lies_on_another_or_beyond_the_edge(name, settings):
+    data = read(STORED[name])
+    drawings = [
+        pictures._methods, pictures._mask, pictures._load,
+        pictures._against("parameters", "all"), pictures._against("active_parameters", "active"),
+    ]  # fmt: skip
+    for drawn in (drawing(settings[name], data["results"]) for drawing in drawings):
+        if drawn is None:
+            continue
+        figure, _ = drawn
+        boxes = visible(figure)
+        on_others = [
+            (one, other)
+            for (one, box), (other, place) in combinations(boxes.items(), 2)
+            if box.overlaps(place)
+        ]
+        assert on_others == []
+        width, height = figure.canvas.get_width_height()
+        for box in boxes.values():
+            assert box.x0 >= 0
+            assert box.x1 <= width
+            assert box.y0 >= 0
+            assert box.y1 <= height
+
+
+def test_every_method_is_named_in_its_row(settings):
+    data = read(STORED["decoder"])
+    figure, alt = pictures._methods(settings["decoder"], data["results"])
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert sorted(names) == sorted(settings["decoder"].methods)
+    means = {name: pictures._point(settings["decoder"], data["results"], name, "parameters")[1]
+             for name in names}  # fmt: skip
+    assert names == sorted(names, key=means.get)
+    assert alt.startswith("Held-out loss of 47 methods")
