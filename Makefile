@@ -62,6 +62,7 @@ lint: env
 # Warnings are errors. Pages whose code and library did not change are not run again.
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet $(ARGS) docs docs/_build/html
+	$(BIN)/python -m pytest --quiet docs/test_site.py
 	@echo "open docs/_build/html/index.html"
 
 $(VENV)/.docs: $(READY)

@@ -1,14 +1,20 @@
 """The site. `make docs` builds it; neither it nor its building needs a network."""
 
 import os
+import re
 from hashlib import sha256
 from pathlib import Path
+from shutil import copyfile
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
+from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import tnmoe
+from tnmoe.nn.experts import PROJECTIONS
 
 HERE = Path(__file__).parent
 
@@ -26,6 +32,8 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"tnmoe {release}"
+html_static_path = ["_static"]
+html_css_files = ["tnmoe.css"]
 html_show_sourcelink = False
 
 # Reference: signatures from the code, everything else from NumPy-style docstrings.
@@ -56,13 +64,19 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-_library = sha256(b"".join(p.read_bytes() for p in sorted(HERE.parent.glob("tnmoe/**/*.py"))))
-nb_execution_cache_path = str(HERE / "_build" / "runs" / _library.hexdigest()[:16])
+# What a notebook's outputs depend on besides its own code.
+_sources = [*sorted(HERE.parent.glob("tnmoe/**/*.py")), HERE / "ipython_kernel_config.py"]
+_state = sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
+nb_execution_cache_path = str(HERE / "_build" / "runs" / _state)
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 # For the notebooks: warnings would show paths, and what was measured on this machine other plans.
+_profile = HERE / "_build" / "ipython" / "profile_default"
+_profile.mkdir(parents=True, exist_ok=True)
+copyfile(HERE / "ipython_kernel_config.py", _profile / "ipython_kernel_config.py")
+os.environ["IPYTHONDIR"] = str(_profile.parent)
 os.environ["PYTHONWARNINGS"] = "ignore"
 os.environ["TNMOE_CACHE"] = str(HERE / "_build" / "measured")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -79,27 +93,66 @@ def _formula(translator: nodes.NodeVisitor, node: nodes.math | nodes.math_block)
     raise nodes.SkipNode
 
 
-def _property(
+# An entry of several names, and its type, its description, or both.
+_SEVERAL = re.compile(r"^(\w+(?:, \w+)+)( : .*\n(?: +.*\n)*|\n(?: +.*\n)+)", re.M)
+
+
+def _for_napoleon(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """In a property's first line napoleon takes what is before a colon for a type; not in ours."""
-    if what == "property":
-        lines.insert(0, "")
+    """Write a docstring so that napoleon understands it."""
+    if what in ("attribute", "data", "property"):
+        # What their first line has before a colon it takes for a type: now that is a comment.
+        lines[:0] = ["..", ""]
+    # It knows entries of several names for parameters, and not for attributes.
+    before, heading, attributes = "\n".join(lines).partition("\nAttributes\n----------\n")
+    each = _SEVERAL.sub(
+        lambda entry: "".join(one + entry[2] for one in entry[1].split(", ")), attributes
+    )
+    lines[:] = (before + heading + each).split("\n")
+
+
+_ALIAS = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
 
 
 def _signature(
     app: Sphinx, what: str, name: str, obj: object, options: object, text: str | None, result: str
 ) -> tuple[str, str] | None:
-    """Factories of dataclasses are no valid signatures; what protocols inherit says nothing."""
+    """Signatures as they are written in the code.
+
+    Factories of dataclasses are no valid signatures, what protocols inherit says nothing, and in
+    unions Sphinx leaves the object that stands for an alias.
+    """
     if text is None:
         return None
-    return "" if text == "(*args, **kwargs)" else text.replace("<factory>", "..."), result
+    written = _ALIAS.sub(r"\1", text).replace("<factory>", "...")
+    written = written.replace("= PROJECTIONS", f"= {PROJECTIONS!r}")
+    return "" if text == "(*args, **kwargs)" else written, result and _ALIAS.sub(r"\1", result)
+
+
+class _TypesAreClasses(SphinxPostTransform):
+    """Words of types, as H in "shape (…, H)", are no references to attributes of these names."""
+
+    default_priority = 5  # before references are resolved
+
+    def run(self, **kwargs: object) -> None:
+        domain = self.env.domains.python_domain
+        for node in list(self.document.findall(pending_xref)):
+            if (node["refdomain"], node["reftype"]) == ("py", "class"):
+                place = (self.env, node.get("py:module"), node.get("py:class"), node["reftarget"])
+                mode = int(node.hasattr("refspecific"))
+                if not any(domain.find_obj(*place, kind, mode) for kind in ("class", "data")):
+                    node["reftarget"] = ""  # leads nowhere
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-process-docstring", _property, priority=400)
+    app.add_post_transform(_TypesAreClasses)
+    app.connect("autodoc-process-docstring", _for_napoleon, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _signature)
     app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"  # as in the docstrings; Sphinx says Variables
 
 
 html_math_renderer = "mathml"

@@ -83,7 +83,7 @@ def register(backend: Backend, *types: type) -> None:
     Parameters
     ----------
     backend : Backend
-        The operations of :class:`tnmoe.backends.protocol.Backend` for these arrays.
+        The operations of a :class:`Backend` for these arrays.
     *types : type
         Classes of arrays, at least one. Their subclasses are found, too.
 
