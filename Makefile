@@ -59,9 +59,9 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Warnings are errors. Pages whose code and library did not change are not run again.
+# Warnings are errors. Pages run on all cores; those whose code and library did not change are not run again.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet $(ARGS) docs docs/_build/html
+	$(BIN)/python -m sphinx --jobs auto --fail-on-warning --keep-going --quiet $(ARGS) docs docs/_build/html
 	$(BIN)/python -m pytest --quiet docs/test_site.py
 	@echo "open docs/_build/html/index.html"
 
