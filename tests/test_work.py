@@ -293,7 +293,8 @@ def test_of_many_at_once_each_makes_all_or_nothing(overwrite, tmp_path):
                     make(target, str(number), overwrite)
                     os._exit(0)
                 except InputError as error:
-                    os._exit(3 if "in use" in str(error) or "not empty" in str(error) else 4)
+                    expected = "in use" in str(error) or "not empty" in str(error)
+                    os._exit(3 if expected else 4)
                 finally:
                     os._exit(5)
             processes.append(process)

@@ -64,6 +64,6 @@ def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
                 name = owner.read_text("utf-8") or name
             raise InputError(f"{what} is in use by {name}: wait, or stop it") from error
         except OSError as error:
-            # Whoever held the lock may have removed its folder just now.
-            if not (left and isinstance(error, FileNotFoundError)):
+            # Whoever held the lock may have removed its folder just now, also while it was made.
+            if not (left and isinstance(error, FileNotFoundError | FileExistsError)):
                 raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
