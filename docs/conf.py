@@ -14,7 +14,7 @@ from sphinx.domains.python import PyObject
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import tnmoe
-from tnmoe.nn.experts import PROJECTIONS
+from tnmoe.options import MATRICES
 
 HERE = Path(__file__).parent
 
@@ -126,7 +126,7 @@ def _signature(
     if text is None:
         return None
     written = _ALIAS.sub(r"\1", text).replace("<factory>", "...")
-    written = written.replace("= PROJECTIONS", f"= {PROJECTIONS!r}")
+    written = written.replace("= MATRICES", f"= {MATRICES!r}")
     return "" if text == "(*args, **kwargs)" else written, result and _ALIAS.sub(r"\1", result)
 
 
