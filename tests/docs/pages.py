@@ -10,8 +10,8 @@ FENCE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.M | re.S)
 NEEDS = re.compile(r"^(?:Needs `)?pip install '?tnmoe(?:\[([\w,]+)\])?'?", re.M)
 LINES_AT_THE_TOP = 30
 
-# Cells of these belong to the site, not to the reader.
-HIDDEN = (":tags: [remove-cell]", ":tags: [remove-input]")
+# Of a cell, the lines that tell the site how to show it.
+OPTIONS = re.compile(r"(?:^:.*\n)*")
 
 PAGES = {
     str(path.relative_to(DOCS).with_suffix("")): path.read_text(encoding="utf-8")
@@ -31,11 +31,13 @@ def extras(text: str) -> frozenset[str] | None:
 
 def cells(text: str) -> list[tuple[str, bool]]:
     """What a reader runs of a notebook, and whether it is meant to fail."""
-    shown = [body for body in CELL.findall(text) if not body.startswith(HIDDEN)]
-    return [
-        (re.sub(r"^:tags:.*\n", "", body), body.startswith(":tags: [raises-exception]"))
-        for body in shown
-    ]
+    found = []
+    for body in CELL.findall(text):
+        options = OPTIONS.match(body)[0]
+        # Other cells belong to the site, not to the reader.
+        if "remove-cell" not in options and "remove-input" not in options:
+            found.append((body.removeprefix(options), "raises-exception" in options))
+    return found
 
 
 def fences(text: str) -> list[tuple[str, str]]:
