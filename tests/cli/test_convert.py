@@ -116,13 +116,13 @@ def test_settings_come_from_a_file_and_from_the_command_line_first(dense, tmp_pa
     target = tmp_path / "target"
     tnmoe("upcycle", dense, target, "--config", tmp_path / "c.json", "--experts", 2,
           "--layers", r"layers\.[12]$")  # fmt: skip
-    stored = json.loads((target / "config.json").read_text())["mpoe"]["config"]
+    stored = json.loads((target / "config.json").read_text())["tnmoe"]["config"]
     assert stored["num_experts"] == 2
     assert stored["max_bond"] == {"up": 4}
     assert stored["layers"] == r"layers\.[12]$"
     tnmoe("upcycle", dense, target, "--layers", "0,1", "--sites", 3, "--matrices", "up,down",
           "--overwrite")  # fmt: skip
-    stored = json.loads((target / "config.json").read_text())["mpoe"]["config"]
+    stored = json.loads((target / "config.json").read_text())["tnmoe"]["config"]
     assert stored["layers"] == [0, 1]
     assert stored["matrices"] == ["up", "down"]
 

@@ -52,7 +52,7 @@ def test_averaging_experts_that_are_alike_gives_the_dense_model_back(name, layou
     assert type(back) is type(dense)
     assert set(back.state_dict()) == names
     assert not any(isinstance(each, nn.MPOMoE) for each in back.modules())
-    assert not hasattr(back.config, "mpoe")
+    assert not hasattr(back.config, "tnmoe")
     assert relative(outputs(back, name), expected) < 1e-5
 
 
@@ -186,7 +186,7 @@ def test_exports_keep_what_a_model_is_beside_its_function_and_leave_it_alone(nam
         assert {each.dtype for each in other.parameters()} == {torch.bfloat16}
         assert other.training
         assert other.generation_config.max_new_tokens == 17
-        assert not hasattr(other.config, "mpoe")
+        assert not hasattr(other.config, "tnmoe")
         assert torch.isfinite(other(**inputs(name)).logits).all()
     after = model.state_dict()
     assert after.keys() == before.keys()

@@ -171,7 +171,7 @@ def test_a_part_of_a_converted_model_computes_what_it_did_in_the_dense_one(
             again = type(loaded).from_pretrained(tmp_path / "again").eval()
             assert relative(again(**inputs)[0], expected) < 1e-5
             assert len(mixtures(again)) == len(mixtures(loaded))
-    assert type(model).from_pretrained(tmp_path / "planned").config.mpoe == model.config.mpoe
+    assert type(model).from_pretrained(tmp_path / "planned").config.tnmoe == model.config.tnmoe
 
 
 def test_a_part_whose_tensors_transformers_does_not_find_is_refused(tmp_path):
@@ -207,14 +207,14 @@ def test_missing_tensors_of_mixtures_are_named(layout, lost, options, tmp_path):
     ],
 )
 def test_a_record_that_does_not_suit_the_tensors_is_refused(change, folder):
-    rewrite(folder, lambda entries: change(entries["mpoe"]))
+    rewrite(folder, lambda entries: change(entries["tnmoe"]))
     with pytest.raises(tn.InputError, match="tensors of the feed-forward networks"):
         hf.from_pretrained(folder)
 
 
 def test_what_has_another_size_is_drawn_anew_if_the_caller_allows_it(folder):
     stored = load_file(folder / "model.safetensors")
-    rewrite(folder, lambda entries: entries["mpoe"]["config"].update(num_experts=5))
+    rewrite(folder, lambda entries: entries["tnmoe"]["config"].update(num_experts=5))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(folder)
     # Freed memory that is full of numbers is what uninitialised tensors would show.
@@ -268,10 +268,10 @@ def test_a_configuration_survives_saving_by_itself(saved, tmp_path):
     config = AutoConfig.from_pretrained(saved[1])
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
-    assert again.mpoe == config.mpoe == saved[0].config.mpoe
+    assert again.tnmoe == config.tnmoe == saved[0].config.tnmoe
     assert type(again) is transformers.LlamaConfig
-    assert "stopped" not in again.mpoe
-    assert entries_of(tmp_path)["mpoe"] == entries_of(saved[1])["mpoe"]
+    assert "stopped" not in again.tnmoe
+    assert entries_of(tmp_path)["tnmoe"] == entries_of(saved[1])["tnmoe"]
 
 
 def test_labels_are_kept(tmp_path):
@@ -303,14 +303,14 @@ def in_old_form(folder):
     """What an older tnmoe wrote of the same model."""
 
     def change(entries):
-        record = entries.pop("mpoe")
+        record = entries.pop("tnmoe")
         entries.update({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, **record["stopped"]})
         entries["quantization_config"] = {
             "quant_method": "tnmoe", "layout_version": 1, "mpoe": record["config"],
         }  # fmt: skip
         for value in entries.values():
-            if isinstance(value, dict) and "mpoe" in value and "stopped" in value["mpoe"]:
-                stopped = value.pop("mpoe")["stopped"]
+            if isinstance(value, dict) and "tnmoe" in value and "stopped" in value["tnmoe"]:
+                stopped = value.pop("tnmoe")["stopped"]
                 del value["id2label"]
                 value.update(stopped)
 
@@ -332,7 +332,7 @@ def test_a_folder_of_an_older_tnmoe_loads_with_a_hint_and_is_renewed_by_saving(
         assert relative(outputs(loaded, "llama"), outputs(saved[0], "llama")) < 1e-6
     assert not hasattr(loaded.config, "quantization_config")
     loaded.save_pretrained(tmp_path / "new")
-    assert entries_of(tmp_path / "new")["mpoe"] == entries_of(saved[1])["mpoe"]
+    assert entries_of(tmp_path / "new")["tnmoe"] == entries_of(saved[1])["tnmoe"]
     names = [set(load_file(each / "model.safetensors")) for each in (tmp_path / "new", saved[1])]
     assert names[0] == names[1]
     with warnings.catch_warnings():
@@ -499,4 +499,4 @@ def test_a_converted_model_is_quantized_as_any_other(saved, tmp_path, halving):
 def test_a_conversion_is_recorded_by_name(name):
     model = hf.upcycle(make(name), hf.MPOEConfig(num_experts=2, sites=3, every=2))
     names = [ffn.name for ffn in hf.find_ffns(make(name), every=2)]
-    assert model.config.mpoe["networks"] == names
+    assert model.config.tnmoe["networks"] == names

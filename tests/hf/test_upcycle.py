@@ -193,7 +193,7 @@ def test_a_failed_conversion_leaves_the_model_as_it_was():
     with pytest.raises(tn.InputError, match="NaN"):
         hf.upcycle(model, CONFIG)
     assert len(hf.find_ffns(model)) == 3
-    assert not hasattr(model.config, "mpoe")
+    assert not hasattr(model.config, "tnmoe")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
@@ -269,24 +269,24 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
         ),
         (
             lambda path: hf.from_pretrained(saved_with(path, None)),
-            "mpoe must be an object, got None",
+            "tnmoe must be an object, got None",
         ),
         (
             lambda path: hf.plan_export(saved_with(path, {"magic": 1}), to="moe"),
-            "mpoe has unknown entries 'magic'",
+            "tnmoe has unknown entries 'magic'",
         ),
         (
             lambda path: hf.from_pretrained(saved_with(path, {"networks": "all"})),
-            "networks of mpoe must be a list of names, got 'all'",
+            "networks of tnmoe must be a list of names, got 'all'",
         ),
         (
             lambda path: AutoModel.from_pretrained(saved_with(path, {"config": 3})),
-            "config of mpoe must be an object, got 3",
+            "config of tnmoe must be an object, got 3",
         ),
         (lambda path: hf.from_pretrained(saved_dense(path)), "is not an MPOE checkpoint"),
         (
             lambda path: hf.from_pretrained(saved_with(path, {"format": 99})),
-            "mpoe has format 99, this version of tnmoe reads 2",
+            "tnmoe has format 99, this version of tnmoe reads 2",
         ),
         (
             lambda path: hf.from_pretrained(saved_with(path, {}, ["Magic"])),
@@ -338,7 +338,7 @@ def with_text(path, text):
 def saved_with(path, entries, architectures=("BertModel",)):
     hf.upcycle(make("bert"), CONFIG).save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
-    config["mpoe"] = None if entries is None else config["mpoe"] | entries
+    config["tnmoe"] = None if entries is None else config["tnmoe"] | entries
     config["architectures"] = list(architectures)
     (path / "config.json").write_text(json.dumps(config))
     return path

@@ -1,6 +1,6 @@
 """What a configuration records of a conversion: how it was done, and on which networks.
 
-In memory the record is the attribute ``mpoe`` of transformers' own configuration, in the form of
+In memory the record is the attribute ``tnmoe`` of transformers' own configuration, in the form of
 :meth:`Record.to_dict`. A configuration inside another one, such as the text model's of CLIP, has a
 record of its own, since transformers can load that part alone.
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 
-ENTRY = "mpoe"
+ENTRY = "tnmoe"
 _FORMAT = 2
 
 _STOP = "converted by tnmoe: pip install tnmoe[hf], and import tnmoe.hf before loading it"
@@ -150,7 +150,7 @@ def mark(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[str]) ->
         Names of the layers in the model whose networks are converted.
     """
     names = tuple(networks)
-    model.config.mpoe = Record(config, names).to_dict()
+    model.config.tnmoe = Record(config, names).to_dict()
     parts: dict[int, tuple[PreTrainedConfig, list[str]]] = {}
     for path, part in model.named_modules():
         own = getattr(part, "config", None)
@@ -162,7 +162,7 @@ def mark(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[str]) ->
     for part_config, roots in parts.values():
         inner = [name[len(root) + 1 :] for root in roots for name in names if _is_in(name, root)]
         if inner:
-            part_config.mpoe = Record(config, tuple(dict.fromkeys(inner))).to_dict()
+            part_config.tnmoe = Record(config, tuple(dict.fromkeys(inner))).to_dict()
 
 
 def _is_in(name: str, root: str) -> bool:
