@@ -260,3 +260,24 @@ def test_transformations_give_what_ordinary_calls_give(kind, gated):
     torch.testing.assert_close(forward, torch.einsum("thsg,sg->th", jacobian, tangent))
     torch.testing.assert_close(torch.func.jacrev(call)(states), jacobian)
     torch.testing.assert_close(torch.func.jacfwd(call)(states), jacobian)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_routers_forward_derivatives_are_its_gradients(
+    top_k, score_function, capacity_factor, graded
+):
+    torch.manual_seed(0)
+    router = nn.TopKRouter(
+        6, 4, top_k=top_k, score_function=score_function, capacity_factor=capacity_factor
+    )
+    layer = nn.MPOMoE(router, make_experts("interleaved").float()).double()
+    states = torch.randn(5, 6, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(layer, states)
+    layer.requires_grad_(graded)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(states), jacobian)
+    with torch.set_grad_enabled(graded), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(states, states))).tangent
+    torch.testing.assert_close(tangent, torch.einsum("thsg,sg->th", jacobian, states))

@@ -15,7 +15,7 @@ from tnmoe.errors import InputError, number_in, one_of, positive_int
 from tnmoe.nn.capacity import check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
 from tnmoe.nn.scopes import Scope
-from tnmoe.nn.transforms import is_transformed, without_autocast
+from tnmoe.nn.transforms import is_transformed, takes_apart, without_autocast
 from tnmoe.options import (
     BATCH_SCOPES,
     SCORE_FUNCTIONS,
@@ -182,7 +182,8 @@ class Router(nn.Module, ABC):
 
     def _weigh_one(self, chosen: Tensor, logits: Tensor) -> Tensor:
         """Weights of experts that are alone: exactly 1, with the gradient of the log-score."""
-        if not (self.straight_through and logits.requires_grad):
+        # Forward-mode derivatives are asked for without a sign on the tensor.
+        if not (self.straight_through and (logits.requires_grad or takes_apart())):
             return torch.ones_like(chosen)
         log_scores = self._log_scores_of(chosen, logits)
         return (log_scores - log_scores.detach()).exp()
