@@ -214,6 +214,41 @@ def test_what_others_wrote_is_named_and_kept(name, tmp_path):
     assert os.listdir(tmp_path) == ["target"]
 
 
+@pytest.mark.parametrize("bring", [shutil.copy2, shutil.move])
+@pytest.mark.parametrize("text", ["mine", "old"])
+def test_an_older_file_brought_to_the_place_of_what_was_written_is_kept(text, bring, tmp_path):
+    target, mine = tmp_path / "target", tmp_path / "mine"
+    mine.write_text(text)
+    os.utime(mine, (10**9, 10**9))
+    make(target, "old")
+    bring(mine, target / "file")
+    with pytest.raises(InputError, match=r"target holds what tnmoe did not .*: file;"):
+        make(target)
+    assert (target / "file").read_text() == text
+
+
+@pytest.mark.parametrize("to", [1, 10**9, 2 * 10**9])
+def test_a_copy_of_the_folder_that_keeps_times_roughly_can_be_replaced(to, tmp_path):
+    target, copy = tmp_path / "target", tmp_path / "copy"
+    make(target, "old")
+    shutil.copytree(target, copy)
+    for path in copy.rglob("*"):
+        time = path.stat().st_mtime_ns // to * to
+        os.utime(path, ns=(time, time))
+    make(copy, "new")
+    assert contents(copy) == both("new")
+
+
+@pytest.mark.parametrize("record", ["", "[]", '["file"]', '{"file": null}', '{"file": [3]}', "3"])
+def test_what_a_damaged_record_lists_is_nobodys(record, tmp_path):
+    target = tmp_path / "target"
+    make(target, "old")
+    (target / ".tnmoe-files").write_text(record)
+    with pytest.raises(InputError, match="target holds what tnmoe did not write there"):
+        make(target)
+    assert contents(target) == both("old")
+
+
 @pytest.mark.parametrize("name", ["file", "sub"])
 def test_a_link_in_the_place_of_what_was_written_is_kept(name, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 from tnmoe.errors import InputError
 
-# Lies in every folder that tnmoe makes, and lists the files that it wrote there.
+# Lies in every folder that tnmoe makes, and lists the files that it wrote there, with their sizes.
+# It is as old as each of them, to the instant.
 RECORD = ".tnmoe-files"
 
 
@@ -57,8 +59,12 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 def write_record(folder: Path) -> None:
     """List the files of a folder in its record: tnmoe wrote them all, and now."""
-    names = sorted(path.as_posix() for path in files_in(folder) if path != Path(RECORD))
-    write_whole(folder / RECORD, f"{json.dumps(names, indent=1)}\n".encode())
+    paths = sorted(path for path in files_in(folder) if path != Path(RECORD))
+    sizes = {path.as_posix(): (folder / path).stat().st_size for path in paths}
+    write_whole(folder / RECORD, f"{json.dumps(sizes, indent=1)}\n".encode())
+    now = time.time_ns()
+    for path in (*paths, Path(RECORD)):
+        os.utime(folder / path, ns=(now, now))
 
 
 def unrecorded(folder: Path) -> list[Path]:
@@ -69,13 +75,17 @@ def unrecorded(folder: Path) -> list[Path]:
     list of Path
         Relative to the folder. Where there is no record, all that there is.
     """
-    written = _recorded(folder)
-    record = folder / RECORD
-    return sorted(
-        path
-        for path in files_in(folder)
-        if path not in written or _changed_since(record, folder / path)
-    )
+    sizes = _recorded(folder)
+    # Of a folder whose files are gone by now, itself may be left.
+    places = {each for path in sizes for each in (path, *path.parents)}
+
+    def is_ours(path: Path) -> bool:
+        where = folder / path
+        if where.is_symlink() or not where.is_file():
+            return path in places and where.is_dir() and not where.is_symlink()
+        return path == Path(RECORD) or _is_as_written(where, sizes.get(path), folder / RECORD)
+
+    return sorted(path for path in files_in(folder) if not is_ours(path))
 
 
 def remove(folder: Path, paths: Collection[Path]) -> None:
@@ -159,21 +169,16 @@ def _is_mount_point(folder: Path) -> bool:
     return str(folder).replace(" ", r"\040") in {line.split()[4] for line in lines}
 
 
-def _recorded(folder: Path) -> set[Path]:
+def _recorded(folder: Path) -> dict[Path, int]:
+    """Files that tnmoe wrote in a folder, with their sizes."""
     try:
-        names = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        sizes = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return set()
-    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not listed:
-        return set()
-    files = {Path(RECORD), *map(Path, names)}
-    # Of a folder whose files are gone by now, itself may be left.
-    return files | {parent for path in files for parent in path.parents}
+        return {}
+    return {Path(name): size for name, size in sizes.items()} if isinstance(sizes, dict) else {}
 
 
-def _changed_since(record: Path, path: Path) -> bool:
-    """Whether a file is newer than the record, which is written last, or no ordinary one."""
-    if path.is_symlink() or not (path.is_file() or path.is_dir()):
-        return True
-    return path.is_file() and path.stat().st_mtime_ns > record.stat().st_mtime_ns
+def _is_as_written(path: Path, size: object, record: Path) -> bool:
+    """Whether a file is the one that was recorded: one put in its place is of another time."""
+    status = path.stat()
+    return status.st_size == size and status.st_mtime_ns == record.stat().st_mtime_ns
