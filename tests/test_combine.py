@@ -90,6 +90,16 @@ def test_products_with_room_are_exact_and_without_it_near_the_best(method, dtype
     assert dense_norm(dense(small) - expected) <= 3 * best.error_bound + 1e-4 * dense_norm(expected)
 
 
+@pytest.mark.parametrize("method", ["direct", "zipup", "randomized"])
+@pytest.mark.parametrize("max_bond", [4, 16, (4, 4), (100, 4)])
+def test_a_limit_that_cuts_nothing_leaves_a_product_exact(max_bond, method):
+    shape = tn.MPOShape((2, 2, 2), (2, 2, 2))  # no bond of any matrix is larger than 4
+    a, b = (random_mpo(shape, "float64", "numpy", seed, 4) for seed in (1, 2))
+    expected = dense(a) @ dense(b)
+    product = tn.matmul(a, b, method=method, max_bond=max_bond)
+    assert dense_norm(dense(product) - expected) <= 1e-12 * dense_norm(expected)
+
+
 @pytest.fixture
 def carried(monkeypatch):
     """Bonds that a zip-up carries on from site to site, under some limit."""

@@ -386,9 +386,7 @@ def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Select
     # With its centre on the left, what is right of a bond is an isometry in each factor.
     term = _Term(tuple(canonicalize(xp, cores, None, 0) for cores in factors))
     sites = selection.shape.sites
-    caps = [inf] * (sites - 1)
-    if selection.max_bond is not None or selection.bonds is not None:
-        caps = [2 * cap for cap in selection.caps]
+    cap = _interim_cap(selection)
     share = (selection.rtol or 0.0) / 10 / max(1, sites - 1) ** 0.5
     cores: list[Array] = []
     carry = xp.eye(1, like=factors[0][0])
@@ -397,10 +395,22 @@ def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Select
         if site == sites - 1:
             return [*cores, merged]
         unfolding = merged.reshape(-1, merged.shape[3])
-        isometry = truncated_isometry(xp, unfolding, caps[site], share)
+        isometry = truncated_isometry(xp, unfolding, cap, share)
         carry = xp.adjoint(isometry) @ unfolding
         cores.append(isometry.reshape(*merged.shape[:3], -1))
     return cores
+
+
+def _interim_cap(selection: Selection) -> float:
+    """Largest bond while a product is formed: twice what may be kept, if that cuts anything.
+
+    The legs to the right bound a bond of the whole, but none of a part that is not yet multiplied
+    with them.
+    """
+    if selection.caps == selection.shape.bond_dims():
+        return inf
+    asked = selection.max_bond if selection.bonds is None else selection.bonds
+    return 2 * (max(asked) if isinstance(asked, Sequence) else asked or inf)
 
 
 def _distance(xp: Backend, terms: Sequence[_Term], cores: Sequence[Array]) -> float:
