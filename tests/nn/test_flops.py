@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnmoe as tn
@@ -188,3 +189,22 @@ def test_sizes_without_numbers_are_counted(layout, grad):
     if layout == "dense":
         assert found == 2 * 2 * 24 * 2 * H * F
     assert found > 0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+def test_tensors_that_only_have_sizes_take_what_those_of_the_meta_device_take(layout, top_k, grad):
+    def layer(device=None):
+        if layout == "dense":
+            experts = nn.DenseExperts(E, H, F, device=device)
+        else:
+            experts = nn.MPOExperts(E, H, F, layout=layout, sites=3, device=device)
+        made = nn.MPOMoE(nn.TopKRouter(H, E, top_k=top_k, device=device), experts)
+        states = torch.randn(24, H, device=device, requires_grad=grad)
+        with torch.set_grad_enabled(grad):
+            return count(lambda: made(states).sum().backward() if grad else made(states))
+
+    with FakeTensorMode():
+        found = layer()
+    assert found == layer("meta") > 0

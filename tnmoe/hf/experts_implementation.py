@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tnmoe.nn.grouped import Groups, Visits, cleared, grouped_linear, per_row, spread
-from tnmoe.nn.transforms import autocast_dtype, is_transformed
+from tnmoe.nn.transforms import autocast_dtype, is_transformed, may_look
 
 NAME = "tnmoe"
 
@@ -91,8 +91,7 @@ def _normed(experts: Any, outputs: Tensor) -> Tensor:
 
 def _nowhere(groups: Groups, num_experts: int) -> Tensor | None:
     """Rows without an expert, (rows,); None where it is known that there are none."""
-    waits = groups.offsets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if waits and int(groups.offsets[-1]) == groups.rows:
+    if may_look(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
         return None
     return groups.experts >= num_experts
 

@@ -22,7 +22,7 @@ from tnmoe.nn.projection import (
     StackedProjection,
     side_by_side,
 )
-from tnmoe.nn.transforms import autocast_dtype, is_transformed, takes_apart
+from tnmoe.nn.transforms import autocast_dtype, is_transformed, may_look, takes_apart
 from tnmoe.options import GAUGES, LAYOUTS, MATRICES, Gauge, Layout, Matrix, SharedSites
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
@@ -174,7 +174,7 @@ class Experts(nn.Module):
         if is_transformed():
             return self._all_on_all(hidden_states, top_k_index, top_k_weights)
         states = hidden_states.to(autocast_dtype(hidden_states) or hidden_states.dtype)
-        if states.device.type == "cpu" and not torch.compiler.is_compiling():
+        if may_look(states):
             groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
             routed, weights = self._count_routed(groups), top_k_weights
             if routed < groups.rows:

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 import tnmoe.nn.cache  # noqa: F401 - its operator is counted here
 from tnmoe.nn.grouped import blocks_of
 from tnmoe.nn.materialize import Legs
+from tnmoe.nn.transforms import holds_numbers
 
 _OPERATORS = torch.ops.tnmoe
 
@@ -102,4 +102,4 @@ def _rows_of(rows: Tensor, offsets: Tensor) -> int:
 
 
 def _has_numbers(offsets: Tensor) -> bool:
-    return not (offsets.is_meta or isinstance(offsets, FakeTensor)) and len(offsets) > 0
+    return holds_numbers(offsets) and len(offsets) > 0

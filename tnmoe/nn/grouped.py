@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnmoe.nn.transforms import is_watched, takes_apart
+from tnmoe.nn.transforms import holds_numbers, is_watched, takes_apart
 from tnmoe.routes import WIDE
 
 
@@ -222,7 +222,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
     if takes_apart():
         return _linear_apart(rows, weight, offsets)
-    opaque = torch.compiler.is_compiling() or is_watched() or rows.is_meta
+    opaque = torch.compiler.is_compiling() or is_watched() or not holds_numbers(rows)
     if torch.is_grad_enabled() or opaque:
         return torch.ops.tnmoe.grouped_linear(rows, weight, offsets)
     # What an operator brings with it costs more than the product of a few rows.

@@ -22,7 +22,7 @@ from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, Visits, grouped_linear, per_row
 from tnmoe.nn.in_order import chain_linear, chain_linears
 from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
-from tnmoe.nn.transforms import takes_apart
+from tnmoe.nn.transforms import holds_numbers, takes_apart
 from tnmoe.options import Route, SharedSites
 from tnmoe.routes import ContractionPlan
 from tnmoe.shapes import MPOShape
@@ -649,7 +649,7 @@ class SharedProjection(Projection):
     def _chosen_route(self, rows: Tensor, groups: Groups) -> str:
         training = self._in_training(rows)
         compiling = torch.compiler.is_compiling()
-        if not (compiling or rows.is_meta):
+        if not compiling and holds_numbers(rows):
             return self.plan(groups.rows, training).route
         # What is compiled, or has no numbers, must do for any number of rows.
         if self.shape.is_split(self.site):

@@ -7,6 +7,7 @@ from contextvars import Context, copy_context
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 
@@ -33,9 +34,14 @@ def takes_apart() -> bool:
 
 def may_look(tensor: Tensor) -> bool:
     """Whether code may depend on the numbers in a tensor, and need not wait for them."""
-    return (
-        tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
-    )
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return tensor.device.type == "cpu" and holds_numbers(tensor)
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether there are numbers in a tensor: ``meta`` and ``FakeTensorMode`` have sizes alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def in_backward() -> bool:
