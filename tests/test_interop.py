@@ -377,3 +377,11 @@ def test_tensorly_reconstructs_kronecker_products(pair):
     np.testing.assert_allclose(
         theirs, np.kron(x, y), atol=1e-10 * np.linalg.norm(x) * np.linalg.norm(y)
     )
+
+
+@pytest.mark.parametrize("export", [interop.to_quimb, interop.to_tensorly])
+def test_only_an_operator_is_handed_over(export):
+    mpo = tn.MPO.random(tn.MPOShape((2, 2), (2, 2)), rng=0)
+    for other in (np.eye(4), mpo.cores, tn.SharedMPO.replicate(mpo, num_experts=2)):
+        with pytest.raises(TypeError, match=f"expected an MPO, got {type(other).__name__}"):
+            export(other)

@@ -34,6 +34,8 @@ def to_tensorly(mpo: MPO) -> Any:
     ------
     InputError
         If the shape is padded, which tensorly cannot express.
+    TypeError
+        If it is no MPO.
     MissingExtraError
         If tensorly is not installed.
 
@@ -47,7 +49,7 @@ def to_tensorly(mpo: MPO) -> Any:
     require_extra("to_tensorly", "interop", "tensorly")
     from tensorly.tt_matrix import TTMatrix
 
-    _refuse_padding(mpo)
+    _check(mpo)
     return TTMatrix(list(mpo.cores))
 
 
@@ -102,6 +104,8 @@ def to_quimb(mpo: MPO) -> Any:
     ------
     InputError
         If the shape is padded, which quimb cannot express.
+    TypeError
+        If it is no MPO.
     MissingExtraError
         If quimb is not installed.
 
@@ -115,7 +119,7 @@ def to_quimb(mpo: MPO) -> Any:
     require_extra("to_quimb", "interop", "quimb")
     from quimb.tensor import MatrixProductOperator
 
-    _refuse_padding(mpo)
+    _check(mpo)
     xp = get_backend(mpo.cores[0])
     arrays = [xp.permute(core, (0, 3, 1, 2)) for core in mpo.cores]
     # quimb leaves out the outermost bonds.
@@ -268,7 +272,10 @@ def _in_common_dtype(cores: list[Array]) -> list[Array]:
     return in_one_dtype(xp, cores)
 
 
-def _refuse_padding(mpo: MPO) -> None:
+def _check(mpo: MPO) -> None:
+    """Raise unless it is an MPO that other libraries can express."""
+    if not isinstance(mpo, MPO):
+        raise TypeError(f"expected an MPO, got {type(mpo).__qualname__}")
     shape = mpo.shape
     if (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features):
         raise InputError(f"only tnmoe knows padded shapes: {shape}")
