@@ -236,6 +236,12 @@ def test_normal_numbers_are_of_unit_variance_and_the_same_in_every_library(libra
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), torch.float32, np.random.default_rng(0)])
+def test_what_a_library_has_beside_arrays_is_no_array(thing):
+    with pytest.raises(TypeError, match="expected an array of one of"):
+        get_backend(thing)
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 def test_norms_of_huge_and_tiny_numbers_neither_overflow_nor_vanish(library, dtype):

@@ -144,7 +144,8 @@ def _owner(kind: type) -> str | None:
     if kind in _registered:
         return _registered[kind].name
     library = kind.__module__.partition(".")[0]
-    return library if library in _BUILT_IN else None
+    # Libraries have other classes, too: layers, say.
+    return library if library in _BUILT_IN and hasattr(kind, "shape") else None
 
 
 def _name_of(kind: type) -> str:
