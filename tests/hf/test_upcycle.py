@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -314,6 +315,26 @@ def test_bad_input_is_named(tmp_path, make_error, message):
 def test_other_objects_are_named(model, config, message):
     with pytest.raises(TypeError, match=message):
         hf.upcycle(model(), config)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["query"])),
+    ],
+)
+def test_a_wrapper_is_refused_since_the_model_in_it_would_have_other_names(wrap):
+    dense, mixture = wrap(make("bert")), wrap(hf.upcycle(make("bert"), CONFIG))
+    kind = type(dense).__name__
+    for call in (
+        lambda: hf.upcycle(dense, CONFIG),
+        lambda: hf.average_experts(mixture),
+        lambda: hf.to_moe(mixture),
+    ):
+        with pytest.raises(TypeError, match=f"got {kind}: give the model that it wraps"):
+            call()
+    assert len(hf.find_ffns(dense)) == 3
 
 
 def test_a_folder_of_links_is_loaded(tmp_path):

@@ -14,7 +14,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.families import FFN, weight_of
 from tnmoe.hf.record import config_of, required_record, unmark
-from tnmoe.hf.structure import check_in_memory, mixtures_of, networks_named
+from tnmoe.hf.structure import check_in_memory, check_model, mixtures_of, networks_named
 from tnmoe.nn.moe import MPOMoE
 
 
@@ -39,6 +39,8 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     ------
     InputError
         If the model is no converted one, or is not in memory as a whole.
+    TypeError
+        If it is no model of transformers, but a wrapper around one.
 
     Examples
     --------
@@ -50,6 +52,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     >>> type(average_experts(model).model.layers[0].mlp).__name__
     'LlamaMLP'
     """
+    check_model(model)
     record = required_record(model)
     check_in_memory(model, "tnmoe.hf.plan_export")
     plain = copy.deepcopy(model.config)
@@ -104,6 +107,8 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     InputError
         If the model is no converted one or not in memory as a whole, or has something that the
         other class cannot express.
+    TypeError
+        If it is no model of transformers, but a wrapper around one.
 
     Notes
     -----
@@ -128,6 +133,7 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     >>> type(to_moe(model)).__name__
     'MixtralForCausalLM'
     """
+    check_model(model)
     config = config_of(model)
     check_in_memory(model, "tnmoe.hf.plan_export")
     target, mixtures = target_of(model), mixtures_of(model)

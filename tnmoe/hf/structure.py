@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
@@ -95,6 +96,20 @@ def install_new(model: nn.Module, config: MPOEConfig, names: Iterable[str]) -> N
     """Put new mixtures of experts in the place of the networks that have these names."""
     for ffn in networks_named(model, names):
         ffn.install(new_moe(ffn, config).train(model.training))
+
+
+def check_model(model: object) -> None:
+    """Raise a TypeError unless this is a model of transformers, by itself.
+
+    In a wrapper, torch.compile's or PEFT's, networks have other names than in the model that is
+    saved.
+    """
+    if not isinstance(model, PreTrainedModel):
+        wraps = isinstance(model, nn.Module) and hasattr(model, "config")
+        raise TypeError(
+            f"model must be a model of transformers, got {type(model).__qualname__}"
+            + (": give the model that it wraps" if wraps else "")
+        )
 
 
 def check_in_memory(model: nn.Module, planner: str) -> None:

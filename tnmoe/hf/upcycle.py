@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
 from tnmoe.hf.record import check_unconverted, mark, own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.structure import check_in_memory, expert_settings, new_router
+from tnmoe.hf.structure import check_in_memory, check_model, expert_settings, new_router
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.router import Router
@@ -56,7 +55,7 @@ def upcycle(
         If the model has no known feed-forward network or one that does more than its family's,
         is already converted or quantized, or holds NaN or infinity.
     TypeError
-        If these are no model of transformers and no MPOEConfig.
+        If these are no model of transformers, which a wrapper is not, and no MPOEConfig.
 
     Notes
     -----
@@ -107,8 +106,7 @@ def _unmark_as_quantized(model: PreTrainedModel) -> None:
 
 def _check_types(model: object, config: object) -> None:
     """Raise a TypeError unless these are a model of transformers and an MPOEConfig."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TypeError(f"model must be a model of transformers, got {type(model).__qualname__}")
+    check_model(model)
     if not isinstance(config, MPOEConfig):
         raise TypeError(f"config must be an MPOEConfig, got {type(config).__qualname__}")
 
