@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import save_file
 
 import tnmoe as tn
+from tests.hf.composites import PARTS
 from tests.hf.families import MODELS, make, outputs, relative
 from tnmoe import hf, nn
 from tnmoe.hf.shards import Checkpoint
@@ -43,6 +44,27 @@ def test_a_folder_becomes_what_the_model_is_saved_as_and_dense_again(name, tmp_p
     stored = json.loads((tmp_path / "back" / "config.json").read_text())
     before = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert stored == before
+
+
+@pytest.mark.parametrize(
+    ("whole", "part"),
+    list(dict.fromkeys((whole, part) for whole, layers, part, _ in PARTS if layers is None)),
+    ids=lambda each: each.__name__,
+)
+def test_a_part_that_was_saved_by_itself_is_converted_and_exported_as_any_model(
+    whole, part, tmp_path
+):
+    """Its tensors may keep the names that they have in the whole."""
+    whole().save_pretrained(tmp_path / "whole")
+    model = part.from_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "dense")
+    hf.plan_upcycle(tmp_path / "dense", CONFIG, seed=5).run(tmp_path / "mpoe")
+    torch.manual_seed(5)
+    expected = hf.upcycle(model, CONFIG)
+    same(load(tmp_path / "mpoe", expected), expected)
+    hf.plan_export(tmp_path / "mpoe", to="dense").run(tmp_path / "back")
+    average = hf.average_experts(expected)
+    same(load(tmp_path / "back", average), average)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "t5"])

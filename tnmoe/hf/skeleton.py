@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -161,8 +163,12 @@ class Skeleton:
     def _naming(self, needed: list[str]) -> Rename:
         prefix = f"{self.model.base_model_prefix}."
         stored: Rename = cache(partial(stored_name, self.model))
+        # A model that was loaded from names with a prefix is saved with it: a CLIPTextModel.
+        loaded = copy.copy(self.model)
+        loaded._weight_conversions = get_model_conversion_mapping(self.model, add_legacy=False)
         renames: list[Rename] = [
             stored,
+            cache(partial(stored_name, loaded)),
             lambda name: stored(name).removeprefix(prefix),
             lambda name: prefix + stored(name),
             lambda name: name,
