@@ -443,6 +443,28 @@ def test_a_dense_network_in_a_converted_model_is_not_saved(saved, tmp_path):
     assert not (tmp_path / "lie").exists()
 
 
+@pytest.mark.parametrize("change", ["drop", "repeat"])
+def test_layers_that_moved_are_named_before_they_are_saved(change, tmp_path):
+    config = hf.MPOEConfig(num_experts=3, sites=3, layers=[2])
+    model = converted("llama", config)
+    layers = list(model.model.layers)
+    layers = layers[1:] if change == "drop" else [*layers, copy.deepcopy(layers[2])]
+    for number, layer in enumerate(layers):
+        layer.self_attn.layer_idx = number
+    model.model.layers = tnn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    first, named = (1, [1]) if change == "drop" else (3, [2, 3])
+    with pytest.raises(
+        tn.InputError, match=rf"model\.layers\.{first}\.mlp of this Llama.*networks"
+    ):
+        model.save_pretrained(tmp_path / "moved")
+    assert not (tmp_path / "moved").exists()
+    model.config.mpoe["networks"] = [f"model.layers.{number}" for number in named]
+    model.save_pretrained(tmp_path / "moved")
+    loaded = hf.from_pretrained(tmp_path / "moved").eval()
+    assert relative(outputs(loaded, "llama"), outputs(model.eval(), "llama")) < 1e-6
+
+
 class Halved(tnn.Linear):
     """A stand-in for a layer of quantized numbers: in half precision, whatever the model is in."""
 

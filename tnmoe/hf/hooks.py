@@ -24,7 +24,7 @@ from tnmoe.hf.families import all_ffns
 from tnmoe.hf.record import ENTRY, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.shards import CONFIG, FORMER_CORE, PRESENT_CORE, is_old, read_json
-from tnmoe.hf.structure import install_new, mixtures_of, networks_named
+from tnmoe.hf.structure import install_new, mixtures_of, mixtures_unnamed, networks_named
 from tnmoe.nn.moe import MPOMoE
 
 _SHOWN = 4
@@ -192,4 +192,10 @@ def _check_recorded(model: PreTrainedModel) -> None:
             f"the configuration of this {type(model).__name__} says that {dense[0].name} is a "
             "mixture of experts, but it is a dense network: save what hf.average_experts makes of "
             "a converted model"
+        )
+    if record is not None and (unnamed := mixtures_unnamed(model, record.networks)):
+        raise InputError(
+            f"{unnamed[0]} of this {type(model).__name__} is a mixture of experts, but its "
+            "configuration does not say so, and the saved folder would not load: name all layers "
+            "that have one in config.mpoe['networks']"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -77,15 +77,30 @@ def networks_named(model: nn.Module, names: Iterable[str]) -> list[FFN]:
     leave it out: ``encoder.layer.0`` of a BertModel is ``bert.encoder.layer.0`` of a
     BertForMaskedLM. It may also count from a module inside that has the model's configuration.
     """
-    wanted, config = set(names), getattr(model, "config", None)
+    wanted, names_of = set(names), _naming(model)
+    return [ffn for ffn in all_ffns(model) if not wanted.isdisjoint(names_of(ffn.name))]
+
+
+def mixtures_unnamed(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Where a model has mixtures in layers that have none of these names, as networks have them."""
+    wanted, names_of = set(names), _naming(model)
+
+    def is_named(path: str) -> bool:
+        parts = path.split(".")
+        layers = (".".join(parts[:end]) for end in range(len(parts)))
+        return any(not wanted.isdisjoint(names_of(layer)) for layer in layers)
+
+    return [path for path in mixtures_of(model) if not is_named(path)]
+
+
+def _naming(model: nn.Module) -> Callable[[str], set[str]]:
+    """From a layer's name in a model to all names that a record may have for it."""
+    config = getattr(model, "config", None)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     roots = {f"{path}." for path, each in model.named_modules() if path and _has(each, config)}
-
-    def names_of(ffn: FFN) -> set[str]:
-        inner = {ffn.name.removeprefix(root) for root in roots | {prefix}}
-        return {ffn.name, prefix + ffn.name} | inner
-
-    return [ffn for ffn in all_ffns(model) if not wanted.isdisjoint(names_of(ffn))]
+    return lambda name: (
+        {name, prefix + name} | {name.removeprefix(root) for root in roots | {prefix}}
+    )
 
 
 def _has(module: nn.Module, config: Any) -> bool:
