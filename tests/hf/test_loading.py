@@ -197,6 +197,15 @@ def test_missing_tensors_of_mixtures_are_named(layout, lost, options, tmp_path):
             load(tmp_path, **options)
 
 
+def test_tensors_that_a_given_state_dict_lacks_are_named(saved):
+    model = saved[0]
+    kept = {name: each for name, each in model.state_dict().items() if "1.mlp.router" not in name}
+    with pytest.raises(
+        tn.InputError, match=r"^state_dict lacks 1 tensors .*layers\.1\.mlp\.router"
+    ):
+        LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=kept)
+
+
 @pytest.mark.parametrize(
     "change",
     [

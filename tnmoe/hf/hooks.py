@@ -101,7 +101,7 @@ def _loading(load: Callable) -> Callable:
         model, info = load(cls, folder, *args, output_loading_info=True, **kwargs)
         if old:
             _forget_former_names(model)
-        _check_all_there(model, info, folder)
+        _check_all_there(model, info, "state_dict" if folder is None else folder)
         _redraw(model, {name for name, *_ in info["mismatched_keys"]})
         return (model, info) if output_loading_info else model
 
