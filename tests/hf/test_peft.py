@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+import tnmoe as tn
 from tests.hf.families import IDS, make
 from tnmoe import hf, nn
 
@@ -172,3 +173,12 @@ def test_trainer_resumes_a_run_with_adapters_cores_and_routers(base, tmp_path):
         hf.from_pretrained(tmp_path / "base"), tmp_path / "whole/checkpoint-4"
     )
     torch.testing.assert_close(logits(loaded.eval()), logits(whole.model.eval()))
+
+
+def test_a_folder_of_adapters_is_told_from_one_of_a_model(base, tmp_path):
+    loaded = hf.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(loaded, CONFIGS["lora"]()).save_pretrained(tmp_path / "adapters")
+    with pytest.raises(tn.InputError, match="holds adapters of PEFT and no model"):
+        hf.from_pretrained(tmp_path / "adapters")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapters").eval()
+    torch.testing.assert_close(logits(again), logits(base.eval()))

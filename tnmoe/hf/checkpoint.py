@@ -14,6 +14,9 @@ from tnmoe.hf.record import ENTRY, Record, record_of
 from tnmoe.hf.shards import CONFIG, check_folder, read_json
 from tnmoe.hf.skeleton import config_from, model_class_named
 
+# Where PEFT tells of adapters.
+_ADAPTERS = "adapter_config.json"
+
 
 def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load an MPOE checkpoint as the class it was saved from.
@@ -62,6 +65,11 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
 
 def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
     """The configuration to load a folder by: its own, a given one, or that of a given path."""
+    if (folder / _ADAPTERS).exists() and not (folder / CONFIG).exists():
+        raise InputError(
+            f"{folder} holds adapters of PEFT and no model: transformers' Auto classes load them "
+            "with their model, or give PeftModel.from_pretrained the model first"
+        )
     check_folder(folder)
     if isinstance(given, PreTrainedConfig):
         if record_of(given) is None:
