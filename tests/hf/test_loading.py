@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 
 import tnmoe as tn
 from tests.hf.composites import PARTS
-from tests.hf.families import make, outputs, relative
+from tests.hf.families import IDS, make, outputs, relative
 from tnmoe import hf, nn
 
 CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
@@ -444,6 +444,22 @@ def test_a_model_converted_inside_another_one_is_not_saved_with_it(tmp_path):
     assert not (tmp_path / "whole").exists()
 
 
+def test_a_model_put_together_of_converted_parts_is_saved_with_them(tmp_path):
+    for side in ("encoder", "decoder"):
+        config = make("bert").config
+        config.is_decoder = config.add_cross_attention = side == "decoder"
+        part = transformers.AutoModelForCausalLM if side == "decoder" else AutoModel
+        hf.upcycle(part.from_config(config), CONFIG).save_pretrained(tmp_path / side)
+    folders = (str(tmp_path / side) for side in ("encoder", "decoder"))
+    pair = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(*folders).eval()
+    pair.save_pretrained(tmp_path / "pair")
+    loaded = transformers.EncoderDecoderModel.from_pretrained(tmp_path / "pair").eval()
+    assert len(mixtures(loaded)) == 6
+    ids = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
+    with torch.no_grad():
+        assert relative(loaded(**ids).logits, pair(**ids).logits) < 1e-6
+
+
 def test_a_dense_network_in_a_converted_model_is_not_saved(saved, tmp_path):
     model = LlamaForCausalLM.from_pretrained(saved[1])
     model.model.layers[1].mlp = make("llama").model.layers[1].mlp
@@ -468,7 +484,7 @@ def test_layers_that_moved_are_named_before_they_are_saved(change, tmp_path):
     ):
         model.save_pretrained(tmp_path / "moved")
     assert not (tmp_path / "moved").exists()
-    model.config.mpoe["networks"] = [f"model.layers.{number}" for number in named]
+    model.config.tnmoe["networks"] = [f"model.layers.{number}" for number in named]
     model.save_pretrained(tmp_path / "moved")
     loaded = hf.from_pretrained(tmp_path / "moved").eval()
     assert relative(outputs(loaded, "llama"), outputs(model.eval(), "llama")) < 1e-6

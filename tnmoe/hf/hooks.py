@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tnmoe.errors import InputError
 from tnmoe.hf.entries import current_entries
 from tnmoe.hf.families import all_ffns
-from tnmoe.hf.record import ENTRY, is_marked, record_of, to_file
+from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.shards import CONFIG, FORMER_CORE, PRESENT_CORE, is_old, read_json
 from tnmoe.hf.structure import install_new, mixtures_of, mixtures_unnamed, networks_named
@@ -180,8 +180,13 @@ def _saving(save: Callable) -> Callable:
 def _check_recorded(model: PreTrainedModel) -> None:
     """Refuse to write a folder whose configuration tells of other networks than the model has."""
     record = record_of(model.config)
+    told = {id(each) for each in configs_in(model.config)} - {id(model.config)}
+    recorded: list[str] = []
     for path, part in model.named_modules() if record is None else ():
-        if record_of(getattr(part, "config", None)) is not None and mixtures_of(part):
+        own = getattr(part, "config", None)
+        if id(own) in told or path.startswith(tuple(recorded)):
+            recorded.append(f"{path}.")  # with all that is in it, whatever configuration that holds
+        elif record_of(own) is not None and mixtures_of(part):
             raise InputError(
                 f"{path}, a {type(part).__name__}, was converted by itself, and the configuration "
                 f"of the {type(model).__name__} around it does not say so: save {path} alone, or "
@@ -197,5 +202,5 @@ def _check_recorded(model: PreTrainedModel) -> None:
         raise InputError(
             f"{unnamed[0]} of this {type(model).__name__} is a mixture of experts, but its "
             "configuration does not say so, and the saved folder would not load: name all layers "
-            "that have one in config.mpoe['networks']"
+            "that have one in config.tnmoe['networks']"
         )

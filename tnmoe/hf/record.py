@@ -12,7 +12,7 @@ refused, by Auto classes and by every other class, and its networks never become
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -191,12 +191,18 @@ def with_records(entries: Mapping[str, Any], config: PreTrainedConfig) -> dict[s
     return written if record is None else written | {ENTRY: record}
 
 
+def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration, and all that are inside it."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from configs_in(part)
+
+
 def is_marked(config: PreTrainedConfig) -> bool:
     """Whether a configuration, or one inside it, has a record."""
-    parts = (getattr(config, name, None) for name in config.sub_configs)
-    return getattr(config, ENTRY, None) is not None or any(
-        isinstance(part, PreTrainedConfig) and is_marked(part) for part in parts
-    )
+    return any(getattr(each, ENTRY, None) is not None for each in configs_in(config))
 
 
 def without_records(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,11 +216,8 @@ def without_records(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def unmark(config: PreTrainedConfig) -> None:
     """Take the records out of a configuration and of those inside it."""
-    vars(config).pop(ENTRY, None)
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig):
-            unmark(part)
+    for each in configs_in(config):
+        vars(each).pop(ENTRY, None)
 
 
 def to_file(entries: Mapping[str, Any]) -> dict[str, Any]:
