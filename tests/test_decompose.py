@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tnmoe as tn
@@ -289,6 +289,7 @@ def test_a_batch_holds_every_matrix_to_its_own_guarantee(case, library, max_bond
     shape, matrix = case
     batch = np.stack([matrix * np.asarray(10.0**k, matrix.dtype) for k in range(count)])
     batch[-1] = batch[-1][::-1]
+    assume(np.abs(batch).max() < 1e36)  # cores would not fit the dtype
     mpos, infos = tn.decompose_batch(
         to_library(batch, library), shape, max_bond=max_bond, rtol=rtol, return_info=True
     )

@@ -63,6 +63,7 @@ class _Mask:
         self.step = 0
         self.masked_steps = 0
         self.updates = dict.fromkeys(self._tensors, 0)
+        self.probability_at(0)
 
     def __repr__(self) -> str:
         return (
@@ -70,7 +71,6 @@ class _Mask:
             f"per_layer={self.per_layer}, tensors={len(self._tensors)}, step={self.step}, "
             f"masked_steps={self.masked_steps})"
         )
-        self.probability_at(0)
 
     def _check_among(self, held: Iterable[Tensor], failing: str) -> None:
         """Raise an InputError unless the tensors to mask are among others, by identity."""
