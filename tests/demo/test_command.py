@@ -164,6 +164,7 @@ def a_file(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow  # every case starts the command, which takes seconds
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
