@@ -9,9 +9,9 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
-	@echo "make test   run the tests but the slow ones (ARGS='-m \"\"': all)"
+	@echo "make test   run the tests but the slow ones (about 7 minutes; ARGS='-m \"\"': all)"
 	@echo "make lint   ruff and mypy"
-	@echo "make docs   the site: tutorials, recipes, explanations, reference (about two minutes)"
+	@echo "make docs   the site: tutorials, recipes, explanations, reference (about four minutes)"
 	@echo "make bench  everything beside its peers, on one page (half an hour; ARGS=--quick: minutes)"
 	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 12 minutes)"
 	@echo "make env    only create the environment in $(VENV)"
