@@ -73,7 +73,7 @@ class Groups:
 
     @property
     def visited(self) -> Tensor:
-        """Experts that have rows, (E,) of bool; an accelerator is not waited for."""
+        """Experts that have rows, (E,) of bool, found without a wait for an accelerator."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)) > 0
 
     def first(self, rows: int) -> Groups:
