@@ -458,6 +458,15 @@ def test_a_model_put_together_of_converted_parts_is_saved_with_them(tmp_path):
     ids = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
     with torch.no_grad():
         assert relative(loaded(**ids).logits, pair(**ids).logits) < 1e-6
+    for model in (pair, loaded):
+        for each in model.modules():
+            if isinstance(each, tnn.Dropout):
+                each.p = 0.0
+        model.config.decoder_start_token_id = model.config.pad_token_id = 0
+        plain = model(**ids, labels=IDS).loss
+        with nn.record_routing(model) as routing:
+            loss = model.train()(**ids, labels=IDS).loss
+        torch.testing.assert_close(loss, plain + 0.01 * routing.balance_loss())
 
 
 def test_a_dense_network_in_a_converted_model_is_not_saved(saved, tmp_path):

@@ -78,8 +78,12 @@ def _building(post_init: Callable) -> Callable:
         record = record_of(self.config)
         if record is not None:
             install_new(self, record.config, record.networks)
-            if mixtures_of(self):
-                attach_router_losses(self, record.config)
+        # A model around converted ones adds the losses of their routers to its own.
+        of_parts = [found for each in configs_in(self.config) if (found := record_of(each))]
+        if of_parts and mixtures_of(self):
+            settings = (record or of_parts[0]).config
+            if record or all(each.config == settings for each in of_parts):
+                attach_router_losses(self, settings)
 
     return build
 
