@@ -218,7 +218,7 @@ class _RouterLosses:
 
 
 def _frame(above: int) -> FrameType | None:
-    """The frame so many above the caller's; None in compiled code, which has none."""
+    """The frame ``above`` levels up from the caller's; compiled code has no frames, and gets None."""
     return None if torch.compiler.is_compiling() else sys._getframe(above + 1)
 
 

@@ -61,7 +61,7 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def model_class_named(name: str) -> Any:
-    """The class of transformers' models of that name; None if it is none of them."""
+    """The model class of transformers that has this name; None if there is none."""
     found = getattr(transformers, name, None)
     # A config.json may name anything: what it names is about to be called.
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)

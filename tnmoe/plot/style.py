@@ -47,7 +47,7 @@ def new_axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
 
 
 def rows_size(rows: int) -> tuple[float, float]:
-    """Size in inches of a new figure of so many rows, which is low if there are few."""
+    """Size in inches of a new figure whose height follows its number of rows."""
     return _WIDTH, min(_HEIGHT, _AROUND + _ROW * rows)
 
 
