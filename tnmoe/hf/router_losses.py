@@ -218,7 +218,7 @@ class _RouterLosses:
 
 
 def _frame(above: int) -> FrameType | None:
-    """The frame ``above`` levels up from the caller's; compiled code has no frames, and gets None."""
+    """The frame ``above`` levels up from the caller's; None in compiled code."""
     return None if torch.compiler.is_compiling() else sys._getframe(above + 1)
 
 
