@@ -237,7 +237,8 @@ def upcycled(folder, name="llama", **settings):
             lambda f: hf.plan_upcycle(upcycled(f), CONFIG),
             "is already converted or quantized",
         ),
-        (lambda f: hf.plan_upcycle(f, CONFIG, seed=-1), "seed must be an integer of at least 0"),
+        (lambda f: hf.plan_upcycle(f, CONFIG, seed=-1), "seed must be an integer from 0 to"),
+        (lambda f: hf.plan_upcycle(f, CONFIG, seed=2**64), "seed must be an integer from 0 to"),
         (lambda f: hf.plan_export(f, to="moe"), "is not an MPOE checkpoint"),
         (lambda f: hf.plan_export(upcycled(f), to="onnx"), "to must be one of moe, dense"),
         (

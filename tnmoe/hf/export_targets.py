@@ -127,7 +127,14 @@ class Target:
             for name, value in {**source, **common}.items()
             if name not in _OWN and (name in _UNLISTED or hasattr(known, name))
         }
-        return make(**shared | self.settings(model.config, *self._sparse(model, mixtures)))
+        own = self.settings(model.config, *self._sparse(model, mixtures))
+        try:
+            return make(**shared | own)
+        except Exception as error:  # every class checks its entries in its own way
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{self.name} cannot express the model's settings: {reason}"
+            ) from error
 
     def _sparse(self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE]) -> list[set[int]]:
         """Layers of every stack that have experts."""

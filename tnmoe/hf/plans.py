@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from tnmoe.errors import InputError, integer_from_zero, one_of
+from tnmoe.errors import InputError, index_in, one_of
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.conversion import Conversion, Piece, copies
 from tnmoe.hf.entries import current_entries
@@ -29,7 +29,7 @@ from tnmoe.hf.skeleton import (
 from tnmoe.hf.structure import install_new, mixtures_of, networks_named
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.options import EXPORT_FORMATS, ExportFormat
+from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
 
 
 def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -> Conversion:
@@ -77,7 +77,7 @@ def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -
     names = [ffn.name for ffn, _ in networks]
     install_new(moe, config, names)
     mark(moe, config, names)
-    draws = _draw([ffn for ffn, _ in networks], config, integer_from_zero("seed", seed))
+    draws = _draw([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
     pieces = [
         _upcycled(dense, ffn, names, path, layer, config, drawn)
         for (ffn, names), (path, layer), drawn in zip(
