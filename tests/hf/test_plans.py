@@ -206,7 +206,7 @@ def upcycled(folder, name="llama", **settings):
                 rewrite(upcycled(f), architectures=["pipeline"]),
                 hf.from_pretrained(f / "made"),
             ),
-            "names no class of transformers: got 'pipeline'",
+            "no architecture 'pipeline'",
         ),
         (lambda f: hf.plan_upcycle(ungated(f), ONLY_GATES), "are none of the network's up, down"),
         (

@@ -22,11 +22,13 @@ from tnmoe.hf.shards import CONFIG, Checkpoint, Spec
 from tnmoe.hf.skeleton import (
     Skeleton,
     check_dense,
+    config_from,
     held,
     model_without_numbers,
+    saved_class,
     stored_name,
 )
-from tnmoe.hf.structure import install_new, mixtures_of, networks_named
+from tnmoe.hf.structure import check_none_left, install_new, mixtures_of, networks_named
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
@@ -131,6 +133,7 @@ def plan_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     if ENTRY not in entries:
         raise InputError(f"{source.folder} is not an MPOE checkpoint: its config.json has none")
     record, plain = Record.from_dict(entries[ENTRY]), without_records(entries)
+    saved_class(config_from(plain))
     skeleton = Skeleton(source, plain)
     install_new(skeleton.model, record.config, record.networks)
     mixtures = mixtures_of(skeleton.model)
@@ -140,7 +143,12 @@ def plan_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
         for path, layer in mixtures.items()
         for name in layer.state_dict()
     }
+    if lost := sorted(used - set(source.specs)):
+        raise InputError(f"{source.folder} lacks {len(lost)} tensors: {', '.join(lost[:4])}")
     rest = [name for name in source.specs if name not in used]
+    routers = [skeleton.rename(f"{path}.router.weight") for path in mixtures]
+    paths = [name.removesuffix(".router.weight") for name in routers]
+    check_none_left(rest, paths, source.folder)
     if to == "dense":
         return _to_dense(skeleton, mixtures, plain, record, rest)
     return _to_moe(skeleton, mixtures, record.config, rest)

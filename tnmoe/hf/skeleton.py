@@ -23,7 +23,8 @@ from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns
 from tnmoe.hf.record import ENTRY
-from tnmoe.hf.shards import Checkpoint
+from tnmoe.hf.shards import ADAPTERS, Checkpoint
+from tnmoe.hf.trust import no_code, without_code
 
 # From a parameter's name in a model to its name in a checkpoint.
 Rename = Callable[[str], str]
@@ -37,7 +38,7 @@ _OTHERWISE = (
 
 
 def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration that a config.json describes.
+    """The configuration that a config.json describes, without the code that it may name.
 
     Raises
     ------
@@ -49,7 +50,7 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
         raise InputError(f"transformers has no architecture with model_type {kind!r}: {_OTHERWISE}")
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
         # Numbers that JSON does not have, infinity for one, are understood in files only.
-        json.dump(entries, file)
+        json.dump(without_code(entries), file)
         file.flush()
         try:
             return CONFIG_MAPPING[kind].from_json_file(file.name)
@@ -68,6 +69,27 @@ def model_class_named(name: str) -> Any:
     return found if is_model else None
 
 
+def saved_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that a configuration says its model was saved from, if it does.
+
+    Raises
+    ------
+    InputError
+        If there is no such class, or it has another configuration.
+    """
+    if not config.architectures:
+        return None
+    name = config.architectures[0]
+    found = model_class_named(name)
+    if found is None:
+        raise InputError(f"transformers has no architecture {name!r}: {_OTHERWISE}")
+    # Classes that all models of a family are made from have no forward of their own.
+    builds = found.forward is not PreTrainedModel.forward
+    if not (builds and isinstance(config, found.config_class or ())):
+        raise InputError(f"{name} is no class for a model of type {config.model_type!r}")
+    return found
+
+
 def model_without_numbers(config: PreTrainedConfig) -> Any:
     """The model of a configuration, on the meta device.
 
@@ -80,8 +102,10 @@ def model_without_numbers(config: PreTrainedConfig) -> Any:
     model_class = model_class_named(names[0]) if names else None
     if names and model_class is None:
         raise InputError(f"transformers has no architecture {names[0]!r}: {_OTHERWISE}")
-    with torch.device("meta"):
-        return AutoModel.from_config(config) if model_class is None else model_class(config)
+    with torch.device("meta"), no_code():
+        if model_class is None:
+            return AutoModel.from_config(config, trust_remote_code=False)
+        return model_class(config)
 
 
 def stored_name(model: Any, name: str) -> str:
@@ -94,6 +118,20 @@ def check_dense(entries: Mapping[str, Any], path: Path) -> None:
     """Raise an InputError if a config.json is of a converted or quantized model."""
     if entries.get("quantization_config") or entries.get(ENTRY):
         raise InputError(f"{path} is already converted or quantized")
+
+
+def check_once(source: Checkpoint, model: Any) -> None:
+    """Refuse what transformers would take for one tensor: names with and without a prefix.
+
+    Parameters
+    ----------
+    source : Checkpoint
+    model : PreTrainedModel or its class
+    """
+    prefix = f"{model.base_model_prefix}."
+    for name in source.specs:
+        if (twin := prefix + name) in source.specs:
+            raise InputError(f"{source.folder} holds both {name} and {twin}, which are one tensor")
 
 
 class Skeleton:
@@ -115,8 +153,14 @@ class Skeleton:
     rename: Rename
 
     def __init__(self, source: Checkpoint, entries: Mapping[str, Any] | None = None) -> None:
+        if (source.folder / ADAPTERS).exists():
+            raise InputError(
+                f"{source.folder} holds adapters of PEFT beside the model, which would be lost: "
+                "load it, merge them and save the result"
+            )
         self.source = source
         self.model = model_without_numbers(config_from(entries or source.config))
+        check_once(source, self.model)
 
     def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
         """The networks to convert with the names of their parameters, which are matched."""
