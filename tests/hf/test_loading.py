@@ -293,6 +293,14 @@ def test_a_class_that_does_not_suit_the_model_is_named(name, folder):
             read(folder)
 
 
+def test_a_type_without_a_model_of_its_own_is_named(folder):
+    rewrite(folder, lambda entries: entries.update(model_type="clipseg_text_model", id2label={}))
+    rewrite(folder, lambda entries: entries.pop("architectures"))
+    for read in (hf.from_pretrained, lambda path: hf.plan_export(path, to="dense")):
+        with pytest.raises(tn.InputError, match="no model of type 'clipseg_text_model' by itself"):
+            read(folder)
+
+
 def test_load_biases_that_are_missing_are_named(tmp_path):
     config = hf.MPOEConfig(num_experts=3, sites=3, router={"load_bias": True})
     converted("llama", config).save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -75,9 +75,13 @@ def saved_class(config: PreTrainedConfig) -> Any:
     Raises
     ------
     InputError
-        If there is no such class, or it has another configuration.
+        If there is no such class, it has another configuration, or none is named and there is no
+        model of that type.
     """
     if not config.architectures:
+        # transformers itself imports every model that it has before it says so.
+        if type(config) not in MODEL_MAPPING:
+            raise InputError(f"transformers has no model of type {config.model_type!r} by itself")
         return None
     name = config.architectures[0]
     found = model_class_named(name)
