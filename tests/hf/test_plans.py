@@ -1,6 +1,7 @@
 """Checkpoints converted from folder to folder are those that whole models are saved as."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -264,3 +265,56 @@ def test_quantized_tensors_are_named(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(tn.InputError, match=r"output.dense.weight holds I8: quantized weights"):
         hf.plan_upcycle(tmp_path, CONFIG)
+
+
+def calls_of(work):
+    """How many Python functions are called, but for regular expressions, which come from a cache.
+
+    A step of a generator counts as a call.
+    """
+    count = 0
+
+    def see(frame, event, argument):
+        nonlocal count
+        count += event == "call" and not frame.f_globals["__name__"].startswith("re")
+
+    sys.setprofile(see)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda dense, made: hf.plan_upcycle(dense, CONFIG),
+        lambda dense, made: hf.inspect_checkpoint(dense, CONFIG, weights=False),
+        lambda dense, made: hf.plan_export(made, to="moe"),
+        lambda dense, made: hf.plan_export(made, to="dense"),
+        lambda dense, made: hf.from_pretrained(made).save_pretrained(made.parent / "saved"),
+    ],
+    ids=["upcycle", "inspect", "moe", "dense", "load and save"],
+)
+def test_the_steps_of_planning_grow_as_the_layers_do(work, deep):
+    work(*deep[0])  # imports
+    few, more, most = (calls_of(lambda folders=folders: work(*folders)) for folders in deep)
+    assert most - more < 1.1 * 2 * (more - few)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Dense and converted folders of models with 6, 12 and 24 layers."""
+    found = []
+    for layers in (6, 12, 24):
+        folder = tmp_path_factory.mktemp(f"{layers}-layers")
+        config = transformers.LlamaConfig(
+            vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=layers,
+            num_attention_heads=1,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(folder / "dense")
+        hf.upcycle(model, CONFIG).save_pretrained(folder / "made")
+        found.append((folder / "dense", folder / "made"))
+    return found

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -16,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import core_model_loading as loading
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -29,6 +31,9 @@ from tnmoe.hf.shards import Checkpoint
 Rename = Callable[[str], str]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+# How a loaded model's names differ, which one that was just built knows nothing of.
+_OF_LOADED: Any = getattr(loading, "PrefixChange", ())
 
 _OTHERWISE = (
     "load the model by its own code, add its networks with tnmoe.hf.register_family, "
@@ -81,7 +86,14 @@ def model_without_numbers(config: PreTrainedConfig) -> Any:
     if names and model_class is None:
         raise InputError(f"transformers has no architecture {names[0]!r}: {_OTHERWISE}")
     with torch.device("meta"):
-        return AutoModel.from_config(config) if model_class is None else model_class(config)
+        model = AutoModel.from_config(config) if model_class is None else model_class(config)
+    # Otherwise transformers looks for them in all modules again for every name.
+    model._weight_conversions = [
+        each
+        for each in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(each, _OF_LOADED)
+    ]
+    return model
 
 
 def stored_name(model: Any, name: str) -> str:
@@ -121,14 +133,18 @@ class Skeleton:
     def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
         """The networks to convert with the names of their parameters, which are matched."""
         ffns = find_ffns(self.model, config.layers, config.every)
-        found = [(ffn, self.names_of(ffn.parameters)) for ffn in ffns]
-        self.match(name for _, names in found for name in names)
-        return found
+        names = self.names_of(ffn.parameters for ffn in ffns)
+        self.match(chain.from_iterable(names))
+        return list(zip(ffns, names, strict=True))
 
-    def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
-        """Names of these parameters, in the order of the model."""
-        own = set(map(id, parameters))
-        return [name for name, each in self.model.named_parameters() if id(each) in own]
+    def names_of(self, parts: Iterable[Iterable[Tensor]]) -> list[list[str]]:
+        """Names of the parameters of each part, in the order of the model."""
+        named = list(self.model.named_parameters())
+        places = {id(each): place for place, (_, each) in enumerate(named)}
+        return [
+            [named[place][0] for place in sorted({places[id(each)] for each in part})]
+            for part in parts
+        ]
 
     def match(self, needed: Iterable[str]) -> None:
         """Find out what the checkpoint calls parameters, and take over their dtypes.
