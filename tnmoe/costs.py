@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 
 from tnmoe.errors import InputError
+from tnmoe.files import read_json
 from tnmoe.folders import write_whole
 
 _RATES: dict[str, Rates] = {}
@@ -105,5 +106,5 @@ def rates_path(device: str) -> Path:
 def _stored(device: str) -> Rates | None:
     # A missing or broken file is the same as no measurement.
     with suppress(OSError, ValueError, TypeError):
-        return Rates(**json.loads(rates_path(device).read_text(encoding="utf-8")))
+        return Rates(**read_json(rates_path(device)))
     return None

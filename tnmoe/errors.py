@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 
+# Characters of a message that are kept, from its beginning and from its end.
+_KEPT = 600, 300
+
 
 class InputError(ValueError):
     """Something the caller gave does not fit; the message names it and what was expected.
 
     The command line turns it into one line and exit code 2. A plain ``ValueError`` from inside
     tnmoe is therefore a bug, and keeps its traceback.
+
+    Parameters
+    ----------
+    message : str
+        It may quote what others wrote: it becomes a single line, and what is very long loses its
+        middle.
 
     Examples
     --------
@@ -22,6 +31,11 @@ class InputError(ValueError):
     Traceback (most recent call last):
     tnmoe.errors.InputError: out_dims and in_dims need one leg per site each: got ...
     """
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(message.split())
+        first, last = _KEPT
+        super().__init__(f"{line[:first]} … {line[-last:]}" if len(line) > first + last else line)
 
 
 class MissingExtraError(ImportError):
@@ -57,6 +71,19 @@ class MissingExtraError(ImportError):
             names = f"{', '.join(others)} and {last}" if others else last
             lacks.insert(0, f"{names}, which {'are' if others else 'is'} not installed")
         super().__init__(f"{feature} needs {', and '.join(lacks)}: pip install 'tnmoe[{extra}]'")
+
+
+# Characters of a value that a message shows.
+_SHOWN = 120
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: on one line, and not for ever."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no integers of thousands of digits
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:

@@ -298,7 +298,9 @@ def test_switch_is_told_the_distance_of_its_layers_with_experts_wherever_there_i
         return {each for each in range(total) if step == 1 or (step and each % step == 1)}
 
     for total in range(1, 8):
-        for sparse in (set(each) for r in range(total + 1) for each in combinations(range(total), r)):
+        for sparse in (
+            set(each) for r in range(total + 1) for each in combinations(range(total), r)
+        ):
             if any(layers(step, total) == sparse for step in range(total + 1)):
                 told = _switch_steps("encoder", sparse, total)
                 assert layers(told["encoder_sparse_step"], total) == sparse

@@ -222,6 +222,50 @@ def upcycled(folder, name="llama", **settings):
             lambda f: (rewrite(f, hidden_size="wide"), hf.plan_upcycle(f, CONFIG)),
             "config.json does not suit a model of type 'llama'",
         ),
+        *(
+            (
+                lambda f, entries=entries: (rewrite(f, **entries), hf.plan_upcycle(f, CONFIG)),
+                "config.json does not suit a model of type 'llama': " + message,
+            )
+            for entries, message in (
+                ({"hidden_act": "novel"}, "KeyError: .*novel"),
+                (
+                    {"rope_parameters": {"rope_type": "novel", "rope_theta": 1e4}},
+                    "KeyError: 'novel'",
+                ),
+                ({"_attn_implementation": "novel"}, ".*novel"),
+                ({"hidden_size": -24}, ""),
+                ({"hidden_size": 2**40, "vocab_size": 2**40}, "RuntimeError"),
+                ({"pad_token_id": 2**70}, ""),
+                ({"rms_norm_eps": [1e-6]}, ""),
+            )
+        ),
+        (
+            lambda f: (rewrite(f, model_type=["llama"]), hf.plan_upcycle(f, CONFIG)),
+            r"no architecture with model_type \['llama'\]",
+        ),
+        *(
+            (
+                lambda f, each=each: (
+                    rewrite(f, architectures=each),
+                    hf.plan_upcycle(f, CONFIG),
+                ),
+                "architectures must be a list of names, got",
+            )
+            for each in ("LlamaForCausalLM", {"x": 1}, [7])
+        ),
+        (
+            lambda f: (rewrite(f, num_hidden_layers=2**62), hf.plan_upcycle(f, CONFIG)),
+            "num_hidden_layers of config.json must be at most 1000000, got 4611686018427387904",
+        ),
+        (
+            lambda f: (rewrite(f, num_labels=2**62), hf.plan_upcycle(f, CONFIG)),
+            "num_labels of config.json must be at most 1000000",
+        ),
+        (
+            lambda f: (rewrite(f, num_hidden_layers=999_999), hf.plan_upcycle(f, CONFIG)),
+            r"config.json describes a model of more than 1\d\d\d modules",
+        ),
         (
             lambda f: (rewrite(f, intermediate_size=44), hf.plan_upcycle(f, CONFIG)),
             r"gate_proj.weight is of shape \(40, 24\) in .*, its config.json says \(44, 24\)",
@@ -237,6 +281,13 @@ def upcycled(folder, name="llama", **settings):
         (
             lambda f: hf.plan_upcycle(upcycled(f), CONFIG),
             "is already converted or quantized",
+        ),
+        (
+            lambda f: (
+                rewrite(f, num_hidden_layers=20_000),
+                hf.inspect_checkpoint(f / "config.json", CONFIG),
+            ),
+            "config.json describes a model of more than 30000 modules",
         ),
         (lambda f: hf.plan_upcycle(f, CONFIG, seed=-1), "seed must be an integer of at least 0"),
         (lambda f: hf.plan_export(f, to="moe"), "is not an MPOE checkpoint"),

@@ -20,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Nothing may reach for a network, whatever a model's configuration asks for.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What transformers thinks of a configuration that is refused would hide the line that says why.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         options.run(options)
     except (InputError, MissingExtraError, MemoryError) as error:

@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, shown
+from tnmoe.files import read_json
 from tnmoe.hf.entries import current_entries
 from tnmoe.hf.record import ENTRY, Record, record_of
-from tnmoe.hf.shards import CONFIG, check_folder, read_json
-from tnmoe.hf.skeleton import config_from, model_class_named
+from tnmoe.hf.shards import CONFIG, check_folder
+from tnmoe.hf.skeleton import architecture_of, config_from, model_class_named
 
 # Where PEFT tells of adapters.
 _ADAPTERS = "adapter_config.json"
@@ -54,10 +55,10 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     'GPT2LMHeadModel'
     """
     config = _configuration(Path(folder) / kwargs.get("subfolder", ""), kwargs.get("config"))
-    names = config.architectures or ["none"]
-    model_class = model_class_named(names[0])
+    name = architecture_of(config)
+    model_class = None if name is None else model_class_named(name)
     if model_class is None:
-        raise InputError(f"{os.fspath(folder)} names no class of transformers: got {names[0]!r}")
+        raise InputError(f"{os.fspath(folder)} names no class of transformers: got {shown(name)}")
     return model_class.from_pretrained(
         folder, **{"local_files_only": True, "use_safetensors": True, **kwargs}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -127,15 +127,17 @@ class Target:
             for name, value in {**source, **common}.items()
             if name not in _OWN and (name in _UNLISTED or hasattr(known, name))
         }
-        return make(**shared | self.settings(model.config, *self._sparse(mixtures)))
+        return make(**shared | self.settings(model.config, *self._sparse(model, mixtures)))
 
-    def _sparse(self, mixtures: Iterable[str]) -> list[set[int]]:
+    def _sparse(self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE]) -> list[set[int]]:
         """Layers of every stack that have experts."""
+        # Every path with those of all modules around it.
+        around = {path[:end] for path in mixtures for end, each in enumerate(path) if each == "."}
         return [
             {
-                int(path.removeprefix(f"{stack}.").split(".")[0])
-                for path in mixtures
-                if path.startswith(f"{stack}.")
+                layer
+                for layer in range(len(model.get_submodule(stack)))  # type: ignore[arg-type]
+                if f"{stack}.{layer}" in around
             }
             for stack in self.stacks
         ]

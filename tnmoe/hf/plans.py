@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -232,7 +233,8 @@ def _to_moe(
         target.check(layer)
     entries = target.config(skeleton.model, mixtures, config)
     entries.architectures = [target.name]
-    moe = model_without_numbers(entries)
+    # Each of its modules is of an expert that has numbers in the source.
+    moe = model_without_numbers(entries, modules=sys.maxsize)
     pieces = [
         _ordinary(skeleton, path, layer, each, moe, target)
         for (path, layer), each in zip(mixtures.items(), reads, strict=True)

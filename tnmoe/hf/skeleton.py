@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from threading import get_ident
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, shown
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns
 from tnmoe.hf.record import ENTRY
@@ -34,6 +37,14 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # How a loaded model's names differ, which one that was just built knows nothing of.
 _OF_LOADED: Any = getattr(loading, "PrefixChange", ())
+
+# What there are many of, by the names of their numbers; and how many at most. Classes make lists
+# of that length before they make a model.
+_COUNTS = re.compile("layers?|labels|experts|blocks|depth|stages|heads|codebooks", re.IGNORECASE)
+_MOST = 1_000_000
+
+# Modules of a model: the largest dense ones have some thousand, and few for every tensor.
+_MOST_MODULES, _PER_TENSOR = 30_000, 20
 
 _OTHERWISE = (
     "load the model by its own code, add its networks with tnmoe.hf.register_family, "
@@ -50,19 +61,46 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
         If transformers has no such architecture, or the entries do not suit it.
     """
     kind: Any = entries.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise InputError(f"transformers has no architecture with model_type {kind!r}: {_OTHERWISE}")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise InputError(
+            f"transformers has no architecture with model_type {shown(kind)}: {_OTHERWISE}"
+        )
+    _check_counts(entries)
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
         # Numbers that JSON does not have, infinity for one, are understood in files only.
         json.dump(entries, file)
         file.flush()
-        try:
+        with _foreign_values(kind):
             return CONFIG_MAPPING[kind].from_json_file(file.name)
-        except Exception as error:  # every class checks its entries in its own way
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"config.json does not suit a model of type {kind!r}: {reason}"
-            ) from error
+
+
+@contextmanager
+def _foreign_values(kind: str) -> Iterator[None]:
+    """A block in which transformers computes with what a config.json says.
+
+    Every class there trusts its entries, or checks them in its own way: whatever it raises then is
+    about the file. That is so here and nowhere else.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"config.json does not suit a model of type {kind!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_counts(entries: Any, name: str = "") -> None:
+    """Refuse numbers of layers and the like that no model has, before anything is made so often."""
+    if isinstance(entries, Mapping):
+        for key, value in entries.items():
+            _check_counts(value, str(key))
+    elif isinstance(entries, list):
+        for value in entries:
+            _check_counts(value, name)
+    elif isinstance(entries, int) and _COUNTS.search(name) and entries > _MOST:
+        raise InputError(f"{name} of config.json must be at most {_MOST}, got {shown(entries)}")
 
 
 def model_class_named(name: str) -> Any:
@@ -73,20 +111,57 @@ def model_class_named(name: str) -> Any:
     return found if is_model else None
 
 
-def model_without_numbers(config: PreTrainedConfig) -> Any:
-    """The model of a configuration, on the meta device.
+def architecture_of(config: PreTrainedConfig) -> str | None:
+    """The first class that a configuration names; None if it names none.
 
     Raises
     ------
     InputError
-        If the class that it names is none of transformers'.
+        If what it has there is no list of names.
     """
-    names = config.architectures or []
-    model_class = model_class_named(names[0]) if names else None
-    if names and model_class is None:
-        raise InputError(f"transformers has no architecture {names[0]!r}: {_OTHERWISE}")
-    with torch.device("meta"):
-        model = AutoModel.from_config(config) if model_class is None else model_class(config)
+    names: Any = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise InputError(f"architectures must be a list of names, got {shown(names)}")
+    return names[0] if names else None
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """A block in which this thread puts so many modules into others, and then an InputError."""
+    made, thread = count(1), get_ident()
+
+    def see(*_: Any) -> None:
+        if get_ident() == thread and next(made) > modules:
+            raise InputError(f"config.json describes a model of more than {modules} modules")
+
+    hook = register_module_module_registration_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def model_without_numbers(config: PreTrainedConfig, modules: int = _MOST_MODULES) -> Any:
+    """The model of a configuration, on the meta device.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    modules : int
+        How many it may have.
+
+    Raises
+    ------
+    InputError
+        If the class that it names is none of transformers', the values of the configuration do
+        not suit it, or it has more modules.
+    """
+    name = architecture_of(config)
+    make = AutoModel.from_config if name is None else model_class_named(name)
+    if make is None:
+        raise InputError(f"transformers has no architecture {shown(name)}: {_OTHERWISE}")
+    with _foreign_values(config.model_type), _at_most(modules), torch.device("meta"):
+        model = make(config)
     # Otherwise transformers looks for them in all modules again for every name.
     model._weight_conversions = [
         each
@@ -128,7 +203,8 @@ class Skeleton:
 
     def __init__(self, source: Checkpoint, entries: Mapping[str, Any] | None = None) -> None:
         self.source = source
-        self.model = model_without_numbers(config_from(entries or source.config))
+        modules = 1000 + _PER_TENSOR * len(source.specs)
+        self.model = model_without_numbers(config_from(entries or source.config), modules)
 
     def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
         """The networks to convert with the names of their parameters, which are matched."""

@@ -102,9 +102,7 @@ def _naming(model: nn.Module) -> Callable[[str], set[str]]:
     def names_of(name: str) -> set[str]:
         parts = name.split(".")
         inside = {
-            ".".join(parts[end:])
-            for end in range(1, len(parts))
-            if ".".join(parts[:end]) in roots
+            ".".join(parts[end:]) for end in range(1, len(parts)) if ".".join(parts[:end]) in roots
         }
         return {name, prefix + name, name.removeprefix(prefix)} | inside
 
