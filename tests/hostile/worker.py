@@ -1,0 +1,173 @@
+"""Spoilt files, one after another, in a process of its own: ``python -m tests.hostile.worker``.
+
+Prints a line of JSON per case. The last line of a process that hangs or crashes is the case that
+made it so.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as the command line has it
+
+import numpy as np
+import torch
+import transformers
+
+import tnmoe as tn
+from tests.hostile.files import spoil_file, spoil_folder
+from tests.hostile.ways_in import OF_CONVERTED, OF_DENSE, WrongError, check_line, operator
+from tnmoe import hf
+
+# Seconds for a case, and bytes for all; generous, since machines differ.
+_LIMIT, _MEMORY = 30, 6 * 2**30
+
+_SMALL = {
+    "vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}  # fmt: skip
+_T5 = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+_MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_SMALL, head_dim=4)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    ),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**_SMALL)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5)),
+    "distilbert": lambda: transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=16, dim=8, hidden_dim=16, n_layers=2, n_heads=2)
+    ),
+}  # fmt: skip
+
+
+class TooLong(BaseException):
+    """A case took too long."""
+
+
+def make_sound(folder: Path) -> None:
+    """What is spoilt later: dense and converted folders of several families, operators' files."""
+    torch.manual_seed(0)
+    for name, make in _MODELS.items():
+        model = make()
+        # Several files and an index, in some of them.
+        size = {} if name in ("gpt2", "bert") else {"max_shard_size": "6KB"}
+        model.save_pretrained(folder / f"dense-{name}", **size)
+        model = hf.upcycle(model, hf.MPOEConfig(num_experts=2, sites=3))
+        model.save_pretrained(folder / f"converted-{name}", **size)
+    rng = np.random.default_rng(0)
+    shape = tn.MPOShape((2, 3, 2), (2, 2, 2), 11, 8)
+    mpo = tn.decompose(rng.normal(size=(11, 8)), shape)
+    tn.save(folder / "operator-real", mpo)
+    tn.save(folder / "operator-complex", mpo * (1 + 0j) if False else tn.decompose(
+        rng.normal(size=(11, 8)) + 1j * rng.normal(size=(11, 8)), shape
+    ))  # fmt: skip
+    tn.save(folder / "operator-shared", tn.SharedMPO.replicate(mpo, 3))
+    half = torch.randn(11, 8, dtype=torch.bfloat16)
+    tn.save(folder / "operator-half", tn.decompose(half, shape))
+
+
+def case(sound: Path, place: Path, seed: str) -> tuple[str, str, Callable[[], str]]:
+    """What is spoilt and how, the way in, and a call that takes it."""
+    rng = Random(seed)
+    original = rng.choice(sorted(sound.iterdir()))
+    kind = original.name.split("-")[0]
+    if original.is_dir():
+        shutil.copytree(original, place)
+        told = spoil_folder(place, rng)
+        way = rng.choice(OF_DENSE if kind == "dense" else OF_CONVERTED)
+    else:
+        shutil.copyfile(original, place)
+        told, way = spoil_file(place, rng), operator
+    return f"{original.name}: {told}", way.__name__, lambda: way(place, rng)
+
+
+def verdict(call: Callable[[], str], output: Path) -> str:
+    """How it went, "done" or "refused"; anything else is a finding."""
+    try:
+        with _limited(), _captured(output):
+            found = call()
+        if found == "refused" and (text := output.read_text(errors="replace")):
+            check_line(text)
+        return found
+    except TooLong:
+        return f"too long: {traceback.format_exc()[-1500:]}"
+    except WrongError as error:
+        return f"wrong: {error}"
+    except BaseException:
+        return f"traceback: {traceback.format_exc()[-3000:]}"
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TooLong
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(_LIMIT)
+    # For what no signal interrupts.
+    faulthandler.dump_traceback_later(2 * _LIMIT, exit=True)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def _captured(path: Path) -> Iterator[None]:
+    """A block whose standard error goes to a file, and its standard output nowhere."""
+    kept = os.dup(1), os.dup(2)
+    with open(path, "wb") as file, open(os.devnull, "wb") as nowhere:
+        sys.stdout.flush()
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, old in enumerate(kept, 1):
+                os.dup2(old, number)
+                os.close(old)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seed", type=int)
+    parser.add_argument("first", type=int)
+    parser.add_argument("last", type=int)
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "sound").mkdir()
+        make_sound(folder / "sound")
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
+        for number in range(options.first, options.last):
+            place = folder / f"spoilt-{number}"
+            told, way, call = case(folder / "sound", place, f"{options.seed}:{number}")
+            print(json.dumps([number, way, told]), flush=True)
+            start = time.perf_counter()
+            found = verdict(call, folder / "output")
+            print(json.dumps([number, round(time.perf_counter() - start, 2), found]), flush=True)
+            for left in folder.glob("spoilt-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+if __name__ == "__main__":
+    main()
