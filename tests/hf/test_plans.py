@@ -264,7 +264,7 @@ def upcycled(folder, name="llama", **settings):
         ),
         (
             lambda f: (rewrite(f, num_hidden_layers=999_999), hf.plan_upcycle(f, CONFIG)),
-            r"config.json describes a model of more than 1\d\d\d modules",
+            r"config.json .* type 'llama': it has more than 1\d\d\d modules",
         ),
         (
             lambda f: (rewrite(f, intermediate_size=44), hf.plan_upcycle(f, CONFIG)),
@@ -287,7 +287,7 @@ def upcycled(folder, name="llama", **settings):
                 rewrite(f, num_hidden_layers=20_000),
                 hf.inspect_checkpoint(f / "config.json", CONFIG),
             ),
-            "config.json describes a model of more than 30000 modules",
+            "config.json .* type 'llama': it has more than 30000 modules",
         ),
         (lambda f: hf.plan_upcycle(f, CONFIG, seed=-1), "seed must be an integer of at least 0"),
         (lambda f: hf.plan_export(f, to="moe"), "is not an MPOE checkpoint"),

@@ -13,7 +13,7 @@ from tnmoe.files import read_json
 from tnmoe.hf.entries import current_entries
 from tnmoe.hf.record import ENTRY, Record, record_of
 from tnmoe.hf.shards import CONFIG, check_folder
-from tnmoe.hf.skeleton import architecture_of, config_from, model_class_named
+from tnmoe.hf.skeleton import architecture_of, config_from, foreign_values, model_class_named
 
 # Where PEFT tells of adapters.
 _ADAPTERS = "adapter_config.json"
@@ -59,9 +59,10 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     model_class = None if name is None else model_class_named(name)
     if model_class is None:
         raise InputError(f"{os.fspath(folder)} names no class of transformers: got {shown(name)}")
-    return model_class.from_pretrained(
-        folder, **{"local_files_only": True, "use_safetensors": True, **kwargs}
-    )
+    with foreign_values(f"{os.fspath(folder)} cannot be loaded as {name}"):
+        return model_class.from_pretrained(
+            folder, **{"local_files_only": True, "use_safetensors": True, **kwargs}
+        )
 
 
 def _configuration(folder: Path, given: Any) -> PreTrainedConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
@@ -70,25 +71,39 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
         # Numbers that JSON does not have, infinity for one, are understood in files only.
         json.dump(entries, file)
         file.flush()
-        with _foreign_values(kind):
+        with foreign_values(f"config.json does not suit a model of type {kind!r}"):
             return CONFIG_MAPPING[kind].from_json_file(file.name)
 
 
 @contextmanager
-def _foreign_values(kind: str) -> Iterator[None]:
+def foreign_values(wrong: str, modules: int = sys.maxsize) -> Iterator[None]:
     """A block in which transformers computes with what a config.json says.
 
     Every class there trusts its entries, or checks them in its own way: whatever it raises then is
-    about the file. That is so here and nowhere else.
+    about the file, but for what this machine lacks. That is so in such blocks and nowhere else.
+
+    Parameters
+    ----------
+    wrong : str
+        What an error means, for the message.
+    modules : int
+        How many modules may be put into others.
     """
+    made, thread = count(1), get_ident()
+
+    def see(*_: Any) -> None:
+        if get_ident() == thread and next(made) > modules:
+            raise InputError(f"{wrong}: it has more than {modules} modules")
+
+    hook = register_module_module_registration_hook(see)
     try:
         yield
-    except (InputError, MemoryError):
+    except (InputError, OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(
-            f"config.json does not suit a model of type {kind!r}: {type(error).__name__}: {error}"
-        ) from error
+        raise InputError(f"{wrong}: {type(error).__name__}: {error}") from error
+    finally:
+        hook.remove()
 
 
 def _check_counts(entries: Any, name: str = "") -> None:
@@ -125,20 +140,9 @@ def architecture_of(config: PreTrainedConfig) -> str | None:
     return names[0] if names else None
 
 
-@contextmanager
-def _at_most(modules: int) -> Iterator[None]:
-    """A block in which this thread puts so many modules into others, and then an InputError."""
-    made, thread = count(1), get_ident()
-
-    def see(*_: Any) -> None:
-        if get_ident() == thread and next(made) > modules:
-            raise InputError(f"config.json describes a model of more than {modules} modules")
-
-    hook = register_module_module_registration_hook(see)
-    try:
-        yield
-    finally:
-        hook.remove()
+def modules_for(source: Checkpoint) -> int:
+    """How many modules a model may have for the tensors that there are."""
+    return 1000 + _PER_TENSOR * len(source.specs)
 
 
 def model_without_numbers(config: PreTrainedConfig, modules: int = _MOST_MODULES) -> Any:
@@ -160,7 +164,8 @@ def model_without_numbers(config: PreTrainedConfig, modules: int = _MOST_MODULES
     make = AutoModel.from_config if name is None else model_class_named(name)
     if make is None:
         raise InputError(f"transformers has no architecture {shown(name)}: {_OTHERWISE}")
-    with _foreign_values(config.model_type), _at_most(modules), torch.device("meta"):
+    wrong = f"config.json does not suit a model of type {config.model_type!r}"
+    with foreign_values(wrong, modules), torch.device("meta"):
         model = make(config)
     # Otherwise transformers looks for them in all modules again for every name.
     model._weight_conversions = [
@@ -203,8 +208,8 @@ class Skeleton:
 
     def __init__(self, source: Checkpoint, entries: Mapping[str, Any] | None = None) -> None:
         self.source = source
-        modules = 1000 + _PER_TENSOR * len(source.specs)
-        self.model = model_without_numbers(config_from(entries or source.config), modules)
+        config = config_from(entries or source.config)
+        self.model = model_without_numbers(config, modules_for(source))
 
     def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
         """The networks to convert with the names of their parameters, which are matched."""
