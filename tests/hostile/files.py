@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 from tests.hostile.values import EXTREMES, spoilt
+from tnmoe.folders import RECORD
 
 
 def spoil_folder(folder: Path, rng: Random) -> str:
@@ -28,12 +29,25 @@ def spoil_folder(folder: Path, rng: Random) -> str:
 def spoil_file(path: Path, rng: Random) -> str:
     """Spoil a file in one of the ways that suit it, and tell which."""
     ways = [_bytes, _kind]
-    ways += [_json] * 8 if path.suffix == ".json" or path.name.startswith(".") else [_header] * 4
+    is_json = path.suffix == ".json" or path.name == RECORD or not _is_safetensors(path)
+    ways += [_json] * 8 if is_json else [_header] * 4
     change = rng.choice(ways)
     try:
         return f"{change.__name__}, {change(path, rng)}"
-    except (ValueError, KeyError, TypeError, struct.error):  # spoilt before, so that it has no form
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        MemoryError,
+        struct.error,
+    ):  # spoilt before, so that it has no form
         return "spoilt"
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as those do: with the length of a header in braces."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _json(path: Path, rng: Random) -> str:

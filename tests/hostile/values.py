@@ -11,8 +11,8 @@ Keys = tuple[str | int, ...]
 _HUGE, _DEEP, _TWICE = "@huge@", "@deep@", "@twice@"
 
 EXTREMES = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 900, 2**31, 2**63, 10**18, -(2**63), 10**400, 0.5, -0.5,
-    1e308, float("inf"), float("nan"), "", "x", "novel", "../x", "a\nb", "\u2028", "\x00", "None",
+    None, True, False, 0, -1, 1, 2, 3, 7, 900, 10**6, 2**31, 2**63, 10**18, -(2**63), 10**400, 0.5,
+    -0.5, 1e308, float("inf"), float("nan"), "", "x", "novel", "../x", "a\nb", "\u2028", "\x00",
     "(a+)+$", "x" * 10_000, [], {}, [0], [None], [[]], {"": None}, {"x": 1}, [-1, 10**9],
     list(range(2000)), ["x"] * 2000, _HUGE, _DEEP,
 )  # fmt: skip

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from random import Random
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 import tnmoe as tn
 from tnmoe import cli, hf
+from tnmoe.costs import _RATES, get_rates
+from tnmoe.hf.shards import FORMER_CORE, PRESENT_CORE
 
 # What a user may be told in one line.
 _LONGEST = 2000
@@ -31,12 +34,18 @@ def check_line(text: str) -> None:
         raise WrongError(f"{len(lines)} lines, {len(text)} characters: {text[-1500:]}")
 
 
-def command(*arguments: object) -> Callable[[Path, Random], str]:
-    """The command line; ``SOURCE`` and ``TARGET`` stand for folders."""
+def command(*arguments: object) -> Callable[[Path, Path], str]:
+    """The command line; words in capitals stand for places.
 
-    def way(folder: Path, rng: Random) -> str:
-        target = folder.with_name(f"{folder.name}-made")
-        places = {"SOURCE": folder, "CONFIG": folder / "config.json", "TARGET": target}
+    SPOILT is what was spoilt, DENSE and CONVERTED are sound folders, TARGET is none yet.
+    """
+
+    def way(spoilt: Path, sound: Path) -> str:
+        target = spoilt.with_name(f"{spoilt.name}-made")
+        places = {
+            "SPOILT": spoilt, "SPOILT/config.json": spoilt / "config.json", "TARGET": target,
+            "DENSE": sound / "dense-llama", "CONVERTED": sound / "converted-llama",
+        }  # fmt: skip
         code = cli.main([str(places.get(str(each), each)) for each in arguments])
         try:
             if code == 0:
@@ -54,7 +63,7 @@ def command(*arguments: object) -> Callable[[Path, Random], str]:
     return way
 
 
-def loaded(folder: Path, rng: Random) -> str:
+def loaded(folder: Path, sound: Path) -> str:
     """A converted model by ``hf.from_pretrained``."""
     try:
         with redirect_stderr(StringIO()):  # what transformers thinks of it
@@ -66,7 +75,7 @@ def loaded(folder: Path, rng: Random) -> str:
     return "done"
 
 
-def operator(path: Path, rng: Random) -> str:
+def operator(path: Path, sound: Path) -> str:
     """An operator by ``tn.load``."""
     try:
         found = tn.load(path)
@@ -86,7 +95,9 @@ def _check_model(model: torch.nn.Module, folder: Path) -> None:
     """Raise a WrongError unless a model's numbers are those of its files."""
     stored: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        stored |= load_file(path)
+        # As an older tnmoe called them.
+        for name, tensor in load_file(path).items():
+            stored[re.sub(FORMER_CORE, PRESENT_CORE, name)] = tensor
     for path, layer in model.named_modules():
         own = layer.state_dict() if isinstance(layer, tn.nn.MPOMoE) else {}
         if lost := {f"{path}.{name}" for name in own} - stored.keys():
@@ -111,16 +122,42 @@ def _check_made(target: Path) -> None:
         raise WrongError(f"nothing in {os.listdir(target)}")
 
 
-OF_DENSE = (
-    command("inspect", "SOURCE", "--experts", 2, "--sites", 3, "--jobs", 1),
-    command("inspect", "CONFIG", "--experts", 2, "--sites", 3),
-    command("upcycle", "SOURCE", "TARGET", "--experts", 2, "--sites", 3, "--dry-run"),
-    command("upcycle", "SOURCE", "TARGET", "--experts", 2, "--sites", 3, "--jobs", 1),
-)
-OF_CONVERTED = (
-    command("export", "SOURCE", "TARGET", "--dry-run"),
-    command("export", "SOURCE", "TARGET", "--to", "dense", "--dry-run"),
-    command("export", "SOURCE", "TARGET", "--to", "dense", "--jobs", 1),
-    loaded,
-    loaded,
-)
+def rates(path: Path, sound: Path) -> str:
+    """Stored rates, which are those of a typical machine where the file is of no use."""
+    with mock.patch("tnmoe.costs.rates_path", return_value=path), mock.patch.dict(_RATES):
+        _RATES.clear()
+        found = get_rates("cpu")
+    if not found.product(8, 8, 8, itemsize=4) > 0:
+        raise WrongError(f"{found}")
+    return "done"
+
+
+_SETTINGS = ("--experts", 2, "--sites", 3)
+_TO_DENSE = ("--to", "dense", "--jobs", 1)
+
+# By the kind of what is spoilt.
+WAYS: dict[str, tuple[Callable[[Path, Path], str], ...]] = {
+    "dense": (
+        command("inspect", "SPOILT", *_SETTINGS, "--jobs", 1),
+        command("inspect", "SPOILT/config.json", *_SETTINGS),
+        command("upcycle", "SPOILT", "TARGET", *_SETTINGS, "--dry-run"),
+        command("upcycle", "SPOILT", "TARGET", *_SETTINGS, "--jobs", 1),
+    ),
+    "converted": (
+        command("export", "SPOILT", "TARGET", "--dry-run"),
+        command("export", "SPOILT", "TARGET", *_TO_DENSE, "--dry-run"),
+        command("export", "SPOILT", "TARGET", *_TO_DENSE),
+        loaded,
+        loaded,
+    ),
+    "made": (
+        command("export", "CONVERTED", "SPOILT", *_TO_DENSE),
+        command("export", "CONVERTED", "SPOILT", *_TO_DENSE, "--overwrite"),
+    ),
+    "config": (
+        command("upcycle", "DENSE", "TARGET", "--config", "SPOILT", "--jobs", 1),
+        command("inspect", "DENSE", "--config", "SPOILT", "--no-weights"),
+    ),
+    "operator": (operator, operator),
+    "rates": (rates,),
+}

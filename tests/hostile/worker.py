@@ -22,76 +22,29 @@ from random import Random
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as the command line has it
 
-import numpy as np
 import torch
 import transformers
 
-import tnmoe as tn
 from tests.hostile.files import spoil_file, spoil_folder
-from tests.hostile.ways_in import OF_CONVERTED, OF_DENSE, WrongError, check_line, operator
-from tnmoe import hf
+from tests.hostile.sound import copy_of, make_sound
+from tests.hostile.ways_in import WAYS, WrongError, check_line
 
 # Seconds for a case, and bytes for all; generous, since machines differ.
 _LIMIT, _MEMORY = 30, 6 * 2**30
-
-_SMALL = {
-    "vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}  # fmt: skip
-_T5 = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-_MODELS = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_SMALL, head_dim=4)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=16)
-    ),
-    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**_SMALL)),
-    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5)),
-    "distilbert": lambda: transformers.DistilBertModel(
-        transformers.DistilBertConfig(vocab_size=16, dim=8, hidden_dim=16, n_layers=2, n_heads=2)
-    ),
-}  # fmt: skip
 
 
 class TooLong(BaseException):
     """A case took too long."""
 
 
-def make_sound(folder: Path) -> None:
-    """What is spoilt later: dense and converted folders of several families, operators' files."""
-    torch.manual_seed(0)
-    for name, make in _MODELS.items():
-        model = make()
-        # Several files and an index, in some of them.
-        size = {} if name in ("gpt2", "bert") else {"max_shard_size": "6KB"}
-        model.save_pretrained(folder / f"dense-{name}", **size)
-        model = hf.upcycle(model, hf.MPOEConfig(num_experts=2, sites=3))
-        model.save_pretrained(folder / f"converted-{name}", **size)
-    rng = np.random.default_rng(0)
-    shape = tn.MPOShape((2, 3, 2), (2, 2, 2), 11, 8)
-    mpo = tn.decompose(rng.normal(size=(11, 8)), shape)
-    tn.save(folder / "operator-real", mpo)
-    tn.save(folder / "operator-complex", mpo * (1 + 0j) if False else tn.decompose(
-        rng.normal(size=(11, 8)) + 1j * rng.normal(size=(11, 8)), shape
-    ))  # fmt: skip
-    tn.save(folder / "operator-shared", tn.SharedMPO.replicate(mpo, 3))
-    half = torch.randn(11, 8, dtype=torch.bfloat16)
-    tn.save(folder / "operator-half", tn.decompose(half, shape))
-
-
 def case(sound: Path, place: Path, seed: str) -> tuple[str, str, Callable[[], str]]:
     """What is spoilt and how, the way in, and a call that takes it."""
     rng = Random(seed)
     original = rng.choice(sorted(sound.iterdir()))
-    kind = original.name.split("-")[0]
-    if original.is_dir():
-        shutil.copytree(original, place)
-        told = spoil_folder(place, rng)
-        way = rng.choice(OF_DENSE if kind == "dense" else OF_CONVERTED)
-    else:
-        shutil.copyfile(original, place)
-        told, way = spoil_file(place, rng), operator
-    return f"{original.name}: {told}", way.__name__, lambda: way(place, rng)
+    copy_of(original, place)
+    told = spoil_folder(place, rng) if original.is_dir() else spoil_file(place, rng)
+    way = rng.choice(WAYS[original.name.split("-")[0]])
+    return f"{original.name}: {told}", way.__name__, lambda: way(place, sound)
 
 
 def verdict(call: Callable[[], str], output: Path) -> str:
@@ -154,7 +107,6 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "sound").mkdir()
         make_sound(folder / "sound")
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
