@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from tests.matrices import LIBRARIES, to_library
 from tnmoe import bond_search
 from tnmoe.bond_search import choose_bonds
+from tnmoe.decompose import decompose
 from tnmoe.errors import InputError
 from tnmoe.selection import bonds_by_entropy, select_bonds
 from tnmoe.shapes import MPOShape
@@ -288,3 +291,26 @@ def test_entropy_bonds_grow_with_the_scale_up_to_all_schmidt_values(scale, seed)
 def test_a_scale_that_is_no_positive_number_is_refused(scale):
     with pytest.raises(InputError, match="scale must be a finite number above 0"):
         bonds_by_entropy(SPECTRA, SHAPE, scale=scale)
+
+
+@pytest.mark.parametrize("spell", [np.float32, np.int64, np.array, torch.tensor, Fraction, Decimal])
+def test_limits_mean_the_same_however_they_are_spelled(spell):
+    matrix = np.random.default_rng(0).normal(size=(16, 16))
+    shape = MPOShape((4, 2, 2), (4, 2, 2))
+    for rtol in (0, 1):
+        expected = decompose(matrix, shape, rtol=float(rtol)).bond_dims
+        assert decompose(matrix, shape, rtol=spell(rtol)).bond_dims == expected
+    if spell in (np.int64, np.array, torch.tensor):
+        expected = decompose(matrix, shape, max_bond=3, max_params=100).bond_dims
+        limits = {"max_bond": spell(3), "max_params": spell(100)}
+        assert decompose(matrix, shape, **limits).bond_dims == expected
+
+
+@pytest.mark.parametrize(
+    "rtol",
+    [10**400, 10**5000, -(10**5000), 1j, b"1", np.True_, np.ones(2)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_tolerance_that_is_none_is_told_in_a_line(rtol):
+    with pytest.raises(InputError, match=r"^rtol must be a finite number of at least 0, got .*$"):
+        select_bonds(SPECTRA, SHAPE, rtol=rtol)

@@ -90,44 +90,67 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raise an InputError unless the value is one of those."""
     allowed = tuple(allowed)
     if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        raise InputError(
+            f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}"
+        )
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar, or an array or tensor without axes, as Python's own; others as they are."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value as a bool, 0 and 1 included; an InputError for any other."""
+    one_of(name, plain(value), (False, True))
+    return bool(value)
 
 
 def number_in(name: str, value: Any, interval: str) -> float:
     """The value as a float; an InputError unless it is a number in an interval like "[0, 1)"."""
     low, high = map(float, interval[1:-1].split(","))
+    scalar = plain(value)
     try:
-        number = float("nan") if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError):
+        number = float("nan") if isinstance(scalar, str | bytes | bool) else float(scalar)
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
-        raise InputError(f"{name} must be in {interval}, got {value!r}")
+        raise InputError(f"{name} must be in {interval}, got {shown(value)}")
     return number
 
 
-def positive_int(name: str, value: object) -> int:
-    """``value`` as an int of at least 1, NumPy integers included; otherwise an InputError."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a positive integer, got {value!r}")
-    return int(value)
+def _integer(value: Any) -> int | None:
+    """The value as an int, NumPy's and torch's included; None if it is no integer, or a bool."""
+    scalar = plain(value)
+    is_integer = isinstance(scalar, Integral) and not isinstance(scalar, bool)
+    return int(scalar) if is_integer else None
+
+
+def positive_int(name: str, value: Any) -> int:
+    """The value as an int, NumPy's and torch's included; an InputError unless it is 1 or more."""
+    number = _integer(value)
+    if number is None or number < 1:
+        raise InputError(f"{name} must be a positive integer, got {shown(value)}")
+    return number
 
 
 def integer_from_zero(name: str, value: Any) -> int:
-    """The value as an int, NumPy's integers included; an InputError if it is below 0 or none."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{name} must be an integer of at least 0, got {value!r}")
-    return int(value)
+    """The value as an int, NumPy's and torch's included; an InputError unless it is 0 or more."""
+    number = _integer(value)
+    if number is None or number < 0:
+        raise InputError(f"{name} must be an integer of at least 0, got {shown(value)}")
+    return number
 
 
 def index_in(name: str, value: Any, count: int) -> int:
-    """The value as an int, NumPy's integers included; an InputError unless it counts from 0."""
+    """The value as an int, NumPy's and torch's included; an InputError unless it counts from 0."""
     if type(value) is int and 0 <= value < count:  # the usual case, in inner loops
         return value
-    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
-    if not 0 <= number < count:
-        raise InputError(f"{name} must be an integer from 0 to {count - 1}, got {value!r}")
+    number = _integer(value)
+    if number is None or not 0 <= number < count:
+        raise InputError(f"{name} must be an integer from 0 to {count - 1}, got {shown(value)}")
     return number
 
 
@@ -137,5 +160,5 @@ def generator_of(rng: Any) -> np.random.Generator:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"rng must be a NumPy Generator or an integer of at least 0, got {rng!r}"
+            f"rng must be a NumPy Generator or an integer of at least 0, got {shown(rng)}"
         ) from error

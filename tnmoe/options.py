@@ -44,6 +44,8 @@ MaskEngine = Literal["auto", "optimizer", "autograd"]
 MASK_ENGINES = get_args(MaskEngine)
 ExportFormat = Literal["moe", "dense"]
 EXPORT_FORMATS = get_args(ExportFormat)
+# Seeds count from 0, and torch knows so many.
+SEEDS = 2**64
 
 # Pictures
 EntropyAxis = Literal["bond", "layer"]

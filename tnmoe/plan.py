@@ -12,7 +12,7 @@ from tnmoe.bond_search import choose_bonds
 from tnmoe.errors import InputError
 from tnmoe.selection import check_limits
 from tnmoe.shapes import MPOShape
-from tnmoe.truncation import squared_tails
+from tnmoe.truncation import check_rtol, squared_tails
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         check_limits(self.shape, self.max_bond, self.bonds, self.rtol, self.max_params)
+        object.__setattr__(self, "rtol", check_rtol(self.rtol))
 
     @property
     def caps(self) -> tuple[int, ...]:

@@ -186,7 +186,7 @@ class SharedMPO:
 
 def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Generator) -> Array:
     """Copies (E, …) of an array, with Gaussian noise relative to its root mean square."""
-    number_in("noise", noise, "[0, inf)")
+    noise = number_in("noise", noise, "[0, inf)")
     xp = get_backend(array)
     with xp.full_precision(array):
         stacked = xp.stack([array] * num_experts)

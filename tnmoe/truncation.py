@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import hypot, isfinite
+from math import hypot
 
 import numpy as np
 
 from tnmoe.backends import Array
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in, shown
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,9 @@ def squared_tails(spectra: np.ndarray) -> np.ndarray:
     return np.concatenate([tails, np.zeros_like(tails[..., :1])], axis=-1)
 
 
-def check_rtol(rtol: float | None) -> None:
-    """Raise an InputError unless ``rtol`` is None or a finite number of at least 0."""
-    if rtol is None:
-        return
-    known = isinstance(rtol, (int, float, np.floating)) and not isinstance(rtol, bool)
-    if not known or not isfinite(rtol) or rtol < 0:
-        raise InputError(f"rtol must be a finite number of at least 0, got {rtol!r}")
+def check_rtol(rtol: float | None) -> float | None:
+    """``rtol`` as a float or None; an InputError unless it is a finite number of at least 0."""
+    try:
+        return None if rtol is None else number_in("rtol", rtol, "[0, inf)")
+    except InputError:
+        raise InputError(f"rtol must be a finite number of at least 0, got {shown(rtol)}") from None

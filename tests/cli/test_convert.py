@@ -131,6 +131,15 @@ def counts(model, config):
     return json.loads(json.dumps(hf.parameter_report(model, config).to_dict()))
 
 
+def test_numbers_in_a_file_may_be_integers(dense, tmp_path):
+    given = tmp_path / "config.json"
+    given.write_text('{"num_experts": 4, "sites": 3, "balance_weight": 0, "expert_noise": 1}')
+    tnmoe("upcycle", dense, tmp_path / "mpoe", "--config", given, "--z-weight", 1)
+    tnmoe("export", tmp_path / "mpoe", tmp_path / "moe")
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert moe.config.router_aux_loss_coef == 0
+
+
 def test_inspection_shows_sizes_spectra_and_what_truncation_costs(dense, tmp_path):
     bonds = (2, 6, 1000)
     done = tnmoe("inspect", dense, "--experts", 4, "--sites", 3, "--bonds", "2,6,1000", "--json")
@@ -286,6 +295,9 @@ def damaged(folder):
         (lambda d, t: ["inspect", d, "--bonds", "4,0"], "expected an integer from 1 up"),
         (lambda d, t: ["upcycle", d, t, "--shard-size", "5"], "expected a size like 5GB"),
         (lambda d, t: ["upcycle", d, t, "--shard-size=-1GB"], "expected a positive number"),
+        (lambda d, t: ["upcycle", d, t, "--shard-size", "1e-9KB"], "expected a size like 5GB"),
+        (lambda d, t: ["upcycle", d, t, "--seed", 2**64], "expected an integer of 64 bits"),
+        (lambda d, t: ["demo", "--seed", 2**64], "expected an integer of 64 bits"),
         (lambda d, t: ["inspect", damaged(d)], "is damaged or no safetensors file"),
         (lambda d, t: ["upcycle", damaged(d), t], "is damaged or no safetensors file"),
     ],

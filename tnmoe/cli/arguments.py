@@ -9,7 +9,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnmoe.options import ANY_LAYOUTS, GAUGES
+from tnmoe.errors import shown
+from tnmoe.options import ANY_LAYOUTS, GAUGES, SEEDS
 
 if TYPE_CHECKING:
     from tnmoe.hf import MPOEConfig
@@ -24,7 +25,7 @@ def _checked(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[st
         except ValueError:
             value = None
         if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {what}, got {shown(text)}")
         return value
 
     return parse
@@ -33,6 +34,7 @@ def _checked(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[st
 from_zero = _checked(int, lambda n: n >= 0, "an integer from 0 up")
 from_one = _checked(int, lambda n: n >= 1, "an integer from 1 up")
 from_two = _checked(int, lambda n: n >= 2, "an integer from 2 up")
+seed = _checked(int, lambda n: 0 <= n < SEEDS, "an integer of 64 bits from 0 up")
 positive = _checked(float, lambda x: 0 < x < inf, "a positive number")
 weight = _checked(float, lambda x: 0 <= x < inf, "a number from 0 up")
 share = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
@@ -55,9 +57,10 @@ def size(text: str) -> int:
     """Bytes, as ``5GB`` or ``500MB``."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = text[:-2], text[-2:].upper()
-    if unit not in units:
-        raise argparse.ArgumentTypeError(f"expected a size like 5GB or 500MB, got {text!r}")
-    return int(positive(number) * units[unit])
+    num_bytes = int(positive(number) * units[unit]) if unit in units else 0
+    if num_bytes < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 5GB or 500MB, got {shown(text)}")
+    return num_bytes
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

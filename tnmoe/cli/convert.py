@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnmoe.cli.arguments import add_config, config_of, from_one, from_zero, size
+from tnmoe.cli.arguments import add_config, config_of, from_one, seed, size
 from tnmoe.options import EXPORT_FORMATS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     _add_folders(upcycle, "Hugging Face folder with config.json and safetensors files")
     add_config(upcycle)
-    upcycle.add_argument("--seed", type=from_zero, default=0, help="seed of routers and noise")
+    upcycle.add_argument("--seed", type=seed, default=0, help="seed of routers and noise")
     upcycle.set_defaults(run=_upcycle)
     export = commands.add_parser(
         "export",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tnmoe.cli.arguments import from_one, from_two, from_zero, positive, share, weight
+from tnmoe.cli.arguments import from_one, from_two, from_zero, positive, seed, share, weight
 from tnmoe.demo import DemoOptions
 from tnmoe.extras import require_extra
 from tnmoe.options import LAYOUTS
@@ -47,7 +47,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--mask-probability", "share of steps that spare the central tensors", type=share)
     add("--balance-weight", "weight of the load-balancing loss", type=weight)
     add("--z-weight", "weight of the router z-loss", type=weight)
-    add("--seed", "seed of split, weights and batches", type=from_zero)
+    add("--seed", "seed of split, weights and batches", type=seed)
     add("--device", "torch device; auto takes CUDA where it is there")
     parser.set_defaults(run=_run)
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from tnmoe import hf
 from tnmoe.errors import InputError
+from tnmoe.hf.shards import check_folder, check_inside
+from tnmoe.hf.trust import no_code
 from tnmoe.truncation import TruncationInfo
 
 KINDS = ("dense", "MoE", "MPOE")
@@ -70,11 +72,13 @@ def quiet_transformers() -> None:
 
 
 def _load(load: Callable[..., Any], what: str, folder: Path, **arguments: Any) -> Any:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a Hugging Face folder: no config.json there")
+    check_folder(folder)
+    check_inside(folder)
     quiet_transformers()
     try:
-        return load(folder, local_files_only=True, **arguments)
+        # Without a word, transformers would ask on standard input whether to run a folder's code.
+        with no_code():
+            return load(folder, local_files_only=True, trust_remote_code=False, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"cannot load a {what} from {folder}: {reason}") from error

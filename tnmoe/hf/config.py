@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 
-from tnmoe.errors import InputError, integer_from_zero, number_in, one_of, positive_int
+from tnmoe.errors import (
+    InputError,
+    flag,
+    integer_from_zero,
+    number_in,
+    one_of,
+    plain,
+    positive_int,
+    shown,
+)
 from tnmoe.hf.families import check_layers
 from tnmoe.nn.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.experts import Shared, check_matrices, layout_shape, per_projection
@@ -28,6 +38,11 @@ from tnmoe.options import (
 from tnmoe.shapes import MPOShape
 
 Size = tuple[int, int]
+
+_ROUTERS: Mapping[str, type[Router]] = {
+    "top_k": TopKRouter,
+    "expert_choice": ExpertChoiceRouter,
+}
 
 
 @dataclass(frozen=True)
@@ -111,19 +126,15 @@ class MPOEConfig:
     mask_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        positive_int("num_experts", self.num_experts)
-        positive_int("num_experts_per_tok", self.num_experts_per_tok)
-        positive_int("sites", self.sites)
-        positive_int("every", self.every)
-        for bond in per_projection("max_bond", self.max_bond, None).values():
-            if bond is not None:
-                positive_int("max_bond", bond)
-        for sites in per_projection("shared", self.shared, "center").values():
-            _check_shared(sites)
-        check_layers(self.layers)
-        one_of("shared_bias", self.shared_bias, (False, True))
-        # One form of what may be given in several, here and below: equal configurations are equal.
-        object.__setattr__(self, "matrices", check_matrices(self.matrices))
+        # One form of what may be given in several: equal configurations are equal, also in JSON.
+        settle = partial(object.__setattr__, self)
+        for name in ("num_experts", "num_experts_per_tok", "sites", "every"):
+            settle(name, positive_int(name, getattr(self, name)))
+        settle("max_bond", _of_each("max_bond", self.max_bond, _bond))
+        settle("shared", _of_each("shared", self.shared, _sites))
+        settle("layers", check_layers(self.layers))
+        settle("shared_bias", flag("shared_bias", self.shared_bias))
+        settle("matrices", check_matrices(self.matrices))
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
@@ -131,12 +142,12 @@ class MPOEConfig:
             )
         one_of("layout", self.layout, ANY_LAYOUTS)
         one_of("gauge", self.gauge, GAUGES)
-        number_in("mask_probability", self.mask_probability, "[0, 1]")
+        settle("mask_probability", number_in("mask_probability", self.mask_probability, "[0, 1]"))
         for name in ("expert_noise", "balance_weight", "z_weight"):
-            number_in(name, getattr(self, name), "[0, inf)")
+            settle(name, number_in(name, getattr(self, name), "[0, inf)"))
         for name in ("shapes", "router"):
             if not isinstance(getattr(self, name), Mapping):
-                raise InputError(f"{name} must be a mapping, got {getattr(self, name)!r}")
+                raise InputError(f"{name} must be a mapping, got {shown(getattr(self, name))}")
         for size, shape in self.shapes.items():
             if not isinstance(shape, MPOShape):
                 raise InputError(f"shapes[{size}] must be an MPOShape, got {shape!r}")
@@ -145,8 +156,11 @@ class MPOEConfig:
 
         one_of("router_kind", self.router_kind, ROUTER_KINDS)
         self.make_router(1, device="meta")
-        for name in ("layers", "shared"):
-            object.__setattr__(self, name, _settled(getattr(self, name)))
+        forms = signature(_ROUTERS[self.router_kind]).parameters
+        settle(
+            "router",
+            {name: _like(forms[name].default, value) for name, value in self.router.items()},
+        )
 
     def make_router(
         self,
@@ -169,10 +183,10 @@ class MPOEConfig:
         InputError
             If a router has no such setting, or not with that value.
         """
-        make: type[Router] = TopKRouter
+        make = _ROUTERS[self.router_kind]
         settings: dict[str, Any] = {"top_k": self.num_experts_per_tok}
         if self.router_kind == "expert_choice":
-            make, settings = ExpertChoiceRouter, {"capacity_factor": self.num_experts_per_tok}
+            settings = {"capacity_factor": self.num_experts_per_tok}
         known = set(signature(make).parameters) - {
             "hidden_size", "num_experts", "top_k", "device", "dtype",
         }  # fmt: skip
@@ -223,11 +237,33 @@ class MPOEConfig:
         return cls(**{**data, "shapes": by_size})
 
 
-def _settled(value: Any) -> Any:
-    """Numbers of sites or layers, in any collection, as a tuple in order."""
+def _of_each(name: str, value: Any, settled: Callable[[Any], Any]) -> Any:
+    """A setting of all projections, or of some, in its one form."""
+    per_projection(name, value, None)
     if isinstance(value, Mapping):
-        return {key: _settled(entry) for key, entry in value.items()}
-    return value if value is None or isinstance(value, str) else tuple(sorted(value))
+        return {key: settled(entry) for key, entry in value.items()}
+    return settled(value)
+
+
+def _bond(bond: Any) -> int | None:
+    return None if bond is None else positive_int("max_bond", bond)
+
+
+def _sites(shared: Any) -> str | tuple[int, ...]:
+    """Sites as far as they can be known before their number is."""
+    if isinstance(shared, str) or not isinstance(shared, Iterable):
+        resolve_shared(shared, sites=2, center=0)
+        return shared
+    name = f"every site of shared={shown(shared)}"
+    return tuple(sorted({integer_from_zero(name, site) for site in shared}))
+
+
+def _like(default: Any, value: Any) -> Any:
+    """A router's setting, which it has taken, as a number of the kind that its default is of."""
+    if value is None:
+        return None
+    # Nothing by default: a capacity.
+    return (float if default is None else type(default))(plain(value))
 
 
 def _plain(value: Any) -> Any:
@@ -235,15 +271,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _check_shared(shared: Any) -> None:
-    """What can be known before the number of sites is."""
-    if isinstance(shared, str) or not isinstance(shared, Iterable):
-        resolve_shared(shared, sites=2, center=0)
-        return
-    for site in shared:
-        integer_from_zero(f"every site of shared={shared!r}", site)
 
 
 def _shapes(data: Any) -> list[MPOShape]:

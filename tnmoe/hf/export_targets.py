@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.skeleton import foreign_values
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.router import TopKRouter
 
@@ -127,7 +128,8 @@ class Target:
             for name, value in {**source, **common}.items()
             if name not in _OWN and (name in _UNLISTED or hasattr(known, name))
         }
-        return make(**shared | self.settings(model.config, *self._sparse(model, mixtures)))
+        with foreign_values(f"{self.name} cannot express the model's settings"):
+            return make(**shared | self.settings(model.config, *self._sparse(model, mixtures)))
 
     def _sparse(self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE]) -> list[set[int]]:
         """Layers of every stack that have experts."""

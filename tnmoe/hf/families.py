@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnmoe.backends import backend_named
-from tnmoe.errors import InputError, integer_from_zero, positive_int
+from tnmoe.errors import InputError, integer_from_zero, positive_int, shown
 from tnmoe.nn.activations import resolve_activation
 
 
@@ -430,8 +430,7 @@ def find_ffns(
     >>> [ffn.name for ffn in find_ffns(model, every=2)]
     ['h.1', 'h.3']
     """
-    check_layers(layers)
-    positive_int("every", every)
+    layers, every = check_layers(layers), positive_int("every", every)
     found = all_ffns(model)
     if not found:
         raise InputError(
@@ -483,25 +482,27 @@ def _at_both(ffn: FFN, again: FFN) -> FFN:
     return replace(ffn, install=install)
 
 
-def check_layers(layers: Sequence[int] | str | None) -> None:
-    """Raise an InputError unless these may be positions of networks, or a regular expression."""
+def check_layers(layers: Iterable[int] | str | None) -> tuple[int, ...] | str | None:
+    """Positions of networks in order, each once, or a regular expression; else an InputError."""
+    if layers is None:
+        return None
     if isinstance(layers, str):
         try:
             re.compile(layers)
-        except re.error as error:
-            raise InputError(f"layers={layers!r} is no regular expression: {error}") from error
-    elif layers is not None:
-        if not isinstance(layers, Iterable):
-            raise InputError(f"layers must be integers or a regular expression, got {layers!r}")
-        for layer in layers:
-            integer_from_zero(f"every layer of layers={layers!r}", layer)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"layers={shown(layers)} is no regular expression: {error}") from error
+        return layers
+    if not isinstance(layers, Iterable):
+        raise InputError(f"layers must be integers or a regular expression, got {shown(layers)}")
+    name = f"every layer of layers={shown(layers)}"
+    return tuple(sorted({integer_from_zero(name, layer) for layer in layers}))
 
 
-def _chosen(found: list[FFN], layers: Sequence[int] | str | None, model: str) -> list[FFN]:
+def _chosen(found: list[FFN], layers: tuple[int, ...] | str | None, model: str) -> list[FFN]:
     if layers is None:
         return found
     if isinstance(layers, str):
         return [ffn for ffn in found if re.search(layers, ffn.name)]
     if bad := [layer for layer in layers if layer >= len(found)]:
         raise InputError(f"layers must be from 0 to {len(found) - 1} in {model}, got {bad}")
-    return [found[layer] for layer in sorted(set(layers))]
+    return [found[layer] for layer in layers]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -25,13 +24,17 @@ from tnmoe.hf.families import all_ffns
 from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.shards import CONFIG, FORMER_CORE, PRESENT_CORE, is_old
-from tnmoe.hf.structure import install_new, mixtures_of, mixtures_unnamed, networks_named
+from tnmoe.hf.structure import (
+    OF_EXPERTS,
+    install_new,
+    mixtures_of,
+    mixtures_unnamed,
+    networks_named,
+)
+from tnmoe.hf.trust import as_trusted
 from tnmoe.nn.moe import MPOMoE
 
 _SHOWN = 4
-
-# Tensors of experts are called so.
-_OF_EXPERTS = re.compile(r"\.experts\.(up|gate|down)\.")
 
 
 def teach_transformers() -> None:
@@ -55,7 +58,9 @@ def teach_transformers() -> None:
 def _reading(read: Callable) -> Callable:
     def _dict_from_json_file(cls: Any, json_file: str | os.PathLike) -> Any:
         entries = read(cls, json_file)
-        return current_entries(entries, json_file) if isinstance(entries, dict) else entries
+        if not isinstance(entries, dict):
+            return entries
+        return current_entries(as_trusted(entries), json_file)
 
     return _dict_from_json_file
 
@@ -144,7 +149,7 @@ def _check_all_there(model: PreTrainedModel, info: Mapping[str, Any], folder: An
     """Raise an InputError if a network has numbers that are not in the checkpoint."""
     paths = tuple(f"{path}." for path in mixtures_of(model))
     lost = {name for name in info["missing_keys"] if name.startswith(paths)}
-    if any(_OF_EXPERTS.search(name) for name in info["unexpected_keys"]):
+    if any(OF_EXPERTS.search(name) for name in info["unexpected_keys"]):
         # The networks that these belong to are dense here.
         dense = {id(each) for ffn in all_ffns(model) for each in ffn.parameters}
         own = {name for name, each in model.named_parameters() if id(each) in dense}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from tnmoe.errors import InputError, integer_from_zero, one_of
+from tnmoe.errors import InputError, index_in, one_of
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.conversion import Conversion, Piece, copies
 from tnmoe.hf.entries import current_entries
@@ -24,14 +24,16 @@ from tnmoe.hf.shards import CONFIG, Checkpoint, Spec
 from tnmoe.hf.skeleton import (
     Skeleton,
     check_dense,
+    config_from,
     held,
     model_without_numbers,
+    saved_class,
     stored_name,
 )
-from tnmoe.hf.structure import install_new, mixtures_of, networks_named
+from tnmoe.hf.structure import check_none_left, install_new, mixtures_of, networks_named
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.options import EXPORT_FORMATS, ExportFormat
+from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
 
 
 def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -> Conversion:
@@ -79,7 +81,7 @@ def plan_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -
     names = [ffn.name for ffn, _ in networks]
     install_new(moe, config, names)
     mark(moe, config, names)
-    draws = _draw([ffn for ffn, _ in networks], config, integer_from_zero("seed", seed))
+    draws = _draw([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
     pieces = [
         _upcycled(dense, ffn, names, path, layer, config, drawn)
         for (ffn, names), (path, layer), drawn in zip(
@@ -133,6 +135,7 @@ def plan_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     if ENTRY not in entries:
         raise InputError(f"{source.folder} is not an MPOE checkpoint: its config.json has none")
     record, plain = Record.from_dict(entries[ENTRY]), without_records(entries)
+    saved_class(config_from(plain))
     skeleton = Skeleton(source, plain)
     install_new(skeleton.model, record.config, record.networks)
     mixtures = mixtures_of(skeleton.model)
@@ -143,7 +146,12 @@ def plan_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
         for path, layer in mixtures.items()
         for name in layer.state_dict()
     }
+    if lost := sorted(used - set(source.specs)):
+        raise InputError(f"{source.folder} lacks {len(lost)} tensors: {', '.join(lost[:4])}")
     rest = [name for name in source.specs if name not in used]
+    routers = [skeleton.rename(f"{path}.router.weight") for path in mixtures]
+    paths = [name.removesuffix(".router.weight") for name in routers]
+    check_none_left(rest, paths, source.folder)
     if to == "dense":
         return _to_dense(skeleton, mixtures, reads, plain, record, rest)
     return _to_moe(skeleton, mixtures, reads, record.config, rest)

@@ -27,6 +27,9 @@ from tnmoe.folders import write_whole
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
+# Where PEFT tells of adapters.
+ADAPTERS = "adapter_config.json"
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -37,6 +40,12 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # Where an older tnmoe told of a conversion in config.json, and what it called auxiliary cores.
 OLD_PLACE, OLD_METHOD = "quantization_config", "tnmoe"
 FORMER_CORE, PRESENT_CORE = r"\.aux\.(\d+)$", r".aux_\1"
+
+# Where config.json may name the file of weights, or their index.
+_NAMED = "transformers_weights"
+
+# Files of these kinds are read of a folder.
+_READ = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
 
 # Bytes that are copied at a time.
 _CHUNK = 16 * 2**20
@@ -87,11 +96,13 @@ class Checkpoint:
     Parameters
     ----------
     folder : Path
+    variant : str, optional
+        Of the weights, as transformers calls it: ``fp16`` for ``model.fp16.safetensors``.
 
     Attributes
     ----------
     config : dict
-        Contents of config.json.
+        Contents of config.json, but for the name of the weights.
     specs : dict from str to Spec
         Every tensor by name, in the order of the files.
     places : dict from str to Place
@@ -103,14 +114,16 @@ class Checkpoint:
         are not where the index says. Pickled weights are never read.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike, variant: str | None = None) -> None:
         self.folder = Path(folder).absolute()
         self.config = read_config(self.folder)
         self.specs: dict[str, Spec] = {}
         self.places: dict[str, Place] = {}
-        index = self._index()
+        weights = _weights(self.folder, self.config.pop(_NAMED, None), variant)
+        index = self._index(weights)
         self._stats: dict[Path, os.stat_result] = {}
-        for path in _files(self.folder, index):
+        files = [inside(self.folder, file) for file in sorted(set(index.values()))]
+        for path in files or [weights]:
             self._stats[path] = path.stat()
             for stored, spec, offset in _header(path):
                 name = self._present(stored)
@@ -119,19 +132,20 @@ class Checkpoint:
                 self.specs[name], self.places[name] = spec, Place(path, offset)
         if absent := sorted(set(index) - set(self.specs)):
             raise InputError(
-                f"{self.folder / INDEX} lists {len(absent)} tensors that its files lack: "
+                f"{weights} lists {len(absent)} tensors that its files lack: "
                 f"{', '.join(absent[:4])}"
             )
-        if lost := [name for name, file in index.items() if self.places[name].path.name != file]:
-            raise InputError(f"{lost[0]} is not in {index[lost[0]]}, where the index puts it")
+        for name, file in index.items():
+            if self.places[name].path != self.folder / file:
+                raise InputError(f"{name} is not in {file}, where the index puts it")
 
-    def _index(self) -> dict[str, str]:
-        """Which file holds which tensor, as far as the folder says so."""
-        path = self.folder / INDEX
-        if not path.exists():
+    def _index(self, path: Path) -> dict[str, str]:
+        """Which file holds which tensor, if the folder has several."""
+        if path.suffix != ".json":
             return {}
-        index = read_json(inside(self.folder, INDEX)).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
+        index = read_json(path).get("weight_map")
+        names = isinstance(index, dict) and all(isinstance(f, str) for f in index.values())
+        if not index or not names:
             raise InputError(f"{path} has no weight_map from tensors to files")
         return {self._present(name): file for name, file in index.items()}
 
@@ -235,22 +249,65 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.exists():
         raise InputError(f"{path} is missing")
-    allowed = [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        allowed.append(folder.parent.parent.resolve() / "blobs")
-    if not any(path.resolve().is_relative_to(each) for each in allowed):
-        raise InputError(f"{path} leads out of the folder: refused")
+    real = folder.resolve()
+    blobs = [
+        each.parent / "blobs"
+        for each in real.parents
+        if each.name == "snapshots" and each.parent.name.startswith("models--")
+    ]
+    if not any(path.resolve().is_relative_to(each) for each in (real, *blobs)):
+        raise InputError(
+            f"{path} leads out of the folder: refused; put the file itself there (cp -rL copies a "
+            "folder with what its links lead to)"
+        )
     return path
 
 
-def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
-    if index:
-        return [inside(folder, file) for file in sorted(set(index.values()))]
-    if (folder / SINGLE).exists():
-        return [inside(folder, SINGLE)]
+def check_inside(folder: Path) -> None:
+    """Raise an InputError if a file that transformers may read of a folder lies elsewhere."""
+    for path in folder.iterdir():
+        if path.suffix in _READ and path.is_symlink() and path.exists():
+            inside(folder, path.name)
+    for index in folder.glob("*.index*.json"):
+        files = read_json(index).get("weight_map")
+        for file in set(files.values()) if isinstance(files, dict) else ():
+            inside(folder, str(file))
+
+
+def parts_of_ranks(folder: Path) -> list[Path]:
+    """Files of a distributed checkpoint, which transformers prefers to all others."""
+    return sorted(folder.glob("shard-*-model-*-of-*.safetensors"))
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    base, _, kind = name.rpartition(".")
+    return name if variant is None else f"{base}.{variant}.{kind}"
+
+
+def _weights(folder: Path, named: Any, variant: str | None) -> Path:
+    """The file of weights, or the index of several, that transformers takes.
+
+    Parameters
+    ----------
+    folder : Path
+    named : str, optional
+        What config.json says.
+    variant : str, optional
+        ``fp16`` for ``model.fp16.safetensors``.
+    """
+    if parts := parts_of_ranks(folder):
+        raise InputError(f"{parts[0]} is what one process of several had: save the whole model")
+    if named is not None:
+        if not isinstance(named, str) or not named.endswith((".safetensors", ".index.json")):
+            raise InputError(f"{folder / CONFIG} names no safetensors file as {_NAMED}: {named!r}")
+        return inside(folder, named)
+    single, index = (_of_variant(name, variant) for name in (SINGLE, INDEX))
+    for name in (single, index):
+        if (folder / name).exists():
+            return inside(folder, name)
     pickled = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt"))
     instead = f"; {pickled[0]} is a pickle, which is never read" if pickled else ""
-    raise InputError(f"{folder} has no {SINGLE} and no {INDEX}{instead}")
+    raise InputError(f"{folder} has no {single} and no {index}{instead}")
 
 
 def _state(stat: os.stat_result) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ from tnmoe.errors import InputError, shown
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns
 from tnmoe.hf.record import ENTRY
-from tnmoe.hf.shards import Checkpoint
+from tnmoe.hf.shards import ADAPTERS, Checkpoint
+from tnmoe.hf.trust import no_code, without_code
 
 # From a parameter's name in a model to its name in a checkpoint.
 Rename = Callable[[str], str]
@@ -54,7 +55,7 @@ _OTHERWISE = (
 
 
 def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration that a config.json describes.
+    """The configuration that a config.json describes, without the code that it may name.
 
     Raises
     ------
@@ -69,7 +70,7 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
     _check_counts(entries)
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
         # Numbers that JSON does not have, infinity for one, are understood in files only.
-        json.dump(entries, file)
+        json.dump(without_code(entries), file)
         file.flush()
         with foreign_values(f"config.json does not suit a model of type {kind!r}"):
             return CONFIG_MAPPING[kind].from_json_file(file.name)
@@ -126,18 +127,28 @@ def model_class_named(name: str) -> Any:
     return found if is_model else None
 
 
-def architecture_of(config: PreTrainedConfig) -> str | None:
-    """The first class that a configuration names; None if it names none.
+def saved_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that a configuration says its model was saved from, if it does.
 
     Raises
     ------
     InputError
-        If what it has there is no list of names.
+        If there is no such class, or it has another configuration.
     """
     names: Any = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
         raise InputError(f"architectures must be a list of names, got {shown(names)}")
-    return names[0] if names else None
+    if not names:
+        return None
+    name = names[0]
+    found = model_class_named(name)
+    if found is None:
+        raise InputError(f"transformers has no architecture {shown(name)}: {_OTHERWISE}")
+    # Classes that all models of a family are made from have no forward of their own.
+    builds = found.forward is not PreTrainedModel.forward
+    if not (builds and isinstance(config, found.config_class or ())):
+        raise InputError(f"{name} is no class for a model of type {config.model_type!r}")
+    return found
 
 
 def modules_for(source: Checkpoint) -> int:
@@ -157,15 +168,12 @@ def model_without_numbers(config: PreTrainedConfig, modules: int = _MOST_MODULES
     Raises
     ------
     InputError
-        If the class that it names is none of transformers', the values of the configuration do
-        not suit it, or it has more modules.
+        If there is no such class, the values of the configuration do not suit it, or it has more
+        modules.
     """
-    name = architecture_of(config)
-    make = AutoModel.from_config if name is None else model_class_named(name)
-    if make is None:
-        raise InputError(f"transformers has no architecture {shown(name)}: {_OTHERWISE}")
+    make = saved_class(config) or partial(AutoModel.from_config, trust_remote_code=False)
     wrong = f"config.json does not suit a model of type {config.model_type!r}"
-    with foreign_values(wrong, modules), torch.device("meta"):
+    with foreign_values(wrong, modules), torch.device("meta"), no_code():
         model = make(config)
     # Otherwise transformers looks for them in all modules again for every name.
     model._weight_conversions = [
@@ -188,6 +196,20 @@ def check_dense(entries: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path} is already converted or quantized")
 
 
+def check_once(source: Checkpoint, model: Any) -> None:
+    """Refuse what transformers would take for one tensor: names with and without a prefix.
+
+    Parameters
+    ----------
+    source : Checkpoint
+    model : PreTrainedModel or its class
+    """
+    prefix = f"{model.base_model_prefix}."
+    for name in source.specs:
+        if (twin := prefix + name) in source.specs:
+            raise InputError(f"{source.folder} holds both {name} and {twin}, which are one tensor")
+
+
 class Skeleton:
     """The model of a checkpoint, on the meta device.
 
@@ -207,9 +229,15 @@ class Skeleton:
     rename: Rename
 
     def __init__(self, source: Checkpoint, entries: Mapping[str, Any] | None = None) -> None:
+        if (source.folder / ADAPTERS).exists():
+            raise InputError(
+                f"{source.folder} holds adapters of PEFT beside the model, which would be lost: "
+                "load it, merge them and save the result"
+            )
         self.source = source
         config = config_from(entries or source.config)
         self.model = model_without_numbers(config, modules_for(source))
+        check_once(source, self.model)
 
     def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
         """The networks to convert with the names of their parameters, which are matched."""

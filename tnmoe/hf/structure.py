@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -117,6 +118,32 @@ def install_new(model: nn.Module, config: MPOEConfig, names: Iterable[str]) -> N
     """Put new mixtures of experts in the place of the networks that have these names."""
     for ffn in networks_named(model, names):
         ffn.install(new_moe(ffn, config).train(model.training))
+
+
+# Tensors of experts are called so.
+OF_EXPERTS = re.compile(r"\.experts\.(up|gate|down)\.")
+
+
+def check_none_left(names: Iterable[str], paths: Iterable[str], folder: Any) -> None:
+    """Raise an InputError if tensors that a model has no place for are of mixtures.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Tensors of a folder that are not the model's.
+    paths : iterable of str
+        Where the model has mixtures.
+    folder : path
+        For the message.
+    """
+    names = list(names)
+    others = {name[: found.start()] for name in names if (found := OF_EXPERTS.search(name))}
+    inside = tuple(f"{path}." for path in {*paths, *others})
+    if left := sorted(name for name in names if name.startswith(inside)):
+        raise InputError(
+            f"{folder} holds {len(left)} tensors of mixtures that its config.json does not "
+            f"describe: {', '.join(left[:4])}"
+        )
 
 
 def check_model(model: object) -> None:

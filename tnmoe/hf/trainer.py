@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, flag, integer_from_zero, one_of
 from tnmoe.hf.record import config_of
-from tnmoe.nn.gradient_mask import AutogradMask, GradientMask, Probability
+from tnmoe.nn.gradient_mask import (
+    AutogradMask,
+    GradientMask,
+    Probability,
+    checked_probability,
+)
 from tnmoe.options import MASK_ENGINES, MaskEngine
 
 
@@ -40,7 +45,8 @@ class GradientMaskCallback(TrainerCallback):
     Raises
     ------
     InputError
-        As training begins, if no probability was given and the model was not converted.
+        If the probability is not in [0, 1]; as training begins, if none was given and the model
+        was not converted.
 
     Notes
     -----
@@ -60,7 +66,9 @@ class GradientMaskCallback(TrainerCallback):
         engine: MaskEngine = "auto",
     ) -> None:
         one_of("engine", engine, MASK_ENGINES)
-        self.probability, self.seed, self.per_layer = probability, seed, per_layer
+        self.probability = None if probability is None else checked_probability(probability)
+        self.seed = integer_from_zero("seed", seed)
+        self.per_layer = flag("per_layer", per_layer)
         self.engine = engine
         self.mask: GradientMask | AutogradMask | None = None
         self._step = ExitStack()

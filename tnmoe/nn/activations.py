@@ -54,7 +54,7 @@ class ClampedSwiGLU(Gated):
     Raises
     ------
     InputError
-        If ``limit`` is not positive.
+        If ``limit`` is not positive, or ``alpha`` is no number.
 
     Examples
     --------
@@ -64,6 +64,7 @@ class ClampedSwiGLU(Gated):
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
         limit = number_in("limit", limit, "(0, inf]")
+        alpha = number_in("alpha", alpha, "(-inf, inf)")
         super().__init__(partial(_steep_silu, alpha=alpha))
         self.alpha, self.limit = alpha, limit
 

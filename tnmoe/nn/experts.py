@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.decompose import decompose
-from tnmoe.errors import InputError, generator_of, number_in, one_of
+from tnmoe.errors import InputError, flag, generator_of, number_in, one_of
 from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.grouped import Groups, Visits, cleared, spread
 from tnmoe.nn.projection import (
@@ -349,7 +349,7 @@ class DenseExperts(Experts):
         super().__init__(
             projection(intermediate_size, hidden_size),
             projection(hidden_size, intermediate_size),
-            projection(intermediate_size, hidden_size) if gated else None,
+            projection(intermediate_size, hidden_size) if flag("gated", gated) else None,
             activation,
             dropout,
         )
@@ -470,6 +470,7 @@ class MPOExperts(Experts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        gated = flag("gated", gated)
         chosen = check_matrices(matrices, MATRICES if gated else ("up", "down"))
         sizes = intermediate_size, hidden_size
         up_shape = _shape_for("up_shape", up_shape, layout, sites, *sizes)
@@ -591,6 +592,7 @@ class MPOExperts(Experts):
 def _set_biases(
     projections: Mapping[str, Projection], biases: Mapping[str, Tensor | None], shared: bool
 ) -> None:
+    shared = flag("shared_bias", shared)
     for name, projection in projections.items():
         projection.set_bias(biases[name], shared, f"{name}_bias")
 

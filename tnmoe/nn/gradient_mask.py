@@ -15,13 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, integer_from_zero, number_in
+from tnmoe.errors import InputError, flag, integer_from_zero, number_in
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.optimizers import Arguments, StepHook, innermost
 from tnmoe.nn.projection import SharedProjection
 from tnmoe.nn.shared_tensors import find_shared, hook_gradient
 
 Probability = float | Callable[[int], float]
+
+
+def checked_probability(probability: Probability) -> Probability:
+    """The probability as a float, or the schedule; an InputError unless it is in [0, 1]."""
+    if callable(probability):
+        return probability
+    return number_in("probability", probability, "[0, 1]")
 
 
 class _Mask:
@@ -54,10 +61,11 @@ class _Mask:
             layer_of = {id(each): i for i, each in enumerate(self._tensors.values())}
         if not self._tensors:
             raise InputError("there is nothing to mask: no tensor was given")
+        per_layer = flag("per_layer", per_layer)
         self._layer = {
             name: layer_of[id(each)] if per_layer else 0 for name, each in self._tensors.items()
         }
-        self.probability = probability
+        self.probability = checked_probability(probability)
         self.seed = integer_from_zero("seed", seed)
         self.per_layer = per_layer
         self.step = 0

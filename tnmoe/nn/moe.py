@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.errors import InputError, flag, number_in, one_of
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.router import Router, TopKRouter
 from tnmoe.nn.scopes import Scope
@@ -78,13 +78,14 @@ class MPOMoE(nn.Module):
                 f"the router is for {routed[0]} experts of hidden size {routed[1]}, "
                 f"the experts are {offered[0]} of hidden size {offered[1]}"
             )
-        if shared_gate and shared_expert is None:
+        has_gate = flag("shared_gate", shared_gate)
+        if has_gate and shared_expert is None:
             raise InputError("shared_gate=True needs a shared_expert")
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert
         self.shared_gate: nn.Linear | None = None
-        if shared_gate:
+        if has_gate:
             weight = router.weight
             self.shared_gate = nn.Linear(
                 weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype

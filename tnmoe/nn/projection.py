@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.backends import backend_named
 from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
-from tnmoe.errors import InputError, generator_of, index_in, one_of, positive_int
+from tnmoe.errors import InputError, generator_of, index_in, one_of, plain, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, Visits, grouped_linear, per_row
@@ -77,13 +77,14 @@ class Projection(nn.Module, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        bias = plain(bias)
         one_of("bias", bias, BIASES)
         self.num_experts = positive_int("num_experts", num_experts)
         self.out_features = positive_int("out_features", out_features)
         self.in_features = positive_int("in_features", in_features)
-        rows = 1 if bias == "shared" else num_experts
+        rows = 1 if bias == "shared" else self.num_experts
         self.bias = (
-            nn.Parameter(torch.empty(rows, out_features, device=device, dtype=dtype))
+            nn.Parameter(torch.empty(rows, self.out_features, device=device, dtype=dtype))
             if bias
             else None
         )
@@ -209,9 +210,8 @@ class StackedProjection(Projection):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_experts, out_features, in_features, bias, device, dtype)
-        self.stacked = nn.Parameter(
-            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
-        )
+        size = self.num_experts, self.out_features, self.in_features
+        self.stacked = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.reset_parameters()
 
     @classmethod
@@ -243,7 +243,7 @@ class StackedProjection(Projection):
         if not torch.isfinite(weight).all():
             raise InputError(f"the {tuple(weight.shape)} matrix contains NaN or infinity")
         projection = cls(num_experts, *weight.shape, device="meta", dtype=weight.dtype)
-        stacked = replicate(weight.detach(), num_experts, noise, generator_of(rng))
+        stacked = replicate(weight.detach(), projection.num_experts, noise, generator_of(rng))
         projection.stacked = nn.Parameter(stacked)
         return projection
 
@@ -331,7 +331,7 @@ class SharedProjection(Projection):
         ]
         self._set_cores(
             [
-                core if site in common else core.new_empty(num_experts, *core.shape)
+                core if site in common else core.new_empty(self.num_experts, *core.shape)
                 for site, core in enumerate(cores)
             ]
         )
@@ -371,7 +371,7 @@ class SharedProjection(Projection):
         rng = generator_of(rng)
         projection._set_cores(
             [
-                core if site in common else replicate(core, num_experts, noise, rng)
+                core if site in common else replicate(core, projection.num_experts, noise, rng)
                 for site, core in enumerate(mpo.cores)
             ]
         )

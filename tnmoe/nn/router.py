@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, number_in, one_of, positive_int
+from tnmoe.errors import InputError, flag, number_in, one_of, positive_int
 from tnmoe.nn.capacity import check_mask, first_of_each, room
 from tnmoe.nn.load_bias import LoadBias
 from tnmoe.nn.scopes import Scope
@@ -84,11 +84,13 @@ class Router(nn.Module, ABC):
         self.num_experts = positive_int("num_experts", num_experts)
         one_of("score_function", score_function, SCORE_FUNCTIONS)
         self.score_function = score_function
-        self.normalize, self.straight_through = normalize, straight_through
+        self.normalize = flag("normalize", normalize)
+        self.straight_through = flag("straight_through", straight_through)
         self.jitter_noise = number_in("jitter_noise", jitter_noise, "[0, 1)")
         size: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **size))
-        self.bias = nn.Parameter(torch.empty(num_experts, **size)) if bias else None
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, **size))
+        has_bias = flag("bias", bias)
+        self.bias = nn.Parameter(torch.empty(self.num_experts, **size)) if has_bias else None
 
     def reset_parameters(self) -> None:
         """Draw new weights with standard deviation 0.02; biases become 0."""
@@ -358,28 +360,28 @@ class TopKRouter(Router):
             jitter_noise, device, dtype,
         )  # fmt: skip
         self.top_k = positive_int("top_k", top_k)
-        if top_k > num_experts:
-            raise InputError(f"top_k={top_k} exceeds num_experts={num_experts}")
-        for name, factor in (
-            ("capacity_factor", capacity_factor),
-            ("eval_capacity_factor", eval_capacity_factor),
-        ):
-            if factor is not None:
-                number_in(name, factor, "(0, inf)")
+        if self.top_k > self.num_experts:
+            raise InputError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        self.capacity_factor = _factor("capacity_factor", capacity_factor)
+        self.eval_capacity_factor = _factor("eval_capacity_factor", eval_capacity_factor)
         one_of("capacity_scope", capacity_scope, BATCH_SCOPES)
         one_of("second_expert", second_expert, SECOND_EXPERT)
-        if second_expert != "all" and top_k != 2:
-            raise InputError(f"second_expert={second_expert!r} needs top_k=2, got top_k={top_k}")
-        _check_groups(num_experts, top_k, num_groups, top_groups)
+        if second_expert != "all" and self.top_k != 2:
+            raise InputError(
+                f"second_expert={second_expert!r} needs top_k=2, got top_k={self.top_k}"
+            )
+        self.num_groups = positive_int("num_groups", num_groups)
+        self.top_groups = positive_int("top_groups", top_groups)
+        _check_groups(self.num_experts, self.top_k, self.num_groups, self.top_groups)
         self.scale = number_in("scale", scale, "(0, inf)")
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.capacity_scope = capacity_scope
-        self.num_groups, self.top_groups = num_groups, top_groups
-        self.group_score = min(positive_int("group_score", group_score), num_experts // num_groups)
+        size = self.num_experts // self.num_groups
+        self.group_score = min(positive_int("group_score", group_score), size)
         self.second_expert = second_expert
         self.second_threshold = number_in("second_threshold", second_threshold, "[0, 1]")
-        self.noise_weight = nn.Parameter(torch.empty_like(self.weight)) if noisy else None
-        self.load_bias = LoadBias(num_experts, device) if load_bias else None
+        is_noisy, has_load_bias = flag("noisy", noisy), flag("load_bias", load_bias)
+        self.noise_weight = nn.Parameter(torch.empty_like(self.weight)) if is_noisy else None
+        self.load_bias = LoadBias(self.num_experts, device) if has_load_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -466,9 +468,11 @@ class TopKRouter(Router):
         )
 
 
+def _factor(name: str, factor: float | None) -> float | None:
+    return None if factor is None else number_in(name, factor, "(0, inf)")
+
+
 def _check_groups(num_experts: int, top_k: int, num_groups: int, top_groups: int) -> None:
-    positive_int("num_groups", num_groups)
-    positive_int("top_groups", top_groups)
     if num_experts % num_groups:
         raise InputError(
             f"num_groups={num_groups} does not divide the number of experts {num_experts}"

@@ -176,8 +176,9 @@ def parameter_groups(
         if len(counts) > 1:
             raise InputError(f"give shared_scale: layers have {counts} experts")
         shared_scale = 1 / counts[0]
-    number_in("shared_scale", shared_scale, "[0, inf)")
-    number_in("lr", lr, "[0, inf)")
+    shared_scale = number_in("shared_scale", shared_scale, "[0, inf)")
+    rate = number_in("lr", lr, "[0, inf)")
+    lr = lr if isinstance(lr, Tensor) else rate  # optimisers know rates that are tensors
     trained = [each for each in model.parameters() if each.requires_grad]
     return [
         {"params": [each for each in trained if id(each) not in shared], "lr": lr, **options},
@@ -225,13 +226,13 @@ class SharedGradientScale:
     def __init__(self, model: nn.Module, scale: float | None = None) -> None:
         find_shared(model)
         self.scale = scale if scale is None else number_in("scale", scale, "[0, inf)")
-        scales = _scales(model, scale)
+        scales = _scales(model, self.scale)
         self._handles: list[Any] = [
             hook_gradient(core, partial(_scaled, by=by), accumulated=False)
             for core, by in scales.values()
         ]
         self._handles += [
-            _GatheredScale(each, scale, set(scales))
+            _GatheredScale(each, self.scale, set(scales))
             for each in shared_projections(model)
             if each._is_gathered
         ]
