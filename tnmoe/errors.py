@@ -33,9 +33,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
-        line = " ".join(message.split())
-        first, last = _KEPT
-        super().__init__(f"{line[:first]} … {line[-last:]}" if len(line) > first + last else line)
+        super().__init__(as_line(message))
 
 
 class MissingExtraError(ImportError):
@@ -71,6 +69,13 @@ class MissingExtraError(ImportError):
             names = f"{', '.join(others)} and {last}" if others else last
             lacks.insert(0, f"{names}, which {'are' if others else 'is'} not installed")
         super().__init__(f"{feature} needs {', and '.join(lacks)}: pip install 'tnmoe[{extra}]'")
+
+
+def as_line(message: object) -> str:
+    """A message on one line, without the middle of what is very long."""
+    line = " ".join(str(message).split())
+    first, last = _KEPT
+    return f"{line[:first]} … {line[-last:]}" if len(line) > first + last else line
 
 
 # Characters of a value that a message shows.

@@ -34,6 +34,13 @@ def check_line(text: str) -> None:
         raise WrongError(f"{len(lines)} lines, {len(text)} characters: {text[-1500:]}")
 
 
+def check_told(text: str) -> None:
+    """Raise a WrongError unless the command line refuses in one line, after warnings of one."""
+    lines = text.splitlines()
+    warnings = [each for each in lines if each.startswith("tnmoe: warning: ")]
+    check_line("\n".join(each for each in lines if each not in warnings))
+
+
 def command(*arguments: object) -> Callable[[Path, Path], str]:
     """The command line; words in capitals stand for places.
 
@@ -52,9 +59,7 @@ def command(*arguments: object) -> Callable[[Path, Path], str]:
                 if target.exists():
                     _check_made(target)
                 return "done"
-            if code != 2:
-                raise WrongError(f"exit status {code}")
-            return "refused"
+            return f"status {code}"
         finally:
             shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(f"{target}.partial", ignore_errors=True)

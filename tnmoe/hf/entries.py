@@ -48,18 +48,18 @@ def current_entries(entries: Mapping[str, Any], path: str | os.PathLike) -> dict
     told = stored.get("mpoe")
     if not isinstance(told, Mapping):
         raise InputError(f"{OLD_PLACE} of {path} must hold mpoe, an object, got {told!r}")
-    warnings.warn(
-        f"{path} was written by an older tnmoe: load the model and call save_pretrained, since the "
-        "next version will not read it",
-        FutureWarning,
-        stacklevel=2,
-    )
     config = MPOEConfig.from_dict(told)
     if isinstance(config.layers, str):
         _check_quick(config.layers, path)
     dense = {key: value for key, value in entries.items() if key != OLD_PLACE}
     model = model_without_numbers(config_from(dense))
     mark(model, config, [ffn.name for ffn in find_ffns(model, config.layers, config.every)])
+    warnings.warn(
+        f"{path} was written by an older tnmoe: load the model and call save_pretrained, since the "
+        "next version will not read it",
+        FutureWarning,
+        stacklevel=2,
+    )
     return with_records(dense, model.config)
 
 

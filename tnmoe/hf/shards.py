@@ -247,7 +247,7 @@ def inside(folder: Path, name: str) -> Path:
         If it lies elsewhere, or is not there.
     """
     path = folder / name
-    if not path.exists():
+    if not os.path.exists(path):  # also no name that is too long for any file
         raise InputError(f"{path} is missing")
     real = folder.resolve()
     blobs = [
@@ -270,8 +270,8 @@ def check_inside(folder: Path) -> None:
             inside(folder, path.name)
     for index in folder.glob("*.index*.json"):
         files = read_json(index).get("weight_map")
-        for file in set(files.values()) if isinstance(files, dict) else ():
-            inside(folder, str(file))
+        for file in set(map(str, files.values())) if isinstance(files, dict) else ():
+            inside(folder, file)
 
 
 def parts_of_ranks(folder: Path) -> list[Path]:
