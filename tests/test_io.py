@@ -116,8 +116,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     metadata = {"tnmoe_format": "1", "tnmoe": json.dumps(description)}
     save_file({"cores.7": np.ones((1, 2, 2, 1))}, partial, metadata)
     for path, message in (
-        (truncated, "not a readable safetensors file"),
-        (garbage, "not a readable safetensors file"),
+        (truncated, "is damaged or no safetensors file"),
+        (garbage, "is damaged or no safetensors file"),
         (foreign, "foreign was not written by this version"),
         (partial, "does not hold what tnmoe.save writes"),
     ):
@@ -167,6 +167,36 @@ def test_a_saved_file_may_be_read_by_whom_other_files_may(tmp_path):
     tn.save(tmp_path / "x", example("float32", "MPO", "numpy"))
     (tmp_path / "other").write_text("")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_is_no_ordinary_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(tn.InputError, match="is no ordinary file"):
+            tn.load(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"out_dims": [2] * 20_000, "in_dims": [2] * 20_000}, r"which do not fit \[\[2, 2, .*…"),
+        ({"out_dims": [10**4000] * 2000, "in_dims": [1] * 2000}, r"which do not fit \[\[10000.*…"),
+        ({"out_dims": [2] * 20_000 + [0], "in_dims": [2] * 20_001}, "which do not fit"),
+        ({"out_features": 10**4000}, "out_features=10000.*… does not fit"),
+    ],
+)
+def test_a_description_of_another_operator_is_refused_without_computing_with_it(
+    entries, message, tmp_path
+):
+    mpo = example("float32", "MPO", "numpy")
+    tn.save(tmp_path / "x", mpo)
+    with safe_open(tmp_path / "x", framework="np") as file:
+        told = json.loads(file.metadata()["tnmoe"])
+        cores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(cores, tmp_path / "x", {"tnmoe_format": "1", "tnmoe": json.dumps(told | entries)})
+    with pytest.raises(tn.InputError, match=message) as caught:
+        tn.load(tmp_path / "x")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_folder_is_no_file_of_an_operator(tmp_path):

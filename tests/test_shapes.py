@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import tnmoe as tn
 from tests.matrices import shapes
+from tnmoe.shapes import _primes
 
 
 def brute_force_factors(n: int, sites: int) -> set[tuple[int, ...]]:
@@ -76,6 +77,24 @@ def test_padding_is_small_and_only_where_factors_are_bad(out_features, in_featur
         assert (padded == size) == (max(own) <= 8 * size ** (1 / sites))
 
 
+@pytest.mark.parametrize("sites", [2, 5, 12, 30, 100])
+def test_a_size_to_pad_to_is_found_in_few_tries(sites):
+    tried = _primes.cache_info().misses
+    shape = tn.MPOShape.for_matrix(10**12 + 39, 1, sites)  # a prime
+    assert _primes.cache_info().misses - tried < 500_000
+    assert max(shape.out_dims) <= 8 * shape.padded_out ** (1 / sites)
+    assert shape.padded_out < 2 * shape.out_features
+
+
+def test_more_sites_than_factors_have_legs_of_1():
+    assert tn.factorize(12, 100).count(1) == 97
+    assert sorted(tn.factorize(12, 100))[-3:] == [2, 2, 3]
+
+
+def test_shapes_of_any_size_print():
+    assert "20001 bits" in repr(tn.MPOShape((2,) * 20_001, (1,) * 20_001, 2**20_000))
+
+
 def test_split_puts_output_legs_left_and_input_legs_right():
     shape = tn.MPOShape.split(3072, 768, left=(8, 8), right=[16, 4])
     assert shape.out_dims == (8, 8, 48, 1, 1)
@@ -103,6 +122,12 @@ def test_numpy_integers_are_integers():
         (lambda: tn.MPOShape.split(64, 100, right=64), "does not divide in_features=100"),
         (lambda: tn.factorize(0, 2), "n must be a positive integer, got 0"),
         (lambda: tn.factorize(8, 0), "sites must be a positive integer, got 0"),
+        (lambda: tn.factorize(8, 101), "sites must be at most 100, got 101"),
+        (lambda: tn.factorize(2**40 + 1, 3), "n can be split up to 1099511627776, got"),
+        (lambda: tn.MPOShape.for_matrix(768, 768, sites=900), "sites must be at most 100, got 900"),
+        (lambda: tn.MPOShape.for_matrix(8, 2**50), "in_features can be split up to .* its legs"),
+        (lambda: tn.MPOShape((2,), (2,), out_features=10**5000), "=an integer of 16610 bits does"),
+        (lambda: tn.MPOShape((2,) * 20_000, (2,)), r"out_dims=\(2, 2, .* … .* \(1 sites\)"),
         (lambda: tn.MPOShape((2, 2), (2, 2)).bond_dims((1, 2)), r"got \(1, 2\) for 1 bonds"),
         (lambda: tn.MPOShape((2, 2), (2, 2)).bond_dims(-1), "got -1"),
     ],

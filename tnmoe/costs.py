@@ -6,10 +6,10 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 
-from tnmoe.errors import InputError
+from tnmoe.errors import number_in
+from tnmoe.files import read_json
 from tnmoe.folders import write_whole
 
 _RATES: dict[str, Rates] = {}
@@ -49,9 +49,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            known = isinstance(value, int | float) and isfinite(value)
-            if not known or value < 0 or (value == 0 and name != "half_depth"):
-                raise InputError(f"{name} must be a positive number, got {value!r}")
+            number_in(name, value, "[0, inf)" if name == "half_depth" else "(0, inf)")
 
     def product(self, rows: float, depth: float, columns: float, itemsize: int) -> float:
         """Seconds of a product (``rows``, ``depth``) · (``depth``, ``columns``).
@@ -105,5 +103,5 @@ def rates_path(device: str) -> Path:
 def _stored(device: str) -> Rates | None:
     # A missing or broken file is the same as no measurement.
     with suppress(OSError, ValueError, TypeError):
-        return Rates(**json.loads(rates_path(device).read_text(encoding="utf-8")))
+        return Rates(**read_json(rates_path(device)))
     return None

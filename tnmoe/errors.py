@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 
+# Characters of a message that are kept, from its beginning and from its end.
+_KEPT = 600, 300
+
 
 class InputError(ValueError):
     """Something the caller gave does not fit; the message names it and what was expected.
 
     The command line turns it into one line and exit code 2. A plain ``ValueError`` from inside
     tnmoe is therefore a bug, and keeps its traceback.
+
+    Parameters
+    ----------
+    message : str
+        It may quote what others wrote: it becomes a single line, and what is very long loses its
+        middle.
 
     Examples
     --------
@@ -22,6 +31,9 @@ class InputError(ValueError):
     Traceback (most recent call last):
     tnmoe.errors.InputError: out_dims and in_dims need one leg per site each: got ...
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(as_line(message))
 
 
 class MissingExtraError(ImportError):
@@ -57,6 +69,13 @@ class MissingExtraError(ImportError):
             names = f"{', '.join(others)} and {last}" if others else last
             lacks.insert(0, f"{names}, which {'are' if others else 'is'} not installed")
         super().__init__(f"{feature} needs {', and '.join(lacks)}: pip install 'tnmoe[{extra}]'")
+
+
+def as_line(message: object) -> str:
+    """A message on one line, without the middle of what is very long."""
+    line = " ".join(str(message).split())
+    first, last = _KEPT
+    return f"{line[:first]} … {line[-last:]}" if len(line) > first + last else line
 
 
 # Characters of a value that a message shows.

@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from tnmoe.errors import InputError
+from tnmoe.files import read_json
 
 # Lies in every folder that tnmoe makes, and lists the files that it wrote there, with their sizes.
 # It is as old as each of them, to the instant.
@@ -172,10 +173,9 @@ def _is_mount_point(folder: Path) -> bool:
 def _recorded(folder: Path) -> dict[Path, int]:
     """Files that tnmoe wrote in a folder, with their sizes."""
     try:
-        sizes = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {Path(name): size for name, size in read_json(folder / RECORD).items()}
+    except (OSError, InputError):
         return {}
-    return {Path(name): size for name, size in sizes.items()} if isinstance(sizes, dict) else {}
 
 
 def _is_as_written(path: Path, size: object, record: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from tnmoe.backends import Array, Backend, available_backends, backend_named, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, index_in, one_of, shown
+from tnmoe.files import parsed, read_header
 from tnmoe.folders import write_whole
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
@@ -112,16 +114,14 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
             f"{path} is a folder: this reads a file that tnmoe.save wrote, and "
             "tnmoe.hf.from_pretrained a converted model"
         )
+    read_header(path)
     try:
         description, arrays = _read(path, library)
         return _object(path, description, arrays)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
-    except (KeyError, TypeError) as error:
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+    except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path} does not hold what tnmoe.save writes: {error!r}") from error
-
-
-_SHAPE_KEYS = ("out_dims", "in_dims", "out_features", "in_features")
 
 
 def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str, Array]]:
@@ -133,7 +133,7 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
                 f"found {metadata.get('tnmoe_format')}"
             )
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    description = json.loads(metadata["tnmoe"])
+    description = parsed(metadata["tnmoe"], f"the description in {path}")
     library, dtype = library or description["library"], description["dtype"]
     one_of("library", library, available_backends())
     one_of(f"the dtype in {path}", dtype, (*REAL_DTYPES, *COMPLEX_DTYPES))
@@ -154,13 +154,27 @@ def _object(
     kind, center = description["kind"], description["center"]
     one_of(f"the kind in {path}", kind, ("MPO", "SharedMPO"))
     try:
-        shape = MPOShape(*(description[key] for key in _SHAPE_KEYS))
-        if kind == "SharedMPO":
-            aux = [arrays[f"aux.{site}"] for site in range(shape.sites - 1)]
-            return SharedMPO(arrays["center_core"], aux, shape, center)
-        return MPO([arrays[f"cores.{site}"] for site in range(shape.sites)], shape, center)
+        if kind == "MPO":
+            cores = [arrays[f"cores.{site}"] for site in range(len(arrays))]
+            return MPO(cores, _shape(description, cores), center)
+        aux = [arrays[f"aux.{site}"] for site in range(len(arrays) - 1)]
+        middle = arrays["center_core"]
+        place = index_in("center", center, len(arrays))
+        shape = _shape(description, [*aux[:place], middle, *aux[place:]])
+        return SharedMPO(middle, aux, shape, center)
     except InputError as error:
         raise InputError(f"{path} does not hold what tnmoe.save writes: {error}") from error
+
+
+def _shape(description: dict, cores: Sequence[Array]) -> MPOShape:
+    """The shape that a description gives; it is compared with cores before it is computed with."""
+    legs = [[int(core.shape[axis]) for core in cores] for axis in (-3, -2)]
+    told = [description[f"{side}_dims"] for side in ("out", "in")]
+    if told != legs:
+        raise InputError(
+            f"the cores have (out, in) legs {shown(legs)}, which do not fit {shown(told)}"
+        )
+    return MPOShape(*legs, description["out_features"], description["in_features"])
 
 
 def _as_stored(xp: Backend, array: Array) -> np.ndarray:

@@ -15,7 +15,7 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.canonical import canonicalize, vidal
 from tnmoe.contraction import apply_cores, to_padded_matrix
-from tnmoe.errors import InputError, generator_of, index_in
+from tnmoe.errors import InputError, generator_of, index_in, shown
 from tnmoe.plan import Selection
 from tnmoe.precision import computable, in_one_dtype, narrowed, widened
 from tnmoe.rounding import round_chain
@@ -583,7 +583,8 @@ class MPO:
 
     def __repr__(self) -> str:
         return (
-            f"MPO({self.shape.out_features}×{self.shape.in_features}, sites={self.shape.sites}, "
+            f"MPO({shown(self.shape.out_features)}×{shown(self.shape.in_features)}, "
+            f"sites={self.shape.sites}, "
             f"bond_dims={self.bond_dims}, num_params={self.num_params}, "
             f"dtype={self._backend.dtype_name(self.cores[0])}, center={self.center})"
         )

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import pairwise
-from math import isqrt, prod
+from functools import lru_cache
+from itertools import count, pairwise
+from math import prod
 
-from tnmoe.errors import InputError, index_in, positive_int
+from tnmoe.errors import InputError, index_in, positive_int, shown
 
 # A size is padded when its largest factor exceeds the geometric mean of its factors by more than
 # this: 8 keeps 43 · 4⁴ (Llama's 11008) as it is and sends primes such as 50257 to a neighbour.
 _MAX_IMBALANCE = 8
 
 
-@cache
+# What is split: factors of larger sizes take long to find, and no size has as many.
+_LARGEST, _MOST_SITES = 2**40, 100
+
+# Sizes that are tried one after another, before larger steps are taken.
+_TRIES = 10_000
+
+
+@lru_cache(maxsize=100_000)
+def _primes(n: int, limit: int) -> tuple[int, ...]:
+    """Ascending factors of n: primes up to the limit, and what is left in one."""
+    found, divisor = [], 2
+    while divisor <= limit and divisor * divisor <= n:
+        if n % divisor:
+            divisor += 1 + divisor % 2  # 2, 3, 5, 7, 9, …
+        else:
+            n //= divisor
+            found.append(divisor)
+    return (*found, n) if n > 1 else tuple(found)
+
+
+@lru_cache(maxsize=100_000)
 def _divisors(n: int) -> tuple[int, ...]:
-    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
-    return tuple(sorted({*low, *(n // d for d in low)}))
+    found = {1}
+    for prime in _primes(n, n):
+        found |= {prime * each for each in found}
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=100_000)
@@ -26,6 +48,9 @@ def _most_balanced(n: int, parts: int) -> tuple[int, ...]:
     """Ascending factors of n with the smallest sum; for a fixed product that is the most even."""
     if parts == 1:
         return (n,)
+    primes = _primes(n, n)
+    if parts >= len(primes):  # a product of two factors is more than their sum, but for 1s
+        return (*(1 for _ in range(parts - len(primes))), *primes)
     candidates = (tuple(sorted((d, *_most_balanced(n // d, parts - 1)))) for d in _divisors(n))
     return min(candidates, key=lambda factors: (sum(factors), factors[-1], factors))
 
@@ -51,14 +76,14 @@ def factorize(n: int, sites: int) -> tuple[int, ...]:
     Raises
     ------
     InputError
-        If ``n`` or ``sites`` is not a positive integer.
+        If ``n`` is not an integer from 1 to 2⁴⁰, or ``sites`` none from 1 to 100.
 
     Examples
     --------
     >>> factorize(3072, 5), factorize(768, 5)
     ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))
     """
-    n, sites = positive_int("n", n), positive_int("sites", sites)
+    n, sites = _size_to_split("n", n), _number_of_sites(sites)
     descending = _most_balanced(n, sites)[::-1]
     middle = sites // 2
     # The largest goes to the middle, the next ones alternately to its right and left.
@@ -71,10 +96,27 @@ def factorize(n: int, sites: int) -> tuple[int, ...]:
 
 def _padded_size(n: int, sites: int) -> int:
     """Smallest size from ``n`` up that splits into ``sites`` reasonably even factors."""
-    size = n
-    while max(_most_balanced(size, sites)) > _MAX_IMBALANCE * size ** (1 / sites):
-        size += 1
+    size, step = n, 1
+    for tried in count(1):
+        largest = int(_MAX_IMBALANCE * size ** (1 / sites))
+        # Few sizes have small factors only, if there are many sites: most are told by their primes.
+        if max(_primes(size, largest), default=1) <= largest >= max(_most_balanced(size, sites)):
+            break
+        step *= 1 + (tried % _TRIES == 0)
+        size += step - size % step
     return size
+
+
+def _size_to_split(name: str, n: int) -> int:
+    if positive_int(name, n) > _LARGEST:
+        raise InputError(f"{name} can be split up to {_LARGEST}, got {shown(n)}: give its legs")
+    return int(n)
+
+
+def _number_of_sites(sites: int) -> int:
+    if positive_int("sites", sites) > _MOST_SITES:
+        raise InputError(f"sites must be at most {_MOST_SITES}, got {shown(sites)}")
+    return int(sites)
 
 
 @dataclass(frozen=True)
@@ -147,7 +189,7 @@ class MPOShape:
         Raises
         ------
         InputError
-            If one is not a positive integer.
+            If a size is not an integer from 1 to 2⁴⁰, or ``sites`` none from 1 to 100.
 
         Examples
         --------
@@ -156,9 +198,9 @@ class MPOShape:
         >>> MPOShape.for_matrix(50257, 768, sites=3)
         MPOShape(out_dims=(8, 103, 61), in_dims=(8, 12, 8), out_features=50257)
         """
-        out_features = positive_int("out_features", out_features)
-        in_features = positive_int("in_features", in_features)
-        sites = positive_int("sites", sites)
+        out_features = _size_to_split("out_features", out_features)
+        in_features = _size_to_split("in_features", in_features)
+        sites = _number_of_sites(sites)
         return cls(
             factorize(_padded_size(out_features, sites), sites),
             factorize(_padded_size(in_features, sites), sites),
@@ -325,9 +367,9 @@ class MPOShape:
     def __repr__(self) -> str:
         padded = ""
         if self.out_features != self.padded_out:
-            padded += f", out_features={self.out_features}"
+            padded += f", out_features={shown(self.out_features)}"
         if self.in_features != self.padded_in:
-            padded += f", in_features={self.in_features}"
+            padded += f", in_features={shown(self.in_features)}"
         return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
 
 
@@ -335,10 +377,13 @@ def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:
     try:
         dims = tuple(dims)
     except TypeError:
-        raise InputError(f"{name} must be a sequence of positive integers, got {dims!r}") from None
+        raise InputError(
+            f"{name} must be a sequence of positive integers, got {shown(dims)}"
+        ) from None
     if not dims:
         raise InputError(f"{name} needs at least one site, got {dims}")
-    return tuple(positive_int(f"every leg of {name}={dims}", dim) for dim in dims)
+    each = f"every leg of {name}={shown(dims)}"
+    return tuple(positive_int(each, dim) for dim in dims)
 
 
 def _check_size(side: str, size: int | None, dims: tuple[int, ...]) -> int:
@@ -347,6 +392,7 @@ def _check_size(side: str, size: int | None, dims: tuple[int, ...]) -> int:
     size = positive_int(f"{side}_features", size)
     if size > prod(dims):
         raise InputError(
-            f"{side}_features={size} does not fit {side}_dims={dims}, whose product is {prod(dims)}"
+            f"{side}_features={shown(size)} does not fit {side}_dims={shown(dims)}, "
+            f"whose product is {shown(prod(dims))}"
         )
     return size

@@ -10,7 +10,7 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.contraction import stacked_to_padded_matrices
-from tnmoe.errors import InputError, generator_of, index_in, number_in, positive_int
+from tnmoe.errors import InputError, generator_of, index_in, number_in, positive_int, shown
 from tnmoe.mpo import MPO, as_numpy, check_center
 from tnmoe.precision import computable
 from tnmoe.shapes import MPOShape
@@ -177,7 +177,8 @@ class SharedMPO:
 
     def __repr__(self) -> str:
         return (
-            f"SharedMPO({self.num_experts} × {self.shape.out_features}×{self.shape.in_features}, "
+            f"SharedMPO({self.num_experts} × "
+            f"{shown(self.shape.out_features)}×{shown(self.shape.in_features)}, "
             f"sites={self.shape.sites}, bond_dims={self.bond_dims}, "
             f"num_params={self.num_params}, center={self.center})"
         )

@@ -1,6 +1,7 @@
 """Exports run as what they claim to be: by logits, against the model they came from."""
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 import tnmoe as tn
 from tests.hf.families import IDS, MODELS, inputs, make, outputs, relative
 from tnmoe import hf, nn
+from tnmoe.hf.export_targets import _switch_steps
 
 CONFIG = {"num_experts": 3, "sites": 3, "num_experts_per_tok": 2}
 SWITCH = {"num_experts_per_tok": 1}
@@ -288,3 +290,21 @@ def test_routers_that_no_mixture_expresses_are_refused(name, router, message):
 def test_averaging_needs_a_converted_model():
     with pytest.raises(tn.InputError, match="BertModel is no converted model"):
         hf.average_experts(make("bert"))
+
+
+def test_switch_is_told_the_distance_of_its_layers_with_experts_wherever_there_is_one():
+    def layers(step, total):
+        """Those that the class gives experts: see SwitchTransformersStack."""
+        return {each for each in range(total) if step == 1 or (step and each % step == 1)}
+
+    for total in range(1, 8):
+        for sparse in (
+            set(each) for r in range(total + 1) for each in combinations(range(total), r)
+        ):
+            if any(layers(step, total) == sparse for step in range(total + 1)):
+                told = _switch_steps("encoder", sparse, total)
+                assert layers(told["encoder_sparse_step"], total) == sparse
+                assert told["num_sparse_encoder_layers"] == len(sparse)
+            else:
+                with pytest.raises(tn.InputError, match="Switch has experts in no layer"):
+                    _switch_steps("encoder", sparse, total)

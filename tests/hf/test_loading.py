@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -456,6 +457,31 @@ def test_positions_of_an_older_folder_are_those_of_the_class_that_it_names(tmp_p
     with torch.no_grad():
         expected = model.encoder(input_ids=inputs["input_ids"])[0]
         assert relative(encoder(input_ids=inputs["input_ids"])[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        (r"layers\.(0|1|2)$", True),
+        (r"layers\.\d+", True),
+        ("layer", True),
+        ("(l|a)+$", False),
+        ("l+a+y+e+r+", False),
+        ("(l|.)(a|.)(y|.)", False),
+        ("l?a?y?e?r?", False),
+        ("layer|" * 100, False),
+    ],
+)
+def test_an_older_folder_is_not_searched_with_what_may_take_for_ever(pattern, fits, folder):
+    in_old_form(folder)
+
+    def change(entries):
+        entries["quantization_config"]["mpoe"]["layers"] = pattern
+
+    rewrite(folder, change)
+    outcome = nullcontext() if fits else pytest.raises(tn.InputError, match="not looked for")
+    with pytest.warns(FutureWarning, match="older tnmoe"), outcome:
+        hf.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Checkpoints converted from folder to folder are those that whole models are saved as."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -221,6 +222,49 @@ def upcycled(folder, name="llama", **settings):
             lambda f: (rewrite(f, hidden_size="wide"), hf.plan_upcycle(f, CONFIG)),
             "config.json does not suit a model of type 'llama'",
         ),
+        *(
+            (
+                lambda f, entries=entries: (rewrite(f, **entries), hf.plan_upcycle(f, CONFIG)),
+                "config.json does not suit a model of type 'llama': " + message,
+            )
+            for entries, message in (
+                ({"hidden_act": "novel"}, "KeyError: .*novel"),
+                (
+                    {"rope_parameters": {"rope_type": "novel", "rope_theta": 1e4}},
+                    "KeyError: 'novel'",
+                ),
+                ({"hidden_size": -24}, ""),
+                ({"hidden_size": 2**40, "vocab_size": 2**40}, "RuntimeError"),
+                ({"pad_token_id": 2**70}, ""),
+                ({"rms_norm_eps": [1e-6]}, ""),
+            )
+        ),
+        (
+            lambda f: (rewrite(f, model_type=["llama"]), hf.plan_upcycle(f, CONFIG)),
+            r"no architecture with model_type \['llama'\]",
+        ),
+        *(
+            (
+                lambda f, each=each: (
+                    rewrite(f, architectures=each),
+                    hf.plan_upcycle(f, CONFIG),
+                ),
+                "architectures must be a list of names, got",
+            )
+            for each in ("LlamaForCausalLM", {"x": 1}, [7])
+        ),
+        (
+            lambda f: (rewrite(f, num_hidden_layers=2**62), hf.plan_upcycle(f, CONFIG)),
+            "num_hidden_layers of config.json must be at most 1000000, got 4611686018427387904",
+        ),
+        (
+            lambda f: (rewrite(f, num_labels=2**62), hf.plan_upcycle(f, CONFIG)),
+            "num_labels of config.json must be at most 1000000",
+        ),
+        (
+            lambda f: (rewrite(f, num_hidden_layers=999_999), hf.plan_upcycle(f, CONFIG)),
+            r"config.json .* type 'llama': it has more than 1\d\d\d modules",
+        ),
         (
             lambda f: (rewrite(f, intermediate_size=44), hf.plan_upcycle(f, CONFIG)),
             r"gate_proj.weight is of shape \(40, 24\) in .*, its config.json says \(44, 24\)",
@@ -236,6 +280,13 @@ def upcycled(folder, name="llama", **settings):
         (
             lambda f: hf.plan_upcycle(upcycled(f), CONFIG),
             "is already converted or quantized",
+        ),
+        (
+            lambda f: (
+                rewrite(f, num_hidden_layers=20_000),
+                hf.inspect_checkpoint(f / "config.json", CONFIG),
+            ),
+            "config.json .* type 'llama': it has more than 30000 modules",
         ),
         (lambda f: hf.plan_upcycle(f, CONFIG, seed=-1), "seed must be an integer from 0 to"),
         (lambda f: hf.plan_upcycle(f, CONFIG, seed=2**64), "seed must be an integer from 0 to"),
@@ -265,3 +316,56 @@ def test_quantized_tensors_are_named(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(tn.InputError, match=r"output.dense.weight holds I8: quantized weights"):
         hf.plan_upcycle(tmp_path, CONFIG)
+
+
+def calls_of(work):
+    """How many Python functions are called, but for regular expressions, which come from a cache.
+
+    A step of a generator counts as a call.
+    """
+    count = 0
+
+    def see(frame, event, argument):
+        nonlocal count
+        count += event == "call" and not frame.f_globals["__name__"].startswith("re")
+
+    sys.setprofile(see)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda dense, made: hf.plan_upcycle(dense, CONFIG),
+        lambda dense, made: hf.inspect_checkpoint(dense, CONFIG, weights=False),
+        lambda dense, made: hf.plan_export(made, to="moe"),
+        lambda dense, made: hf.plan_export(made, to="dense"),
+        lambda dense, made: hf.from_pretrained(made).save_pretrained(made.parent / "saved"),
+    ],
+    ids=["upcycle", "inspect", "moe", "dense", "load and save"],
+)
+def test_the_steps_of_planning_grow_as_the_layers_do(work, deep):
+    work(*deep[0])  # imports
+    few, more, most = (calls_of(lambda folders=folders: work(*folders)) for folders in deep)
+    assert most - more < 1.1 * 2 * (more - few)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Dense and converted folders of models with 6, 12 and 24 layers."""
+    found = []
+    for layers in (6, 12, 24):
+        folder = tmp_path_factory.mktemp(f"{layers}-layers")
+        config = transformers.LlamaConfig(
+            vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=layers,
+            num_attention_heads=1,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(folder / "dense")
+        hf.upcycle(model, CONFIG).save_pretrained(folder / "made")
+        found.append((folder / "dense", folder / "made"))
+    return found

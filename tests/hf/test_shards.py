@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -115,6 +116,11 @@ def lie_about(path, **changes):
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
+def instead(path, make):
+    path.unlink()
+    make(path)
+
+
 def outside(folder):
     (folder / "a.safetensors").rename(folder.parent / "elsewhere")
     return folder.parent / "elsewhere"
@@ -137,6 +143,26 @@ def outside(folder):
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "should hold a JSON object, got list"),
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("9" * 5000), "config.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 10**6), "is nested too deeply"),
+        (
+            lambda f: os.truncate(f / "config.json", 2**41),
+            "config.json has more than 100,000,000 bytes",
+        ),
+        (
+            lambda f: instead(f / "config.json", os.mkfifo),
+            "config.json is no ordinary file",
+        ),
+        (lambda f: instead(f / "a.safetensors", os.mkfifo), "a.safetensors is no ordinary file"),
+        (lambda f: instead(f / "a.safetensors", Path.mkdir), "a.safetensors is a folder"),
+        (
+            lambda f: instead(f / "model.safetensors.index.json", os.mkfifo),
+            "model.safetensors.index.json is no ordinary file",
+        ),
+        (
+            lambda f: os.truncate(f / "a.safetensors", 2**41),
+            "a.safetensors is damaged .*: it has 2,199,023,255,552 bytes, and by its header",
+        ),
         (
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
             "has no weight_map from tensors to files",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from tnmoe import __version__
 from tnmoe.cli import calibrate, convert, demo, inspect
-from tnmoe.errors import InputError, MissingExtraError
+from tnmoe.errors import InputError, MissingExtraError, as_line
 
 # Conventional exit codes: 2 for what the user gave, 130 for Ctrl-C.
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -20,23 +21,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Nothing may reach for a network, whatever a model's configuration asks for.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What transformers thinks of a configuration that is refused would hide the line that says why.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            options.run(options)
     except (InputError, MissingExtraError, MemoryError) as error:
-        print(f"tnmoe: {error}", file=sys.stderr)
-        return _BAD_INPUT
+        return _refuse(error)
     except BrokenPipeError:
         # Whoever read the output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BAD_INPUT
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"tnmoe: {where}{error.strerror or error}", file=sys.stderr)
-        return _BAD_INPUT
+        return _refuse(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         print(f"tnmoe: interrupted; {options.interrupted}", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _refuse(reason: object) -> int:
+    print(f"tnmoe: {as_line(reason)}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _show(message: Warning | str, *_: object) -> None:
+    """Show a warning on a line, without the one of the program that it comes from."""
+    print(f"tnmoe: warning: {as_line(message)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

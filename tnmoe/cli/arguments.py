@@ -104,13 +104,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def config_of(options: argparse.Namespace) -> MPOEConfig:
     """The MPOEConfig that the command line asks for."""
+    from tnmoe.files import read_json
     from tnmoe.hf import MPOEConfig
-    from tnmoe.hf.shards import read_json
 
     given = vars(options)
     entries: dict[str, Any] = {}
     if path := given.get("config"):
-        entries = read_json(path)
+        entries = read_json(path, pipes=True)
     known = {field.name for field in fields(MPOEConfig)}
     entries |= {name: value for name, value in given.items() if name in known}
     return MPOEConfig.from_dict(entries)

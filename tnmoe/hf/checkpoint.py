@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
+from tnmoe.files import read_json
 from tnmoe.hf.entries import current_entries
 from tnmoe.hf.record import ENTRY, Record, record_of
 from tnmoe.hf.shards import (
@@ -23,9 +25,8 @@ from tnmoe.hf.shards import (
     check_inside,
     inside,
     parts_of_ranks,
-    read_json,
 )
-from tnmoe.hf.skeleton import check_once, config_from, saved_class
+from tnmoe.hf.skeleton import check_once, config_from, foreign_values, modules_for, saved_class
 from tnmoe.hf.structure import check_none_left, mixtures_of
 from tnmoe.hf.trust import no_code
 
@@ -82,10 +83,11 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
         raise InputError(f"{os.fspath(folder)} does not say which class it was saved from")
     if kwargs.get("use_safetensors") is None:
         kwargs["use_safetensors"] = True
-    _check_files(where, model_class, kwargs)
+    modules = _check_files(where, model_class, kwargs)
     told, drawn = (kwargs.pop(name, False) for name in (_INFO, _OTHER_SIZES))
     kwargs = {"local_files_only": True, **kwargs, _INFO: True, _OTHER_SIZES: True}
-    with nullcontext() if trusted else no_code():
+    wrong = f"{where} cannot be loaded as {model_class.__name__}"
+    with nullcontext() if trusted else no_code(), foreign_values(wrong, modules):
         model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
     for name, stored, expected in sorted(info["mismatched_keys"]) if not drawn else ():
         raise InputError(
@@ -96,13 +98,22 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     return result
 
 
-def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> None:
-    """Hold what transformers will read to the rules of a :class:`Checkpoint`."""
+def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> int:
+    """Hold what transformers will read to the rules of a :class:`Checkpoint`.
+
+    Returns
+    -------
+    int
+        How many modules a model of it may have.
+    """
     check_inside(folder)
     whole = any((folder / name).exists() for name in (SINGLE, INDEX))
     of_ranks = bool(parts_of_ranks(folder)) and not whole
     if options["use_safetensors"] and not (options.get("gguf_file") or of_ranks):
-        check_once(Checkpoint(folder, options.get("variant")), model_class)
+        source = Checkpoint(folder, options.get("variant"))
+        check_once(source, model_class)
+        return modules_for(source)
+    return sys.maxsize
 
 
 def _configuration(folder: Path, given: Any) -> PreTrainedConfig:

@@ -45,6 +45,10 @@ _ROUTERS: Mapping[str, type[Router]] = {
 }
 
 
+# Of a layer; a router's logits of a thousand tokens then have 4 GB.
+_MOST_EXPERTS = 2**20
+
+
 @dataclass(frozen=True)
 class MPOEConfig:
     """How feed-forward networks become mixtures of experts.
@@ -52,7 +56,7 @@ class MPOEConfig:
     Parameters
     ----------
     num_experts : int
-        Experts per layer.
+        Experts per layer, 2²⁰ at most.
     num_experts_per_tok : int
         Experts per token; on average, if experts choose.
     layout : {"interleaved", "split", "dense"}
@@ -130,6 +134,10 @@ class MPOEConfig:
         settle = partial(object.__setattr__, self)
         for name in ("num_experts", "num_experts_per_tok", "sites", "every"):
             settle(name, positive_int(name, getattr(self, name)))
+        if self.num_experts > _MOST_EXPERTS:
+            raise InputError(
+                f"num_experts must be at most {_MOST_EXPERTS}, got {shown(self.num_experts)}"
+            )
         settle("max_bond", _of_each("max_bond", self.max_bond, _bond))
         settle("shared", _of_each("shared", self.shared, _sites))
         settle("layers", check_layers(self.layers))

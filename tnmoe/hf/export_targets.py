@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.skeleton import foreign_values
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.router import TopKRouter
 
@@ -127,22 +128,18 @@ class Target:
             for name, value in {**source, **common}.items()
             if name not in _OWN and (name in _UNLISTED or hasattr(known, name))
         }
-        own = self.settings(model.config, *self._sparse(model, mixtures))
-        try:
-            return make(**shared | own)
-        except Exception as error:  # every class checks its entries in its own way
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{self.name} cannot express the model's settings: {reason}"
-            ) from error
+        with foreign_values(f"{self.name} cannot express the model's settings"):
+            return make(**shared | self.settings(model.config, *self._sparse(model, mixtures)))
 
     def _sparse(self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE]) -> list[set[int]]:
         """Layers of every stack that have experts."""
+        # Every path with those of all modules around it.
+        around = {path[:end] for path in mixtures for end, each in enumerate(path) if each == "."}
         return [
             {
                 layer
                 for layer in range(len(model.get_submodule(stack)))  # type: ignore[arg-type]
-                if any(path.startswith(f"{stack}.{layer}.") for path in mixtures)
+                if f"{stack}.{layer}" in around
             }
             for stack in self.stacks
         ]
@@ -248,9 +245,12 @@ def _switch_settings(config: Any, encoder: set[int], decoder: set[int]) -> dict[
 
 def _switch_steps(stack: str, sparse: set[int], total: int) -> dict[str, Any]:
     """The distance between layers with experts: 1 for all of them, 0 for none."""
-    for step in range(total + 1):
-        if sparse == {each for each in range(total) if step == 1 or (step and each % step == 1)}:
-            return {f"num_sparse_{stack}_layers": len(sparse), f"{stack}_sparse_step": step}
+    # After the last layer with experts, the next one would lie beyond the stack.
+    first, second = (*sorted(sparse), total)[:2] if sparse else (0, 0)
+    step = max(2, second - first)
+    for distance, layers in ((0, ()), (1, range(total)), (step, range(1, total, step))):
+        if sparse == set(layers):
+            return {f"num_sparse_{stack}_layers": len(sparse), f"{stack}_sparse_step": distance}
     raise InputError(
         "Switch has experts in no layer of a stack, in all, or in layers 1, 1 + n, 1 + 2 n, …, "
         f"the model's {stack} in {', '.join(map(str, sorted(sparse)))} of {total}"

@@ -489,8 +489,8 @@ def check_layers(layers: Iterable[int] | str | None) -> tuple[int, ...] | str | 
     if isinstance(layers, str):
         try:
             re.compile(layers)
-        except re.error as error:
-            raise InputError(f"layers={layers!r} is no regular expression: {error}") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"layers={shown(layers)} is no regular expression: {error}") from error
         return layers
     if not isinstance(layers, Iterable):
         raise InputError(f"layers must be integers or a regular expression, got {shown(layers)}")

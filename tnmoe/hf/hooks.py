@@ -18,11 +18,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
+from tnmoe.files import read_json
 from tnmoe.hf.entries import current_entries
 from tnmoe.hf.families import all_ffns
 from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.shards import CONFIG, FORMER_CORE, PRESENT_CORE, is_old, read_json
+from tnmoe.hf.shards import CONFIG, FORMER_CORE, PRESENT_CORE, is_old
 from tnmoe.hf.structure import (
     OF_EXPERTS,
     install_new,

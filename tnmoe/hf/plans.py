@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,7 +139,8 @@ def plan_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     skeleton = Skeleton(source, plain)
     install_new(skeleton.model, record.config, record.networks)
     mixtures = mixtures_of(skeleton.model)
-    skeleton.match(skeleton.names_of(p for each in mixtures.values() for p in each.parameters()))
+    reads = skeleton.names_of(each.parameters() for each in mixtures.values())
+    skeleton.match(chain.from_iterable(reads))
     used = {
         skeleton.rename(f"{path}.{name}")
         for path, layer in mixtures.items()
@@ -150,8 +153,8 @@ def plan_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     paths = [name.removesuffix(".router.weight") for name in routers]
     check_none_left(rest, paths, source.folder)
     if to == "dense":
-        return _to_dense(skeleton, mixtures, plain, record, rest)
-    return _to_moe(skeleton, mixtures, record.config, rest)
+        return _to_dense(skeleton, mixtures, reads, plain, record, rest)
+    return _to_moe(skeleton, mixtures, reads, record.config, rest)
 
 
 def _upcycled(
@@ -181,26 +184,36 @@ def _upcycled(
 def _to_dense(
     skeleton: Skeleton,
     mixtures: Mapping[str, MPOMoE],
+    reads: Iterable[list[str]],
     plain: Mapping[str, Any],
     record: Record,
     rest: Iterable[str],
 ) -> Conversion:
     dense = Skeleton(skeleton.source, plain)
     ffns = networks_named(dense.model, record.networks)
+    written = dense.names_of(ffn.parameters for ffn in ffns)
     pieces = [
-        _averaged(skeleton, path, layer, dense, ffn)
-        for (path, layer), ffn in zip(mixtures.items(), ffns, strict=True)
+        _averaged(skeleton, path, layer, each, dense, ffn, names)
+        for (path, layer), each, ffn, names in zip(
+            mixtures.items(), reads, ffns, written, strict=True
+        )
     ]
     kept = copies(skeleton.source, {name: name for name in rest})
     return Conversion(skeleton.source, (*kept, *pieces), plain, {"to": "dense"})
 
 
-def _averaged(skeleton: Skeleton, path: str, layer: MPOMoE, dense: Skeleton, ffn: FFN) -> Piece:
+def _averaged(
+    skeleton: Skeleton,
+    path: str,
+    layer: MPOMoE,
+    reads: list[str],
+    dense: Skeleton,
+    ffn: FFN,
+    writes: list[str],
+) -> Piece:
     """The piece that makes a dense network of one mixture."""
-    reads, dtype = skeleton.names_of(layer.parameters()), layer.experts.up.weight().dtype
-    empty = {
-        name: dense.model.get_parameter(name).to(dtype) for name in dense.names_of(ffn.parameters)
-    }
+    dtype = layer.experts.up.weight().dtype
+    empty = {name: dense.model.get_parameter(name).to(dtype) for name in writes}
 
     def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {skeleton.rename(name): each for name, each in tensors.items()}
@@ -217,25 +230,34 @@ def _averaged(skeleton: Skeleton, path: str, layer: MPOMoE, dense: Skeleton, ffn
 
 
 def _to_moe(
-    skeleton: Skeleton, mixtures: Mapping[str, MPOMoE], config: MPOEConfig, rest: Iterable[str]
+    skeleton: Skeleton,
+    mixtures: Mapping[str, MPOMoE],
+    reads: Iterable[list[str]],
+    config: MPOEConfig,
+    rest: Iterable[str],
 ) -> Conversion:
     target = target_of(skeleton.model)
     for layer in mixtures.values():
         target.check(layer)
     entries = target.config(skeleton.model, mixtures, config)
     entries.architectures = [target.name]
-    moe = model_without_numbers(entries)
-    pieces = [_ordinary(skeleton, path, layer, moe, target) for path, layer in mixtures.items()]
+    # Each of its modules is of an expert that has numbers in the source.
+    moe = model_without_numbers(entries, modules=sys.maxsize)
+    pieces = [
+        _ordinary(skeleton, path, layer, each, moe, target)
+        for (path, layer), each in zip(mixtures.items(), reads, strict=True)
+    ]
     names = {stored_name(moe, target.rename(name)): name for name in rest}
     kept = copies(skeleton.source, names)
     settings = {"to": target.name}
     return Conversion(skeleton.source, (*kept, *pieces), entries.to_diff_dict(), settings)
 
 
-def _ordinary(skeleton: Skeleton, path: str, layer: MPOMoE, moe: Any, target: Target) -> Piece:
+def _ordinary(
+    skeleton: Skeleton, path: str, layer: MPOMoE, reads: list[str], moe: Any, target: Target
+) -> Piece:
     """The piece that makes an ordinary mixture of one with shared cores."""
-    block, reads = target.rename(path), skeleton.names_of(layer.parameters())
-    dtype = layer.experts.up.weight().dtype
+    block, dtype = target.rename(path), layer.experts.up.weight().dtype
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = {f"{block}.{name}": tensor.to(dtype) for name, tensor in tensors.items()}

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnmoe.errors import InputError
+from tnmoe.files import read_header, read_json
 from tnmoe.folders import write_whole
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -246,7 +247,7 @@ def inside(folder: Path, name: str) -> Path:
         If it lies elsewhere, or is not there.
     """
     path = folder / name
-    if not path.exists():
+    if not os.path.exists(path):  # also no name that is too long for any file
         raise InputError(f"{path} is missing")
     real = folder.resolve()
     blobs = [
@@ -269,8 +270,8 @@ def check_inside(folder: Path) -> None:
             inside(folder, path.name)
     for index in folder.glob("*.index*.json"):
         files = read_json(index).get("weight_map")
-        for file in set(files.values()) if isinstance(files, dict) else ():
-            inside(folder, str(file))
+        for file in set(map(str, files.values())) if isinstance(files, dict) else ():
+            inside(folder, file)
 
 
 def parts_of_ranks(folder: Path) -> list[Path]:
@@ -309,35 +310,22 @@ def _weights(folder: Path, named: Any, variant: str | None) -> Path:
     raise InputError(f"{folder} has no {single} and no {index}{instead}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; an InputError if it holds none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} should hold a JSON object, got {type(data).__name__}")
-    return data
-
-
 def _state(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _header(path: Path) -> Iterator[tuple[str, Spec, int]]:
     """Name, spec and offset of every tensor of a file, once the library has found it sound."""
+    header, start = read_header(path)
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            yield name, Spec(entry["dtype"], tuple(entry["shape"]), end - begin), 8 + length + begin
+            yield name, Spec(entry["dtype"], tuple(entry["shape"]), end - begin), start + begin
 
 
 class ShardWriter:

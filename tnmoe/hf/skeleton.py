@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
+from itertools import chain, count
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from threading import get_ident
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, shown
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, find_ffns
 from tnmoe.hf.record import ENTRY
@@ -30,6 +36,17 @@ from tnmoe.hf.trust import no_code, without_code
 Rename = Callable[[str], str]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+# How a loaded model's names differ, which one that was just built knows nothing of.
+_OF_LOADED: Any = getattr(loading, "PrefixChange", ())
+
+# What there are many of, by the names of their numbers; and how many at most. Classes make lists
+# of that length before they make a model.
+_COUNTS = re.compile("layers?|labels|experts|blocks|depth|stages|heads|codebooks", re.IGNORECASE)
+_MOST = 1_000_000
+
+# Modules of a model: the largest dense ones have some thousand, and few for every tensor.
+_MOST_MODULES, _PER_TENSOR = 30_000, 20
 
 _OTHERWISE = (
     "load the model by its own code, add its networks with tnmoe.hf.register_family, "
@@ -46,19 +63,60 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
         If transformers has no such architecture, or the entries do not suit it.
     """
     kind: Any = entries.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise InputError(f"transformers has no architecture with model_type {kind!r}: {_OTHERWISE}")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise InputError(
+            f"transformers has no architecture with model_type {shown(kind)}: {_OTHERWISE}"
+        )
+    _check_counts(entries)
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
         # Numbers that JSON does not have, infinity for one, are understood in files only.
         json.dump(without_code(entries), file)
         file.flush()
-        try:
+        with foreign_values(f"config.json does not suit a model of type {kind!r}"):
             return CONFIG_MAPPING[kind].from_json_file(file.name)
-        except Exception as error:  # every class checks its entries in its own way
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"config.json does not suit a model of type {kind!r}: {reason}"
-            ) from error
+
+
+@contextmanager
+def foreign_values(wrong: str, modules: int = sys.maxsize) -> Iterator[None]:
+    """A block in which transformers computes with what a config.json says.
+
+    Every class there trusts its entries, or checks them in its own way: whatever it raises then is
+    about the file, but for what this machine lacks. That is so in such blocks and nowhere else.
+
+    Parameters
+    ----------
+    wrong : str
+        What an error means, for the message.
+    modules : int
+        How many modules may be put into others.
+    """
+    made, thread = count(1), get_ident()
+
+    def see(*_: Any) -> None:
+        if get_ident() == thread and next(made) > modules:
+            raise InputError(f"{wrong}: it has more than {modules} modules")
+
+    hook = register_module_module_registration_hook(see)
+    try:
+        yield
+    except (InputError, OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{wrong}: {type(error).__name__}: {error}") from error
+    finally:
+        hook.remove()
+
+
+def _check_counts(entries: Any, name: str = "") -> None:
+    """Refuse numbers of layers and the like that no model has, before anything is made so often."""
+    if isinstance(entries, Mapping):
+        for key, value in entries.items():
+            _check_counts(value, str(key))
+    elif isinstance(entries, list):
+        for value in entries:
+            _check_counts(value, name)
+    elif isinstance(entries, int) and _COUNTS.search(name) and entries > _MOST:
+        raise InputError(f"{name} of config.json must be at most {_MOST}, got {shown(entries)}")
 
 
 def model_class_named(name: str) -> Any:
@@ -78,15 +136,18 @@ def saved_class(config: PreTrainedConfig) -> Any:
         If there is no such class, it has another configuration, or none is named and there is no
         model of that type.
     """
-    if not config.architectures:
+    names: Any = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise InputError(f"architectures must be a list of names, got {shown(names)}")
+    if not names:
         # transformers itself imports every model that it has before it says so.
         if type(config) not in MODEL_MAPPING:
             raise InputError(f"transformers has no model of type {config.model_type!r} by itself")
         return None
-    name = config.architectures[0]
+    name = names[0]
     found = model_class_named(name)
     if found is None:
-        raise InputError(f"transformers has no architecture {name!r}: {_OTHERWISE}")
+        raise InputError(f"transformers has no architecture {shown(name)}: {_OTHERWISE}")
     # Classes that all models of a family are made from have no forward of their own.
     builds = found.forward is not PreTrainedModel.forward
     if not (builds and isinstance(config, found.config_class or ())):
@@ -94,22 +155,37 @@ def saved_class(config: PreTrainedConfig) -> Any:
     return found
 
 
-def model_without_numbers(config: PreTrainedConfig) -> Any:
+def modules_for(source: Checkpoint) -> int:
+    """How many modules a model may have for the tensors that there are."""
+    return 1000 + _PER_TENSOR * len(source.specs)
+
+
+def model_without_numbers(config: PreTrainedConfig, modules: int = _MOST_MODULES) -> Any:
     """The model of a configuration, on the meta device.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    modules : int
+        How many it may have.
 
     Raises
     ------
     InputError
-        If the class that it names is none of transformers'.
+        If there is no such class, the values of the configuration do not suit it, or it has more
+        modules.
     """
-    names = config.architectures or []
-    model_class = model_class_named(names[0]) if names else None
-    if names and model_class is None:
-        raise InputError(f"transformers has no architecture {names[0]!r}: {_OTHERWISE}")
-    with torch.device("meta"), no_code():
-        if model_class is None:
-            return AutoModel.from_config(config, trust_remote_code=False)
-        return model_class(config)
+    make = saved_class(config) or partial(AutoModel.from_config, trust_remote_code=False)
+    wrong = f"config.json does not suit a model of type {config.model_type!r}"
+    with foreign_values(wrong, modules), torch.device("meta"), no_code():
+        model = make(config)
+    # Otherwise transformers looks for them in all modules again for every name.
+    model._weight_conversions = [
+        each
+        for each in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(each, _OF_LOADED)
+    ]
+    return model
 
 
 def stored_name(model: Any, name: str) -> str:
@@ -163,20 +239,25 @@ class Skeleton:
                 "load it, merge them and save the result"
             )
         self.source = source
-        self.model = model_without_numbers(config_from(entries or source.config))
+        config = config_from(entries or source.config)
+        self.model = model_without_numbers(config, modules_for(source))
         check_once(source, self.model)
 
     def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
         """The networks to convert with the names of their parameters, which are matched."""
         ffns = find_ffns(self.model, config.layers, config.every)
-        found = [(ffn, self.names_of(ffn.parameters)) for ffn in ffns]
-        self.match(name for _, names in found for name in names)
-        return found
+        names = self.names_of(ffn.parameters for ffn in ffns)
+        self.match(chain.from_iterable(names))
+        return list(zip(ffns, names, strict=True))
 
-    def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
-        """Names of these parameters, in the order of the model."""
-        own = set(map(id, parameters))
-        return [name for name, each in self.model.named_parameters() if id(each) in own]
+    def names_of(self, parts: Iterable[Iterable[Tensor]]) -> list[list[str]]:
+        """Names of the parameters of each part, in the order of the model."""
+        named = list(self.model.named_parameters())
+        places = {id(each): place for place, (_, each) in enumerate(named)}
+        return [
+            [named[place][0] for place in sorted({places[id(each)] for each in part})]
+            for part in parts
+        ]
 
     def match(self, needed: Iterable[str]) -> None:
         """Find out what the checkpoint calls parameters, and take over their dtypes.

@@ -98,10 +98,16 @@ def _naming(model: nn.Module) -> Callable[[str], set[str]]:
     """From a layer's name in a model to all names that a record may have for it."""
     config = getattr(model, "config", None)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    roots = {f"{path}." for path, each in model.named_modules() if path and _has(each, config)}
-    return lambda name: (
-        {name, prefix + name} | {name.removeprefix(root) for root in roots | {prefix}}
-    )
+    roots = {path for path, each in model.named_modules() if path and _has(each, config)}
+
+    def names_of(name: str) -> set[str]:
+        parts = name.split(".")
+        inside = {
+            ".".join(parts[end:]) for end in range(1, len(parts)) if ".".join(parts[:end]) in roots
+        }
+        return {name, prefix + name, name.removeprefix(prefix)} | inside
+
+    return names_of
 
 
 def _has(module: nn.Module, config: Any) -> bool:

@@ -1,0 +1,41 @@
+"""Whatever a file holds: it is loaded as what it says, or refused in a line, in bounded time."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+# For a whole run, whatever else the machine does; cases have limits of their own.
+_SECONDS = 900
+
+
+def run(seed: int, count: int) -> Counter:
+    """Outcomes of cases, in a process of their own; an AssertionError tells of all others."""
+    call = [sys.executable, "-m", "tests.hostile.worker", str(seed), "0", str(count)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=_SECONDS)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    cases = [line for line in lines if len(line) == 3]
+    outcomes = [line for line in lines if len(line) == 2]
+    assert done.returncode == 0, f"after {cases[-1:]}: {done.stderr[-2000:]}"
+    found = [
+        f"case {number} of seed {seed}, {told}, by {way}: {outcome}"
+        for (number, way, told), (_, outcome) in zip(cases, outcomes, strict=True)
+        if outcome not in ("done", "refused")
+    ]
+    assert not found, "\n\n".join(found[:5])
+    return Counter(outcome for _, outcome in outcomes)
+
+
+def test_spoilt_files_are_loaded_as_what_they_say_or_refused_in_a_line():
+    outcomes = run(seed=0, count=300)
+    # Some of what is spoilt does not matter, most of it does.
+    assert outcomes["done"] > 30
+    assert outcomes["refused"] > 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thousands_of_spoilt_files_are(seed):
+    run(seed, count=2000)
