@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnmoe.errors import InputError
-from tnmoe.folders import write_whole
+from tnmoe.folders import sync, write_whole
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
@@ -339,11 +339,13 @@ class ShardWriter:
         return list(self._headers)
 
     def create(self) -> None:
-        """Make the files, with their headers and room for the numbers."""
+        """Make the files on the disk, with their headers and room for the numbers."""
         for path, (header, size) in self._headers.items():
             with open(path, "wb") as file:
                 file.write(header)
                 file.truncate(size)
+            sync(path)
+        sync(self._folder)
 
     def write(self, tensors: Mapping[str, Tensor | Iterable[bytes]]) -> None:
         """Put tensors, or their bytes, in their places, and wait until they are on the disk."""
