@@ -275,7 +275,7 @@ def test_a_source_that_changes_meanwhile_makes_no_target(dense, tmp_path):
     with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
         plan.run(tmp_path / "target")
     gone = hf.plan_upcycle(source, CONFIG)
-    with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
+    with pytest.raises(tn.InputError, match=r"config.json has changed since it was first read"):
         gone.run(tmp_path / "target", on_progress=lambda *_: shutil.rmtree(source, True))
     assert os.listdir(tmp_path) == []
 

@@ -104,13 +104,13 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder).absolute()
+        self._states = states_of(self.folder / name for name in (CONFIG, INDEX))
         self.config = read_config(self.folder)
         self.specs: dict[str, Spec] = {}
         self.places: dict[str, Place] = {}
         index = self._index()
-        self._stats: dict[Path, os.stat_result] = {}
         for path in _files(self.folder, index):
-            self._stats[path] = path.stat()
+            self._states |= states_of([path])
             for stored, spec, offset in _header(path):
                 name = self._present(stored)
                 if name in self.specs:
@@ -151,18 +151,14 @@ class Checkpoint:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another one, or from itself after a change."""
-        stats = sorted(self._stats.items())
-        return {
-            "config": self.config,
-            "files": [[path.name, each.st_size, each.st_mtime_ns] for path, each in stats],
-        }
+        # The same files may be on another device later, and have other numbers there.
+        files = [[path.name, state[2:]] for path, state in sorted(self._states.items())]
+        return {"config": self.config, "files": files}
 
     def check_unchanged(self) -> None:
-        """Raise an InputError if a file of weights is another one by now, or is gone."""
-        for path, then in self._stats.items():
-            now = path.stat() if path.exists() else None
-            if now is None or _state(now) != _state(then):
-                raise InputError(f"{path} has changed since it was first read")
+        """Raise an InputError if a file is another one by now, or is gone."""
+        if path := changed(self._states):
+            raise InputError(f"{path} has changed since it was first read")
 
     def load(self, name: str) -> Tensor:
         """One tensor, on the CPU.
@@ -263,8 +259,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _state(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+def states_of(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """What of each file changes when it is written to or replaced; nothing if it is not there."""
+    return {path: _state(path) for path in paths}
+
+
+def changed(states: Mapping[Path, tuple[int, ...]]) -> Path | None:
+    """A file that changed since :func:`states_of`, if any did."""
+    return next((path for path, then in states.items() if _state(path) != then), None)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    # The last one, unlike the time of its contents, is not for programs to set.
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _header(path: Path) -> Iterator[tuple[str, Spec, int]]:
