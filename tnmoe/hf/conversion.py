@@ -24,7 +24,17 @@ from tnmoe import __version__
 from tnmoe.errors import InputError, positive_int
 from tnmoe.folders import check_target, files_in, remove
 from tnmoe.hf.ahead import results_of
-from tnmoe.hf.shards import CONFIG, INDEX, Checkpoint, ShardWriter, Spec, inside, write_json
+from tnmoe.hf.shards import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    ShardWriter,
+    Spec,
+    changed,
+    inside,
+    states_of,
+    write_json,
+)
 from tnmoe.work import Work
 
 # Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
@@ -187,7 +197,7 @@ class Conversion:
         with work.alone() as in_place:
             if in_place != identity:
                 check_target(work.target, overwrite)
-                companions = list(_companions(self.source.folder))
+                companions = states_of(_companions(self.source.folder))
                 done = self._begin(work, overwrite, identity)
                 with _going_on_later(work.folder):
                     if not work.is_whole:
@@ -264,32 +274,33 @@ class Conversion:
         if not done:
             writer.create()
             work.note(_LAID_OUT)
-        sizes = {
-            piece.name: sum(self.source.specs[name].num_bytes for name in piece.reads)
-            for piece in self.pieces
+        total = sum(map(self._bytes_read, self.pieces))
+        todo = {
+            line: piece
+            for number, piece in enumerate(self.pieces)
+            if (line := _journal_line(number, piece)) not in done
         }
-        total = sum(sizes.values())
-        dealt = sum(size for name, size in sizes.items() if name in done)
+        dealt = total - sum(map(self._bytes_read, todo.values()))
         if on_progress is not None:
             on_progress(dealt, total)
-        todo = [piece for piece in self.pieces if piece.name not in done]
-        for piece, tensors in self._made(work, todo, jobs):
+        made = self._made(work, list(todo.values()), jobs)
+        for (line, piece), tensors in zip(todo.items(), made, strict=True):
             with self._sound_source(work):
                 writer.write(self._copied(piece) if tensors is None else tensors)
-            work.note(piece.name)
-            dealt += sizes[piece.name]
+            work.note(line)
+            dealt += self._bytes_read(piece)
             if on_progress is not None:
                 on_progress(dealt, total)
-        with self._sound_source(work):
-            self.source.check_unchanged()
+
+    def _bytes_read(self, piece: Piece) -> int:
+        return sum(self.source.specs[name].num_bytes for name in piece.reads)
 
     def _made(
         self, work: Work, pieces: Sequence[Piece], jobs: int
-    ) -> Iterator[tuple[Piece, Mapping[str, Tensor] | None]]:
-        """Pieces and what they hold, in order, a few of them ahead."""
+    ) -> Iterator[Mapping[str, Tensor] | None]:
+        """What pieces hold, in order, a few of them ahead."""
         with self._sound_source(work):
-            made = results_of([piece.make or _nothing for piece in pieces], jobs)
-            yield from zip(pieces, made, strict=True)
+            yield from results_of([piece.make or _nothing for piece in pieces], jobs)
 
     @contextmanager
     def _sound_source(self, work: Work) -> Iterator[None]:
@@ -310,8 +321,13 @@ class Conversion:
             for name, original in zip(piece.specs, piece.reads, strict=True)
         }
 
-    def _finish(self, work: Work, writer: ShardWriter, companions: Iterable[Path]) -> None:
-        """Write all but the weights, and remove what a run that was killed may have left."""
+    def _finish(
+        self, work: Work, writer: ShardWriter, companions: Mapping[Path, tuple[int, ...]]
+    ) -> None:
+        """Write all but the weights, and remove what a run that was killed may have left.
+
+        All comes from the source as it was when the run began, or nothing is said to be whole.
+        """
         writer.write_index()
         names = {Path(CONFIG), Path(INDEX), *(Path(path.name) for path in writer.files)}
         for path in companions:
@@ -322,6 +338,12 @@ class Conversion:
             names.add(name)
         write_json(work.new / CONFIG, self.config)
         remove(work.new, [path for path in files_in(work.new) if path not in names])
+        if other := changed(companions):
+            raise InputError(
+                f"{other} has changed since the run began; the same call goes on from there"
+            )
+        with self._sound_source(work):
+            self.source.check_unchanged()
 
 
 @contextmanager
@@ -333,6 +355,11 @@ def _going_on_later(part: Path) -> Iterator[None]:
         raise InputError(
             f"{error.filename or part}: {error.strerror}; the same call goes on from there"
         ) from error
+
+
+def _journal_line(number: int, piece: Piece) -> str:
+    """The journal's line for a piece; no name of a tensor makes it another line."""
+    return f"{number} {json.dumps(piece.name)}"
 
 
 def _nothing() -> None:
