@@ -66,8 +66,10 @@ def write_whole(path: Path, contents: bytes) -> None:
             os.fsync(file.fileno())
         sibling.replace(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         sibling.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk's error names none
         raise
 
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tnmoe.hf.shards import (
     states_of,
     write_json,
 )
+from tnmoe.memory import in_gigabytes, memory_for
 from tnmoe.work import Work
 
 # Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
@@ -188,22 +190,24 @@ class Conversion:
         InputError
             If the target cannot be made or holds something to keep, another process is making
             it, or begun work there is of something else; if the source changes meanwhile.
+        MemoryError, RuntimeError
+            If memory does not suffice, as NumPy and torch raise them; notes name what it was for,
+            and the same call goes on from there.
         """
         identity = self._identity(positive_int("shard_bytes", shard_bytes))
         jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
         self._check_apart(work := Work(target))
         self.source.check_unchanged()
         writer = ShardWriter(work.new, self.specs, shard_bytes)
-        with work.alone() as in_place:
+        with _going_on_later(work.folder), work.alone() as in_place:
             if in_place != identity:
                 check_target(work.target, overwrite)
                 companions = states_of(_companions(self.source.folder))
                 done = self._begin(work, overwrite, identity)
-                with _going_on_later(work.folder):
-                    if not work.is_whole:
-                        self._make(work, writer, done, jobs, on_progress)
-                        self._finish(work, writer, companions)
-                    work.put_in_place(overwrite)
+                if not work.is_whole:
+                    self._make(work, writer, done, jobs, on_progress)
+                    self._finish(work, writer, companions)
+                work.put_in_place(overwrite)
         return [Path(target).absolute() / file.name for file in writer.files]
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
@@ -300,7 +304,7 @@ class Conversion:
     ) -> Iterator[Mapping[str, Tensor] | None]:
         """What pieces hold, in order, a few of them ahead."""
         with self._sound_source(work):
-            yield from results_of([piece.make or _nothing for piece in pieces], jobs)
+            yield from results_of([partial(_tensors_of, piece, jobs) for piece in pieces], jobs)
 
     @contextmanager
     def _sound_source(self, work: Work) -> Iterator[None]:
@@ -362,8 +366,15 @@ def _journal_line(number: int, piece: Piece) -> str:
     return f"{number} {json.dumps(piece.name)}"
 
 
-def _nothing() -> None:
-    """What is made of tensors that are copied."""
+def _tensors_of(piece: Piece, jobs: int) -> Mapping[str, Tensor] | None:
+    """What a piece makes; nothing where tensors are copied."""
+    if piece.make is None:
+        return None
+    size = sum(spec.num_bytes for spec in piece.specs.values())
+    what = f"{piece.name} becomes {in_gigabytes(size)}"
+    others = f", up to {jobs} such at a time: fewer jobs (--jobs) take less" if jobs > 1 else ""
+    with memory_for(what + others):
+        return piece.make()
 
 
 def _companions(folder: Path) -> Iterator[Path]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tnmoe.errors import InputError
 from tnmoe.folders import sync, write_whole
+from tnmoe.memory import memory_for
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
@@ -281,7 +282,7 @@ def _state(path: Path) -> tuple[int, ...]:
 def _header(path: Path) -> Iterator[tuple[str, Spec, int]]:
     """Name, spec and offset of every tensor of a file, once the library has found it sound."""
     try:
-        with safe_open(path, framework="pt"):
+        with memory_for(f"reading the header of {path}"), safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
