@@ -24,8 +24,8 @@ _FORMAT = "1"
 def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     """Write an MPO or a SharedMPO to one safetensors file.
 
-    The file is written beside its place and renamed into it, so that an interrupted save leaves
-    an older file as it was.
+    The file is written beside its place, synced and renamed into it, so that an interrupted save
+    leaves an older file as it was, after a power cut too.
 
     Parameters
     ----------

@@ -80,12 +80,13 @@ def test_a_conversion_goes_on_after_a_power_cut(source, old_and_new, tmp_path):
     with disk.watched():
         plan.run(root / "deep" / "target", **SETTINGS)
         done = disk.states()
+    other = doubled(source, 3)
     for number, left in enumerate(all_left(disk, tmp_path / "left")):
         target, expected = left / "deep" / "target", new
         assert contents(target) in ({}, new)
         if number % 2:
             try:
-                doubled(source, 3).run(target, **SETTINGS)
+                other.run(target, **SETTINGS)
                 expected = old
             except tn.InputError as error:
                 refused = str(error)
@@ -101,14 +102,15 @@ def test_a_conversion_goes_on_after_a_power_cut(source, old_and_new, tmp_path):
 
 def test_a_conversion_that_replaces_another_survives_a_power_cut(source, old_and_new, tmp_path):
     root, plan, (old, new) = tmp_path / "root", doubled(source), old_and_new
-    doubled(source, 3).run(root / "target", **SETTINGS)
+    other = doubled(source, 3)
+    other.run(root / "target", **SETTINGS)
     disk = Disk(root)
     with disk.watched():
         plan.run(root / "target", **SETTINGS, overwrite=True)
     for number, folder in enumerate(all_left(disk, tmp_path / "left")):
         kept = folder / "target" if (folder / "target").exists() else folder / "target.partial/old"
         assert contents(kept) in (old, new)
-        again, expected = (plan, new) if number % 2 else (doubled(source, 3), old)
+        again, expected = (plan, new) if number % 2 else (other, old)
         again.run(folder / "target", **SETTINGS, overwrite=True)
         assert contents(folder / "target") == expected
         assert os.listdir(folder) == ["target"]
@@ -128,12 +130,13 @@ def test_work_that_another_conversion_began_is_gone_after_a_power_cut(
         with pytest.raises(KeyboardInterrupt):
             plan.run(root / "target", **SETTINGS, overwrite=True, on_progress=stop)
 
-    interrupted(doubled(source, 3), 0.6)
+    other = doubled(source, 3)
+    interrupted(other, 0.6)
     disk = Disk(root)
     with disk.watched():
         interrupted(plan, 0)
     for number, left in enumerate(all_left(disk, tmp_path / "left")):
-        again, expected = (plan, new) if number % 2 else (doubled(source, 3), old)
+        again, expected = (plan, new) if number % 2 else (other, old)
         again.run(left / "target", **SETTINGS, overwrite=True)
         assert contents(left / "target") == expected
         assert os.listdir(left) == ["target"]
@@ -144,7 +147,7 @@ class Full:
 
     def __init__(self, patch, folder, after, code):
         self.left, self.code, self.folder = after, code, str(folder)
-        for name in ("mkdir", "rename", "truncate", "fsync"):
+        for name in ("mkdir", "rename", "truncate", "fsync", "sendfile"):
             patch.setattr(os, name, self.limited(getattr(os, name)))
         opened = self.opened(open)
         patch.setattr(builtins, "open", opened)
