@@ -13,6 +13,7 @@ _PHRASES = (
     "cannot allocate memory",
     "not enough memory",
     "alloc_failed",
+    "bad_alloc",
     "can't start new thread",
 )
 

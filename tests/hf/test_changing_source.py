@@ -153,3 +153,16 @@ def test_small_files_are_those_of_one_moment(change, moment, source, tmp_path, m
     made, now = tmp_path / "target" / "tokenizer.json", source / "tokenizer.json"
     assert made.exists() == now.exists()
     assert change is remove or made.read_bytes() == now.read_bytes()
+
+
+@pytest.mark.parametrize("change", CHANGES[:-3])
+def test_work_of_a_source_that_changed_since_is_not_gone_on_with(change, source, tmp_path):
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan(source).run(tmp_path / "target", on_progress=stop)
+    change(source / "model-2.safetensors")
+    with pytest.raises(tn.InputError, match="unfinished work of another conversion"):
+        plan(source).run(tmp_path / "target")

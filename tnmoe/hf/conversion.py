@@ -1,9 +1,9 @@
 """From one folder of weights to another, a piece at a time: resumable, parallel, whole or not.
 
 What is being made lies in a folder beside the target, ``TARGET.partial``; its files have their full
-size from the start, and a journal says which pieces are done. After a crash or a power cut, the same
-call goes on where the journal ends, and the files come out the same. The last step moves the folder
-into place.
+size from the start, and a journal says which pieces are done. After a crash or a power cut, the
+same call goes on where the journal ends, and the files come out the same. The last step moves the
+folder into place.
 """
 
 from __future__ import annotations
