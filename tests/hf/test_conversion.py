@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -222,6 +223,18 @@ def test_an_error_of_whoever_watches_leaves_begun_work_alone(dense, undisturbed,
     )
     assert begun[0] > 0
     assert contents(tmp_path / "target") == undisturbed
+
+
+def test_a_run_that_breaks_off_leaves_no_threads_at_work(dense, tmp_path):
+    def watch(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt) as held:  # with all frames that it came through
+        hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", jobs=2, on_progress=watch)
+    assert (torch.get_num_threads(), threading.active_count()) == before
+    assert held.tb is not None
 
 
 def test_the_lock_of_a_process_that_was_killed_is_taken_over(dense, undisturbed, tmp_path):

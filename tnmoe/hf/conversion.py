@@ -288,8 +288,10 @@ class Conversion:
         dealt = total - sum(map(self._bytes_read, todo.values()))
         if on_progress is not None:
             on_progress(dealt, total)
-        made = self._made(work, list(todo.values()), jobs)
-        for (line, piece), tensors in zip(todo.items(), made, strict=True):
+        # No name is given to the generator: it has to end with the loop, however that ends.
+        for (line, piece), tensors in zip(
+            todo.items(), self._made(work, list(todo.values()), jobs), strict=True
+        ):
             with self._sound_source(work):
                 writer.write(self._copied(piece) if tensors is None else tensors)
             work.note(line)
