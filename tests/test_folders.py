@@ -121,3 +121,17 @@ def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         sync(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_of_by_the_name_of_the_file(code, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail(file):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=rf"{os.strerror(code)}: '.*/file'"):
+        save(tmp_path / "file", 2.0)
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]

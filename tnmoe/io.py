@@ -14,6 +14,7 @@ from tnmoe.backends import Array, Backend, available_backends, backend_named, ge
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.errors import InputError, one_of
 from tnmoe.folders import write_whole
+from tnmoe.memory import memory_for
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO
@@ -125,7 +126,7 @@ _SHAPE_KEYS = ("out_dims", "in_dims", "out_features", "in_features")
 
 
 def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str, Array]]:
-    with safe_open(path, framework="np") as file:
+    with memory_for(f"reading {path}"), safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         if metadata.get("tnmoe_format") != _FORMAT:
             raise InputError(
