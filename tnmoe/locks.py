@@ -43,7 +43,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
     _acquire(lock, path, owner, what)
     try:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", "utf-8")
+        name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        with suppress(OSError):  # on a full disk it holds without a name
+            owner.write_text(name, "utf-8")
         yield
     finally:
         with suppress(OSError):
