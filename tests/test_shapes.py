@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnmoe as tn
+import tnmoe.shapes as shapes_module
 from tests.matrices import shapes
 
 
@@ -74,6 +75,36 @@ def test_padding_is_small_and_only_where_factors_are_bad(out_features, in_featur
         assert padded >= size
         own = tn.factorize(size, sites)
         assert (padded == size) == (max(own) <= 8 * size ** (1 / sites))
+
+
+@pytest.mark.parametrize("sites", [1, 2, 5, 12, 30, 64, 1000])
+@pytest.mark.parametrize("size", [10**9 + 7, 2**40 - 87, 2**40, 963761198400])
+def test_the_largest_sizes_split_after_a_bounded_number_of_tries(size, sites, monkeypatch):
+    tried, is_even = [], shapes_module._is_even
+    monkeypatch.setattr(
+        shapes_module, "_is_even", lambda *args: tried.append(args) or is_even(*args)
+    )
+    shape = tn.MPOShape.for_matrix(size, 1, sites=sites)
+    assert shape.out_features == size <= shape.padded_out <= 1.25 * size
+    assert len(tried) <= 2**14 + 20
+
+
+@given(st.integers(1, 10**6))
+def test_where_no_size_near_will_do_one_with_small_factors_is_taken(n):
+    size = rest = shapes_module._smooth(n)
+    for prime in (2, 3, 5, 7):
+        while rest % prime == 0:
+            rest //= prime
+    assert rest == 1
+    assert n <= size < 2 * n
+
+
+@pytest.mark.parametrize(
+    "split", [lambda n: tn.factorize(n, 5), lambda n: tn.MPOShape.for_matrix(2, n)]
+)
+def test_sizes_that_no_matrix_has_are_refused(split):
+    with pytest.raises(tn.InputError, match=rf"must be at most 2\*\*40 .*, got {2**60}"):
+        split(2**60)
 
 
 def test_split_puts_output_legs_left_and_input_legs_right():

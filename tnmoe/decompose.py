@@ -308,9 +308,14 @@ def _interleave(
     if tuple(matrix.shape[-2:]) != padded:
         matrix = xp.pad(matrix, *padded)
     batch = matrix.shape[:-2]
-    axes = [axis for site in range(shape.sites) for axis in (site, shape.sites + site)]
-    legs = matrix.reshape(*batch, *shape.out_dims, *shape.in_dims)
-    tensor = xp.permute(legs, [*range(len(batch)), *(len(batch) + axis for axis in axes)])
+    # Legs of size 1 are left out: libraries limit the number of axes.
+    sides = (enumerate(dims) for dims in (shape.out_dims, shape.in_dims))
+    legs = [(site, size) for side in sides for site, size in side if size > 1]
+    axes = sorted(range(len(legs)), key=lambda axis: legs[axis][0])
+    tensor = xp.permute(
+        matrix.reshape((*batch, *(size for _, size in legs))),
+        [*range(len(batch)), *(len(batch) + axis for axis in axes)],
+    )
     left, right = prod(shape.legs[:center]), prod(shape.legs[center + 1 :])
     return tensor.reshape(*batch, left, shape.legs[center], right)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
-from math import isqrt, prod
+from math import prod
 
 from tnmoe.errors import InputError, index_in, positive_int
 
@@ -15,10 +15,30 @@ from tnmoe.errors import InputError, index_in, positive_int
 _MAX_IMBALANCE = 8
 
 
-@cache
+# Sizes up to here are split into factors; the largest prime factors are then found in milliseconds.
+_LARGEST_SIZE = 2**40
+# So many sizes are tried when a size is padded. Where sites are many, fitting sizes are rare.
+_TRIES = 2**14
+
+
+@lru_cache(maxsize=100_000)
+def _primes(n: int) -> tuple[int, ...]:
+    """Prime factors of n, ascending."""
+    found, divisor = [], 2
+    while divisor * divisor <= n:
+        while n % divisor == 0:
+            found.append(divisor)
+            n //= divisor
+        divisor += 1 if divisor == 2 else 2
+    return (*found, n) if n > 1 else tuple(found)
+
+
+@lru_cache(maxsize=100_000)
 def _divisors(n: int) -> tuple[int, ...]:
-    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
-    return tuple(sorted({*low, *(n // d for d in low)}))
+    divisors = {1}
+    for prime in _primes(n):
+        divisors |= {prime * divisor for divisor in divisors}
+    return tuple(sorted(divisors))
 
 
 @lru_cache(maxsize=100_000)
@@ -26,7 +46,14 @@ def _most_balanced(n: int, parts: int) -> tuple[int, ...]:
     """Ascending factors of n with the smallest sum; for a fixed product that is the most even."""
     if parts == 1:
         return (n,)
-    candidates = (tuple(sorted((d, *_most_balanced(n // d, parts - 1)))) for d in _divisors(n))
+    primes = _primes(n)
+    if parts >= len(primes):
+        return (*(1,) * (parts - len(primes)), *primes)
+    candidates = (
+        tuple(sorted((smallest, *_most_balanced(n // smallest, parts - 1))))
+        for smallest in _divisors(n)
+        if smallest**parts <= n
+    )
     return min(candidates, key=lambda factors: (sum(factors), factors[-1], factors))
 
 
@@ -51,14 +78,14 @@ def factorize(n: int, sites: int) -> tuple[int, ...]:
     Raises
     ------
     InputError
-        If ``n`` or ``sites`` is not a positive integer.
+        If ``n`` or ``sites`` is not a positive integer, or ``n`` is more than 2⁴⁰.
 
     Examples
     --------
     >>> factorize(3072, 5), factorize(768, 5)
     ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))
     """
-    n, sites = positive_int("n", n), positive_int("sites", sites)
+    n, sites = _size_to_split("n", n), positive_int("sites", sites)
     descending = _most_balanced(n, sites)[::-1]
     middle = sites // 2
     # The largest goes to the middle, the next ones alternately to its right and left.
@@ -70,11 +97,40 @@ def factorize(n: int, sites: int) -> tuple[int, ...]:
 
 
 def _padded_size(n: int, sites: int) -> int:
-    """Smallest size from ``n`` up that splits into ``sites`` reasonably even factors."""
-    size = n
-    while max(_most_balanced(size, sites)) > _MAX_IMBALANCE * size ** (1 / sites):
-        size += 1
+    """Smallest size from ``n`` up that splits into ``sites`` reasonably even factors.
+
+    Where none is near, the next product of 2, 3, 5 and 7 that does.
+    """
+    for size in range(n, n + _TRIES):
+        if _is_even(size, sites):
+            return size
+    size = _smooth(n)
+    while not _is_even(size, sites):
+        size = _smooth(size + 1)
     return size
+
+
+def _is_even(size: int, sites: int) -> bool:
+    """Whether a size splits into factors that are not much larger than their geometric mean."""
+    largest = _MAX_IMBALANCE * size ** (1 / sites)
+    rest, divisor = size, 2
+    # No prime factor may be larger than that: found out sooner than what the factors are.
+    while divisor <= largest and divisor * divisor <= rest:
+        while rest % divisor == 0:
+            rest //= divisor
+        divisor += 1 if divisor == 2 else 2
+    return rest <= largest and max(_most_balanced(size, sites)) <= largest
+
+
+def _smooth(n: int) -> int:
+    """Smallest product of 2, 3, 5 and 7 that is at least n."""
+    best = 1 << (n - 1).bit_length()
+    odd = {1}
+    for prime in (3, 5, 7):
+        fresh = odd
+        while fresh := {prime * product for product in fresh if prime * product < best}:
+            odd = odd | fresh
+    return min((product << (-(-n // product) - 1).bit_length()) for product in odd)
 
 
 @dataclass(frozen=True)
@@ -140,14 +196,15 @@ class MPOShape:
         ----------
         out_features, in_features : int
             Size of the matrix. A size whose largest factor would exceed 8 times the geometric
-            mean of its factors (a large prime, say) is padded to the next size that does not.
+            mean of its factors (a large prime, say) is padded to the next size that does not. Where
+            that is none of the next 2¹⁴, it is the next product of 2, 3, 5 and 7.
         sites : int
             Number of sites.
 
         Raises
         ------
         InputError
-            If one is not a positive integer.
+            If one is not a positive integer, or a size is more than 2⁴⁰.
 
         Examples
         --------
@@ -156,8 +213,8 @@ class MPOShape:
         >>> MPOShape.for_matrix(50257, 768, sites=3)
         MPOShape(out_dims=(8, 103, 61), in_dims=(8, 12, 8), out_features=50257)
         """
-        out_features = positive_int("out_features", out_features)
-        in_features = positive_int("in_features", in_features)
+        out_features = _size_to_split("out_features", out_features)
+        in_features = _size_to_split("in_features", in_features)
         sites = positive_int("sites", sites)
         return cls(
             factorize(_padded_size(out_features, sites), sites),
@@ -329,6 +386,13 @@ class MPOShape:
         if self.in_features != self.padded_in:
             padded += f", in_features={self.in_features}"
         return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
+
+
+def _size_to_split(name: str, size: int) -> int:
+    size = positive_int(name, size)
+    if size > _LARGEST_SIZE:
+        raise InputError(f"{name} must be at most 2**40 to be split into legs, got {size}")
+    return size
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:

@@ -110,9 +110,12 @@ class Sweep:
                 continue
             weights, rows = self._weights(sites, 1), 1
             self._kept[tuple(sites)] = weights
+            values = np.empty(0)
             for site in sites:
-                rows *= self.legs[site]
-                spectra[self._bond(site)] = self._numbers(weights.values(rows))
+                if rows == 1 or self.legs[site] > 1:
+                    rows *= self.legs[site]
+                    values = self._numbers(weights.values(rows))
+                spectra[self._bond(site)] = values  # a leg of 1 leaves them as they were
         return [spectra[bond] for bond in sorted(spectra)]
 
     def _sides(self) -> list[Sequence[int]]:

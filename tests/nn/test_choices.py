@@ -17,7 +17,11 @@ def first_of_each_by_counting(index, kept, capacity, num_experts):
     """The definition: a running count of the choices that asked for each expert."""
     first = torch.zeros_like(kept)
     for of_sequence, index_of, kept_of, room in zip(
-        first.chunk(len(capacity)), index.chunk(len(capacity)), kept.chunk(len(capacity)), capacity
+        first.chunk(len(capacity)),
+        index.chunk(len(capacity)),
+        kept.chunk(len(capacity)),
+        capacity,
+        strict=True,
     ):
         taken = [0] * num_experts
         for choice in range(index.shape[1]):
