@@ -99,7 +99,9 @@ def decompose(
     method : {"auto", "qr", "eigh", "svd", "randomized"}
         How isometries are found. ``eigh`` diagonalises the Gram matrix of an unfolding, accumulated
         in double precision: fast, and for single precision as accurate as ``svd``, which takes the
-        SVD of the unfolding's triangular factor. ``qr`` finds no Schmidt values and only serves
+        SVD of the unfolding's triangular factor. For double precision it takes Schmidt values below
+        3e-8 of the norm for rounding and cuts none that a tolerance as small forbids: bonds are
+        then larger than those of ``svd``. ``qr`` finds no Schmidt values and only serves
         where nothing is cut; its isometries are identity matrices as long as the unfolding is wider
         than tall. ``randomized`` finds the range of an unfolding by random projection with subspace
         iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011), algorithms 4.3 and 4.4),
