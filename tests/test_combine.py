@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import tnmoe as tn
 from tests.matrices import LIBRARIES, dense_norm, libraries, to_library, to_numpy
-from tnmoe import combine
+from tnmoe import canonical, combine
 from tnmoe.options import ADD_METHODS, MATMUL_METHODS
 
 SHAPE = tn.MPOShape((3, 2, 2, 3), (2, 3, 3, 2))
@@ -200,6 +200,23 @@ def test_squeezing_stops_at_the_smallest_bond_and_at_the_step_limit():
     mpos = {"w": tn.MPO.random(SHAPE, 4, rng=0)}
     assert tn.squeeze(mpos, lambda _: 1.0, 0.0, min_bond=3).mpos["w"].bond_dims == (3, 3, 3)
     assert len(tn.squeeze(mpos, lambda _: 1.0, 0.0, max_steps=2).steps) == 2
+
+
+def test_squeezing_a_longer_chain_takes_work_in_proportion(monkeypatch):
+    moves = []
+    for name in ("shift_left", "shift_right"):
+        shift = getattr(canonical, name)
+        monkeypatch.setattr(
+            canonical, name, lambda *args, shift=shift: moves.append(1) or shift(*args)
+        )
+    counts = []
+    for sites in (10, 40):
+        legs = [2] * 4 + [1] * (sites - 8) + [2] * 4
+        mpo = tn.MPO.random(tn.MPOShape(legs, legs), 3, rng=0)
+        tn.squeeze({"w": mpo}, lambda _: 1.0, 0.0, max_steps=2)
+        counts.append(len(moves))
+        moves.clear()
+    assert 0 < counts[1] <= 6 * counts[0]
 
 
 def a_mpo():

@@ -316,6 +316,40 @@ def test_every_number_of_sites_and_every_centre_is_exact_where_asked(library, si
             assert error_of(mpo, matrix) <= rounding(matrix)
 
 
+def matrix_of_decay(shape, decay, dtype, seed):
+    """A matrix whose Schmidt values at every bond fall to 16 digits below the largest, or to 0."""
+    rng = np.random.default_rng(seed)
+    cores = [
+        rng.standard_normal(core) + (1j * rng.standard_normal(core) if dtype == "complex128" else 0)
+        for core in shape.core_shapes()
+    ]
+    for site, core in enumerate(cores[:-1]):
+        values = {
+            "steep": 10.0 ** (-16 * np.arange(core.shape[-1]) / core.shape[-1]),
+            "low rank": 1.0 * (np.arange(core.shape[-1]) < 3),
+            "low rank and noise": np.where(np.arange(core.shape[-1]) < 3, 1, 1e-10),
+        }[decay]
+        cores[site] = core * values
+    return tn.MPO([core.astype(dtype) for core in cores], shape).to_matrix()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("decay", ["steep", "low rank", "low rank and noise"])
+@pytest.mark.parametrize("legs", [(8, 8), (2, 4, 4, 2), (2, 2, 2, 2, 2, 2)], ids=str)
+def test_double_precision_from_squares_keeps_what_it_promises(legs, decay, dtype, library):
+    shape = tn.MPOShape(legs, legs)
+    matrix = matrix_of_decay(shape, decay, dtype, len(legs))
+    norm = dense_norm(matrix)
+    for limit in ({"rtol": 1e-3}, {"rtol": 1e-6}, {"rtol": 1e-9}, {"rtol": 1e-12}, {"max_bond": 5}):
+        array = to_library(matrix, library)
+        mpo, info = tn.decompose(array, shape, method="eigh", return_info=True, **limit)
+        error = error_of(mpo, matrix)
+        assert error <= info.error_bound + 1e-14 * norm
+        assert info.error_bound <= 1.01 * error + 1e-14 * norm
+        assert "rtol" not in limit or error <= limit["rtol"] * norm + 1e-14 * norm
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("limit", [{"max_bond": 8}, {"rtol": 0.05}])

@@ -314,3 +314,26 @@ def test_limits_mean_the_same_however_they_are_spelled(spell):
 def test_a_tolerance_that_is_none_is_told_in_a_line(rtol):
     with pytest.raises(InputError, match=r"^rtol must be a finite number of at least 0, got .*$"):
         select_bonds(SPECTRA, SHAPE, rtol=rtol)
+
+
+@pytest.mark.parametrize("limit", [{"rtol": 0.2}, {"max_params": 40_000}], ids=str)
+def test_sites_of_legs_of_1_add_nothing_to_the_search(limit, monkeypatch):
+    searched, best = [], bond_search._best
+    monkeypatch.setattr(bond_search, "_best", lambda *args: searched.append(1) or best(*args))
+    counts = []
+    for units in (0, 1, 20):
+        legs = [leg for _ in range(9) for leg in (4, *(1,) * units)]
+        shape = MPOShape(legs, [1] * len(legs))
+        spectra = [0.8 ** np.arange(size) for size in shape.bond_dims(100)]
+        bonds = select_bonds(spectra, shape, **limit)
+        assert shape.bond_dims(bonds) == bonds
+        assert "rtol" in limit or shape.num_params(bonds) <= limit["max_params"]
+        counts.append(len(searched))
+        searched.clear()
+    assert max(counts[1:]) <= 3 * counts[0]
+
+
+def test_the_work_of_a_search_grows_no_faster_than_the_bonds():
+    blocks = [len(list(bond_search._blocks(bonds))) for bonds in (25, 50, 100, 1000)]
+    assert max(blocks) <= 24**2 + 3 * 1000
+    assert blocks[1] <= 2 * blocks[0]

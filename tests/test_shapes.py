@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnmoe as tn
+import tnmoe.shapes as shapes_module
 from tests.matrices import shapes
-from tnmoe.shapes import _primes
 
 
 def brute_force_factors(n: int, sites: int) -> set[tuple[int, ...]]:
@@ -77,13 +77,34 @@ def test_padding_is_small_and_only_where_factors_are_bad(out_features, in_featur
         assert (padded == size) == (max(own) <= 8 * size ** (1 / sites))
 
 
-@pytest.mark.parametrize("sites", [2, 5, 12, 30, 100])
-def test_a_size_to_pad_to_is_found_in_few_tries(sites):
-    tried = _primes.cache_info().misses
-    shape = tn.MPOShape.for_matrix(10**12 + 39, 1, sites)  # a prime
-    assert _primes.cache_info().misses - tried < 500_000
-    assert max(shape.out_dims) <= 8 * shape.padded_out ** (1 / sites)
-    assert shape.padded_out < 2 * shape.out_features
+@pytest.mark.parametrize("sites", [1, 2, 5, 12, 30, 64, 100])
+@pytest.mark.parametrize("size", [10**9 + 7, 2**40 - 87, 2**40, 963761198400])
+def test_the_largest_sizes_split_after_a_bounded_number_of_tries(size, sites, monkeypatch):
+    tried, is_even = [], shapes_module._is_even
+    monkeypatch.setattr(
+        shapes_module, "_is_even", lambda *args: tried.append(args) or is_even(*args)
+    )
+    shape = tn.MPOShape.for_matrix(size, 1, sites=sites)
+    assert shape.out_features == size <= shape.padded_out <= 1.25 * size
+    assert len(tried) <= 2**14 + 20
+
+
+@given(st.integers(1, 10**6))
+def test_where_no_size_near_will_do_one_with_small_factors_is_taken(n):
+    size = rest = shapes_module._smooth(n)
+    for prime in (2, 3, 5, 7):
+        while rest % prime == 0:
+            rest //= prime
+    assert rest == 1
+    assert n <= size < 2 * n
+
+
+@pytest.mark.parametrize(
+    "split", [lambda n: tn.factorize(n, 5), lambda n: tn.MPOShape.for_matrix(2, n)]
+)
+def test_sizes_that_no_matrix_has_are_refused(split):
+    with pytest.raises(tn.InputError, match=rf"must be at most 2\*\*40 .*, got {2**60}"):
+        split(2**60)
 
 
 def test_more_sites_than_factors_have_legs_of_1():
@@ -123,9 +144,15 @@ def test_numpy_integers_are_integers():
         (lambda: tn.factorize(0, 2), "n must be a positive integer, got 0"),
         (lambda: tn.factorize(8, 0), "sites must be a positive integer, got 0"),
         (lambda: tn.factorize(8, 101), "sites must be at most 100, got 101"),
-        (lambda: tn.factorize(2**40 + 1, 3), "n can be split up to 1099511627776, got"),
+        (
+            lambda: tn.factorize(2**40 + 1, 3),
+            r"n must be at most 2\*\*40 to be split into legs, got",
+        ),
         (lambda: tn.MPOShape.for_matrix(768, 768, sites=900), "sites must be at most 100, got 900"),
-        (lambda: tn.MPOShape.for_matrix(8, 2**50), "in_features can be split up to .* its legs"),
+        (
+            lambda: tn.MPOShape.for_matrix(8, 2**50),
+            r"in_features must be at most 2\*\*40 to be split into legs, got",
+        ),
         (lambda: tn.MPOShape((2,), (2,), out_features=10**5000), "=an integer of 16610 bits does"),
         (lambda: tn.MPOShape((2,) * 20_000, (2,)), r"out_dims=\(2, 2, .* … .* \(1 sites\)"),
         (lambda: tn.MPOShape((2, 2), (2, 2)).bond_dims((1, 2)), r"got \(1, 2\) for 1 bonds"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from math import prod
 from typing import Any, TypeAlias
 
@@ -21,6 +20,8 @@ _MAX_STEP = 2**12
 # Ranks per bond, and classes of parameters per rank, in the coarse search that precedes it.
 _COARSE_RANKS = 24
 _COARSE_CLASSES = 48
+# Pairs of bonds that are varied together, at most: all pairs of 24 bonds, near ones of more.
+_PAIRS = 24**2
 
 # One rank per bond: integers, or integer arrays that broadcast to many choices at once.
 _Ranks: TypeAlias = Sequence[Any]
@@ -56,7 +57,11 @@ def choose_bonds(
         the largest there are.
     """
     chain = _Chain.of(tails, shape, caps)
-    if not tails or (allowed is None and max_params is None):
+    return chain.spread(_choose(chain, allowed, max_params))
+
+
+def _choose(chain: _Chain, allowed: float | None, max_params: int | None) -> tuple[int, ...]:
+    if not chain.tails or (allowed is None and max_params is None):
         return chain.caps
     if allowed is not None:
         goal = _FewestParams(chain, max(allowed, chain.error(chain.caps)))
@@ -70,18 +75,50 @@ def choose_bonds(
     return _search(_FewestParams(chain, max(allowed or 0.0, chain.error(ranks))), ranks)
 
 
+def _tied(legs: Sequence[int]) -> list[list[int]]:
+    """Bonds that have one rank in common: those around inner sites whose leg is 1."""
+    groups: list[list[int]] = []
+    for bond in range(len(legs) - 1):
+        if bond and legs[bond] == 1:
+            groups[-1].append(bond)
+        else:
+            groups.append([bond])
+    return groups
+
+
+def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.sum(arrays, axis=0)
+
+
 @dataclass(frozen=True)
 class _Chain:
-    """Error, parameters and limits of ranks; ranks may be arrays that broadcast."""
+    """Error, parameters and limits of ranks; ranks may be arrays that broadcast.
+
+    The bonds on both sides of a leg of 1 can only be used at one common rank. They count as one
+    here: ``units`` says how many such sites lie within each.
+    """
 
     tails: tuple[np.ndarray, ...]
     legs: tuple[int, ...]
     caps: tuple[int, ...]
+    units: tuple[int, ...]
 
     @classmethod
     def of(cls, tails: Sequence[np.ndarray], shape: MPOShape, caps: Sequence[int]) -> _Chain:
         reachable = [min(cap, len(tail) - 1) for cap, tail in zip(caps, tails, strict=True)]
-        return cls(tuple(tails), shape.legs, shape.bond_dims(reachable))
+        usable, groups = shape.bond_dims(reachable), _tied(shape.legs)
+        inner = (leg for leg in shape.legs[1:-1] if leg > 1)
+        return cls(
+            tuple(_sum([tails[bond][: usable[bond] + 1] for bond in group]) for group in groups),
+            (shape.legs[0], *inner, *shape.legs[1:][-1:]),
+            tuple(usable[group[0]] for group in groups),
+            tuple(len(group) - 1 for group in groups),
+        )
+
+    def spread(self, ranks: _Ranks) -> tuple[int, ...]:
+        """One rank for every bond."""
+        pairs = zip(ranks, self.units, strict=True)
+        return tuple(rank for rank, units in pairs for _ in range(1 + units))
 
     def error(self, ranks: _Ranks) -> Any:
         """Predicted squared error; added up from left to right, so that it is reproducible."""
@@ -89,7 +126,10 @@ class _Chain:
 
     def params(self, ranks: _Ranks) -> Any:
         padded = (1, *ranks, 1)
-        return sum(padded[k] * leg * padded[k + 1] for k, leg in enumerate(self.legs))
+        within = sum(
+            units * rank**2 for units, rank in zip(self.units, ranks, strict=True) if units
+        )
+        return within + sum(padded[k] * leg * padded[k + 1] for k, leg in enumerate(self.legs))
 
     def usable(self, ranks: _Ranks) -> Any:
         """Whether no rank exceeds what its neighbours can use."""
@@ -168,6 +208,17 @@ class _FewestParams:
         return chain.at_common_error(errors[first_missed - 1])
 
 
+def _largest(slope: Any, units: int, room: Any) -> Any:
+    """The largest r with slope · r + units · r² ≤ room; below 1 where there is none."""
+    if not units:
+        return room // slope
+    root = np.sqrt(np.maximum(0, slope * slope + 4.0 * units * room))
+    found = np.floor((root - slope) / (2 * units)).astype(np.int64)
+    # Rounding may have missed it by one.
+    found += (slope + units * (found + 1)) * (found + 1) <= room
+    return found - ((slope + units * found) * found > room)
+
+
 @dataclass(frozen=True)
 class _LeastError:
     """Least squared error with at most ``budget`` parameters."""
@@ -186,10 +237,12 @@ class _LeastError:
         """Give one bond the best rank beside the others: the largest that meets the goal."""
         low, high = self.chain.range_of(bond, ranks)
         padded = (1, *ranks, 1)
-        legs = self.chain.legs
+        legs, units = self.chain.legs, self.chain.units[bond]
         slope = padded[bond] * legs[bond] + legs[bond + 1] * padded[bond + 2]
         ranks[bond] = 0
-        ranks[bond] = np.clip((self.budget - self.chain.params(ranks)) // slope, low, high)
+        ranks[bond] = np.clip(
+            _largest(slope, units, self.budget - self.chain.params(ranks)), low, high
+        )
 
     def limits(self, start: tuple[int, ...]) -> tuple[int, float]:
         """Most parameters and error of anything that is no worse than ``start``."""
@@ -231,7 +284,7 @@ def _coarse(goal: _Goal, start: tuple[int, ...]) -> tuple[int, ...]:
     for bond, (cap, leg) in enumerate(zip(chain.caps, chain.legs[:-1], strict=True)):
         ranks = _some_ranks(cap, start[bond], _COARSE_RANKS)
         left = paths[:, -1:]
-        params = params[:, None] + left * leg * ranks
+        params = params[:, None] + (left * leg + chain.units[bond] * ranks) * ranks
         error = error[:, None] + chain.tails[bond][ranks]
         least_params = params + ranks * chain.legs[bond + 1] + sum(chain.legs[bond + 2 :])
         fits = (ranks <= leg * left) & (left <= leg * ranks)
@@ -261,7 +314,10 @@ def _blocks(bonds: int) -> Iterator[tuple[int, ...]]:
     for size in (4, 3):
         for first in range(bonds - size + 1):
             yield tuple(range(first, first + size))
-    yield from combinations(range(bonds), 2)
+    farthest = max(1, _PAIRS // bonds)
+    for first in range(bonds):
+        for second in range(first + 1, min(bonds, first + 1 + farthest)):
+            yield first, second
 
 
 def _best(

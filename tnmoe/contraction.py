@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from math import prod
-
-import opt_einsum
-from opt_einsum.contract import PathInfo
 
 from tnmoe.backends import Array, Backend
 from tnmoe.costs import Rates, get_rates
-from tnmoe.einsum import Contraction
+from tnmoe.einsum import Contraction, Shapes
 from tnmoe.errors import InputError, index_in, integer_from_zero, positive_int
-from tnmoe.options import Route
+from tnmoe.paths import CoreShapes, Network, applying_path, building_path
 from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
 from tnmoe.shapes import MPOShape
 
 # A segment of a chain with this many times fewer numbers than the matrix is small.
 _SMALL_SEGMENT = 8
+
+# What no library can count the entries of an axis to.
+_TOO_LARGE = 2**63
 
 
 def contraction_plan(
@@ -64,14 +63,18 @@ def contraction_plan(
     Returns
     -------
     ContractionPlan
-        Paths are optimal among pairwise contractions without outer products (opt_einsum's
-        dynamic programming; Pfeifer, Haegeman, Verstraete, Phys. Rev. E 90, 033315 (2014)).
+        For up to 8 sites its path is the best among pairwise contractions without outer products
+        (opt_einsum's dynamic programming; Pfeifer, Haegeman, Verstraete, Phys. Rev. E 90, 033315
+        (2014)) at batches of powers of two, and the cheaper of its neighbours' between them. For
+        more sites it is the best of those in which what has been contracted is always a run of
+        neighbours, or all but a run; from 33 sites on, neighbours whose product is no larger than
+        they are come first.
 
     Raises
     ------
     InputError
-        If there is not one bond for every pair of neighbours, the centre is none of its sites, or
-        a count is none.
+        If there is not one bond for every pair of neighbours, the centre is none of its sites, a
+        count is none, or a size is 2⁶³ or more.
 
     Examples
     --------
@@ -93,6 +96,8 @@ def contraction_plan(
         positive_int("every bond dimension", bond)
     batch = integer_from_zero("batch", batch)
     itemsize = positive_int("itemsize", itemsize)
+    if max(shape.padded_out, shape.padded_in, batch, *bonds) >= _TOO_LARGE:
+        raise InputError("a plan is for a matrix, bonds and a batch of less than 2**63 each")
     center = shape.center if center is None else index_in("center", center, shape.sites)
     if experts is None:
         return _plan_of_one(shape, bonds, batch)
@@ -122,10 +127,10 @@ def _plan_of_experts(
 def _plan_of_one(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> ContractionPlan:
     padded = (1, *bonds, 1)
     cores = tuple(zip(padded[:-1], shape.out_dims, shape.in_dims, padded[1:], strict=True))
-    direct = _plan("chain", _contraction(cores, batch)[1])
-    build = _plan("dense", _contraction(cores, None)[1])
-    product = 2 * batch * shape.padded_out * shape.padded_in
-    dense = ContractionPlan("dense", build.flops + product, build.peak_elements, build.path)
+    best, build = applying_path(cores, batch), building_path(cores)
+    direct = ContractionPlan("chain", best.flops(batch), best.peak(batch), best.path)
+    flops = build.flops(0) + 2 * batch * shape.padded_out * shape.padded_in
+    dense = ContractionPlan("dense", flops, build.peak(0), build.path)
     # The best chain path may itself build the matrix first; then it is called what it is.
     return min(dense, direct, key=lambda plan: plan.flops)
 
@@ -152,19 +157,23 @@ def _gather_legs(
 ) -> tuple[Array, list[tuple[int, int]]]:
     """A segment (D, out · in · out · in …, D') with its outputs before its inputs."""
     left, right = segment.shape[0], segment.shape[-1]
-    count = len(legs)
-    axes = [0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2), 2 * count + 1]
-    ordered = xp.permute(segment.reshape(left, *chain.from_iterable(legs), right), axes)
+    # Legs of size 1 are left out: libraries limit the number of axes.
+    sizes = [size for leg in legs for size in leg if size > 1]
+    sides = [side for leg in legs for side, size in enumerate(leg) if size > 1]
+    axes = sorted(range(len(sizes)), key=sides.__getitem__)
+    ordered = xp.permute(
+        segment.reshape(left, *sizes, right), [0, *(1 + axis for axis in axes), 1 + len(sizes)]
+    )
     out, in_ = (prod(leg[axis] for leg in legs) for axis in (0, 1))
     return ordered.reshape(left, out * in_, right), [(out, in_)]
 
 
 @lru_cache(maxsize=4096)
-def _merges(cores: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+def _merges(cores: CoreShapes) -> tuple[int, ...]:
     """The best order to merge a chain in: which segment is merged with its right neighbour."""
     segments = [(site, site + 1) for site in range(len(cores))]
     merges, remaining = [], list(segments)
-    for step in _contraction(cores, None)[1].path:
+    for step in building_path(cores).path:
         merged = [remaining.pop(term) for term in sorted(step, reverse=True)]
         start, stop = min(merged)[0], max(merged)[1]
         remaining.append((start, stop))
@@ -183,17 +192,17 @@ def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: A
         return vectors @ xp.transpose(to_padded_matrix(xp, cores))
     if _in_order_flops(_shapes(cores), batch) <= IN_ORDER * plan.flops:
         return _apply_in_order(xp, cores, vectors)
-    contract, _ = _contraction(_shapes(cores), batch)
-    operands = [vectors.reshape(batch, *shape.in_dims), *_without_ends(cores)]
-    return contract(xp, operands).reshape(batch, shape.padded_out)
+    contraction, shapes = _contraction(_shapes(cores), batch)
+    operands = [array.reshape(size) for array, size in zip([vectors, *cores], shapes, strict=True)]
+    return contraction(xp, operands).reshape(batch, shape.padded_out)
 
 
-def _without_ends(cores: Sequence[Array]) -> list[Array]:
-    """The cores, the first and the last of them without their outermost bond of 1."""
-    cores = list(cores)
-    cores[0] = cores[0].reshape(cores[0].shape[1:])
-    cores[-1] = cores[-1].reshape(cores[-1].shape[:-1])
-    return cores
+@lru_cache(maxsize=4096)
+def _contraction(cores: CoreShapes, batch: int) -> tuple[Contraction, Shapes]:
+    """Contraction of cores with vectors, and the shapes that it takes them in."""
+    network = Network.of(cores, has_vectors=True).without_units()
+    shapes = network.shapes(batch)
+    return Contraction(network.equation(), shapes, applying_path(cores, batch).path), shapes
 
 
 def _apply_in_order(xp: Backend, cores: Sequence[Array], vectors: Array) -> Array:
@@ -218,7 +227,7 @@ def _apply_in_order(xp: Backend, cores: Sequence[Array], vectors: Array) -> Arra
 
 
 @lru_cache(maxsize=4096)
-def _in_order_flops(cores: tuple[tuple[int, ...], ...], batch: int) -> int:
+def _in_order_flops(cores: CoreShapes, batch: int) -> int:
     """Operations of :func:`_apply_in_order`."""
     states, outs, flops = batch * prod(core[2] for core in cores), 1, 0
     for bond, out, in_, following in reversed(cores):
@@ -296,40 +305,5 @@ def right_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None
     return env, out, in_
 
 
-def _shapes(cores: Sequence[Array]) -> tuple[tuple[int, ...], ...]:
+def _shapes(cores: Sequence[Array]) -> CoreShapes:
     return tuple(tuple(core.shape) for core in cores)
-
-
-@lru_cache(maxsize=4096)
-def _contraction(
-    cores: tuple[tuple[int, ...], ...], batch: int | None
-) -> tuple[Contraction, PathInfo]:
-    """Contraction of cores (after vectors, where there is a batch), and what its path costs.
-
-    The outermost bonds are left out: they join nothing.
-    """
-    symbol = opt_einsum.get_symbol
-    sites = len(cores)
-    bonds = ["", *(symbol(k) for k in range(sites - 1)), ""]
-    outs = [symbol(sites + k) for k in range(sites)]
-    ins = [symbol(2 * sites + k) for k in range(sites)]
-    terms = [bonds[k] + outs[k] + ins[k] + bonds[k + 1] for k in range(sites)]
-    shapes = list(cores)
-    shapes[0] = shapes[0][1:]
-    shapes[-1] = shapes[-1][:-1]
-    if batch is None:
-        result = "".join(outs + ins)
-    else:
-        vector = symbol(3 * sites)
-        terms.insert(0, "".join([vector, *ins]))
-        shapes.insert(0, (batch, *(core[2] for core in cores)))
-        result = "".join([vector, *outs])
-    equation = f"{','.join(terms)}->{result}"
-    path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="dp")
-    return Contraction(equation, tuple(shapes), path), info
-
-
-def _plan(route: Route, info: PathInfo) -> ContractionPlan:
-    return ContractionPlan(
-        route, int(info.opt_cost), int(info.largest_intermediate), tuple(map(tuple, info.path))
-    )

@@ -78,7 +78,8 @@ _TYPICAL = {
 def get_rates(device: str) -> Rates:
     """Rates of a device kind: those set, else those stored by a measurement, else typical ones."""
     if device not in _RATES:
-        _RATES[device] = _stored(device) or _TYPICAL.get(device, _TYPICAL["cuda"])
+        # Another thread may have set them meanwhile.
+        _RATES.setdefault(device, _stored(device) or _TYPICAL.get(device, _TYPICAL["cuda"]))
     return _RATES[device]
 
 

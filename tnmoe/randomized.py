@@ -75,7 +75,7 @@ def find_range(
             basis = xp.qr(unfolding @ numbers)[0]
         basis = _iterate(xp, unfolding, basis)
         inside = xp.adjoint(basis) @ unfolding
-        missed = _missed(xp, unfolding, basis, inside)
+        missed = find_missed(xp, unfolding, basis, inside)
         vectors, values = _left_svd(xp, inside)
         found = RangeWeights(basis @ vectors, values, np.sqrt(missed))
         if budget is not None and (missed <= _SMALL_PART * budget).all():
@@ -97,10 +97,10 @@ def _iterate(xp: Backend, unfolding: Array, basis: Array) -> Array:
     return xp.qr(unfolding @ half)[0]
 
 
-def _missed(xp: Backend, unfolding: Array, basis: Array, inside: Array) -> np.ndarray:
+def find_missed(xp: Backend, unfolding: Array, basis: Array, inside: Array) -> np.ndarray:
     """Squared norms (batch,) of A − Q (Qᴴ A), summed in double precision.
 
-    The difference is formed: as ‖A‖² − ‖Qᴴ A‖² it would drown in rounding.
+    ``inside`` is Qᴴ A. The difference is formed: as ‖A‖² − ‖Qᴴ A‖² it would drown in rounding.
     """
     rows, columns = unfolding.shape[-2:]
     step = max(1, _BLOCK // rows)

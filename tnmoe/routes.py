@@ -8,6 +8,7 @@ from math import prod
 
 from tnmoe.costs import Rates
 from tnmoe.options import Route
+from tnmoe.paths import Path
 from tnmoe.shapes import MPOShape
 from tnmoe.tables import format_table
 
@@ -28,8 +29,6 @@ _WARM = 2.0
 
 # How often a contraction that permutes as it likes moves its largest intermediate.
 _PERMUTED = 1.85
-
-Path = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)

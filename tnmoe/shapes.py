@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, pairwise
+from itertools import pairwise
 from math import prod
 
 from tnmoe.errors import InputError, index_in, positive_int, shown
@@ -15,32 +15,32 @@ from tnmoe.errors import InputError, index_in, positive_int, shown
 _MAX_IMBALANCE = 8
 
 
-# What is split: factors of larger sizes take long to find, and no size has as many.
-_LARGEST, _MOST_SITES = 2**40, 100
-
-# Sizes that are tried one after another, before larger steps are taken.
-_TRIES = 10_000
+# Sizes up to here are split into factors; the largest prime factors are then found in milliseconds.
+_LARGEST_SIZE = 2**40
+# No size up to there has as many prime factors.
+_MOST_SITES = 100
+# So many sizes are tried when a size is padded. Where sites are many, fitting sizes are rare.
+_TRIES = 2**14
 
 
 @lru_cache(maxsize=100_000)
-def _primes(n: int, limit: int) -> tuple[int, ...]:
-    """Ascending factors of n: primes up to the limit, and what is left in one."""
+def _primes(n: int) -> tuple[int, ...]:
+    """Prime factors of n, ascending."""
     found, divisor = [], 2
-    while divisor <= limit and divisor * divisor <= n:
-        if n % divisor:
-            divisor += 1 + divisor % 2  # 2, 3, 5, 7, 9, …
-        else:
-            n //= divisor
+    while divisor * divisor <= n:
+        while n % divisor == 0:
             found.append(divisor)
+            n //= divisor
+        divisor += 1 if divisor == 2 else 2
     return (*found, n) if n > 1 else tuple(found)
 
 
 @lru_cache(maxsize=100_000)
 def _divisors(n: int) -> tuple[int, ...]:
-    found = {1}
-    for prime in _primes(n, n):
-        found |= {prime * each for each in found}
-    return tuple(sorted(found))
+    divisors = {1}
+    for prime in _primes(n):
+        divisors |= {prime * divisor for divisor in divisors}
+    return tuple(sorted(divisors))
 
 
 @lru_cache(maxsize=100_000)
@@ -48,10 +48,14 @@ def _most_balanced(n: int, parts: int) -> tuple[int, ...]:
     """Ascending factors of n with the smallest sum; for a fixed product that is the most even."""
     if parts == 1:
         return (n,)
-    primes = _primes(n, n)
-    if parts >= len(primes):  # a product of two factors is more than their sum, but for 1s
-        return (*(1 for _ in range(parts - len(primes))), *primes)
-    candidates = (tuple(sorted((d, *_most_balanced(n // d, parts - 1)))) for d in _divisors(n))
+    primes = _primes(n)
+    if parts >= len(primes):
+        return (*(1,) * (parts - len(primes)), *primes)
+    candidates = (
+        tuple(sorted((smallest, *_most_balanced(n // smallest, parts - 1))))
+        for smallest in _divisors(n)
+        if smallest**parts <= n
+    )
     return min(candidates, key=lambda factors: (sum(factors), factors[-1], factors))
 
 
@@ -95,28 +99,40 @@ def factorize(n: int, sites: int) -> tuple[int, ...]:
 
 
 def _padded_size(n: int, sites: int) -> int:
-    """Smallest size from ``n`` up that splits into ``sites`` reasonably even factors."""
-    size, step = n, 1
-    for tried in count(1):
-        largest = int(_MAX_IMBALANCE * size ** (1 / sites))
-        # Few sizes have small factors only, if there are many sites: most are told by their primes.
-        if max(_primes(size, largest), default=1) <= largest >= max(_most_balanced(size, sites)):
-            break
-        step *= 1 + (tried % _TRIES == 0)
-        size += step - size % step
+    """Smallest size from ``n`` up that splits into ``sites`` reasonably even factors.
+
+    Where none is near, the next product of 2, 3, 5 and 7 that does.
+    """
+    for size in range(n, n + _TRIES):
+        if _is_even(size, sites):
+            return size
+    size = _smooth(n)
+    while not _is_even(size, sites):
+        size = _smooth(size + 1)
     return size
 
 
-def _size_to_split(name: str, n: int) -> int:
-    if positive_int(name, n) > _LARGEST:
-        raise InputError(f"{name} can be split up to {_LARGEST}, got {shown(n)}: give its legs")
-    return int(n)
+def _is_even(size: int, sites: int) -> bool:
+    """Whether a size splits into factors that are not much larger than their geometric mean."""
+    largest = _MAX_IMBALANCE * size ** (1 / sites)
+    rest, divisor = size, 2
+    # No prime factor may be larger than that: found out sooner than what the factors are.
+    while divisor <= largest and divisor * divisor <= rest:
+        while rest % divisor == 0:
+            rest //= divisor
+        divisor += 1 if divisor == 2 else 2
+    return rest <= largest and max(_most_balanced(size, sites)) <= largest
 
 
-def _number_of_sites(sites: int) -> int:
-    if positive_int("sites", sites) > _MOST_SITES:
-        raise InputError(f"sites must be at most {_MOST_SITES}, got {shown(sites)}")
-    return int(sites)
+def _smooth(n: int) -> int:
+    """Smallest product of 2, 3, 5 and 7 that is at least n."""
+    best = 1 << (n - 1).bit_length()
+    odd = {1}
+    for prime in (3, 5, 7):
+        fresh = odd
+        while fresh := {prime * product for product in fresh if prime * product < best}:
+            odd = odd | fresh
+    return min((product << (-(-n // product) - 1).bit_length()) for product in odd)
 
 
 @dataclass(frozen=True)
@@ -182,7 +198,8 @@ class MPOShape:
         ----------
         out_features, in_features : int
             Size of the matrix. A size whose largest factor would exceed 8 times the geometric
-            mean of its factors (a large prime, say) is padded to the next size that does not.
+            mean of its factors (a large prime, say) is padded to the next size that does not. Where
+            that is none of the next 2¹⁴, it is the next product of 2, 3, 5 and 7.
         sites : int
             Number of sites.
 
@@ -371,6 +388,20 @@ class MPOShape:
         if self.in_features != self.padded_in:
             padded += f", in_features={shown(self.in_features)}"
         return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
+
+
+def _size_to_split(name: str, size: int) -> int:
+    size = positive_int(name, size)
+    if size > _LARGEST_SIZE:
+        raise InputError(f"{name} must be at most 2**40 to be split into legs, got {shown(size)}")
+    return size
+
+
+def _number_of_sites(sites: int) -> int:
+    sites = positive_int("sites", sites)
+    if sites > _MOST_SITES:
+        raise InputError(f"sites must be at most {_MOST_SITES}, got {shown(sites)}")
+    return sites
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:

@@ -160,11 +160,12 @@ def squeeze(
 def _costs(name: str, mpo: MPO, factor: float, min_bond: int) -> list[tuple[float, str, int, int]]:
     """What shrinking each bond would cost: (relative error, name, bond, its new dimension)."""
     costs = []
-    for bond, dim in enumerate(mpo.bond_dims):
+    # The Schmidt values of all bonds from one pass over the chain.
+    _, info = mpo.compress(return_info=True)
+    for bond, (dim, values) in enumerate(zip(mpo.bond_dims, info.spectra, strict=True)):
         after = max(min_bond, min(dim - 1, floor(factor * dim)))
         if after >= dim:
             continue
-        values = mpo.schmidt_values(bond)
         spectrum = get_backend(values).to_numpy(values)
         with np.errstate(under="ignore"):
             tails = squared_tails(spectrum / (spectrum[0] or 1.0))

@@ -18,10 +18,13 @@ class TruncationInfo:
     Attributes
     ----------
     discarded : tuple of float
-        Per bond: 2-norm of the Schmidt values cut there.
+        Per bond: 2-norm of the Schmidt values cut there. Where ``"eigh"`` cut a matrix in double
+        precision it is measured, for bonds that were cut together as a share of the whole.
     spectra : tuple of array
         Per bond: the Schmidt values seen when the bond was cut, descending, before cutting; arrays
-        of the cores' library in double precision, whatever the dtype of the cores.
+        of the cores' library in double precision, whatever the dtype of the cores. ``"eigh"`` sees
+        squares: in double precision its values are no smaller than 3e-8 of the norm, which is the
+        rounding of these squares.
     methods : tuple of str
         Per bond: the algorithm used (``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``).
     earlier_error : float

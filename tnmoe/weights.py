@@ -11,10 +11,14 @@ Matrices lie along the last two axes; leading axes are a batch.
 from __future__ import annotations
 
 from tnmoe.backends import Array, Backend
-from tnmoe.backends.protocol import WIDE_DTYPE
+from tnmoe.backends.protocol import EPSILON, WIDE_DTYPE
 
 # Columns of an unfolding are widened to double precision this many numbers at a time.
 _BLOCK = 1 << 21
+
+# Eigenvalues of a Gram matrix are wrong by less than this many units in the last place of its
+# trace: by 0.7 in matrices of all kinds with up to 512 rows and 10⁵ columns.
+_ROUNDING = 4.0
 
 # A matrix this many times wider than tall is first reduced to a small square one.
 _WIDE = 2
@@ -24,7 +28,9 @@ class GramWeights:
     """A Aᴴ, accumulated in double precision.
 
     Squaring halves the digits. In double precision enough are left for a single-precision result;
-    in single precision a value 10⁻⁴ of the largest would be 40 % wrong.
+    in single precision a value 10⁻⁴ of the largest would be 40 % wrong. For a result in double
+    precision the rounding counts: it is added to the squares of Schmidt values, so that what they
+    promise to be small is.
 
     Parameters
     ----------
@@ -59,12 +65,14 @@ class GramWeights:
 
     def split(self, rows: int) -> tuple[Array, Array]:
         """Left singular vectors (..., rows, rows) of the next rows, and Schmidt values."""
-        values, vectors = self._xp.eigh(self._marginal(rows))
-        return self._xp.astype(vectors, self._dtype), _sqrt(values)
+        marginal = self._marginal(rows)
+        values, vectors = self._xp.eigh(marginal)
+        return self._xp.astype(vectors, self._dtype), self._schmidt(values, marginal)
 
     def values(self, rows: int) -> Array:
         """Only the Schmidt values."""
-        return _sqrt(self._xp.eigvalsh(self._marginal(rows)))
+        marginal = self._marginal(rows)
+        return self._schmidt(self._xp.eigvalsh(marginal), marginal)
 
     def project(self, isometry: Array) -> GramWeights:
         """Weights after the next rows are projected onto the columns of an isometry."""
@@ -72,6 +80,14 @@ class GramWeights:
         adjoint = xp.adjoint(xp.astype(isometry, xp.dtype_name(self._gram)))
         half = xp.adjoint(_project_rows(adjoint, self._gram, self._last))
         return GramWeights(xp, _project_rows(adjoint, half, self._last), self._dtype, self._last)
+
+    def _schmidt(self, values: Array, gram: Array) -> Array:
+        """Square roots of eigenvalues, whose rounding may take them below 0."""
+        squares = values.clip(0)
+        if self._dtype not in WIDE_DTYPE:
+            total = self._xp.trace(gram, -2, -1).real
+            squares = squares + _ROUNDING * EPSILON[self._dtype] * total[..., None]
+        return squares**0.5
 
     def _marginal(self, rows: int) -> Array:
         """Gram matrix of the next rows alone: the trace over the others."""
@@ -151,8 +167,3 @@ def _square(xp: Backend, matrix: Array) -> Array:
     if columns >= _WIDE * rows:
         return xp.triangle(matrix)
     return matrix if columns >= rows else xp.pad(matrix, rows, rows)
-
-
-def _sqrt(values: Array) -> Array:
-    """Square roots of eigenvalues, whose rounding may fall below 0."""
-    return values.clip(0) ** 0.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from functools import cache
 from importlib import import_module
+from threading import RLock
 from typing import Any
 
 from tnmoe.backends.protocol import Array, Backend
@@ -29,11 +30,12 @@ _METHODS = tuple(name for name in vars(Backend) if not name.startswith("_"))
 
 # Backends from elsewhere, by the types of their arrays.
 _registered: dict[type, Backend] = {}
+_registering = RLock()
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the array libraries tnmoe has a backend for, installed or not."""
-    return tuple(sorted({*_BUILT_IN, *(backend.name for backend in _registered.values())}))
+    return tuple(sorted({*_BUILT_IN, *(backend.name for backend in list(_registered.values()))}))
 
 
 def backend_named(name: str) -> Backend:
@@ -46,7 +48,7 @@ def backend_named(name: str) -> Backend:
     MissingExtraError
         If the library is not installed.
     """
-    for backend in _registered.values():
+    for backend in list(_registered.values()):  # another thread may add one
         if backend.name == name:
             return backend
     if name not in _BUILT_IN:
@@ -111,15 +113,16 @@ def register(backend: Backend, *types: type) -> None:
         raise TypeError(f"{name} is no Backend: it lacks {', '.join(missing)}")
     if not types:
         raise InputError(f"the backend {backend.name!r} needs the type of its arrays")
-    if backend.name in available_backends() and backend not in _registered.values():
-        raise InputError(f"there is another backend of the name {backend.name!r}")
-    for kind in types:
-        if not isinstance(kind, type):
-            raise TypeError(f"types of arrays must be classes, got {kind!r}")
-        if (owner := _owner(kind)) is not None:
-            raise InputError(f"{_name_of(kind)} has the backend {owner!r} already")
-    _registered.update(dict.fromkeys(types, backend))
-    _backend_of_type.cache_clear()
+    with _registering:
+        if backend.name in available_backends() and backend not in _registered.values():
+            raise InputError(f"there is another backend of the name {backend.name!r}")
+        for kind in types:
+            if not isinstance(kind, type):
+                raise TypeError(f"types of arrays must be classes, got {kind!r}")
+            if (owner := _owner(kind)) is not None:
+                raise InputError(f"{_name_of(kind)} has the backend {owner!r} already")
+        _registered.update(dict.fromkeys(types, backend))
+        _backend_of_type.cache_clear()
 
 
 def _missing(backend: Any) -> list[str]:

@@ -60,7 +60,7 @@ class TorchBackend:
         return array.conj_physical() if array.is_complex() else array
 
     def permute(self, array: Tensor, axes: Sequence[int]) -> Tensor:
-        return array.permute(*axes)
+        return array.permute(tuple(axes))
 
     def transpose(self, matrix: Tensor) -> Tensor:
         return matrix.transpose(-1, -2)

@@ -451,7 +451,7 @@ def all_ffns(model: nn.Module) -> list[FFN]:
     """All dense feed-forward networks of known families, in the order of the model's modules."""
     by_matrix: dict[int, FFN] = {}
     for name, module in model.named_modules():
-        found_by = ((family, finder(module)) for family, finder in _FAMILIES.items())
+        found_by = ((family, finder(module)) for family, finder in list(_FAMILIES.items()))
         family, ffn = next((each for each in found_by if each[1]), ("", None))
         if ffn is not None:
             key = id(next(ffn.up.parameters()))

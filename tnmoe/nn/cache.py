@@ -9,8 +9,9 @@ training and evaluation, and, on a CPU, when one of a few numbers that are looke
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
@@ -40,8 +41,20 @@ class _Entry:
         return self.state == state and all(now.equal(then) for now, then in self.numbers)
 
 
+@dataclass(eq=False)
+class _Building:
+    """Matrices in the making: others that want them wait for their turn."""
+
+    turn: RLock = field(default_factory=RLock)
+    # Whether a core may have changed since they were begun.
+    spoilt: bool = False
+
+
 class WeightCache:
     """Built matrices of projections, dropped as soon as a core changes or is gone.
+
+    Threads may use it at the same time. Those that want the same matrices wait until one has built
+    them; those that want others do not wait.
 
     Call :meth:`clear` after writing to ``core.data`` in place in the middle of an evaluation:
     nothing tells of it on an accelerator, and on a CPU only if it meets one of the few numbers
@@ -61,6 +74,12 @@ class WeightCache:
     def __init__(self, limit: int = 2**31) -> None:
         # By the identities of all cores: projections may have any of them in common.
         self._entries: dict[tuple[int, ...], _Entry] = {}
+        # What is being built. No lock is held for longer than a few look-ups, but turns; so nobody
+        # who holds one waits for another.
+        self._buildings: weakref.WeakValueDictionary[tuple[int, ...], _Building]
+        self._buildings = weakref.WeakValueDictionary()
+        # Reentrant: a garbage collection in the midst of a look-up may let matrices go.
+        self._lock = RLock()
         self._enabled = True
         self.limit = limit
 
@@ -74,9 +93,10 @@ class WeightCache:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = value
-        if not value:
-            self.clear()
+        with self._lock:
+            self._enabled = value
+            if not value:
+                self.clear()
 
     @property
     def used(self) -> int:
@@ -85,16 +105,21 @@ class WeightCache:
 
     def clear(self) -> None:
         """Let all matrices go."""
-        self._entries.clear()
+        self._drop(lambda key: True)
 
     def forget(self, cores: Iterable[Tensor]) -> None:
         """Let matrices go that were built from any of ``cores``."""
-        if not self._entries:
+        if not self._entries and not self._buildings:
             return
         gone = {id(core) for core in cores}
-        # A list first: another thread may use the cache meanwhile.
-        for key in [key for key in list(self._entries) if not gone.isdisjoint(key)]:
-            self._entries.pop(key, None)
+        self._drop(lambda key: not gone.isdisjoint(key))
+
+    def _drop(self, is_meant: Callable[[tuple[int, ...]], bool]) -> None:
+        with self._lock:
+            for key in filter(is_meant, list(self._entries)):
+                self._entries.pop(key, None)
+            for key, building in list(self._buildings.items()):
+                building.spoilt |= is_meant(key)
 
     def has_room(self, cores: Sequence[Tensor], size: int) -> bool:
         """Whether matrices of ``size`` bytes, built from ``cores``, are here or would fit."""
@@ -130,26 +155,59 @@ class WeightCache:
             Of the result.
         """
         cores = (center, *aux)
-        keep = not any(core.is_inference() for core in cores)
-        state = (dtype, *((core.data_ptr(), core._version) for core in cores)) if keep else ()
+
+        def built() -> Tensor:
+            return _built(center, aux, site, legs, size).to(dtype).contiguous()
+
+        needed = experts_of(center, aux) * size[0] * size[1] * dtype.itemsize
+        if not self.has_room(cores, needed):
+            return built()
         key = _identity(cores)
+        state = (dtype, *((core.data_ptr(), core._version) for core in cores))
         entry = self._entries.get(key)
-        if keep and entry is not None and entry.is_of(state):
+        if entry is not None and entry.is_of(state):
             return entry.matrices
-        # The old ones first, so that there are never two.
-        del entry
-        self._entries.pop(key, None)
-        with without_autocast(center.device):
-            built_in = common_dtype(cores)
-            center, *aux = (core.to(built_in) for core in cores)
-            left, right = environments(aux[:site], aux[site:], experts_of(center, aux))
-            matrices = build(center, left, right, legs)[:, : size[0], : size[1]]
-        matrices = matrices.to(dtype).contiguous()
-        if keep and self.has_room(cores, matrices.nbytes):
-            entries = self._entries
-            watches = tuple(weakref.ref(core, lambda _: entries.pop(key, None)) for core in cores)
-            entries[key] = _Entry(matrices, state, _numbers_of(cores), watches)
+        del entry  # so that the old matrices are gone before there are new ones
+        with self._lock:
+            building = self._buildings.setdefault(key, _Building())
+        with building.turn:
+            entry = self._entries.get(key)
+            if entry is not None and entry.is_of(state):
+                return entry.matrices  # another thread built them meanwhile
+            del entry
+            self._entries.pop(key, None)
+            building.spoilt = False
+            matrices = built()
+            self._keep(key, cores, building, matrices, state)
         return matrices
+
+    def _keep(
+        self,
+        key: tuple[int, ...],
+        cores: Sequence[Tensor],
+        building: _Building,
+        matrices: Tensor,
+        state: tuple,
+    ) -> None:
+        """Keep matrices, unless there is no room for them or a core has changed meanwhile."""
+        entries = self._entries
+        watches = tuple(weakref.ref(core, lambda _: entries.pop(key, None)) for core in cores)
+        entry = _Entry(matrices, state, _numbers_of(cores), watches)
+        with self._lock:
+            if not building.spoilt and self.has_room(cores, matrices.nbytes):
+                entries[key] = entry
+
+
+def _built(
+    center: Tensor, aux: Sequence[Tensor], site: int, legs: Legs, size: tuple[int, int]
+) -> Tensor:
+    """Matrices in the precision of their cores."""
+    cores = (center, *aux)
+    with without_autocast(center.device):
+        dtype = common_dtype(cores)
+        center, *aux = (core.to(dtype) for core in cores)
+        left, right = environments(aux[:site], aux[site:], experts_of(center, aux))
+        return build(center, left, right, legs)[:, : size[0], : size[1]]
 
 
 def _numbers_of(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

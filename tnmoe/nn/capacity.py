@@ -82,8 +82,11 @@ def first_of_each(index: Tensor, kept: Tensor, capacity: Tensor, num_experts: in
     def by_choice(array: Tensor) -> Tensor:
         return array.view(sequences, -1, choices).mT.reshape(sequences, -1)
 
-    experts = torch.arange(num_experts, device=index.device)
-    asked = (by_choice(index)[..., None] == experts) & by_choice(kept)[..., None]
-    place = asked.cumsum(1, dtype=torch.int32).gather(-1, by_choice(index)[..., None])[..., 0]
-    first = by_choice(kept) & (place <= capacity[:, None])
+    # Sorted, the choices of an expert are a run, in the order in which they came.
+    experts, order = torch.where(by_choice(kept), by_choice(index), num_experts).sort(stable=True)
+    place = torch.arange(experts.shape[1], device=index.device) - torch.searchsorted(
+        experts, experts
+    )
+    among_first = (place < capacity[:, None]) & (experts < num_experts)
+    first = torch.zeros_like(among_first).scatter(1, order, among_first)
     return first.view(sequences, choices, -1).mT.reshape(index.shape)

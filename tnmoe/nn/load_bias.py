@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, number_in
+from tnmoe.nn.choices import choices_per_expert
 from tnmoe.nn.optimizers import StepHook, innermost
 from tnmoe.nn.transforms import in_backward
 
@@ -86,9 +87,7 @@ class LoadBias(nn.Module):
             return
         if self.counts.device != index.device:
             self.counts = torch.zeros_like(self.counts, device=index.device)
-        experts = torch.arange(self.counts.shape[0], device=index.device)
-        chosen = (index[..., None] == experts).sum(1)
-        self.counts += (chosen if mask is None else chosen * mask[:, None]).sum(0)
+        self.counts += choices_per_expert(index, mask, self.counts.shape[0])
 
     @torch.no_grad()
     def update(self, rate: float) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tnmoe.errors import InputError, one_of, positive_int
 from tnmoe.nn.capacity import check_mask
+from tnmoe.nn.choices import choices_per_token
 from tnmoe.nn.transforms import may_look
 from tnmoe.options import BALANCE_FORMS, SCORE_FUNCTIONS, BalanceForm, ScoreFunction
 
@@ -66,14 +67,13 @@ def load_balancing_loss(
     router_logits = counted_logits(router_logits, attention_mask)
     experts = router_logits.shape[-1]
     index = top_k_index[:, :1] if form == "gshard" else top_k_index
-    slots = F.one_hot(index, experts + 1)[..., :experts].sum(-2).float()
     weights = _token_weights(router_logits, attention_mask, sequences)
 
     def mean(values: Tensor) -> Tensor:
         # No matrix product, which autocast would do in half precision.
         return (weights[..., None] * values.view(*weights.shape, experts)).sum(1)
 
-    load = mean(slots)
+    load = mean(choices_per_token(index, experts))
     load = load / load.sum(-1, keepdim=True).clamp(min=1e-9)
     losses = experts * (load * mean(normalized_scores(router_logits, score_function))).sum(-1)
     return _over_sequences(losses, weights)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.errors import InputError, positive_int
+from tnmoe.nn.choices import choices_per_token
 from tnmoe.nn.losses import counted_logits, normalized_scores
 from tnmoe.nn.routing import Routing, RoutingCall
 from tnmoe.tables import shortened
@@ -121,13 +122,12 @@ def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> tuple[Tensor, 
     experts = logits.shape[-1]
     tokens = logits.new_ones(len(logits)) if mask is None else mask.float()
     share = tokens / tokens.sum().clamp(min=1)
-    everyone = torch.arange(experts, device=logits.device)
 
     def mean(values: Tensor) -> Tensor:
         # No matrix product, which autocast would do in half precision.
         return (share.view(-1, *[1] * (values.ndim - 1)) * values).sum(0)
 
-    asked = mean((call.choices[..., None] == everyone).sum(1))
+    asked = mean(choices_per_token(call.choices, experts))
     # A difference of integers: where nothing was dropped it is 0, not rounding.
     missed = mean((call.choices < experts).sum(-1) - (call.index < experts).sum(-1))
     load = asked / asked.sum().clamp(min=1e-9)
