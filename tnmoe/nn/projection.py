@@ -22,6 +22,7 @@ from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, Visits, grouped_linear, per_row
 from tnmoe.nn.in_order import chain_linear, chain_linears
 from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
+from tnmoe.nn.precision import reused
 from tnmoe.nn.transforms import holds_numbers, takes_apart
 from tnmoe.options import Route, SharedSites
 from tnmoe.routes import ContractionPlan
@@ -670,11 +671,11 @@ class SharedProjection(Projection):
     def _in_training(self, rows: Tensor) -> bool:
         return torch.is_grad_enabled() and any(each.requires_grad for each in (rows, *self._stored))
 
-    def _cores(self, dtype: torch.dtype) -> list[Tensor]:
-        """Cores of all sites, in one dtype; those that experts own have an expert axis."""
-        cores = [(core[0] if len(core) == 1 else core).to(dtype) for core in self.aux]
-        cores.insert(self.site, self.center.to(dtype))
-        return cores
+    def _cores(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Cores of all sites, in one dtype if given; those that experts own have an expert axis."""
+        cores = [core[0] if len(core) == 1 else core for core in self.aux]
+        cores.insert(self.site, self.center)
+        return cores if dtype is None else [core.to(dtype) for core in cores]
 
     def _of_visited(self, cores: Iterable[Tensor], groups: Groups | Visits) -> list[Tensor]:
         """Cores, but zeros for those of experts without rows.
@@ -711,18 +712,21 @@ class SharedProjection(Projection):
         return chain_linear(rows, self._cores(rows.dtype), groups)
 
     def _chain(self, rows: Tensor, groups: Groups) -> Tensor:
-        cores = self._cores(rows.dtype)
+        core_of = [self._core_of(core, rows.dtype) for core in self._cores()]
         blocks = [
-            apply_cores(
-                _TORCH,
-                self.shape,
-                [core if core.ndim == 4 else core[expert] for core in cores],
-                rows[block],
-            )
+            apply_cores(_TORCH, self.shape, [core(expert) for core in core_of], rows[block])
             for expert, block in groups.spans
         ]
         # Without rows, too, cores have gradients: zeros.
         return torch.cat(blocks) if blocks else self._dense(rows, groups)
+
+    @staticmethod
+    def _core_of(core: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
+        """What gives an expert's core of a site, shared or not."""
+        if core.ndim == 5:
+            return core.to(dtype).unbind().__getitem__
+        use = reused(core, dtype)
+        return lambda expert: use()
 
     @property
     def _stored(self) -> tuple[nn.Parameter, ...]:
