@@ -77,10 +77,11 @@ class Groups:
         """Experts that have rows, (E,) of bool, found without a wait for an accelerator."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)) > 0
 
-    def first(self, rows: int) -> Groups:
-        """The first ``rows`` rows alone, without what leads to and from slots."""
-        everyone = torch.arange(rows, device=self.order.device)
-        return Groups(self.experts[:rows], self.offsets, rows, everyone, everyone)
+    def part(self, start: int, stop: int) -> Groups:
+        """Rows from ``start`` to ``stop`` alone, without what leads to and from slots."""
+        alone = torch.arange(stop - start, device=self.order.device)
+        ends = self.offsets.clamp(start, stop) - start
+        return Groups(self.experts[start:stop], ends, self.rows, alone, alone)
 
     @cached_property
     def spans(self) -> list[tuple[int, slice]]:
@@ -89,12 +90,8 @@ class Groups:
 
     def apart(self) -> Iterator[tuple[slice, Groups]]:
         """Rows of every expert that has any, and groups of which only that one has rows."""
-        for expert, block in self.spans:
-            count = block.stop - block.start
-            ends = torch.zeros_like(self.offsets)
-            ends[expert:] = count
-            alone = torch.arange(count, device=ends.device)
-            yield block, Groups(self.experts[block], ends, self.rows, alone, alone)
+        for _, block in self.spans:
+            yield block, self.part(block.start, block.stop)
 
 
 @dataclass(frozen=True)
