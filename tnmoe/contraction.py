@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -11,7 +12,15 @@ from tnmoe.costs import Rates, get_rates
 from tnmoe.einsum import Contraction, Shapes
 from tnmoe.errors import InputError, index_in, integer_from_zero, positive_int
 from tnmoe.paths import CoreShapes, Network, applying_path, building_path
-from tnmoe.routes import IN_ORDER, ContractionPlan, Work, expert_routes
+from tnmoe.routes import (
+    IN_ORDER,
+    ContractionPlan,
+    Work,
+    expert_routes,
+    in_order_width,
+    peak_in_pieces,
+    rows_per_piece,
+)
 from tnmoe.shapes import MPOShape
 
 # A segment of a chain with this many times fewer numbers than the matrix is small.
@@ -100,7 +109,8 @@ def contraction_plan(
         raise InputError("a plan is for a matrix, bonds and a batch of less than 2**63 each")
     center = shape.center if center is None else index_in("center", center, shape.sites)
     if experts is None:
-        return _plan_of_one(shape, bonds, batch)
+        plan = _plan_of_one(shape, bonds, batch)
+        return replace(plan, peak_elements=peak_in_pieces(plan.peak_elements, batch, shape))
     rates = get_rates(device)
     return _plan_of_experts(shape, bonds, center, batch, experts, training, itemsize, cached, rates)
 
@@ -185,7 +195,33 @@ def _merges(cores: CoreShapes) -> tuple[int, ...]:
 
 
 def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Array:
-    """Apply a chain of cores to vectors (batch, padded in) → (batch, padded out)."""
+    """Apply a chain of cores to vectors (batch, padded in) → (batch, padded out).
+
+    In pieces of the batch, where a state would have more numbers than ``routes.STATE_LIMIT``.
+    """
+    batch = vectors.shape[0]
+    width = chain_width(shape, tuple(core.shape[0] for core in cores[1:]), batch)
+    step = rows_per_piece(width, max(shape.padded_in, shape.padded_out))
+    if batch <= step:
+        return _apply_at_once(xp, shape, cores, vectors)
+    starts = range(0, batch, step)
+    pieces = [_apply_at_once(xp, shape, cores, vectors[at : at + step]) for at in starts]
+    return xp.concatenate(pieces, 0)
+
+
+def chain_width(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> float:
+    """Numbers that the largest state of :func:`apply_cores` has for a vector."""
+    plan = _plan_of_one(shape, bonds, batch)
+    padded = (1, *bonds, 1)
+    cores = tuple(zip(padded[:-1], shape.out_dims, shape.in_dims, padded[1:], strict=True))
+    if plan.route == "chain" and _in_order_flops(cores, batch) <= IN_ORDER * plan.flops:
+        return in_order_width(shape, bonds)
+    # Products of cores alone are no larger than the matrix.
+    of_vectors = plan.peak_elements > shape.padded_out * shape.padded_in
+    return plan.peak_elements / batch if plan.route == "chain" and of_vectors else 0
+
+
+def _apply_at_once(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Array:
     batch = vectors.shape[0]
     plan = contraction_plan(shape, tuple(core.shape[0] for core in cores[1:]), batch)
     if plan.route == "dense":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -30,6 +31,10 @@ _WARM = 2.0
 # How often a contraction that permutes as it likes moves its largest intermediate.
 _PERMUTED = 1.85
 
+# Numbers that a state between two cores may have. More rows than that go through in pieces, and in
+# training a piece is computed again for the backward. 512 MiB in single precision.
+STATE_LIMIT = 1 << 27
+
 
 @dataclass(frozen=True)
 class ContractionPlan:
@@ -44,7 +49,7 @@ class ContractionPlan:
     flops : int
         Floating-point operations (a multiply-add counts as two) of a forward pass.
     peak_elements : int
-        Numbers in the largest intermediate array.
+        Numbers in the largest intermediate array; of a piece, where vectors go through in pieces.
     path : tuple of tuple of int
         Pairwise contractions in opt_einsum's form: of (vectors, cores…) on the chain route, of
         (cores…) on the dense one; empty on the others.
@@ -108,12 +113,50 @@ class Work:
         return max(1.0, self.experts * (1 - (1 - 1 / self.experts) ** self.rows))
 
     @property
+    def ends(self) -> int:
+        """Numbers in a vector, or in its result if that is larger."""
+        return max(self.shape.padded_in, self.shape.padded_out)
+
+    @property
     def bonds(self) -> tuple[int, ...]:
         return (1, *self.bond_dims, 1)
 
     def split(self, dims: tuple[int, ...]) -> tuple[int, int, int]:
         """Legs left of the centre, of the centre, and right of it."""
         return prod(dims[: self.center]), dims[self.center], prod(dims[self.center + 1 :])
+
+
+def rows_per_piece(width: float, ends: int) -> int:
+    """Rows that go through together: all, unless what lies in between is larger than they are.
+
+    Parameters
+    ----------
+    width : float
+        Numbers that the largest state has for a row.
+    ends : int
+        Numbers that a row itself has, or its result if that is larger.
+    """
+    return sys.maxsize if width <= ends else max(1, int(STATE_LIMIT // width))
+
+
+def peak_in_pieces(peak: int, batch: int, shape: MPOShape) -> int:
+    """Numbers in the largest intermediate for ``batch`` vectors, which was ``peak`` at once."""
+    # Products of cores alone, which no piece makes smaller, are no larger than the matrix.
+    if peak <= shape.padded_out * shape.padded_in:
+        return peak
+    step = rows_per_piece(peak / batch, max(shape.padded_in, shape.padded_out))
+    return min(peak, round(step * peak / batch))
+
+
+def in_order_width(shape: MPOShape, bonds: tuple[int, ...]) -> int:
+    """Numbers in the largest state of a vector that goes through the cores from the right."""
+    padded = (1, *bonds, 1)
+    rest, outs, widest = shape.padded_in, 1, shape.padded_in
+    for site in reversed(range(shape.sites)):
+        rest //= shape.in_dims[site]
+        outs *= shape.out_dims[site]
+        widest = max(widest, rest * padded[site] * outs)
+    return widest
 
 
 def expert_routes(
@@ -130,7 +173,9 @@ def expert_routes(
         seconds["cached"] = work.active * _product(work, rates, *_linear(work))
     route = min(seconds, key=lambda name: seconds[name])
     if route == "chain":
-        flops, peak = round(work.active * chain.flops), chain.peak_elements
+        vectors = max(1, round(work.rows / work.active))
+        flops = round(work.active * chain.flops)
+        peak = peak_in_pieces(chain.peak_elements, vectors, work.shape)
     else:
         flops, peak = _flops_and_peak(work, route)
     return ContractionPlan(route, flops, peak, chain.path if route == "chain" else (), seconds)
@@ -139,9 +184,9 @@ def expert_routes(
 def _flops_and_peak(work: Work, route: str) -> tuple[int, int]:
     rows, depth, columns = _linear(work)
     if route == "shared":
-        steps = list(_steps(work))
-        peak = max(rows * outs * max(before, after) for rows, before, after, outs in steps)
-        return round(sum(2 * prod(step) for step in steps)), round(peak)
+        width = in_order_width(work.shape, work.bond_dims)
+        peak = min(work.rows, rows_per_piece(width, work.ends)) * width
+        return round(sum(2 * prod(step) for step in _steps(work))), round(peak)
     of_one = 2 * rows * depth * columns
     if route == "dense":
         of_one += sum(2 * prod(sizes) for sizes in _building(work))
@@ -208,6 +253,9 @@ def _shared_seconds(work: Work, rates: Rates) -> float:
             total += passes * rates.move(moved, work.itemsize)
         groups = 1.0 if work.shape.sites - 1 - position == work.center else work.active
         total += groups * _product(work, rates, rows * outs / groups, depth, columns)
+    width = in_order_width(work.shape, work.bond_dims)
+    if work.training and work.rows > rows_per_piece(width, work.ends):
+        total += _shared_seconds(replace(work, training=False), rates)
     return total
 
 

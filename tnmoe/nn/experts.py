@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import gcd
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from tnmoe.decompose import decompose
 from tnmoe.errors import InputError, flag, generator_of, number_in, one_of
 from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.grouped import Groups, Visits, cleared, spread
+from tnmoe.nn.pieces import in_pieces
 from tnmoe.nn.projection import (
     Bias,
     Projection,
@@ -24,6 +26,7 @@ from tnmoe.nn.projection import (
 )
 from tnmoe.nn.transforms import autocast_dtype, is_transformed, may_look, takes_apart
 from tnmoe.options import GAUGES, LAYOUTS, MATRICES, Gauge, Layout, Matrix, SharedSites
+from tnmoe.routes import rows_per_piece
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation import TruncationInfo
 
@@ -247,7 +250,8 @@ class Experts(nn.Module):
         if routed == groups.rows:
             outputs = cleared(self._feed_forward(cleared(rows, nowhere), groups), nowhere)
         else:
-            outputs = self._feed_forward(rows[:routed], groups.first(routed))
+            some = replace(groups.part(0, routed), rows=routed)
+            outputs = self._feed_forward(rows[:routed], some)
             outputs = F.pad(outputs, (0, 0, 0, groups.rows - routed))
         outputs = spread(outputs, groups.inverse, groups.order)
         return outputs.view(tokens, choices, self.hidden_size) * weights[..., None]
@@ -267,6 +271,17 @@ class Experts(nn.Module):
         return outputs.view(tokens, choices, self.hidden_size)
 
     def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
+        if torch.is_grad_enabled() or not may_look(rows):
+            return self._network(rows, groups)
+
+        def through(rows: Tensor, _: list[Tensor], groups: Groups) -> Sequence[Tensor]:
+            return (self._network(rows, groups),)
+
+        # What backward passes need is kept, but at inference nothing between the projections is.
+        step = rows_per_piece(self.intermediate_size, self.hidden_size)
+        return in_pieces(through, rows, (), groups, step)[0]
+
+    def _network(self, rows: Tensor, groups: Groups) -> Tensor:
         if self.gate is None:
             inner = self.activation(self.up(rows, groups))
         else:

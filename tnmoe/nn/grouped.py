@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnmoe.nn.precision import is_half
 from tnmoe.nn.transforms import holds_numbers, is_watched, takes_apart
 from tnmoe.routes import WIDE
 
@@ -76,10 +77,11 @@ class Groups:
         """Experts that have rows, (E,) of bool, found without a wait for an accelerator."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)) > 0
 
-    def first(self, rows: int) -> Groups:
-        """The first ``rows`` rows alone, without what leads to and from slots."""
-        everyone = torch.arange(rows, device=self.order.device)
-        return Groups(self.experts[:rows], self.offsets, rows, everyone, everyone)
+    def part(self, start: int, stop: int) -> Groups:
+        """Rows from ``start`` to ``stop`` alone, without what leads to and from slots."""
+        alone = torch.arange(stop - start, device=self.order.device)
+        ends = self.offsets.clamp(start, stop) - start
+        return Groups(self.experts[start:stop], ends, self.rows, alone, alone)
 
     @cached_property
     def spans(self) -> list[tuple[int, slice]]:
@@ -88,12 +90,8 @@ class Groups:
 
     def apart(self) -> Iterator[tuple[slice, Groups]]:
         """Rows of every expert that has any, and groups of which only that one has rows."""
-        for expert, block in self.spans:
-            count = block.stop - block.start
-            ends = torch.zeros_like(self.offsets)
-            ends[expert:] = count
-            alone = torch.arange(count, device=ends.device)
-            yield block, Groups(self.experts[block], ends, self.rows, alone, alone)
+        for _, block in self.spans:
+            yield block, self.part(block.start, block.stop)
 
 
 @dataclass(frozen=True)
@@ -281,9 +279,8 @@ _grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_grou
 @torch.library.custom_op("tnmoe::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     if left.ndim == 3 and _on_cuda(left):
-        columns = left.shape[2]
-        flat = (each.mT.reshape(-1, each.shape[1]) for each in (left, right))
-        return _grouped_outer(*flat, offsets * columns)
+        flat = (_rows_of_columns(each) for each in (left, right))
+        return _grouped_outer(*flat, offsets * left.shape[2])
     if _has_kernel(left, right):
         return F.grouped_mm(left.T, right, offs=offsets)
     result = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
@@ -326,7 +323,14 @@ def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:
     """leftᵀ · right of (t, out) and (t, in), or of (t, out, n) and (t, in, n), into ``out``."""
     if left.ndim == 2:
         torch.mm(left.T, right, out=out)
-        return
+    elif is_half(left.dtype):
+        # One product, in which torch adds up in float32: sums of several would be rounded at each.
+        torch.mm(_rows_of_columns(left).T, _rows_of_columns(right), out=out)
+    else:
+        _outer_block_in_pieces(left, right, out)
+
+
+def _outer_block_in_pieces(left: Tensor, right: Tensor, out: Tensor) -> None:
     (count, rows, columns), depth = left.shape, right.shape[1]
     step = _PIECE // (rows * depth)
     if step > 1:
@@ -338,9 +342,13 @@ def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:
         return
     out.zero_()
     step = max(1, _PIECE // (columns * (rows + depth)))
-    for pieces in zip(left.split(step), right.split(step), strict=True):
-        some, others = (each.mT.reshape(-1, each.shape[1]) for each in pieces)
-        out.addmm_(some.T, others)
+    for some, others in zip(left.split(step), right.split(step), strict=True):
+        out.addmm_(_rows_of_columns(some).T, _rows_of_columns(others))
+
+
+def _rows_of_columns(matrices: Tensor) -> Tensor:
+    """(t, k, n) → (t · n, k)."""
+    return matrices.mT.reshape(-1, matrices.shape[1])
 
 
 # Numbers that fit a core's cache.

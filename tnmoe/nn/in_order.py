@@ -15,21 +15,27 @@ from torch import Tensor
 from tnmoe.nn.grouped import Groups, grouped_linear
 
 
-def chain_linear(rows: Tensor, cores: Sequence[Tensor], groups: Groups) -> Tensor:
-    """Rows times their experts' matrices, core by core from the right.
+def chain_linears(
+    rows: Tensor, chains: Sequence[Sequence[Tensor]], groups: Groups
+) -> tuple[Tensor, ...]:
+    """Rows times their experts' matrices, core by core from the right, of one chain or several.
+
+    Cores that chains have in common are contracted once. Only the same tensors count, from the
+    right: the input sides of an up and a gate projection, if they are tied.
 
     Parameters
     ----------
     rows : Tensor, shape (T, in)
         Sorted by expert; ``in`` is the product of the cores' input legs.
-    cores : sequence of Tensor, shapes (D, out, in, D') or (E, D, out, in, D')
+    chains : sequence of sequence of Tensor, shapes (D, out, in, D') or (E, D, out, in, D')
         One core per site; those with an expert axis are each expert's own.
     groups : Groups
         Which rows are whose.
 
     Returns
     -------
-    Tensor, shape (T, out)
+    tuple of Tensor, shapes (T, out)
+        Of every chain.
 
     Notes
     -----
@@ -39,15 +45,6 @@ def chain_linear(rows: Tensor, cores: Sequence[Tensor], groups: Groups) -> Tenso
     input legs right of it (:meth:`MPOShape.split`), the shared core is one dense product for all
     rows.
     """
-    return chain_linears(rows, [cores], groups)[0]
-
-
-def chain_linears(rows: Tensor, chains: Sequence[Sequence[Tensor]], groups: Groups) -> list[Tensor]:
-    """:func:`chain_linear` for several chains; cores they have in common are contracted once.
-
-    Only the same tensors count, from the right: the input sides of an up and a gate projection,
-    if they are tied.
-    """
     common = 0
     for sites in zip(*map(reversed, chains), strict=False):
         if len(chains) < 2 or any(core is not sites[0] for core in sites):
@@ -56,7 +53,7 @@ def chain_linears(rows: Tensor, chains: Sequence[Sequence[Tensor]], groups: Grou
     first = chains[0]
     state = _State(rows, rows.shape[1], 1).through(first[len(first) - common :], groups)
     ends = (state.through(cores[: len(cores) - common], groups) for cores in chains)
-    return [end.tensor.reshape(len(rows), end.outs) for end in ends]
+    return tuple(end.tensor.reshape(len(rows), end.outs) for end in ends)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from torch import Tensor
 from tnmoe.backends import backend_named
 from tnmoe.contraction import left_environment, right_environment
 from tnmoe.nn.grouped import blocks_of, grouped_linear, grouped_outer
+from tnmoe.nn.precision import add_product, sum_dtype
 from tnmoe.nn.transforms import takes_apart
 
 _TORCH = backend_named("torch")
+_CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Workshop:
         """Gradient of ``left``; that of the central core, summed over experts, is added."""
         experts, rows, bond = left.shape
         grad = grad.view(experts * rows, -1)
-        of_center.view(bond, -1).addmm_(left.reshape(experts * rows, bond).T, grad)
+        add_product(of_center.view(bond, -1), left.reshape(experts * rows, bond).T, grad)
         torch.mm(grad, self.center.T, out=of_left.view(experts * rows, bond))
 
     def piece(self, halves: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class Workshop:
         else:
             product = self.array("product", len(piece), piece.shape[1], right.shape[2])
             self._apart(product).copy_(self._blocks(grad))
-        of_right.baddbmm_(piece.mT, product)
+        add_product(of_right, piece.mT, product)
         experts, count, in_left, out_center, run = of_halves.shape
         if in_left == 1 or out_center == 1:
             torch.bmm(product, right.mT, out=of_halves.view(piece.shape))
@@ -305,9 +307,11 @@ def _shared_linear_backward(
     wants_cores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     workshop = _workshop(center, legs)
-    of_rows, of_center, of_left, of_right = (
-        torch.zeros_like(each, memory_format=torch.contiguous_format)
-        for each in (rows, center, left, right)
+    # That of the left environments is no sum.
+    dtype, of_left = sum_dtype(rows.dtype), torch.zeros_like(left, memory_format=_CONTIGUOUS)
+    of_rows, of_center, of_right = (
+        torch.zeros_like(each, dtype=dtype, memory_format=_CONTIGUOUS)
+        for each in (rows, center, right)
     )
     for experts, block in _turns(offsets):
         halves, rights = workshop.halves(left[experts]), right[experts]
@@ -322,7 +326,7 @@ def _shared_linear_backward(
                     weight = grouped_outer(grad, rows, offsets)
             else:
                 if wants_rows:
-                    of_rows[block].addmm_(grad[block, outs], weight[0])
+                    add_product(of_rows[block], grad[block, outs], weight[0])
                 if wants_cores:
                     torch.mm(grad[block, outs].T, rows[block], out=weight[0])
             if wants_cores:
@@ -330,6 +334,7 @@ def _shared_linear_backward(
                 workshop.matrix_backward(weight, piece, rights, of_part, of_right[experts])
         if wants_cores:
             workshop.halves_backward(of_halves, left[experts], of_left[experts], of_center)
+    of_rows, of_center, of_right = (each.to(rows.dtype) for each in (of_rows, of_center, of_right))
     return of_rows, of_center, of_left, of_right
 
 

@@ -15,16 +15,23 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction import apply_cores, contraction_plan, stacked_to_padded_matrices
+from tnmoe.contraction import (
+    apply_cores,
+    chain_width,
+    contraction_plan,
+    stacked_to_padded_matrices,
+)
 from tnmoe.errors import InputError, generator_of, index_in, one_of, plain, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.nn.cache import cached_linear, weight_cache
 from tnmoe.nn.grouped import Groups, Visits, grouped_linear, per_row
-from tnmoe.nn.in_order import chain_linear, chain_linears
+from tnmoe.nn.in_order import chain_linears
 from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
+from tnmoe.nn.pieces import in_pieces
+from tnmoe.nn.precision import reused
 from tnmoe.nn.transforms import holds_numbers, takes_apart
 from tnmoe.options import Route, SharedSites
-from tnmoe.routes import ContractionPlan
+from tnmoe.routes import ContractionPlan, in_order_width, rows_per_piece
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO, replicate
 
@@ -526,8 +533,8 @@ class SharedProjection(Projection):
             If there is no such expert.
         """
         index = index_in("expert", index, self.num_experts)
-        cores = [core if core.ndim == 4 else core[index] for core in self._cores(self.center.dtype)]
-        return MPO(cores, self.shape)
+        cores = [core if core.ndim == 4 else core[index] for core in self._cores()]
+        return MPO([core.to(self.center.dtype) for core in cores], self.shape)
 
     def weight(self) -> Tensor:
         return self._matrices((self.center, *self._stacked()))
@@ -631,12 +638,20 @@ class SharedProjection(Projection):
 
     def _both(self, other: Any, rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         """What this and another projection that shares cores on the input side give of rows."""
-        chains = [self._cores(rows.dtype), other._cores(rows.dtype)]
-        for site in range(self.shape.sites):
+        sites = self.shape.sites
+        tied = [self.core_at(site) is other.core_at(site) for site in range(sites)]
+
+        def through(rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
+            first, second = cores[:sites], cores[sites:]
             # The same tensor again, whatever its dtype had to be changed to.
-            if self.core_at(site) is other.core_at(site):
-                chains[1][site] = chains[0][site]
-        first, second = chain_linears(self._padded(rows), chains, groups)
+            both = zip(tied, first, second, strict=True)
+            return chain_linears(
+                rows, [first, [one if same else two for same, one, two in both]], groups
+            )
+
+        cores = [*self._cores(), *other._cores()]
+        step = min(self._rows_in_order, other._rows_in_order)
+        first, second = in_pieces(through, self._padded(rows), cores, groups, step)
         return (
             self._add_bias(first[:, : self.out_features], groups),
             other._add_bias(second[:, : self.out_features], groups),
@@ -670,10 +685,10 @@ class SharedProjection(Projection):
     def _in_training(self, rows: Tensor) -> bool:
         return torch.is_grad_enabled() and any(each.requires_grad for each in (rows, *self._stored))
 
-    def _cores(self, dtype: torch.dtype) -> list[Tensor]:
-        """Cores of all sites, in one dtype; those that experts own have an expert axis."""
-        cores = [(core[0] if len(core) == 1 else core).to(dtype) for core in self.aux]
-        cores.insert(self.site, self.center.to(dtype))
+    def _cores(self) -> list[Tensor]:
+        """Cores of all sites; those that experts own have an expert axis."""
+        cores: list[Tensor] = [core[0] if len(core) == 1 else core for core in self.aux]
+        cores.insert(self.site, self.center)
         return cores
 
     def _of_visited(self, cores: Iterable[Tensor], groups: Groups | Visits) -> list[Tensor]:
@@ -707,22 +722,36 @@ class SharedProjection(Projection):
         matrices = stacked_to_padded_matrices(_TORCH, center, aux[: self.site], aux[self.site :])
         return grouped_linear(rows, matrices, groups.offsets)
 
+    @property
+    def _rows_in_order(self) -> int:
+        """Rows that go through together on the route ``shared``."""
+        return self._rows_at_once(in_order_width(self.shape, self._bond_dims))
+
+    def _rows_at_once(self, width: float) -> int:
+        return rows_per_piece(width, max(self.shape.padded_in, self.shape.padded_out))
+
     def _shared(self, rows: Tensor, groups: Groups) -> Tensor:
-        return chain_linear(rows, self._cores(rows.dtype), groups)
+        def through(rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
+            return chain_linears(rows, [cores], groups)
+
+        return in_pieces(through, rows, self._cores(), groups, self._rows_in_order)[0]
 
     def _chain(self, rows: Tensor, groups: Groups) -> Tensor:
-        cores = self._cores(rows.dtype)
+        if not groups.spans:
+            # Without rows, too, cores have gradients: zeros.
+            return self._dense(rows, groups)
+        most = max(block.stop - block.start for _, block in groups.spans)
+        step = self._rows_at_once(chain_width(self.shape, self._bond_dims, most))
+        return in_pieces(self._one_by_one, rows, self._cores(), groups, step)[0]
+
+    def _one_by_one(self, rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
+        """Rows of one expert after the other times its chain of cores."""
+        core_of = [_by_expert(core) for core in cores]
         blocks = [
-            apply_cores(
-                _TORCH,
-                self.shape,
-                [core if core.ndim == 4 else core[expert] for core in cores],
-                rows[block],
-            )
+            apply_cores(_TORCH, self.shape, [core(expert) for core in core_of], rows[block])
             for expert, block in groups.spans
         ]
-        # Without rows, too, cores have gradients: zeros.
-        return torch.cat(blocks) if blocks else self._dense(rows, groups)
+        return (torch.cat(blocks),)
 
     @property
     def _stored(self) -> tuple[nn.Parameter, ...]:
@@ -787,6 +816,14 @@ def side_by_side(
     if isinstance(first, SharedProjection) and first._shares_input_with(second, rows, groups):
         return first._both(second, rows, groups)
     return first(rows, groups), second(rows, groups)
+
+
+def _by_expert(core: Tensor) -> Callable[[int], Tensor]:
+    """What gives an expert's core of a site, (D, out, in, D') if shared or (E, D, out, in, D')."""
+    if core.ndim == 5:
+        return core.unbind().__getitem__
+    use = reused(core, core.dtype)
+    return lambda expert: use()
 
 
 def _is_hooked(module: nn.Module) -> bool:
