@@ -1,5 +1,7 @@
 """decompose: exact where asked, and never further off than its bound says."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from tests.matrices import (
     to_library,
     to_numpy,
 )
+from tnmoe import weights
+from tnmoe.backends import backend_named
 from tnmoe.weights import FactorWeights, GramWeights
 
 max_bonds = st.one_of(st.none(), st.integers(1, 20))
@@ -314,6 +318,45 @@ def test_every_number_of_sites_and_every_centre_is_exact_where_asked(library, si
             mpo = tn.decompose(to_library(matrix, library), shape, center=center, method=method)
             assert_canonical(mpo, center)
             assert error_of(mpo, matrix) <= rounding(matrix)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(5, 10), (5, 200), (5, 203), (64, 1000), (2, 6, 300)])
+def test_the_factor_of_a_wide_matrix_grown_in_blocks_is_one(size, dtype, library, monkeypatch):
+    monkeypatch.setattr(weights, "_BLOCK", 100)
+    matrix = np.random.default_rng(0).standard_normal(size).astype(dtype)
+    xp = backend_named(library)
+    factor = weights._square(xp, to_library(matrix, library))
+    assert tuple(factor.shape[-2:]) == (size[-2], size[-2])
+    expected = matrix @ matrix.conj().swapaxes(-1, -2)
+    found = to_numpy(factor @ xp.adjoint(factor))
+    np.testing.assert_allclose(found, expected, atol=rounding(expected))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "most"),
+    [
+        ("float32", "eigh", 1.6),
+        ("float32", "svd", 2.4),
+        ("float64", "eigh", 1.6),
+        ("float64", "svd", 1.9),
+        ("float16", "auto", 4.4),
+    ],
+)
+def test_a_truncation_takes_little_more_memory_than_a_copy_of_the_matrix(
+    dtype, method, most, monkeypatch
+):
+    monkeypatch.setattr(weights, "_BLOCK", 2**16)
+    matrix = np.random.default_rng(0).standard_normal((1024, 1024)).astype(dtype)
+    shape = tn.MPOShape.for_matrix(1024, 1024)
+    tracemalloc.start()
+    try:
+        tn.decompose(matrix, shape, method=method, max_bond=16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= most * matrix.nbytes
 
 
 def matrix_of_decay(shape, decay, dtype, seed):

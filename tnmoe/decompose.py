@@ -143,6 +143,9 @@ def decompose(
     Limits hold together: where ``rtol`` asks for more than ``max_bond`` or ``max_params`` allow,
     the latter win.
 
+    Beside the matrix it takes memory for one to two copies, three to four with ``rtol`` or the
+    randomized method; half precision is copied to float32 first, and takes twice as many.
+
     Examples
     --------
     >>> import numpy as np
@@ -254,12 +257,11 @@ def _decomposed(
     one_of("method", method, METHODS)
     dtype = xp.dtype_name(matrices)
     with memory_for(_need(xp, matrices)), xp.full_precision(matrices):
-        computed = computable(xp, matrices)
-        scales = _scales(xp, computed, shape)
         sweep_center = _sweep_center(shape, center)
-        tensor = _interleave(xp, computed, shape, scales, sweep_center)
+        tensor, scales = _tensor(xp, matrices, shape, sweep_center)
         rng = generator_of(rng)
         sweep = Sweep(xp, tensor, shape.legs, sweep_center, selection, method, rng, want_spectra)
+        del tensor  # so that the sweep can let it go when it has a smaller one
         sweep.run()
         return [
             _result(xp, sweep, index, scale, dtype, center) for index, scale in enumerate(scales)
@@ -297,6 +299,15 @@ def _check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
     if name not in known:
         raise InputError(f"the matrix must be of {', '.join(known)}, got dtype {name}")
     return shape
+
+
+def _tensor(
+    xp: Backend, matrices: Array, shape: MPOShape, center: int
+) -> tuple[Array, list[float]]:
+    """Matrices as a sweep takes them, and the scales that they were divided by."""
+    computed = computable(xp, matrices)
+    scales = _scales(xp, computed, shape)
+    return _interleave(xp, computed, shape, scales, center), scales
 
 
 def _scales(xp: Backend, matrix: Array, shape: MPOShape) -> list[float]:

@@ -22,6 +22,8 @@ _ROUNDING = 4.0
 
 # A matrix this many times wider than tall is first reduced to a small square one.
 _WIDE = 2
+# What it is reduced by at a time is at least this many times wider.
+_WIDEST = 4
 
 
 class GramWeights:
@@ -164,6 +166,15 @@ def _project_rows(adjoint: Array, matrix: Array, last: bool) -> Array:
 def _square(xp: Backend, matrix: Array) -> Array:
     """At least as wide as tall, and not much wider, with the same A Aᴴ."""
     rows, columns = matrix.shape[-2:]
-    if columns >= _WIDE * rows:
+    if columns < _WIDE * rows:
+        return matrix if columns >= rows else xp.pad(matrix, rows, rows)
+    # Libraries copy a matrix to find its factor, some twice and in double precision. So the factor
+    # of a large one grows block by block; but not where derivatives would keep all blocks.
+    step = max(_WIDEST * rows, _BLOCK // rows)
+    if xp.tracked(matrix) or columns <= step:
         return xp.triangle(matrix)
-    return matrix if columns >= rows else xp.pad(matrix, rows, rows)
+    factor = xp.triangle(matrix[..., :step])
+    for start in range(step, columns, step):
+        block = matrix[..., start : start + step]
+        factor = xp.triangle(xp.concatenate([factor, block], -1))
+    return factor
