@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from experiments.settings import Setting
 from experiments.statistics import best_rate
 from tnmoe.errors import InputError
+from tnmoe.folders import write_whole
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,8 @@ def read(path: Path) -> Any:
 
 def write(path: Path, data: Any) -> None:
     """Data as JSON, all or nothing; what is not finite becomes null."""
-    partial = path.with_name(f"{path.name}.partial")
     text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, f"{text}\n".encode())
 
 
 def _finite(data: Any) -> Any:

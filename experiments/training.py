@@ -21,6 +21,7 @@ from experiments.measures import Drift, active_parameters, router_load, total_pa
 from experiments.methods import METHODS
 from experiments.settings import Stage
 from experiments.task import SPLITS, Batch
+from tnmoe.folders import sync
 
 # Share of the steps over which the learning rate rises; it then falls to zero in a line.
 _WARMUP = 0.1
@@ -166,7 +167,9 @@ def _save(path: Path, parts: dict[str, Any], seconds: list[float]) -> None:
     state = {name: part.state_dict() for name, part in parts.items()} | {"seconds": seconds}
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
 
 
 def _restore(path: Path, parts: dict[str, Any]) -> list[float]:

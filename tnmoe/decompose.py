@@ -11,9 +11,10 @@ from typing import Literal, overload
 import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
+from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
 from tnmoe.canonical import canonicalize
 from tnmoe.errors import InputError, generator_of, one_of
+from tnmoe.memory import in_gigabytes, memory_for
 from tnmoe.mpo import MPO, check_center
 from tnmoe.options import METHODS, Method
 from tnmoe.plan import Selection
@@ -24,6 +25,9 @@ from tnmoe.truncation import TruncationInfo
 
 # Entries between these can be squared and summed in every dtype as they are.
 _SAFE = (2.0**-30, 2.0**30)
+
+# Memory that a decomposition takes, as measured: so many times the matrix as it is computed.
+_LEAST, _MOST = 2, 5
 
 
 @overload
@@ -247,7 +251,7 @@ def _decomposed(
     center = check_center(shape, center)
     one_of("method", method, METHODS)
     dtype = xp.dtype_name(matrices)
-    with xp.full_precision(matrices):
+    with memory_for(_need(xp, matrices)), xp.full_precision(matrices):
         computed = computable(xp, matrices)
         scales = _scales(xp, computed, shape)
         sweep_center = _sweep_center(shape, center)
@@ -258,6 +262,18 @@ def _decomposed(
         return [
             _result(xp, sweep, index, scale, dtype, center) for index, scale in enumerate(scales)
         ]
+
+
+def _need(xp: Backend, matrices: Array) -> str:
+    """What memory a decomposition takes, in words."""
+    dtype = xp.dtype_name(matrices)
+    size = prod(matrices.shape) * np.dtype(COMPUTE_DTYPE.get(dtype, dtype)).itemsize
+    *batch, rows, columns = matrices.shape
+    what = f"{batch[0]} matrices" if batch else "a matrix"
+    return (
+        f"decomposing {what} ({rows}, {columns}) of {dtype} takes "
+        f"{in_gigabytes(_LEAST * size)} to {in_gigabytes(_MOST * size)}"
+    )
 
 
 def _check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:

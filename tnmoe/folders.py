@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -15,6 +16,32 @@ from tnmoe.files import read_json
 # Lies in every folder that tnmoe makes, and lists the files that it wrote there, with their sizes.
 # It is as old as each of them, to the instant.
 RECORD = ".tnmoe-files"
+
+# What systems answer that cannot sync a folder: Windows, or some network's file system.
+_NO_SYNC = {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+
+
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk.
+
+    A folder is left alone where it cannot be synced.
+
+    Raises
+    ------
+    OSError
+        If the disk fails.
+    """
+    is_folder = path.is_dir()
+    try:
+        # Windows syncs what it may write to, and nothing else.
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in _NO_SYNC):
+            raise
 
 
 def write_whole(path: Path, contents: bytes) -> None:
@@ -39,8 +66,11 @@ def write_whole(path: Path, contents: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         sibling.replace(path)
-    except BaseException:
+        sync(path.parent)
+    except BaseException as error:
         sibling.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk's error names none
         raise
 
 
@@ -59,13 +89,19 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def write_record(folder: Path) -> None:
-    """List the files of a folder in its record: tnmoe wrote them all, and now."""
+    """List the files of a folder in its record: tnmoe wrote them all, and now.
+
+    All of them are on the disk then, however they were written.
+    """
     paths = sorted(path for path in files_in(folder) if path != Path(RECORD))
     sizes = {path.as_posix(): (folder / path).stat().st_size for path in paths}
     write_whole(folder / RECORD, f"{json.dumps(sizes, indent=1)}\n".encode())
     now = time.time_ns()
     for path in (*paths, Path(RECORD)):
         os.utime(folder / path, ns=(now, now))
+        sync(folder / path)
+    for subfolder in {parent for path in paths for parent in path.parents} | {Path()}:
+        sync(folder / subfolder)
 
 
 def unrecorded(folder: Path) -> list[Path]:
@@ -110,6 +146,7 @@ def remove_recorded(folder: Path) -> None:
     remove(folder, [path for path in files_in(folder) if path not in {*foreign, Path(RECORD)}])
     if not foreign:
         # Last, so that whoever is stopped on the way can go on.
+        sync(folder)
         (folder / RECORD).unlink(missing_ok=True)
         folder.rmdir()
 

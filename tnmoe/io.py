@@ -16,6 +16,7 @@ from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.errors import InputError, index_in, one_of, shown
 from tnmoe.files import parsed, read_header
 from tnmoe.folders import write_whole
+from tnmoe.memory import memory_for
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO
@@ -26,8 +27,8 @@ _FORMAT = "1"
 def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     """Write an MPO or a SharedMPO to one safetensors file.
 
-    The file is written beside its place and renamed into it, so that an interrupted save leaves
-    an older file as it was.
+    The file is written beside its place, synced and renamed into it, so that an interrupted save
+    leaves an older file as it was, after a power cut too.
 
     Parameters
     ----------
@@ -125,7 +126,7 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
 
 
 def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str, Array]]:
-    with safe_open(path, framework="np") as file:
+    with memory_for(f"reading {path}"), safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         if metadata.get("tnmoe_format") != _FORMAT:
             raise InputError(
@@ -168,13 +169,13 @@ def _object(
 
 def _shape(description: dict, cores: Sequence[Array]) -> MPOShape:
     """The shape that a description gives; it is compared with cores before it is computed with."""
-    legs = [[int(core.shape[axis]) for core in cores] for axis in (-3, -2)]
+    out, in_ = ([int(core.shape[axis]) for core in cores] for axis in (-3, -2))
     told = [description[f"{side}_dims"] for side in ("out", "in")]
-    if told != legs:
+    if told != [out, in_]:
         raise InputError(
-            f"the cores have (out, in) legs {shown(legs)}, which do not fit {shown(told)}"
+            f"the cores have (out, in) legs {shown([out, in_])}, which do not fit {shown(told)}"
         )
-    return MPOShape(*legs, description["out_features"], description["in_features"])
+    return MPOShape(out, in_, description["out_features"], description["in_features"])
 
 
 def _as_stored(xp: Backend, array: Array) -> np.ndarray:

@@ -13,10 +13,14 @@ from tnmoe.folders import (
     check_recorded,
     check_target,
     remove_recorded,
+    sync,
     write_record,
     write_whole,
 )
 from tnmoe.locks import locked
+
+# Bytes of a journal, which has a line per piece: a larger one is none.
+_LARGEST = 100_000_000
 
 # The journal's last line: all is in the new folder, which may have moved.
 _WHOLE = "whole"
@@ -28,7 +32,8 @@ class Work:
     That folder holds a lock; a journal, whose first line says what is being made and whose others
     what is done; the new folder, while it is not in place; and the old one, while it is being
     replaced. A process that is killed loses the lock and nothing else: from the rest, the next
-    one knows where to go on.
+    one knows where to go on. After a power cut, too: what a line of the journal tells of is on the
+    disk before the line is, and the line before whatever relies on it.
 
     Parameters
     ----------
@@ -76,6 +81,8 @@ class Work:
             with locked(self.folder / ".tnmoe-lock", str(self.target)):
                 # These folders are made after the journal and removed before it.
                 self._check_place(*(made if self._journal.is_file() else ()))
+                for folder in missing:
+                    sync(folder.parent)
                 yield self._settle()
         finally:
             # What was made for this alone goes; a folder that holds something cannot be removed.
@@ -108,8 +115,10 @@ class Work:
         """Make the new folder, empty, and the journal."""
         self.discard()
         try:
+            sync(self.folder.parent)
             write_whole(self._journal, _as_text([purpose]))
             self.new.mkdir()
+            sync(self.folder)
         except OSError as error:
             raise InputError(f"cannot write to {self.folder}: {error.strerror}") from error
 
@@ -118,20 +127,25 @@ class Work:
         write_whole(self._journal, _as_text(self.begun()))
 
     def note(self, line: str) -> None:
-        """Add a line to the journal."""
+        """Add a line to the journal; what it tells of has to be on the disk by now."""
         with open(self._journal, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
+        sync(self._journal)
 
     def discard(self) -> None:
         """Remove the new folder and the journal."""
-        if self._journal.exists():
-            os.truncate(self._journal, 0)  # whoever is stopped here has begun nothing
-        if self.new.exists():
-            shutil.rmtree(self.new)
+        if self.new.exists() or self._old.exists():
+            if self._journal.exists():
+                os.truncate(self._journal, 0)  # whoever is stopped here has begun nothing
+                sync(self._journal)
+            if self.new.exists():
+                shutil.rmtree(self.new)
+                sync(self.folder)
         if not self._old.exists():
             # Also what is left of a journal that broke off while it was written.
             for path in self.folder.glob(f"*{self._journal.name}*"):
                 path.unlink()
+        sync(self.folder)
 
     def put_in_place(self, overwrite: bool) -> None:
         """Move the new folder to the target; what was there goes once the new one is in place.
@@ -187,6 +201,8 @@ class Work:
         """Finish the moving of folders, and tell what is in place now."""
         begun = self.begun()
         moved = begun[-1:] == [_WHOLE] and not self.new.exists()
+        if moved:
+            self._sync_names()  # before the only other copy goes
         if self._old.exists():
             if moved:
                 remove_recorded(self._old)
@@ -194,10 +210,16 @@ class Work:
                 raise InputError(f"{self._old} is what {self.target} was before: move it away")
             else:
                 _rename(self._old, self.target)
+            self._sync_names()
         if not moved:
             return None
         self.discard()
         return begun[0] if self.target.is_dir() else None
+
+    def _sync_names(self) -> None:
+        """Wait until it is on the disk which folder is where."""
+        sync(self.folder)
+        sync(self.target.parent)
 
 
 def _is_ours(name: str) -> bool:
@@ -215,9 +237,9 @@ def _rename(folder: Path, target: Path) -> None:
 
 def _lines(journal: Path) -> list[str]:
     """Whole lines of a journal: one that was being written when the work broke off is none."""
-    if not journal.is_file():
+    if not journal.is_file() or journal.stat().st_size > _LARGEST:
         return []
-    return journal.read_text(encoding="utf-8").split("\n")[:-1]
+    return journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def _as_text(lines: Iterable[str]) -> bytes:

@@ -7,16 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import tnmoe as tn
 from tnmoe import hf, work
 from tnmoe.hf import conversion
+from tnmoe.hf.conversion import Piece
+from tnmoe.hf.shards import Checkpoint
 
 CONFIG = hf.MPOEConfig(num_experts=2, sites=3, expert_noise=0.1)
 
@@ -221,6 +225,18 @@ def test_an_error_of_whoever_watches_leaves_begun_work_alone(dense, undisturbed,
     assert contents(tmp_path / "target") == undisturbed
 
 
+def test_a_run_that_breaks_off_leaves_no_threads_at_work(dense, tmp_path):
+    def watch(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt) as held:  # with all frames that it came through
+        hf.plan_upcycle(dense, CONFIG).run(tmp_path / "target", jobs=2, on_progress=watch)
+    assert (torch.get_num_threads(), threading.active_count()) == before
+    assert held.tb is not None
+
+
 def test_the_lock_of_a_process_that_was_killed_is_taken_over(dense, undisturbed, tmp_path):
     target = tmp_path / "target"
     script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "print('at work'); input()")
@@ -275,9 +291,33 @@ def test_a_source_that_changes_meanwhile_makes_no_target(dense, tmp_path):
     with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
         plan.run(tmp_path / "target")
     gone = hf.plan_upcycle(source, CONFIG)
-    with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
+    with pytest.raises(tn.InputError, match=r"config.json has changed since it was first read"):
         gone.run(tmp_path / "target", on_progress=lambda *_: shutil.rmtree(source, True))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("names", [["whole", "a"], ["laid out", "a"], ["two\nlines", "a\nwhole"]])
+def test_tensors_may_be_called_what_the_journal_says(names, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({name: torch.randn(3) for name in names}, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    checkpoint = Checkpoint(source)
+    pieces = [Piece(name, (name,), {name: spec}) for name, spec in checkpoint.specs.items()]
+    plan = conversion.Conversion(checkpoint, tuple(pieces), {"model_type": "none"})
+    plan.run(tmp_path / "undisturbed")
+    for interrupted in range(3):
+        calls = iter(range(interrupted))
+
+        def stop(done, total, calls=calls):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+
+        target = tmp_path / str(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            plan.run(target, on_progress=stop, jobs=1)
+        plan.run(target)
+        assert contents(target) == contents(tmp_path / "undisturbed")
 
 
 def test_a_run_that_was_killed_before_its_journal_was_there_begins(dense, undisturbed, tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from tnmoe import __version__
 from tnmoe.cli import calibrate, convert, demo, inspect
 from tnmoe.errors import InputError, MissingExtraError, as_line
+from tnmoe.memory import lacks_memory, told_in_a_line
 
 # Conventional exit codes: 2 for what the user gave, 130 for Ctrl-C.
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -27,27 +28,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show
             options.run(options)
-    except (InputError, MissingExtraError, MemoryError) as error:
-        return _refuse(error)
     except BrokenPipeError:
         # Whoever read the output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BAD_INPUT
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _refuse(f"{where}{error.strerror or error}")
+    except Exception as error:
+        if (told := _told(error, options.interrupted)) is None:
+            raise
+        print(f"tnmoe: {as_line(told)}", file=sys.stderr)
+        return _BAD_INPUT
     except KeyboardInterrupt:
         print(f"tnmoe: interrupted; {options.interrupted}", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
 
-def _refuse(reason: object) -> int:
-    print(f"tnmoe: {as_line(reason)}", file=sys.stderr)
-    return _BAD_INPUT
+def _told(error: Exception, interrupted: str) -> str | None:
+    """What to say of an error; nothing of one that is a bug.
+
+    ``interrupted`` is what becomes of the work.
+    """
+    if isinstance(error, InputError | MissingExtraError):
+        return str(error)
+    if lacks_memory(error):
+        return f"out of memory: {told_in_a_line(error)}; {interrupted}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return None
 
 
-def _show(message: Warning | str, *_: object) -> None:
+def _show(message: Warning | str, *_: object, **__: object) -> None:
     """Show a warning on a line, without the one of the program that it comes from."""
     print(f"tnmoe: warning: {as_line(message)}", file=sys.stderr)
 

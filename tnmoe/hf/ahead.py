@@ -30,8 +30,9 @@ def results_of(tasks: Iterable[Callable[[], T]], jobs: int | None = None) -> Ite
     waiting = iter(tasks)
     before = torch.get_num_threads()
     with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        queue: list[Future[T]] = [threads.submit(task) for task in islice(waiting, jobs)]
+        queue: list[Future[T]] = []
         try:
+            queue.extend(threads.submit(task) for task in islice(waiting, jobs))
             while queue:
                 yield queue.pop(0).result()
                 queue.extend(threads.submit(task) for task in islice(waiting, 1))

@@ -1,8 +1,9 @@
 """From one folder of weights to another, a piece at a time: resumable, parallel, whole or not.
 
 What is being made lies in a folder beside the target, ``TARGET.partial``; its files have their full
-size from the start, and a journal says which pieces are done. After a crash, the same call goes on
-where the journal ends, and the files come out the same. The last step moves the folder into place.
+size from the start, and a journal says which pieces are done. After a crash or a power cut, the
+same call goes on where the journal ends, and the files come out the same. The last step moves the
+folder into place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,24 @@ from tnmoe import __version__
 from tnmoe.errors import InputError, positive_int
 from tnmoe.folders import check_target, files_in, remove
 from tnmoe.hf.ahead import results_of
-from tnmoe.hf.shards import CONFIG, INDEX, Checkpoint, ShardWriter, Spec, inside, write_json
+from tnmoe.hf.shards import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    ShardWriter,
+    Spec,
+    changed,
+    inside,
+    states_of,
+    write_json,
+)
+from tnmoe.memory import in_gigabytes, memory_for
 from tnmoe.work import Work
 
 # Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
 _COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+_LARGEST_COMPANION = 10**9
 
 # The journal's line once the files have their size.
 _LAID_OUT = "laid out"
@@ -178,22 +192,24 @@ class Conversion:
         InputError
             If the target cannot be made or holds something to keep, another process is making
             it, or begun work there is of something else; if the source changes meanwhile.
+        MemoryError, RuntimeError
+            If memory does not suffice, as NumPy and torch raise them; notes name what it was for,
+            and the same call goes on from there.
         """
         identity = self._identity(positive_int("shard_bytes", shard_bytes))
         jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
         self._check_apart(work := Work(target))
         self.source.check_unchanged()
         writer = ShardWriter(work.new, self.specs, shard_bytes)
-        with work.alone() as in_place:
+        with _going_on_later(work.folder), work.alone() as in_place:
             if in_place != identity:
                 check_target(work.target, overwrite)
-                companions = list(_companions(self.source.folder))
+                companions = states_of(_companions(self.source.folder))
                 done = self._begin(work, overwrite, identity)
-                with _going_on_later(work.folder):
-                    if not work.is_whole:
-                        self._make(work, writer, done, jobs, on_progress)
-                        self._finish(work, writer, companions)
-                    work.put_in_place(overwrite)
+                if not work.is_whole:
+                    self._make(work, writer, done, jobs, on_progress)
+                    self._finish(work, writer, companions)
+                work.put_in_place(overwrite)
         return [Path(target).absolute() / file.name for file in writer.files]
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
@@ -264,32 +280,35 @@ class Conversion:
         if not done:
             writer.create()
             work.note(_LAID_OUT)
-        sizes = {
-            piece.name: sum(self.source.specs[name].num_bytes for name in piece.reads)
-            for piece in self.pieces
+        total = sum(map(self._bytes_read, self.pieces))
+        todo = {
+            line: piece
+            for number, piece in enumerate(self.pieces)
+            if (line := _journal_line(number, piece)) not in done
         }
-        total = sum(sizes.values())
-        dealt = sum(size for name, size in sizes.items() if name in done)
+        dealt = total - sum(map(self._bytes_read, todo.values()))
         if on_progress is not None:
             on_progress(dealt, total)
-        todo = [piece for piece in self.pieces if piece.name not in done]
-        for piece, tensors in self._made(work, todo, jobs):
+        # No name is given to the generator: it has to end with the loop, however that ends.
+        for (line, piece), tensors in zip(
+            todo.items(), self._made(work, list(todo.values()), jobs), strict=True
+        ):
             with self._sound_source(work):
                 writer.write(self._copied(piece) if tensors is None else tensors)
-            work.note(piece.name)
-            dealt += sizes[piece.name]
+            work.note(line)
+            dealt += self._bytes_read(piece)
             if on_progress is not None:
                 on_progress(dealt, total)
-        with self._sound_source(work):
-            self.source.check_unchanged()
+
+    def _bytes_read(self, piece: Piece) -> int:
+        return sum(self.source.specs[name].num_bytes for name in piece.reads)
 
     def _made(
         self, work: Work, pieces: Sequence[Piece], jobs: int
-    ) -> Iterator[tuple[Piece, Mapping[str, Tensor] | None]]:
-        """Pieces and what they hold, in order, a few of them ahead."""
+    ) -> Iterator[Mapping[str, Tensor] | None]:
+        """What pieces hold, in order, a few of them ahead."""
         with self._sound_source(work):
-            made = results_of([piece.make or _nothing for piece in pieces], jobs)
-            yield from zip(pieces, made, strict=True)
+            yield from results_of([partial(_tensors_of, piece, jobs) for piece in pieces], jobs)
 
     @contextmanager
     def _sound_source(self, work: Work) -> Iterator[None]:
@@ -310,8 +329,13 @@ class Conversion:
             for name, original in zip(piece.specs, piece.reads, strict=True)
         }
 
-    def _finish(self, work: Work, writer: ShardWriter, companions: Iterable[Path]) -> None:
-        """Write all but the weights, and remove what a run that was killed may have left."""
+    def _finish(
+        self, work: Work, writer: ShardWriter, companions: Mapping[Path, tuple[int, ...]]
+    ) -> None:
+        """Write all but the weights, and remove what a run that was killed may have left.
+
+        All comes from the source as it was when the run began, or nothing is said to be whole.
+        """
         writer.write_index()
         names = {Path(CONFIG), Path(INDEX), *(Path(path.name) for path in writer.files)}
         for path in companions:
@@ -322,6 +346,12 @@ class Conversion:
             names.add(name)
         write_json(work.new / CONFIG, self.config)
         remove(work.new, [path for path in files_in(work.new) if path not in names])
+        if other := changed(companions):
+            raise InputError(
+                f"{other} has changed since the run began; the same call goes on from there"
+            )
+        with self._sound_source(work):
+            self.source.check_unchanged()
 
 
 @contextmanager
@@ -330,21 +360,36 @@ def _going_on_later(part: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{error.filename or part}: {error.strerror}; the same call goes on from there"
-        ) from error
+        where = error.filename2 or error.filename or part  # where to, before where from
+        raise InputError(f"{where}: {error.strerror}; the same call goes on from there") from error
 
 
-def _nothing() -> None:
-    """What is made of tensors that are copied."""
+def _journal_line(number: int, piece: Piece) -> str:
+    """The journal's line for a piece; no name of a tensor makes it another line."""
+    return f"{number} {json.dumps(piece.name)}"
+
+
+def _tensors_of(piece: Piece, jobs: int) -> Mapping[str, Tensor] | None:
+    """What a piece makes; nothing where tensors are copied."""
+    if piece.make is None:
+        return None
+    size = sum(spec.num_bytes for spec in piece.specs.values())
+    what = f"{piece.name} becomes {in_gigabytes(size)}"
+    others = f", up to {jobs} such at a time: fewer jobs (--jobs) take less" if jobs > 1 else ""
+    with memory_for(what + others):
+        return piece.make()
 
 
 def _companions(folder: Path) -> Iterator[Path]:
-    """Files of a folder to take along; an InputError for one that leads out of it."""
+    """Files of a folder to take along; an InputError for one that is huge or leads out of it."""
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         belongs = path.suffix in _COMPANIONS or path.stem.upper() in _LICENCES
         weights = path.name.endswith(".index.json") or path == folder / CONFIG
         if path.is_file() and belongs and not weights:
+            if (size := path.stat().st_size) > _LARGEST_COMPANION:
+                raise InputError(
+                    f"{path} would be copied, and has {size / 1e9:.3g} GB: move it away"
+                )
             yield inside(folder, str(path.relative_to(folder)))

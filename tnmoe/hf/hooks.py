@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.files import read_json
+from tnmoe.folders import write_whole
 from tnmoe.hf.entries import current_entries
 from tnmoe.hf.families import all_ffns
 from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
@@ -73,7 +74,7 @@ def _writing(write: Callable) -> Callable:
             return write(self, json_file_path, use_diff)
         entries = to_file(json.loads(self.to_json_string(use_diff)))
         text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-        Path(json_file_path).write_text(text, encoding="utf-8")
+        write_whole(Path(json_file_path), text.encode())
 
     return to_json_file
 

@@ -20,6 +20,7 @@ from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.hf.shards import Checkpoint, read_config
 from tnmoe.hf.skeleton import Skeleton, check_dense, config_from, model_without_numbers
+from tnmoe.memory import memory_for
 from tnmoe.nn.experts import check_matrices, per_projection
 from tnmoe.shapes import MPOShape
 from tnmoe.spectrum import entanglement_entropy
@@ -221,7 +222,8 @@ def _of_network(
     skeleton: Skeleton, ffn: FFN, names: list[str], config: MPOEConfig, bonds: list[int]
 ) -> list[MatrixInspection]:
     found = []
-    with skeleton.filled(names):
+    hint = f"measuring {ffn.name}: fewer networks at a time (--jobs) take less"
+    with memory_for(hint), skeleton.filled(names):
         for described, matrix in zip(
             _described(ffn, config), _chosen(ffn, config).values(), strict=True
         ):

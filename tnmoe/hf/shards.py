@@ -23,7 +23,8 @@ from torch import Tensor
 
 from tnmoe.errors import InputError
 from tnmoe.files import read_header, read_json
-from tnmoe.folders import write_whole
+from tnmoe.folders import sync, write_whole
+from tnmoe.memory import memory_for
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
@@ -116,15 +117,16 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike, variant: str | None = None) -> None:
         self.folder = Path(folder).absolute()
+        self._states = states_of([self.folder / CONFIG])
         self.config = read_config(self.folder)
         self.specs: dict[str, Spec] = {}
         self.places: dict[str, Place] = {}
         weights = _weights(self.folder, self.config.pop(_NAMED, None), variant)
+        self._states |= states_of([weights])
         index = self._index(weights)
-        self._stats: dict[Path, os.stat_result] = {}
         files = [inside(self.folder, file) for file in sorted(set(index.values()))]
         for path in files or [weights]:
-            self._stats[path] = path.stat()
+            self._states |= states_of([path])
             for stored, spec, offset in _header(path):
                 name = self._present(stored)
                 if name in self.specs:
@@ -166,18 +168,14 @@ class Checkpoint:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another one, or from itself after a change."""
-        stats = sorted(self._stats.items())
-        return {
-            "config": self.config,
-            "files": [[path.name, each.st_size, each.st_mtime_ns] for path, each in stats],
-        }
+        # The same files may be on another device later, and have other numbers there.
+        files = [[path.name, state[2:]] for path, state in sorted(self._states.items())]
+        return {"config": self.config, "files": files}
 
     def check_unchanged(self) -> None:
-        """Raise an InputError if a file of weights is another one by now, or is gone."""
-        for path, then in self._stats.items():
-            now = path.stat() if path.exists() else None
-            if now is None or _state(now) != _state(then):
-                raise InputError(f"{path} has changed since it was first read")
+        """Raise an InputError if a file is another one by now, or is gone."""
+        if path := changed(self._states):
+            raise InputError(f"{path} has changed since it was first read")
 
     def load(self, name: str) -> Tensor:
         """One tensor, on the CPU.
@@ -310,15 +308,30 @@ def _weights(folder: Path, named: Any, variant: str | None) -> Path:
     raise InputError(f"{folder} has no {single} and no {index}{instead}")
 
 
-def _state(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+def states_of(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """What of each file changes when it is written to or replaced; nothing if it is not there."""
+    return {path: _state(path) for path in paths}
+
+
+def changed(states: Mapping[Path, tuple[int, ...]]) -> Path | None:
+    """A file that changed since :func:`states_of`, if any did."""
+    return next((path for path, then in states.items() if _state(path) != then), None)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    # The last one, unlike the time of its contents, is not for programs to set.
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _header(path: Path) -> Iterator[tuple[str, Spec, int]]:
     """Name, spec and offset of every tensor of a file, once the library has found it sound."""
     header, start = read_header(path)
     try:
-        with safe_open(path, framework="pt"):
+        with memory_for(f"reading the header of {path}"), safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
@@ -384,11 +397,13 @@ class ShardWriter:
         return list(self._headers)
 
     def create(self) -> None:
-        """Make the files, with their headers and room for the numbers."""
+        """Make the files on the disk, with their headers and room for the numbers."""
         for path, (header, size) in self._headers.items():
             with open(path, "wb") as file:
                 file.write(header)
                 file.truncate(size)
+            sync(path)
+        sync(self._folder)
 
     def write(self, tensors: Mapping[str, Tensor | Iterable[bytes]]) -> None:
         """Put tensors, or their bytes, in their places, and wait until they are on the disk."""

@@ -15,6 +15,7 @@ from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
 from tnmoe.hf.record import check_unconverted, mark, own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.structure import check_in_memory, check_model, expert_settings, new_router
+from tnmoe.memory import memory_for
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.router import Router
@@ -81,7 +82,10 @@ def upcycle(
     ffns = find_ffns(model, config.layers, config.every)
     for ffn in ffns:
         check_formula(ffn)
-    layers = [converted(ffn, config, Draws.for_layer(ffn, config), on_matrix) for ffn in ffns]
+    layers = []
+    for number, ffn in enumerate(ffns, start=1):
+        with memory_for(f"converting {ffn.name}, network {number} of {len(ffns)}"):
+            layers.append(converted(ffn, config, Draws.for_layer(ffn, config), on_matrix))
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
     own_configuration(model)
