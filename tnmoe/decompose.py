@@ -27,7 +27,7 @@ from tnmoe.truncation import TruncationInfo
 _SAFE = (2.0**-30, 2.0**30)
 
 # Memory that a decomposition takes, as measured: so many times the matrix as it is computed.
-_LEAST, _MOST = 2, 5
+_LEAST, _MOST = 1.5, 5
 
 
 @overload

@@ -47,10 +47,11 @@ def read_json(path: str | os.PathLike, pipes: bool = False) -> dict[str, Any]:
     """
     if not pipes:
         check_ordinary(path)
-    with open(path, "rb") as file:
+    check_json_size(path)
+    with open(path, "rb", opener=_at_once) as file:
         contents = file.read(_LARGEST_JSON + 1)
     if len(contents) > _LARGEST_JSON:
-        raise InputError(f"{path} has more than {_LARGEST_JSON:,} bytes, which no JSON needs here")
+        raise InputError(f"{path} does not end, or grows")
     data = parsed(contents, path)
     if not isinstance(data, dict):
         raise InputError(f"{path} should hold a JSON object, got {type(data).__name__}")
@@ -86,6 +87,21 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
     if end != size:
         raise InputError(f"{damaged}: it has {size:,} bytes, and by its header {shown(end)}")
     return header, start
+
+
+def check_json_size(path: str | os.PathLike) -> None:
+    """Raise an InputError for a file that is to hold JSON and has more bytes than any needs."""
+    if os.stat(path).st_size > _LARGEST_JSON:
+        raise InputError(f"{path} has more than {_LARGEST_JSON:,} bytes, which no JSON needs here")
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes into is empty, and not waited for."""
+    if os.name == "nt":
+        return os.open(path, flags)
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def parsed(text: str | bytes, what: object) -> Any:

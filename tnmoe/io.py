@@ -169,13 +169,13 @@ def _object(
 
 def _shape(description: dict, cores: Sequence[Array]) -> MPOShape:
     """The shape that a description gives; it is compared with cores before it is computed with."""
-    legs = [[int(core.shape[axis]) for core in cores] for axis in (-3, -2)]
+    out, in_ = ([int(core.shape[axis]) for core in cores] for axis in (-3, -2))
     told = [description[f"{side}_dims"] for side in ("out", "in")]
-    if told != legs:
+    if told != [out, in_]:
         raise InputError(
-            f"the cores have (out, in) legs {shown(legs)}, which do not fit {shown(told)}"
+            f"the cores have (out, in) legs {shown([out, in_])}, which do not fit {shown(told)}"
         )
-    return MPOShape(*legs, description["out_features"], description["in_features"])
+    return MPOShape(out, in_, description["out_features"], description["in_features"])
 
 
 def _as_stored(xp: Backend, array: Array) -> np.ndarray:

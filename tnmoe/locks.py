@@ -16,6 +16,9 @@ from tnmoe.errors import InputError
 # To make a lock's folder, which others remove when they are done.
 _TRIES = 100
 
+# Characters of an owner's name at most.
+_NAME = 200
+
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
@@ -45,6 +48,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
         with suppress(OSError):  # on a full disk it holds without a name
+            owner.unlink(missing_ok=True)  # whatever it is: a pipe would wait for a reader
             owner.write_text(name, "utf-8")
         yield
     finally:
@@ -63,9 +67,17 @@ def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
         except Timeout as error:
             name = "another process"
             with suppress(OSError):
-                name = owner.read_text("utf-8") or name
+                name = _start_of(owner) or name
             raise InputError(f"{what} is in use by {name}: wait, or stop it") from error
         except OSError as error:
             # Whoever held the lock may have removed its folder just now, also while it was made.
             if not (left and isinstance(error, FileNotFoundError | FileExistsError)):
                 raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+
+
+def _start_of(path: Path) -> str:
+    """The first characters of an ordinary file; of anything else there are none."""
+    if not path.is_file():
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(_NAME)

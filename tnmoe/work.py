@@ -19,6 +19,9 @@ from tnmoe.folders import (
 )
 from tnmoe.locks import locked
 
+# Bytes of a journal, which has a line per piece: a larger one is none.
+_LARGEST = 100_000_000
+
 # The journal's last line: all is in the new folder, which may have moved.
 _WHOLE = "whole"
 
@@ -234,7 +237,7 @@ def _rename(folder: Path, target: Path) -> None:
 
 def _lines(journal: Path) -> list[str]:
     """Whole lines of a journal: one that was being written when the work broke off is none."""
-    if not journal.is_file():
+    if not journal.is_file() or journal.stat().st_size > _LARGEST:
         return []
     return journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 

@@ -276,6 +276,11 @@ def test_only_what_a_command_wrote_is_overwritten(command, dense, mpoe, tmp_path
     assert os.listdir(tmp_path) == ["target"]
 
 
+def pipe(path):
+    os.mkfifo(path)
+    return path
+
+
 def damaged(folder):
     (folder / "model.safetensors").write_bytes(b"12")
     return folder
@@ -292,6 +297,9 @@ def damaged(folder):
         (lambda d, t: ["upcycle", d, t, "--config", d / "absent.json"], "No such file"),
         (lambda d, t: ["upcycle", d, t, "--config", d / "config.json"], "unknown entries in an"),
         (lambda d, t: ["export", d, t], "is not an MPOE checkpoint"),
+        (lambda d, t: ["upcycle", d, t, "--sites", "1000"], "sites must be at most 100, got 1000"),
+        (lambda d, t: ["inspect", d, "--experts", "9" * 5000], "expected an integer from 1 up"),
+        (lambda d, t: ["upcycle", d, t, "--config", pipe(d / "pipe")], "pipe is not JSON"),
         (lambda d, t: ["inspect", d, "--bonds", "4,0"], "expected an integer from 1 up"),
         (lambda d, t: ["upcycle", d, t, "--shard-size", "5"], "expected a size like 5GB"),
         (lambda d, t: ["upcycle", d, t, "--shard-size=-1GB"], "expected a positive number"),

@@ -32,6 +32,27 @@ def test_bad_data_are_named(entries, message):
         hf.MPOEConfig.from_dict(entries)
 
 
+def test_layers_by_the_thousand_are_no_more_work_than_they_are():
+    layers = list(range(20_000))
+    assert hf.MPOEConfig(layers=layers).layers == tuple(layers)
+    with pytest.raises(tn.InputError, match="got -1") as caught:
+        hf.MPOEConfig(layers=[*layers, -1])
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a{" + "9" * 30 + "}", "[" + "a" * 10**5])
+def test_what_is_no_regular_expression_is_named(pattern):
+    with pytest.raises(tn.InputError, match="is no regular expression") as caught:
+        hf.MPOEConfig(layers=pattern)
+    assert len(str(caught.value)) < 1000
+
+
+def test_experts_have_a_number_that_a_router_can_have():
+    assert hf.MPOEConfig(num_experts=2**20).num_experts == 2**20
+    with pytest.raises(tn.InputError, match="num_experts must be at most 1048576"):
+        hf.MPOEConfig(num_experts=10**400)
+
+
 def test_shapes_are_shapes():
     with pytest.raises(tn.InputError, match=r"shapes\[\(2, 2\)\] must be an MPOShape, got 'x'"):
         hf.MPOEConfig(shapes={(2, 2): "x"})

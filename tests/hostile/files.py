@@ -8,7 +8,6 @@ from pathlib import Path
 from random import Random
 
 from tests.hostile.values import EXTREMES, spoilt
-from tnmoe.folders import RECORD
 
 
 def spoil_folder(folder: Path, rng: Random) -> str:
@@ -28,20 +27,15 @@ def spoil_folder(folder: Path, rng: Random) -> str:
 
 def spoil_file(path: Path, rng: Random) -> str:
     """Spoil a file in one of the ways that suit it, and tell which."""
-    ways = [_bytes, _kind]
-    is_json = path.suffix == ".json" or path.name == RECORD or not _is_safetensors(path)
-    ways += [_json] * 8 if is_json else [_header] * 4
-    change = rng.choice(ways)
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # A file of safetensors begins with the length of a header in braces.
+    suited = [_json] * 8 if start[:1] == b"{" else [_header] * 4 if start[8:] == b"{" else []
+    change = rng.choice([_bytes, _kind, *suited])
     try:
         return f"{change.__name__}, {change(path, rng)}"
     except Exception:  # spoilt before, so that it has no form
         return "spoilt"
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as those do: with the length of a header in braces."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _json(path: Path, rng: Random) -> str:

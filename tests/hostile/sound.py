@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ _MODELS = {
 
 
 def make_sound(folder: Path) -> None:
-    """Make them all; what stands before the first hyphen tells the kind."""
+    """Make them all; what stands before the first hyphen or dot tells the kind."""
     torch.manual_seed(0)
     folder.mkdir()
     _make_folders(folder)
@@ -59,7 +60,16 @@ def _make_folders(folder: Path) -> None:
     model = hf.upcycle(_MODELS["llama"](), hf.MPOEConfig(num_experts=2, sites=3))
     model.save_pretrained(folder / "converted-older")
     in_old_form(folder / "converted-older")
-    hf.plan_export(folder / "converted-llama", to="dense").run(folder / "made-dense")
+    plan = hf.plan_export(folder / "converted-llama", to="dense")
+    plan.run(folder / "made-dense")
+    with suppress(KeyboardInterrupt):
+        plan.run(folder / "begun", jobs=1, on_progress=_interrupt)
+    (folder / "begun.partial" / ".tnmoe-lock-owner").write_text("a process that was killed")
+
+
+def _interrupt(done: int, total: int) -> None:
+    if done:
+        raise KeyboardInterrupt
 
 
 def _make_operators(folder: Path) -> None:

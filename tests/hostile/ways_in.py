@@ -44,11 +44,14 @@ def check_told(text: str) -> None:
 def command(*arguments: object) -> Callable[[Path, Path], str]:
     """The command line; words in capitals stand for places.
 
-    SPOILT is what was spoilt, DENSE and CONVERTED are sound folders, TARGET is none yet.
+    SPOILT is what was spoilt, DENSE and CONVERTED are sound folders, TARGET is none yet; of TARGET,
+    SPOILT may be the unfinished work.
     """
 
     def way(spoilt: Path, sound: Path) -> str:
         target = spoilt.with_name(f"{spoilt.name}-made")
+        if spoilt.suffix == ".partial":
+            target = spoilt.with_suffix("")
         places = {
             "SPOILT": spoilt, "SPOILT/config.json": spoilt / "config.json", "TARGET": target,
             "DENSE": sound / "dense-llama", "CONVERTED": sound / "converted-llama",
@@ -158,6 +161,10 @@ WAYS: dict[str, tuple[Callable[[Path, Path], str], ...]] = {
     "made": (
         command("export", "CONVERTED", "SPOILT", *_TO_DENSE),
         command("export", "CONVERTED", "SPOILT", *_TO_DENSE, "--overwrite"),
+    ),
+    "begun": (
+        command("export", "CONVERTED", "TARGET", *_TO_DENSE),
+        command("export", "CONVERTED", "TARGET", *_TO_DENSE, "--overwrite"),
     ),
     "config": (
         command("upcycle", "DENSE", "TARGET", "--config", "SPOILT", "--jobs", 1),

@@ -8,6 +8,7 @@ import argparse
 import faulthandler
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -40,9 +41,11 @@ def case(sound: Path, place: Path, seed: str) -> tuple[str, str, Callable[[], st
     """What is spoilt and how, the way in, and a call that takes it."""
     rng = Random(seed)
     original = rng.choice(sorted(sound.iterdir()))
+    kind, *_ = re.split("[-.]", original.name)
+    place = place.with_suffix(".partial") if kind == "begun" else place
     copy_of(original, place)
     told = spoil_folder(place, rng) if original.is_dir() else spoil_file(place, rng)
-    way = rng.choice(WAYS[original.name.split("-")[0]])
+    way = rng.choice(WAYS[kind])
     return f"{original.name}: {told}", way.__name__, lambda: way(place, sound)
 
 

@@ -43,11 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show(message: Warning | str, *_: object) -> None:
-    """Show a warning on a line, without the one of the program that it comes from."""
-    print(f"tnmoe: warning: {as_line(message)}", file=sys.stderr)
-
-
 def _told(error: Exception, interrupted: str) -> str | None:
     """What to say of an error; nothing of one that is a bug.
 
@@ -61,6 +56,11 @@ def _told(error: Exception, interrupted: str) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
     return None
+
+
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    """Show a warning on a line, without the one of the program that it comes from."""
+    print(f"tnmoe: warning: {as_line(message)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

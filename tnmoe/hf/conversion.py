@@ -43,6 +43,7 @@ from tnmoe.work import Work
 # Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
 _COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+_LARGEST_COMPANION = 10**9
 
 # The journal's line once the files have their size.
 _LAID_OUT = "laid out"
@@ -380,11 +381,15 @@ def _tensors_of(piece: Piece, jobs: int) -> Mapping[str, Tensor] | None:
 
 
 def _companions(folder: Path) -> Iterator[Path]:
-    """Files of a folder to take along; an InputError for one that leads out of it."""
+    """Files of a folder to take along; an InputError for one that is huge or leads out of it."""
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         belongs = path.suffix in _COMPANIONS or path.stem.upper() in _LICENCES
         weights = path.name.endswith(".index.json") or path == folder / CONFIG
         if path.is_file() and belongs and not weights:
+            if (size := path.stat().st_size) > _LARGEST_COMPANION:
+                raise InputError(
+                    f"{path} would be copied, and has {size / 1e9:.3g} GB: move it away"
+                )
             yield inside(folder, str(path.relative_to(folder)))

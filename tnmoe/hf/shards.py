@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnmoe.errors import InputError
-from tnmoe.files import read_header, read_json
+from tnmoe.files import check_json_size, read_header, read_json
 from tnmoe.folders import sync, write_whole
 from tnmoe.memory import memory_for
 
@@ -266,6 +266,8 @@ def check_inside(folder: Path) -> None:
     for path in folder.iterdir():
         if path.suffix in _READ and path.is_symlink() and path.exists():
             inside(folder, path.name)
+        if path.suffix == ".json" and path.exists():
+            check_json_size(path)
     for index in folder.glob("*.index*.json"):
         files = read_json(index).get("weight_map")
         for file in set(map(str, files.values())) if isinstance(files, dict) else ():
