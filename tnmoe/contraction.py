@@ -199,9 +199,8 @@ def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: A
 
     In pieces of the batch, where a state would have more numbers than ``routes.STATE_LIMIT``.
     """
-    batch = vectors.shape[0]
-    width = chain_width(shape, tuple(core.shape[0] for core in cores[1:]), batch)
-    step = rows_per_piece(width, max(shape.padded_in, shape.padded_out))
+    batch, bonds = vectors.shape[0], tuple(core.shape[0] for core in cores[1:])
+    step = rows_per_piece(chain_width(shape, bonds, batch), max(shape.padded_in, shape.padded_out))
     if batch <= step:
         return _apply_at_once(xp, shape, cores, vectors)
     starts = range(0, batch, step)
@@ -209,6 +208,7 @@ def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: A
     return xp.concatenate(pieces, 0)
 
 
+@lru_cache(maxsize=4096)
 def chain_width(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> float:
     """Numbers that the largest state of :func:`apply_cores` has for a vector."""
     plan = _plan_of_one(shape, bonds, batch)
@@ -223,7 +223,7 @@ def chain_width(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> float:
 
 def _apply_at_once(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Array:
     batch = vectors.shape[0]
-    plan = contraction_plan(shape, tuple(core.shape[0] for core in cores[1:]), batch)
+    plan = _plan_of_one(shape, tuple(core.shape[0] for core in cores[1:]), batch)
     if plan.route == "dense":
         return vectors @ xp.transpose(to_padded_matrix(xp, cores))
     if _in_order_flops(_shapes(cores), batch) <= IN_ORDER * plan.flops:

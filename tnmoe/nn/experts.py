@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import gcd
 from typing import Any, Self
 
@@ -250,8 +249,7 @@ class Experts(nn.Module):
         if routed == groups.rows:
             outputs = cleared(self._feed_forward(cleared(rows, nowhere), groups), nowhere)
         else:
-            some = replace(groups.part(0, routed), rows=routed)
-            outputs = self._feed_forward(rows[:routed], some)
+            outputs = self._feed_forward(rows[:routed], groups.first(routed))
             outputs = F.pad(outputs, (0, 0, 0, groups.rows - routed))
         outputs = spread(outputs, groups.inverse, groups.order)
         return outputs.view(tokens, choices, self.hidden_size) * weights[..., None]

@@ -7,7 +7,7 @@ needs no permutation, the columns being legs that were contracted before.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -77,8 +77,15 @@ class Groups:
         """Experts that have rows, (E,) of bool, found without a wait for an accelerator."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)) > 0
 
+    def first(self, rows: int) -> Groups:
+        """The first ``rows`` rows alone, without what leads to and from slots."""
+        return replace(self.part(0, rows), rows=rows)
+
     def part(self, start: int, stop: int) -> Groups:
-        """Rows from ``start`` to ``stop`` alone, without what leads to and from slots."""
+        """Rows from ``start`` to ``stop`` alone, without what leads to and from slots.
+
+        Routes stay those that are planned for all rows.
+        """
         alone = torch.arange(stop - start, device=self.order.device)
         ends = self.offsets.clamp(start, stop) - start
         return Groups(self.experts[start:stop], ends, self.rows, alone, alone)
