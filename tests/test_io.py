@@ -78,6 +78,14 @@ def test_cores_that_are_views_are_stored_as_they_read(tmp_path):
     torch.testing.assert_close(tn.load(tmp_path / "x").to_matrix(), mpo.to_matrix())
 
 
+def test_the_same_operator_is_saved_as_the_same_bytes(tmp_path):
+    mpo, contents = example("float32", "MPO", "numpy"), set()
+    for number in range(20):
+        tn.save(tmp_path / f"{number}", mpo)
+        contents.add((tmp_path / f"{number}").read_bytes())
+    assert len(contents) == 1
+
+
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x"
     old = example("float32", "MPO", "numpy")
@@ -104,6 +112,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     save_file({"w": np.ones(3)}, foreign)
     partial = tmp_path / "partial"
     description = {
+        "format": 1,
         "kind": "MPO",
         "library": "numpy",
         "dtype": "float32",
@@ -113,13 +122,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         "in_features": 2,
         "center": 0,
     }
-    metadata = {"tnmoe_format": "1", "tnmoe": json.dumps(description)}
-    save_file({"cores.7": np.ones((1, 2, 2, 1))}, partial, metadata)
+    save_file({"cores.7": np.ones((1, 2, 2, 1))}, partial, {"tnmoe": json.dumps(description)})
+    listed = tmp_path / "listed"
+    save_file({"w": np.ones(3)}, listed, {"tnmoe": "[]"})
     for path, message in (
         (truncated, "is damaged or no safetensors file"),
         (garbage, "is damaged or no safetensors file"),
         (foreign, "foreign was not written by this version"),
         (partial, "does not hold what tnmoe.save writes"),
+        (listed, "does not hold what tnmoe.save writes"),
     ):
         with pytest.raises(tn.InputError, match=message):
             tn.load(path)
@@ -133,7 +144,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ({"center": 0.0}, "tnmoe.save writes: center must be an integer from 0 to 0, got 0.0"),
         ({"out_dims": [3]}, r"tnmoe.save writes: the cores have \(out, in\) legs .* do not fit"),
     ):
-        metadata["tnmoe"] = json.dumps(description | {"out_features": None} | entries)
+        metadata = {"tnmoe": json.dumps(description | {"out_features": None} | entries)}
         described = tmp_path / "described"
         save_file({"cores.0": np.ones((1, 2, 2, 1), "float32")}, described, metadata)
         with pytest.raises(tn.InputError, match=message):
@@ -193,7 +204,7 @@ def test_a_description_of_another_operator_is_refused_without_computing_with_it(
     with safe_open(tmp_path / "x", framework="np") as file:
         told = json.loads(file.metadata()["tnmoe"])
         cores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(cores, tmp_path / "x", {"tnmoe_format": "1", "tnmoe": json.dumps(told | entries)})
+    save_file(cores, tmp_path / "x", {"tnmoe": json.dumps(told | entries)})
     with pytest.raises(tn.InputError, match=message) as caught:
         tn.load(tmp_path / "x")
     assert len(str(caught.value)) < 1000

@@ -21,7 +21,7 @@ from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared import SharedMPO
 
-_FORMAT = "1"
+_FORMAT = 1
 
 
 def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
@@ -64,6 +64,7 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     some = next(iter(arrays.values()))
     xp = get_backend(some)
     description = {
+        "format": _FORMAT,
         "kind": type(obj).__name__,
         "library": xp.name,
         "dtype": xp.dtype_name(some),
@@ -73,9 +74,9 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
         "in_features": obj.shape.in_features,
         "center": obj.center,
     }
-    metadata = {"tnmoe": json.dumps(description), "tnmoe_format": _FORMAT}
     stored = {name: _as_stored(xp, array) for name, array in arrays.items()}
-    contents = safetensors.numpy.save(stored, metadata)
+    # One entry, since safetensors writes several in an order that changes from call to call.
+    contents = safetensors.numpy.save(stored, {"tnmoe": json.dumps(description)})
     write_whole(Path(path), contents)
 
 
@@ -121,20 +122,20 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
         return _object(path, description, arrays)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-    except (KeyError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path} does not hold what tnmoe.save writes: {error!r}") from error
 
 
 def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str, Array]]:
     with memory_for(f"reading {path}"), safe_open(path, framework="np") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("tnmoe_format") != _FORMAT:
+        told = (file.metadata() or {}).get("tnmoe", "{}")
+        description = parsed(told, f"the description in {path}")
+        if description.get("format") != _FORMAT:
             raise InputError(
                 f"{path} was not written by this version of tnmoe.save: expected format {_FORMAT}, "
-                f"found {metadata.get('tnmoe_format')}"
+                f"found {shown(description.get('format'))}"
             )
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    description = parsed(metadata["tnmoe"], f"the description in {path}")
     library, dtype = library or description["library"], description["dtype"]
     one_of("library", library, available_backends())
     one_of(f"the dtype in {path}", dtype, (*REAL_DTYPES, *COMPLEX_DTYPES))
