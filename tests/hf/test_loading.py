@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -294,6 +293,14 @@ def test_a_class_that_does_not_suit_the_model_is_named(name, folder):
             read(folder)
 
 
+def test_a_type_without_a_model_of_its_own_is_named(folder):
+    rewrite(folder, lambda entries: entries.update(model_type="clipseg_text_model", id2label={}))
+    rewrite(folder, lambda entries: entries.pop("architectures"))
+    for read in (hf.from_pretrained, lambda path: hf.plan_export(path, to="dense")):
+        with pytest.raises(tn.InputError, match="no model of type 'clipseg_text_model' by itself"):
+            read(folder)
+
+
 def test_load_biases_that_are_missing_are_named(tmp_path):
     config = hf.MPOEConfig(num_experts=3, sites=3, router={"load_bias": True})
     converted("llama", config).save_pretrained(tmp_path)
@@ -471,8 +478,11 @@ def test_an_older_folder_is_not_searched_with_what_may_take_for_ever(pattern, fi
         entries["quantization_config"]["mpoe"]["layers"] = pattern
 
     rewrite(folder, change)
-    outcome = nullcontext() if fits else pytest.raises(tn.InputError, match="not looked for")
-    with pytest.warns(FutureWarning, match="older tnmoe"), outcome:
+    with (
+        pytest.warns(FutureWarning, match="older tnmoe")
+        if fits
+        else pytest.raises(tn.InputError, match="not looked for")
+    ):
         hf.from_pretrained(folder)
 
 

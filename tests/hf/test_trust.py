@@ -117,7 +117,7 @@ def test_code_that_a_folder_names_does_not_run_whoever_says_yes(
     assert not asked
 
 
-@pytest.mark.parametrize("way", [*OF_CHECKPOINTS, "inspect sizes", "demo"])
+@pytest.mark.parametrize("way", ["from_pretrained", "upcycle", "inspect sizes", "demo"])
 @pytest.mark.parametrize(
     "entry",
     [

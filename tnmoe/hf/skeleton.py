@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
@@ -133,12 +133,16 @@ def saved_class(config: PreTrainedConfig) -> Any:
     Raises
     ------
     InputError
-        If there is no such class, or it has another configuration.
+        If there is no such class, it has another configuration, or none is named and there is no
+        model of that type.
     """
     names: Any = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
         raise InputError(f"architectures must be a list of names, got {shown(names)}")
     if not names:
+        # transformers itself imports every model that it has before it says so.
+        if type(config) not in MODEL_MAPPING:
+            raise InputError(f"transformers has no model of type {config.model_type!r} by itself")
         return None
     name = names[0]
     found = model_class_named(name)
