@@ -52,7 +52,11 @@ def reloaded(obj):
 
 def squeezed(mpo):
     result = tn.squeeze({"w": mpo}, lambda mpos: float(mpos["w"].num_params), 100, max_steps=3)
-    return list(result.mpos.values()), result.steps
+    # The last bit of a product is not the same on every CPU. The phases of complex Schmidt vectors
+    # hang on it; the matrices do not.
+    matrices = [mpo.to_matrix() for mpo in result.mpos.values()]
+    errors = torch.tensor([step.error for step in result.steps], dtype=torch.float64, device="cpu")
+    return matrices, [(step.bond, step.after) for step in result.steps], errors
 
 
 OPERATIONS = {
@@ -180,7 +184,7 @@ def assert_same(results, expected):
     for one, other in zip(results, expected, strict=True):
         if isinstance(one, tuple):
             assert one[:2] == other[:2]
-            np.testing.assert_array_equal(one[2], other[2])
+            np.testing.assert_allclose(one[2], other[2], rtol=1e-5, atol=1e-5 * abs(other[2]).max())
         else:
             assert one == other
 
