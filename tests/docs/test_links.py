@@ -85,3 +85,10 @@ def test_broken_links_are_found(tmp_path):
         "## Here\n\n```{toctree}\n:maxdepth: 1\n\nother\nabsent\n```\n"
     )
     assert broken(page) == ["none.md", "other.md#three", "gone", "absent"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_tests_that_a_page_names_are_there(path):
+    named = set(re.findall(r"`(tests/[\w/.]+)`", path.read_text(encoding="utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert named or path.name != "promises.md"
