@@ -168,7 +168,7 @@ def a_file(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda tiny, p: ["--model", p / "none"], "none is not a Hugging Face folder"),
+        (lambda tiny, p: ["--model", p / "none"], "there is no folder"),
         (lambda tiny, p: ["--model", truncated(tiny, p / "m")], "cannot load a model from"),
         (lambda tiny, p: ["--model", without_weights(tiny, p / "m")], "cannot load a model from"),
         (lambda tiny, p: ["--model", no_known_ffn(p / "m")], "no feed-forward network of a known"),
