@@ -142,7 +142,7 @@ def rows_per_piece(width: float, ends: int) -> int:
 def peak_in_pieces(peak: int, batch: int, shape: MPOShape) -> int:
     """Numbers in the largest intermediate for ``batch`` vectors, which was ``peak`` at once."""
     # Products of cores alone, which no piece makes smaller, are no larger than the matrix.
-    if peak <= shape.padded_out * shape.padded_in:
+    if batch == 0 or peak <= shape.padded_out * shape.padded_in:
         return peak
     step = rows_per_piece(peak / batch, max(shape.padded_in, shape.padded_out))
     return min(peak, round(step * peak / batch))

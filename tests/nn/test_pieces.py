@@ -311,6 +311,13 @@ def test_plans_for_one_operator_tell_of_pieces_too(limit):
     assert peak(1 << 27) <= 1 << 27 < peak(1 << 40)
 
 
+@pytest.mark.parametrize("bonds", [(5, 5), (2, 3)])
+def test_plans_are_made_for_no_vectors_whose_cores_alone_are_larger_than_the_matrix(bonds):
+    """So large are the bonds of a sum that has not been compressed."""
+    plan = tn.contraction_plan(tn.MPOShape((1, 2, 1), (1, 1, 1)), bonds, 0)
+    assert plan.peak_elements > 2
+
+
 @pytest.mark.parametrize("rows", [10, 10**6])
 def test_what_is_computed_again_is_part_of_the_predicted_time(rows, limit):
     def seconds(numbers):
