@@ -91,7 +91,8 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
         model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
     for name, stored, expected in sorted(info["mismatched_keys"]) if not drawn else ():
         raise InputError(
-            f"{name} is of shape {tuple(stored)} in {where}, its config.json says {tuple(expected)}"
+            f"{name} is of shape {tuple(stored)} in {where}, its configuration says "
+            f"{tuple(expected)}; {_OTHER_SIZES}=True draws it anew"
         )
     check_none_left(info["unexpected_keys"], mixtures_of(model), where)
     result: Any = (model, info) if told else model
