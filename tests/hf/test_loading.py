@@ -249,7 +249,7 @@ def test_no_memory_is_taken_for_sizes_that_only_a_configuration_has(entry, folde
     monkeypatch.setattr(
         transformers.PreTrainedModel, "_move_missing_keys_from_meta_to_device", lambda *_: 1 / 0
     )
-    with pytest.raises(tn.InputError, match="cannot be loaded as .*: its files hold less than"):
+    with pytest.raises(tn.InputError, match=r"cannot be loaded as .*: its files hold less than"):
         hf.from_pretrained(folder)
 
 
