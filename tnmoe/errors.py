@@ -78,6 +78,11 @@ def as_line(message: object) -> str:
     return f"{line[:first]} … {line[-last:]}" if len(line) > first + last else line
 
 
+def reason(error: OSError) -> str:
+    """What went wrong, also where the system did not say it but a library."""
+    return as_line(error.strerror or error) or type(error).__name__
+
+
 # Characters of a value that a message shows.
 _SHOWN = 120
 

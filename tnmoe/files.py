@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from stat import S_ISDIR, S_ISREG
+from stat import S_ISDIR, S_ISFIFO, S_ISREG
 from typing import Any
 
 from tnmoe.errors import InputError, shown
@@ -13,10 +13,16 @@ from tnmoe.errors import InputError, shown
 _LARGEST_JSON = 100_000_000
 
 
-def check_ordinary(path: str | os.PathLike) -> None:
+def check_ordinary(path: str | os.PathLike, pipes: bool = False) -> None:
     """Raise an InputError unless a file is an ordinary one; links are followed.
 
     A pipe would be waited for, and a device may have no end.
+
+    Parameters
+    ----------
+    path : path
+    pipes : bool
+        Whether it may be a pipe, too: where users themselves name it.
 
     Raises
     ------
@@ -24,7 +30,7 @@ def check_ordinary(path: str | os.PathLike) -> None:
         If there is none.
     """
     mode = os.stat(path).st_mode
-    if not S_ISREG(mode):
+    if not (S_ISREG(mode) or (pipes and S_ISFIFO(mode))):
         kind = "a folder" if S_ISDIR(mode) else "no ordinary file"
         raise InputError(f"{os.fspath(path)} is {kind}")
 

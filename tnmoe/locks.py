@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, reason
 
 # To make a lock's folder, which others remove when they are done.
 _TRIES = 100
@@ -72,7 +72,7 @@ def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
         except OSError as error:
             # Whoever held the lock may have removed its folder just now, also while it was made.
             if not (left and isinstance(error, FileNotFoundError | FileExistsError)):
-                raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+                raise InputError(f"cannot write to {path.parent}: {reason(error)}") from error
 
 
 def _start_of(path: Path) -> str:

@@ -321,3 +321,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, dense,
     assert "Traceback" not in done.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["source"]
     assert done.stdout == ""
+
+
+def test_an_error_without_a_text_is_told_by_its_name(dense, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(hf, "inspect_checkpoint", fail)
+    assert main(["inspect", str(dense)]) == 2
+    assert capsys.readouterr().err == "tnmoe: TimeoutError\n"

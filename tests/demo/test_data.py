@@ -1,6 +1,7 @@
 """Sentences and output folders of the demo."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def test_duplicates_are_dropped_and_parts_do_not_overlap(tmp_path):
     ("make", "message"),
     [
         (lambda p: p / "none.csv", "cannot read .*none.csv: No such file"),
-        (lambda p: p, "cannot read .*: Is a directory"),
+        (lambda p: p, "is a folder"),
+        (lambda p: Path("/dev/zero"), "zero is no ordinary file"),
         (
             lambda p: write_csv(p / "d", ROWS, "sentence,label"),
             "text missing, found sentence, label",
@@ -63,6 +65,13 @@ def test_duplicates_are_dropped_and_parts_do_not_overlap(tmp_path):
 def test_bad_files_are_named(tmp_path, make, message):
     with pytest.raises(tn.InputError, match=message):
         read_sentences(make(tmp_path))
+
+
+def test_sentences_come_through_a_pipe_that_the_user_names(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as writer:
+        writer.submit(write_csv, tmp_path / "pipe", ROWS)
+        assert len(read_sentences(tmp_path / "pipe")) == 30
 
 
 def binary(path):

@@ -201,6 +201,19 @@ class Delegate:
         self.stream.close()
 
 
+@pytest.mark.parametrize("error", [OSError("the link is down"), TimeoutError()], ids=repr)
+def test_errors_that_the_system_did_not_name_are_told_as_what_they_are(
+    error, source, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("tnmoe.hf.conversion.ShardWriter.write", fail)
+    told = f"target.partial: {str(error) or type(error).__name__}; the same call goes on from there"
+    with pytest.raises(tn.InputError, match=f"{told}$"):
+        doubled(source).run(tmp_path / "target", **SETTINGS)
+
+
 @pytest.mark.parametrize(("replaces", "code"), [(True, errno.ENOSPC), (False, errno.EDQUOT)])
 def test_a_conversion_on_a_disk_that_fills_up(
     replaces,

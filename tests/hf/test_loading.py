@@ -236,11 +236,28 @@ def test_a_record_that_does_not_suit_the_tensors_is_refused(change, folder):
 )  # fmt: skip
 def test_tensors_of_other_shapes_than_the_record_says_are_named(entries, folder):
     rewrite(folder, lambda all_entries: all_entries["tnmoe"]["config"].update(entries))
-    named = r"model\.layers\.0\.mlp\..* is of shape \(.* its config\.json says \("
+    named = r"model\.layers\.0\.mlp\..* is of shape \(.* its config\S* says \("
     with pytest.raises(tn.InputError, match=named):
         hf.from_pretrained(folder)
     with pytest.raises(tn.InputError, match=named):
         hf.plan_export(folder, to="dense")
+
+
+@pytest.mark.parametrize("entry", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_no_memory_is_taken_for_sizes_that_only_a_configuration_has(entry, folder, monkeypatch):
+    rewrite(folder, lambda entries: entries.update({entry: 10**8}))
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "_move_missing_keys_from_meta_to_device", lambda *_: 1 / 0
+    )
+    with pytest.raises(tn.InputError, match=r"cannot be loaded as .*: its files hold less than"):
+        hf.from_pretrained(folder)
+
+
+def test_sizes_that_the_caller_gave_are_not_said_to_be_of_the_file(folder):
+    named = r"lm_head.weight is of shape .*; ignore_mismatched_sizes=True draws it anew"
+    with pytest.raises(tn.InputError, match=named) as caught:
+        hf.from_pretrained(folder, vocab_size=7)
+    assert "config.json" not in str(caught.value)
 
 
 MORE = {

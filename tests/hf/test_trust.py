@@ -288,6 +288,19 @@ def test_an_index_of_pickles_lists_files_of_the_folder(copy_of):
         hf.from_pretrained(folder, use_safetensors=False)
 
 
+def test_an_index_of_files_that_are_gone_does_not_matter_beside_the_weights(copy_of):
+    folder = copy_of("converted")
+    model = hf.from_pretrained(folder)
+    # transformers leaves the index when it saves in one file what it saved in several.
+    model.save_pretrained(folder, max_shard_size="10KB")
+    model.save_pretrained(folder)
+    # Whoever copies no pickles copies their index, which is JSON.
+    shutil.copy(folder / INDEX, folder / "pytorch_model.bin.index.json")
+    assert {each.name for each in folder.glob("*.safetensors")} == {SINGLE}
+    loaded = hf.from_pretrained(folder)
+    assert relative(outputs(loaded.eval(), "llama"), outputs(model.eval(), "llama")) == 0
+
+
 def in_the_hubs_cache(folder):
     """The same files as the cache of the Hub lays them out; the folder of the snapshot."""
     repository = folder.parent / "models--someone--something"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tnmoe import __version__
 from tnmoe.cli import calibrate, convert, demo, inspect
-from tnmoe.errors import InputError, MissingExtraError, as_line
+from tnmoe.errors import InputError, MissingExtraError, as_line, reason
 from tnmoe.memory import lacks_memory, told_in_a_line
 
 # Conventional exit codes: 2 for what the user gave, 130 for Ctrl-C.
@@ -54,7 +54,7 @@ def _told(error: Exception, interrupted: str) -> str | None:
         return f"out of memory: {told_in_a_line(error)}; {interrupted}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
+        return f"{where}{reason(error)}"
     return None
 
 

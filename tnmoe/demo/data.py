@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tnmoe.errors import InputError
+from tnmoe.files import check_ordinary
 
 COLUMNS = ("text", "label")
 _MIN_SENTENCES = 20
@@ -66,12 +67,14 @@ def read_sentences(path: Path, source: str | None = None) -> Sentences:
     Raises
     ------
     InputError
-        If the file cannot be read, lacks a column, or holds too little to learn from.
+        If the file cannot be read, is a folder or a device, lacks a column, or holds too little to
+        learn from.
     """
     labels: dict[str, str] = {}
     # Reviews can be longer than csv's default limit of 128 KiB a field.
     csv.field_size_limit(1 << 30)
     try:
+        check_ordinary(path, pipes=True)
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:

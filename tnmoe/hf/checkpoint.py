@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +25,14 @@ from tnmoe.hf.shards import (
     inside,
     parts_of_ranks,
 )
-from tnmoe.hf.skeleton import check_once, config_from, foreign_values, modules_for, saved_class
+from tnmoe.hf.skeleton import (
+    check_once,
+    config_from,
+    foreign_values,
+    modules_for,
+    numbers_for,
+    saved_class,
+)
 from tnmoe.hf.structure import check_none_left, mixtures_of
 from tnmoe.hf.trust import no_code
 
@@ -83,28 +89,29 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
         raise InputError(f"{os.fspath(folder)} does not say which class it was saved from")
     if kwargs.get("use_safetensors") is None:
         kwargs["use_safetensors"] = True
-    modules = _check_files(where, model_class, kwargs)
+    limits = _check_files(where, model_class, kwargs)
     told, drawn = (kwargs.pop(name, False) for name in (_INFO, _OTHER_SIZES))
     kwargs = {"local_files_only": True, **kwargs, _INFO: True, _OTHER_SIZES: True}
     wrong = f"{where} cannot be loaded as {model_class.__name__}"
-    with nullcontext() if trusted else no_code(), foreign_values(wrong, modules):
+    with nullcontext() if trusted else no_code(), foreign_values(wrong, **limits):
         model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
     for name, stored, expected in sorted(info["mismatched_keys"]) if not drawn else ():
         raise InputError(
-            f"{name} is of shape {tuple(stored)} in {where}, its config.json says {tuple(expected)}"
+            f"{name} is of shape {tuple(stored)} in {where}, its configuration says "
+            f"{tuple(expected)}; {_OTHER_SIZES}=True draws it anew"
         )
     check_none_left(info["unexpected_keys"], mixtures_of(model), where)
     result: Any = (model, info) if told else model
     return result
 
 
-def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> int:
+def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> dict[str, int]:
     """Hold what transformers will read to the rules of a :class:`Checkpoint`.
 
     Returns
     -------
-    int
-        How many modules a model of it may have.
+    dict of int
+        How many modules and numbers a model of it may have; nothing where the files do not tell.
     """
     check_inside(folder)
     whole = any((folder / name).exists() for name in (SINGLE, INDEX))
@@ -112,8 +119,8 @@ def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> 
     if options["use_safetensors"] and not (options.get("gguf_file") or of_ranks):
         source = Checkpoint(folder, options.get("variant"))
         check_once(source, model_class)
-        return modules_for(source)
-    return sys.maxsize
+        return {"modules": modules_for(source), "numbers": numbers_for(source)}
+    return {}
 
 
 def _configuration(folder: Path, given: Any) -> PreTrainedConfig:

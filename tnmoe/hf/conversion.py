@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tnmoe import __version__
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, positive_int, reason
 from tnmoe.folders import check_target, files_in, remove
 from tnmoe.hf.ahead import results_of
 from tnmoe.hf.shards import (
@@ -361,7 +361,7 @@ def _going_on_later(part: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename2 or error.filename or part  # where to, before where from
-        raise InputError(f"{where}: {error.strerror}; the same call goes on from there") from error
+        raise InputError(f"{where}: {reason(error)}; the same call goes on from there") from error
 
 
 def _journal_line(number: int, piece: Piece) -> str:

@@ -18,7 +18,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -47,6 +51,9 @@ _MOST = 1_000_000
 
 # Modules of a model: the largest dense ones have some thousand, and few for every tensor.
 _MOST_MODULES, _PER_TENSOR = 30_000, 20
+
+# Numbers of a model: those beside what is stored, and per byte of that.
+_MOST_NUMBERS, _PER_BYTE = 10**9, 20
 
 _OTHERWISE = (
     "load the model by its own code, add its networks with tnmoe.hf.register_family, "
@@ -77,7 +84,9 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 @contextmanager
-def foreign_values(wrong: str, modules: int = sys.maxsize) -> Iterator[None]:
+def foreign_values(
+    wrong: str, modules: int = sys.maxsize, numbers: int = sys.maxsize
+) -> Iterator[None]:
     """A block in which transformers computes with what a config.json says.
 
     Every class there trusts its entries, or checks them in its own way: whatever it raises then is
@@ -87,16 +96,28 @@ def foreign_values(wrong: str, modules: int = sys.maxsize) -> Iterator[None]:
     ----------
     wrong : str
         What an error means, for the message.
-    modules : int
-        How many modules may be put into others.
+    modules, numbers : int
+        How many modules may be put into others, and how many numbers into modules.
     """
-    made, thread = count(1), get_ident()
+    made, filled, thread = count(1), 0, get_ident()
 
     def see(*_: Any) -> None:
         if get_ident() == thread and next(made) > modules:
             raise InputError(f"{wrong}: it has more than {modules} modules")
 
-    hook = register_module_module_registration_hook(see)
+    def see_numbers(_: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal filled
+        if get_ident() == thread and tensor is not None:
+            filled += tensor.numel()
+            if filled > numbers:
+                shape = tuple(tensor.shape)
+                raise InputError(f"{wrong}: its files hold less than {name} of shape {shape}")
+
+    hooks = [
+        register_module_module_registration_hook(see),
+        register_module_parameter_registration_hook(see_numbers),
+        register_module_buffer_registration_hook(see_numbers),
+    ]
     try:
         yield
     except (InputError, OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
@@ -104,7 +125,8 @@ def foreign_values(wrong: str, modules: int = sys.maxsize) -> Iterator[None]:
     except Exception as error:
         raise InputError(f"{wrong}: {type(error).__name__}: {error}") from error
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_counts(entries: Any, name: str = "") -> None:
@@ -158,6 +180,15 @@ def saved_class(config: PreTrainedConfig) -> Any:
 def modules_for(source: Checkpoint) -> int:
     """How many modules a model may have for the tensors that there are."""
     return 1000 + _PER_TENSOR * len(source.specs)
+
+
+def numbers_for(source: Checkpoint) -> int:
+    """How many numbers transformers may make room for, all in all, to load those that there are.
+
+    It does so before it compares sizes. Several may come out of a byte, and each is put in its
+    module more than once; masks have some of their own.
+    """
+    return _MOST_NUMBERS + _PER_BYTE * source.num_bytes
 
 
 def model_without_numbers(config: PreTrainedConfig, modules: int = _MOST_MODULES) -> Any:
