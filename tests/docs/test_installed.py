@@ -54,6 +54,21 @@ def test_sections_of_the_readme_name_what_they_need():
     assert (numpy, torch) == ("", "torch")
 
 
+# What gloo's threads say of a process that ends: about one plain torch run in six does so here.
+ABORTED = "terminate called without an active exception"
+
+
+def run_again_if_torch_aborts(*command, **more):
+    """Run a command up to four times, if it did its work and failed only at its end."""
+    for _ in range(3):
+        try:
+            return run(*command, **more)
+        except AssertionError as error:
+            if ABORTED not in str(error):
+                raise
+    return run(*command, **more)
+
+
 def run(*command, cwd, **more):
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     clean |= {
@@ -114,7 +129,7 @@ def test_pages_run_with_what_they_name(tmp_path):
         (folder / "tests").symlink_to(ROOT / "tests")
         try:
             for arguments, given in work(name):
-                run(made[needs[name]], *arguments, cwd=folder, input=given)
+                run_again_if_torch_aborts(made[needs[name]], *arguments, cwd=folder, input=given)
         except AssertionError as error:
             failed[name] = str(error)
 
