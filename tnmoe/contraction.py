@@ -82,8 +82,8 @@ def contraction_plan(
     Raises
     ------
     InputError
-        If there is not one bond for every pair of neighbours, the centre is none of its sites, a
-        count is none, or a size is 2⁶³ or more.
+        If the number of bonds does not fit the sites, ``center`` is not one of the sites, a count
+        is not an integer in its range, or a size is 2⁶³ or more.
 
     Examples
     --------

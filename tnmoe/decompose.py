@@ -26,7 +26,7 @@ from tnmoe.truncation import TruncationInfo
 # Entries between these can be squared and summed in every dtype as they are.
 _SAFE = (2.0**-30, 2.0**30)
 
-# Memory that a decomposition takes, as measured: so many times the matrix as it is computed.
+# Measured memory of a decomposition, as multiples of the matrix in the dtype of the computation.
 _LEAST, _MOST = 1.5, 5
 
 

@@ -27,7 +27,7 @@ def check_ordinary(path: str | os.PathLike, pipes: bool = False) -> None:
     Raises
     ------
     OSError
-        If there is none.
+        If there is no file of that name.
     """
     mode = os.stat(path).st_mode
     if not (S_ISREG(mode) or (pipes and S_ISFIFO(mode))):
@@ -47,7 +47,7 @@ def read_json(path: str | os.PathLike, pipes: bool = False) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If it holds none, or is larger than any, or no ordinary file.
+        If it holds no JSON object, has more than 100 MB, or is not an ordinary file.
     OSError
         If it cannot be read.
     """

@@ -44,7 +44,7 @@ MaskEngine = Literal["auto", "optimizer", "autograd"]
 MASK_ENGINES = get_args(MaskEngine)
 ExportFormat = Literal["moe", "dense"]
 EXPORT_FORMATS = get_args(ExportFormat)
-# Seeds count from 0, and torch knows so many.
+# torch takes seeds from 0 up to this number, which is excluded.
 SEEDS = 2**64
 
 # Pictures

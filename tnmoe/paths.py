@@ -110,7 +110,7 @@ class Network:
         return f"{','.join(self.terms)}->{self.result}"
 
     def shapes(self, batch: int | None) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the operands for so many vectors."""
+        """Shapes of the operands for a number of vectors."""
         sizes = self.sizes if batch is None else self.sizes | {self.vector: batch}
         return tuple(tuple(sizes[index] for index in term) for term in self.terms)
 

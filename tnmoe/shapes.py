@@ -19,7 +19,7 @@ _MAX_IMBALANCE = 8
 _LARGEST_SIZE = 2**40
 # No size up to there has as many prime factors.
 _MOST_SITES = 100
-# So many sizes are tried when a size is padded. Where sites are many, fitting sizes are rare.
+# The number of sizes that padding tries. With many sites, sizes that fit are rare.
 _TRIES = 2**14
 
 

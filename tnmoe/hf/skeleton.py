@@ -130,7 +130,7 @@ def foreign_values(
 
 
 def _check_counts(entries: Any, name: str = "") -> None:
-    """Refuse numbers of layers and the like that no model has, before anything is made so often."""
+    """Refuse counts (of layers, say) that no model has, before a list of that length is made."""
     if isinstance(entries, Mapping):
         for key, value in entries.items():
             _check_counts(value, str(key))

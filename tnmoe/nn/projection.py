@@ -572,7 +572,7 @@ class SharedProjection(Projection):
         super()._load_from_state_dict(*args, **kwargs)
 
     def plan(self, rows: int, training: bool) -> ContractionPlan:
-        """How so many rows go through; ``print`` it to see what every route would cost.
+        """How a number of rows goes through; ``print`` it to see what every route would cost.
 
         Parameters
         ----------
