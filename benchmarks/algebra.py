@@ -33,7 +33,7 @@ from machine import (
 )
 from peers import Library, Unsupported, libraries
 
-from tnmoe.tables import format_table
+from tnmoe.system.tables import format_table
 
 HEADERS = ("library", "median ms", "rel. error", "parameters", "/ tnmoe", "/ floor", "")
 

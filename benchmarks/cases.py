@@ -205,12 +205,12 @@ def decompose_flops(shape: tn.MPOShape, bonds: tuple[int, ...] | None) -> int:
     """
     if bonds is None:
         return 0
-    center = shape.center
-    left, right = prod(shape.legs[:center]), prod(shape.legs[center + 1 :])
-    rest = shape.legs[center] * right
-    kept_left = bonds[center - 1] if center else 1
-    kept_right = bonds[center] if center < shape.sites - 1 else 1
-    rows = kept_left * shape.legs[center]
+    center_site = shape.center_site
+    left, right = prod(shape.legs[:center_site]), prod(shape.legs[center_site + 1 :])
+    rest = shape.legs[center_site] * right
+    kept_left = bonds[center_site - 1] if center_site else 1
+    kept_right = bonds[center_site] if center_site < shape.sites - 1 else 1
+    rows = kept_left * shape.legs[center_site]
     return 2 * left * rest * (left + kept_left) + 2 * rows * right * (right + kept_right)
 
 

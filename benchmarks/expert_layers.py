@@ -18,7 +18,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 import tnmoe as tn
-from tnmoe.nn import MPOExperts, SharedProjection
+from tnmoe.nn import MPOExperts, MPOProjection
 
 BONDS = (None, 128, 64, 32, 16, 8)
 GROUPS = (32, 64, 128)
@@ -96,7 +96,7 @@ class Published(nn.Module):
         self.projections = nn.ModuleList()
         for sizes in ((inner, hidden), (hidden, inner)):
             shape = tn.MPOShape.for_matrix(*sizes, sites=5)
-            self.projections.append(SharedProjection(experts, shape, max_bond=max_bond))
+            self.projections.append(MPOProjection(experts, shape, max_bond=max_bond))
 
     def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         result = torch.zeros_like(states)
@@ -110,7 +110,7 @@ class Published(nn.Module):
     def _matrix(self, which: int, expert: int) -> Tensor:
         projection = self.projections[which]
         shape, cores = projection.shape, [core[expert] for core in projection.aux]
-        cores.insert(projection.site, projection.center)
+        cores.insert(projection.center_site, projection.center)
         product = cores[0]
         for core in cores[1:]:
             product = torch.tensordot(product, core, ([-1], [0]))
@@ -183,7 +183,7 @@ def mpo_experts(
     """Our layer; ``route`` fixes what is planned otherwise."""
     layer = MPOExperts(experts, hidden, inner, "silu" if gated else "relu", gated, **details)
     for module in layer.modules():
-        if isinstance(module, SharedProjection):
+        if isinstance(module, MPOProjection):
             module.route = route
     return layer
 

@@ -42,17 +42,17 @@ from machine import (
 from peers import OnTorch, Unsupported
 
 import tnmoe as tn
-from tnmoe.nn import SharedProjection, weight_cache
-from tnmoe.nn.calibrate import calibrate
-from tnmoe.nn.grouped import Groups
-from tnmoe.nn.materialize import Workshop, environments
-from tnmoe.tables import format_table
+from tnmoe.nn import MPOProjection, weight_cache
+from tnmoe.nn.compute.calibrate import calibrate
+from tnmoe.nn.compute.grouped import Groups
+from tnmoe.nn.compute.rebuilt import MatrixBuilder, environments
+from tnmoe.system.tables import format_table
 
 FFNS = {"768x3072": (768, 3072), "1024x4096": (1024, 4096)}
 PACKAGES = ("tnmoe", "transformers", "torchTT", "tensorly-torch")
 BASELINES = ("Switch loop", "grouped_mm")
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-ROUTES = ("shared", "chain", "dense", "cached")
+ROUTES = ("joint", "per_expert", "rebuilt", "cached")
 
 
 def main() -> None:
@@ -276,7 +276,7 @@ def check_plan(
     ]
     found, table = [], []
     for (name, shape, bond), mode in product(shapes, options.modes):
-        make = partial(SharedProjection, case["experts"], shape, max_bond=bond)
+        make = partial(MPOProjection, case["experts"], shape, max_bond=bond)
         projection = made_on(options.device, make)
         planned = projection.plan(case["tokens"], mode == "train")
         limit = 6 * min(planned.seconds.values())
@@ -320,7 +320,7 @@ def _medians_when_cold(
 
 
 def _one_route(
-    projection: SharedProjection, route: str, states: torch.Tensor, groups: Any, training: bool
+    projection: MPOProjection, route: str, states: torch.Tensor, groups: Any, training: bool
 ) -> None:
     projection.route = route
     if not training:
@@ -338,10 +338,10 @@ def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
     found, table = [], []
     for bond in expert_layers.BONDS:
         shape = tn.MPOShape.for_matrix(3072, 768, 5)
-        projection = made_on(library.device, partial(SharedProjection, 8, shape, max_bond=bond))
-        aux, site, legs = list(projection.aux), projection.site, projection.legs
+        projection = made_on(library.device, partial(MPOProjection, 8, shape, max_bond=bond))
+        aux, site, legs = list(projection.aux), projection.center_site, projection.legs
         left, right = environments(aux[:site], aux[site:], len(aux[0]))
-        call = partial(_build_in_turn, Workshop(projection.center, legs), left, right)
+        call = partial(_build_in_turn, MatrixBuilder(projection.center, legs), left, right)
         call()
         seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 7)[""])
         columns = projection.center[0].numel()
@@ -354,12 +354,12 @@ def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
     return found
 
 
-def _build_in_turn(workshop: Workshop, left: torch.Tensor, right: torch.Tensor) -> None:
+def _build_in_turn(builder: MatrixBuilder, left: torch.Tensor, right: torch.Tensor) -> None:
     turns = [(left, right)] if left.is_cuda else zip(left.split(1), right.split(1), strict=True)
     for lefts, rights in turns:
-        halves = workshop.halves(lefts)
-        for part, _ in workshop.pieces():
-            workshop.matrix(workshop.piece(halves[:, part]), rights)
+        halves = builder.halves(lefts)
+        for part, _ in builder.pieces():
+            builder.matrix(builder.piece(halves[:, part]), rights)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import GPT2Config, T5Config
 
 from tnmoe import hf
-from tnmoe.tables import format_table
+from tnmoe.system.tables import format_table
 
 MODELS = {
     "T5-base": T5Config(

@@ -15,8 +15,8 @@ from experiments.settings import SCALES, all_settings
 from experiments.texts import Text, default_texts
 from tnmoe.cli.arguments import from_one
 from tnmoe.errors import InputError
-from tnmoe.locks import locked
-from tnmoe.nn.devices import usable_device
+from tnmoe.nn.compute.devices import usable_device
+from tnmoe.system.locks import locked
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.settings import Setting
 from experiments.statistics import best_rate
 from tnmoe.errors import InputError
-from tnmoe.folders import write_whole
+from tnmoe.system.folders import write_whole
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,13 @@ def _half_bond(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
 
 def _share_all_but_center(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
     center = {
-        name: config.shape_for(*size).center
+        name: config.shape_for(*size).center_site
         for name, size in variants.first_sizes(model, config).items()
     }
     sites = range(config.sites)
-    return replace(config, shared={n: [s for s in sites if s != c] for n, c in center.items()})
+    return replace(
+        config, shared_sites={n: [s for s in sites if s != c] for n, c in center.items()}
+    )
 
 
 MOE = {"layout": "dense"}
@@ -169,7 +171,7 @@ METHODS: dict[str, Method] = {
     ),
     "separate": Method(
         "MPO experts that share nothing, truncated to MPOE's parameters",
-        {"shared": "none"},
+        {"shared_sites": "none"},
         adapt=variants.bonds_for_equal_parameters,
     ),
     "low-rank": Method(

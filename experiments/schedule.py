@@ -23,7 +23,7 @@ from experiments.costs import WARM_UP, step_cost
 from experiments.folder import SettingFolder, write
 from experiments.settings import Setting
 from experiments.training import Run, train
-from tnmoe.progress import bar
+from tnmoe.system.progress import bar
 
 # Loaded once, and inherited by every run.
 _PRELOADED = ["experiments.schedule", "experiments.settings"]

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tnmoe import hf
 from tnmoe.hf.families import weight_of
-from tnmoe.nn import MPOMoE, Projection, SharedProjection, StackedProjection, shared_parameters
-from tnmoe.nn.grouped import Groups, grouped_linear
+from tnmoe.nn import MPOMoE, MPOProjection, Projection, StackedProjection, shared_parameters
+from tnmoe.nn.compute.grouped import Groups, grouped_linear
 from tnmoe.shapes import MPOShape
 
 Size = tuple[int, int]
@@ -174,7 +174,7 @@ def cores_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     cores = [
         core
         for each in model.modules()
-        if isinstance(each, SharedProjection)
+        if isinstance(each, MPOProjection)
         for core in (*each.aux, each.center)
     ]
     return {"shared": shared, "owned": [core for core in cores if id(core) not in common]}

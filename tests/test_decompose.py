@@ -20,9 +20,9 @@ from tests.matrices import (
     to_library,
     to_numpy,
 )
-from tnmoe import weights
 from tnmoe.backends import backend_named
-from tnmoe.weights import FactorWeights, GramWeights
+from tnmoe.chains import unfolding as unfolding_module
+from tnmoe.chains.unfolding import GramMatrix, TriangularFactor
 
 max_bonds = st.one_of(st.none(), st.integers(1, 20))
 rtols = st.one_of(st.none(), st.sampled_from((0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 2.0)))
@@ -76,21 +76,25 @@ def test_canonical_cores_are_isometries_on_their_side_of_the_centre(
     case, library, method, max_bond, data
 ):
     shape, matrix = case
-    center = data.draw(st.integers(0, shape.sites - 1))
+    center_site = data.draw(st.integers(0, shape.sites - 1))
     mpo = tn.decompose(
-        to_library(matrix, library), shape, max_bond=max_bond, center=center, method=method
+        to_library(matrix, library),
+        shape,
+        max_bond=max_bond,
+        center_site=center_site,
+        method=method,
     )
-    assert mpo.center == center
-    assert_canonical(mpo, center)
+    assert mpo.center_site == center_site
+    assert_canonical(mpo, center_site)
 
 
-def assert_canonical(mpo: tn.MPO, center: int) -> None:
+def assert_canonical(mpo: tn.MPO, center_site: int) -> None:
     single = str(mpo.dtype).removeprefix("torch.") in ("float32", "complex64")
     tolerance = 1e-4 if single else 1e-11
     for site, core in enumerate(map(to_numpy, mpo.cores)):
-        if site < center:
+        if site < center_site:
             isometry = core.reshape(-1, core.shape[-1])
-        elif site > center:
+        elif site > center_site:
             isometry = core.reshape(core.shape[0], -1).conj().T
         else:
             continue
@@ -111,7 +115,7 @@ def test_schmidt_values_seen_are_in_double_precision_whatever_the_method(method,
         assert str(values.dtype).removeprefix("torch.") == "float64"
 
 
-@pytest.mark.parametrize(("method", "kind"), [("eigh", GramWeights), ("svd", FactorWeights)])
+@pytest.mark.parametrize(("method", "kind"), [("eigh", GramMatrix), ("svd", TriangularFactor)])
 def test_small_neighbouring_sites_are_read_together(method, kind, monkeypatch):
     heights, of = [], kind.of
 
@@ -121,7 +125,7 @@ def test_small_neighbouring_sites_are_read_together(method, kind, monkeypatch):
 
     monkeypatch.setattr(kind, "of", counted)
     shape = tn.MPOShape((3, 3, 3, 1, 3, 3, 3), (3, 3, 3, 1, 3, 3, 3))
-    tn.decompose(np.eye(729), shape, max_bond=4, center=3, method=method)
+    tn.decompose(np.eye(729), shape, max_bond=4, center_site=3, method=method)
     # From either end: two sites of 9 legs, of which three would make 729 rows; then one alone.
     assert heights == [81, 4 * 9, 81, 4 * 9]
 
@@ -313,10 +317,12 @@ def test_every_number_of_sites_and_every_centre_is_exact_where_asked(library, si
         (2,) * min(sites, 8) + (1,) * max(0, sites - 8), (1, 2) * (sites // 2) + (1,) * (sites % 2)
     )
     matrix = np.random.default_rng(sites).standard_normal((shape.out_features, shape.in_features))
-    for center in range(sites):
+    for center_site in range(sites):
         for method in ("qr", "svd"):
-            mpo = tn.decompose(to_library(matrix, library), shape, center=center, method=method)
-            assert_canonical(mpo, center)
+            mpo = tn.decompose(
+                to_library(matrix, library), shape, center_site=center_site, method=method
+            )
+            assert_canonical(mpo, center_site)
             assert error_of(mpo, matrix) <= rounding(matrix)
 
 
@@ -324,10 +330,10 @@ def test_every_number_of_sites_and_every_centre_is_exact_where_asked(library, si
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(5, 10), (5, 200), (5, 203), (64, 1000), (2, 6, 300)])
 def test_the_factor_of_a_wide_matrix_grown_in_blocks_is_one(size, dtype, library, monkeypatch):
-    monkeypatch.setattr(weights, "_BLOCK", 100)
+    monkeypatch.setattr(unfolding_module, "_BLOCK", 100)
     matrix = np.random.default_rng(0).standard_normal(size).astype(dtype)
     xp = backend_named(library)
-    factor = weights._square(xp, to_library(matrix, library))
+    factor = unfolding_module._square(xp, to_library(matrix, library))
     assert tuple(factor.shape[-2:]) == (size[-2], size[-2])
     expected = matrix @ matrix.conj().swapaxes(-1, -2)
     found = to_numpy(factor @ xp.adjoint(factor))
@@ -347,7 +353,7 @@ def test_the_factor_of_a_wide_matrix_grown_in_blocks_is_one(size, dtype, library
 def test_a_truncation_takes_little_more_memory_than_a_copy_of_the_matrix(
     dtype, method, most, monkeypatch
 ):
-    monkeypatch.setattr(weights, "_BLOCK", 2**16)
+    monkeypatch.setattr(unfolding_module, "_BLOCK", 2**16)
     matrix = np.random.default_rng(0).standard_normal((1024, 1024)).astype(dtype)
     shape = tn.MPOShape.for_matrix(1024, 1024)
     tracemalloc.start()
@@ -466,14 +472,16 @@ def test_gradients_are_finite_for_zero_identity_and_repeated_spectra(matrix, met
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("method", ["auto", "svd", "eigh"])
-@pytest.mark.parametrize("center", [0, 2])
-def test_gradients_through_a_truncation_agree_with_finite_differences(dtype, method, center):
+@pytest.mark.parametrize("center_site", [0, 2])
+def test_gradients_through_a_truncation_agree_with_finite_differences(dtype, method, center_site):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(8, 8, dtype=dtype, generator=generator, requires_grad=True)
     shape = tn.MPOShape((2, 2, 2), (2, 2, 2))
 
     def truncated(matrix):
-        return tn.decompose(matrix, shape, max_bond=2, method=method, center=center).to_matrix()
+        return tn.decompose(
+            matrix, shape, max_bond=2, method=method, center_site=center_site
+        ).to_matrix()
 
     assert torch.autograd.gradcheck(truncated, matrix)
 
@@ -524,7 +532,7 @@ def test_nan_and_infinity_are_refused(library, value, dtype):
             "rtol must be a finite number of at least 0, got 'small'",
         ),
         (np.ones((4, 4)), {"rtol": True}, "rtol must be a finite number of at least 0, got True"),
-        (np.ones((4, 4)), {"center": 2}, "center must be an integer from 0 to 1"),
+        (np.ones((4, 4)), {"center_site": 2}, "center_site must be an integer from 0 to 1"),
         (
             np.ones((4, 4)),
             {"method": "magic"},

@@ -34,7 +34,7 @@ OPERATIONS = {
     "norms": lambda a, b: (a.norm(), (a - b).norm(), a.canonicalize(1).norm()),
     "Schmidt values": lambda a, b: (a.schmidt_values(0)[:2], (a @ b).schmidt_values(1)),
     "Vidal form": vidal,
-    "compress": lambda a, b: (a + b).compress(max_bond=3, center=1).to_matrix(),
+    "compress": lambda a, b: (a + b).compress(max_bond=3, center_site=1).to_matrix(),
     "apply, exactly and in batches": lambda a, b: (
         a.apply(b.to_matrix()[0]),
         a.apply(b.to_matrix()),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tnmoe.extras import EXTRAS
+from tnmoe.system.extras import EXTRAS
 
 
 def run(code: str) -> str:
@@ -61,7 +61,7 @@ NO_TRANSFORMERS = "{} needs transformers, which is not installed: pip install 't
     ("blocked", "module", "message"),
     [
         (ALL, "tnmoe.nn", TORCH.format("tnmoe.nn")),
-        (ALL, "tnmoe.nn.router", TORCH.format("tnmoe.nn")),
+        (ALL, "tnmoe.nn.routing.router", TORCH.format("tnmoe.nn")),
         (ALL, "tnmoe.hf", BOTH.format("tnmoe.hf")),
         ({"torch"}, "tnmoe.hf", NO_TORCH.format("tnmoe.hf")),
         ({"transformers"}, "tnmoe.hf", NO_TRANSFORMERS.format("tnmoe.hf")),

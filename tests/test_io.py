@@ -26,7 +26,7 @@ def example(dtype: str, kind: str, library: str) -> tn.MPO | tn.SharedMPO:
 
 
 def arrays_of(obj: tn.MPO | tn.SharedMPO) -> tuple:
-    return obj.cores if isinstance(obj, tn.MPO) else (obj.center_core, *obj.aux)
+    return obj.cores if isinstance(obj, tn.MPO) else (obj.center, *obj.aux)
 
 
 CASES = [
@@ -44,7 +44,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, library, dtype, kind):
     tn.save(tmp_path / "x.safetensors", obj)
     back = tn.load(tmp_path / "x.safetensors")
     assert type(back) is type(obj)
-    assert (back.shape, back.center) == (obj.shape, obj.center)
+    assert (back.shape, back.center_site) == (obj.shape, obj.center_site)
     for old, new in zip(arrays_of(obj), arrays_of(back), strict=True):
         assert type(new) is type(old)
         assert new.dtype == old.dtype
@@ -58,7 +58,7 @@ def test_another_library_can_be_asked_for(tmp_path, saved_from, library):
     obj = example("float32", "SharedMPO", saved_from)
     tn.save(tmp_path / "x", obj)
     back = tn.load(tmp_path / "x", library=library)
-    assert get_backend(back.center_core).name == library
+    assert get_backend(back.center).name == library
     for old, new in zip(arrays_of(obj), arrays_of(back), strict=True):
         np.testing.assert_array_equal(to_numpy(new), to_numpy(old))
 
@@ -120,7 +120,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         "in_dims": [2],
         "out_features": 2,
         "in_features": 2,
-        "center": 0,
+        "center_site": 0,
     }
     save_file({"cores.7": np.ones((1, 2, 2, 1))}, partial, {"tnmoe": json.dumps(description)})
     listed = tmp_path / "listed"
@@ -141,7 +141,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
             {"kind": "Whatever"},
             "the kind in .*described must be one of MPO, SharedMPO, got 'Whatever'",
         ),
-        ({"center": 0.0}, "tnmoe.save writes: center must be an integer from 0 to 0, got 0.0"),
+        (
+            {"center_site": 0.0},
+            "tnmoe.save writes: center_site must be an integer from 0 to 0, got 0.0",
+        ),
         ({"out_dims": [3]}, r"tnmoe.save writes: the cores have \(out, in\) legs .* do not fit"),
     ):
         metadata = {"tnmoe": json.dumps(description | {"out_features": None} | entries)}

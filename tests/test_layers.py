@@ -21,8 +21,10 @@ MODULES = sorted(
 
 
 def row_of(module: str) -> int:
-    """Row of a dotted name below tnmoe: of its package, or of the module itself."""
-    return ROWS[module.split(".")[1]]
+    """Row of a dotted name: of the module itself, or of the nearest room around it."""
+    parts = module.split(".")[1:]
+    rooms = ("/".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next(ROWS[room] for room in rooms if room in ROWS)
 
 
 def imported(path: Path) -> set[str]:

@@ -59,7 +59,7 @@ def test_limited_bonds_obey_the_limit_and_never_exceed_what_neighbours_use(shape
 @given(shapes())
 def test_the_central_core_holds_as_many_numbers_as_the_matrix(shape):
     sizes = [prod(core) for core in shape.core_shapes()]
-    assert sizes[shape.center] == shape.padded_out * shape.padded_in == max(sizes)
+    assert sizes[shape.center_site] == shape.padded_out * shape.padded_in == max(sizes)
     assert sum(sizes) == shape.num_params()
 
 
@@ -120,7 +120,7 @@ def test_split_puts_output_legs_left_and_input_legs_right():
     shape = tn.MPOShape.split(3072, 768, left=(8, 8), right=[16, 4])
     assert shape.out_dims == (8, 8, 48, 1, 1)
     assert shape.in_dims == (1, 1, 12, 16, 4)
-    assert shape.center == 2
+    assert shape.center_site == 2
 
 
 def test_numpy_integers_are_integers():

@@ -1,17 +1,17 @@
 """tnmoe: tensor-network mixtures of experts."""
 
 from tnmoe.combine import add, matmul
-from tnmoe.contraction import ContractionPlan, contraction_plan
+from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose, decompose_batch
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.fit import FitInfo, fit
 from tnmoe.io import load, save
 from tnmoe.mpo import MPO, kron
-from tnmoe.selection import bonds_by_entropy, select_bonds
 from tnmoe.shapes import MPOShape, factorize
-from tnmoe.shared import SharedMPO
+from tnmoe.shared_mpo import SharedMPO
 from tnmoe.squeeze import SqueezeResult, SqueezeStep, squeeze
-from tnmoe.truncation import TruncationInfo
+from tnmoe.truncation.info import TruncationInfo
+from tnmoe.truncation.select import bonds_by_entropy, select_bonds
 
 __all__ = [
     "MPO",

@@ -9,18 +9,18 @@ from typing import Literal, overload
 
 import numpy as np
 
-from tnmoe import algebra
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.canonical import canonicalize
-from tnmoe.einsum import contract
+from tnmoe.chains import algebra
+from tnmoe.chains.canonical import canonicalize
+from tnmoe.chains.precision import narrowed, widened
+from tnmoe.chains.rounding import near_one, times_power, truncated_isometry
+from tnmoe.contraction.einsum import contract
 from tnmoe.errors import InputError, generator_of, one_of
 from tnmoe.mpo import MPO, check_operands, product_factors
 from tnmoe.options import ADD_METHODS, MATMUL_METHODS, AddMethod, MatmulMethod
-from tnmoe.plan import Selection
-from tnmoe.precision import narrowed, widened
-from tnmoe.rounding import near_one, times_power, truncated_isometry
 from tnmoe.shapes import MPOShape
-from tnmoe.truncation import TruncationInfo
+from tnmoe.truncation.info import TruncationInfo
+from tnmoe.truncation.limits import Limits
 
 # The random projections keep this many directions more than will be kept in the end.
 _OVERSAMPLING = 10
@@ -94,7 +94,7 @@ def add(
     Returns
     -------
     MPO
-        In canonical form around ``shape.center``.
+        In canonical form around ``shape.center_site``.
     TruncationInfo
         Only with ``return_info``: of the last rounding. Its ``error_bound`` is for the whole sum.
 
@@ -118,7 +118,7 @@ def add(
         check_operands(first, other)
         if other.shape != first.shape:
             raise InputError(f"cannot add {first.shape} and {other.shape}: they must be equal")
-    selection = Selection(first.shape, max_bond, bonds, rtol, max_params)
+    selection = Limits(first.shape, max_bond, bonds, rtol, max_params)
     one_of("method", method, ADD_METHODS)
     xp = get_backend(first.cores[0])
     with xp.full_precision(first.cores[0]):
@@ -197,7 +197,7 @@ def matmul(
     Returns
     -------
     MPO
-        In canonical form around its ``shape.center``.
+        In canonical form around its ``shape.center_site``.
     TruncationInfo
         Only with ``return_info``: of the last rounding. Its ``error_bound`` is for the whole
         product.
@@ -219,7 +219,7 @@ def matmul(
     xp = get_backend(a.cores[0])
     with xp.full_precision(a.cores[0]):
         shape, factors = product_factors(a, b)
-        selection = Selection(shape, max_bond, bonds, rtol, max_params)
+        selection = Limits(shape, max_bond, bonds, rtol, max_params)
         if method == "direct":
             mpo, info = _compressed(MPO(algebra.compose(xp, *factors), shape), selection)
         else:
@@ -229,14 +229,14 @@ def matmul(
     return (mpo, info) if return_info else mpo
 
 
-def _direct_sum(mpos: Sequence[MPO], selection: Selection) -> tuple[MPO, TruncationInfo]:
+def _direct_sum(mpos: Sequence[MPO], selection: Limits) -> tuple[MPO, TruncationInfo]:
     xp = get_backend(mpos[0].cores[0])
     whole = MPO(algebra.add(xp, [mpo.cores for mpo in mpos]), mpos[0].shape)
     return _compressed(whole, selection)
 
 
 def _randomized_sum(
-    mpos: Sequence[MPO], selection: Selection, rng: np.random.Generator, measure: bool
+    mpos: Sequence[MPO], selection: Limits, rng: np.random.Generator, measure: bool
 ) -> tuple[MPO, TruncationInfo]:
     xp = get_backend(mpos[0].cores[0])
     chains, exponent = near_one(xp, [_wide(xp, mpo.cores) for mpo in mpos])
@@ -252,7 +252,7 @@ def _randomized_sum(
 def _product_as_formed(
     xp: Backend,
     factors: tuple[Sequence[Array], Sequence[Array]],
-    selection: Selection,
+    selection: Limits,
     method: MatmulMethod,
     rng: np.random.Generator,
     measure: bool,
@@ -299,7 +299,7 @@ class _Term:
 
 
 def _randomized(
-    xp: Backend, terms: Sequence[_Term], selection: Selection, rng: np.random.Generator
+    xp: Backend, terms: Sequence[_Term], selection: Limits, rng: np.random.Generator
 ) -> list[Array] | None:
     """Projection of a sum of terms onto random ranges; None where forming the sum is as cheap."""
     like = terms[0].chains[0][0]
@@ -381,7 +381,7 @@ def _overlap(xp: Backend, bra: _Term, ket: _Term) -> Array:
     return environment.reshape(())
 
 
-def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Selection) -> list[Array]:
+def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Limits) -> list[Array]:
     """Left-canonical cores of a product, truncated while it is formed."""
     # With its centre on the left, what is right of a bond is an isometry in each factor.
     term = _Term(tuple(canonicalize(xp, cores, None, 0) for cores in factors))
@@ -401,7 +401,7 @@ def _zip_up(xp: Backend, factors: tuple[Sequence[Array], ...], selection: Select
     return cores
 
 
-def _interim_cap(selection: Selection) -> float:
+def _interim_cap(selection: Limits) -> float:
     """Largest bond while a product is formed: twice what may be kept, if that cuts anything.
 
     The legs to the right bound a bond of the whole, but none of a part that is not yet multiplied
@@ -420,7 +420,7 @@ def _distance(xp: Backend, terms: Sequence[_Term], cores: Sequence[Array]) -> fl
     return max(0.0, _squared_norm(xp, [*terms, _Term((chain,))])) ** 0.5
 
 
-def _successive(mpos: Sequence[MPO], selection: Selection) -> tuple[MPO, TruncationInfo]:
+def _successive(mpos: Sequence[MPO], selection: Limits) -> tuple[MPO, TruncationInfo]:
     """Sum with a rounding after every addition, a tolerance shared between the roundings."""
     xp, allowed = get_backend(mpos[0].cores[0]), None
     if len(mpos) == 1:
@@ -450,7 +450,7 @@ def _successive(mpos: Sequence[MPO], selection: Selection) -> tuple[MPO, Truncat
     return total, info
 
 
-def _compressed(mpo: MPO, selection: Selection) -> tuple[MPO, TruncationInfo]:
+def _compressed(mpo: MPO, selection: Limits) -> tuple[MPO, TruncationInfo]:
     return mpo.compress(
         max_bond=selection.max_bond,
         bonds=selection.bonds,
@@ -461,7 +461,7 @@ def _compressed(mpo: MPO, selection: Selection) -> tuple[MPO, TruncationInfo]:
 
 
 def _finish(
-    cores: Sequence[Array], exponent: int, selection: Selection, missed: float
+    cores: Sequence[Array], exponent: int, selection: Limits, missed: float
 ) -> tuple[MPO, TruncationInfo]:
     """Round 2ᵉ times projected cores, which missed so much, to what was asked for."""
     rtol = None if selection.rtol is None else 0.9 * selection.rtol
@@ -474,7 +474,7 @@ def _finish(
 def _as(like: MPO, mpo: MPO) -> MPO:
     xp = get_backend(like.cores[0])
     name = xp.dtype_name(like.cores[0])
-    return MPO(narrowed(xp, mpo.cores, name), mpo.shape, mpo.center)
+    return MPO(narrowed(xp, mpo.cores, name), mpo.shape, mpo.center_site)
 
 
 def _wide(xp: Backend, cores: Sequence[Array]) -> list[Array]:

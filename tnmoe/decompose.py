@@ -12,16 +12,16 @@ import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
-from tnmoe.canonical import canonicalize
+from tnmoe.chains.canonical import canonicalize
+from tnmoe.chains.precision import check_range, computable, narrowed
+from tnmoe.chains.sweep import Sweep
 from tnmoe.errors import InputError, generator_of, one_of
-from tnmoe.memory import in_gigabytes, memory_for
-from tnmoe.mpo import MPO, check_center
+from tnmoe.mpo import MPO, check_center_site
 from tnmoe.options import METHODS, Method
-from tnmoe.plan import Selection
-from tnmoe.precision import check_range, computable, narrowed
 from tnmoe.shapes import MPOShape
-from tnmoe.sweep import Sweep
-from tnmoe.truncation import TruncationInfo
+from tnmoe.system.memory import in_gigabytes, memory_for
+from tnmoe.truncation.info import TruncationInfo
+from tnmoe.truncation.limits import Limits
 
 # Entries between these can be squared and summed in every dtype as they are.
 _SAFE = (2.0**-30, 2.0**30)
@@ -39,7 +39,7 @@ def decompose(
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
     max_params: int | None = ...,
-    center: int | None = ...,
+    center_site: int | None = ...,
     method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[False] = ...,
@@ -55,7 +55,7 @@ def decompose(
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
     max_params: int | None = ...,
-    center: int | None = ...,
+    center_site: int | None = ...,
     method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[True],
@@ -70,7 +70,7 @@ def decompose(
     bonds: Sequence[int] | None = None,
     rtol: float | None = None,
     max_params: int | None = None,
-    center: int | None = None,
+    center_site: int | None = None,
     method: Method = "auto",
     rng: np.random.Generator | int = 0,
     return_info: bool = False,
@@ -98,8 +98,8 @@ def decompose(
     max_params : int, optional
         Most numbers that all cores may hold together; the bonds of least predicted error within
         it are taken.
-    center : int, optional
-        Site of the orthogonality centre; by default ``shape.center``.
+    center_site : int, optional
+        Site of the orthogonality centre; by default ``shape.center_site``.
     method : {"auto", "qr", "eigh", "svd", "randomized"}
         How isometries are found. ``eigh`` diagonalises the Gram matrix of an unfolding, accumulated
         in double precision: fast, and for single precision as accurate as ``svd``, which takes the
@@ -121,8 +121,8 @@ def decompose(
     Returns
     -------
     MPO
-        In canonical form around ``center``, with the matrix's library, dtype and device. Without
-        any limit the bonds are exact: ``shape.bond_dims()``.
+        In canonical form around ``center_site``, with the matrix's library, dtype and device.
+        Without any limit the bonds are exact: ``shape.bond_dims()``.
     TruncationInfo
         Only with ``return_info``.
 
@@ -157,8 +157,8 @@ def decompose(
     True
     """
     shape = _check_matrix(matrix, shape, axes=2)
-    selection = Selection(shape, max_bond, bonds, rtol, max_params)
-    ((mpo, info),) = _decomposed(matrix, selection, center, method, rng, return_info)
+    selection = Limits(shape, max_bond, bonds, rtol, max_params)
+    ((mpo, info),) = _decomposed(matrix, selection, center_site, method, rng, return_info)
     return (mpo, info) if return_info else mpo
 
 
@@ -171,7 +171,7 @@ def decompose_batch(
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
     max_params: int | None = ...,
-    center: int | None = ...,
+    center_site: int | None = ...,
     method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[False] = ...,
@@ -187,7 +187,7 @@ def decompose_batch(
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
     max_params: int | None = ...,
-    center: int | None = ...,
+    center_site: int | None = ...,
     method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[True],
@@ -202,7 +202,7 @@ def decompose_batch(
     bonds: Sequence[int] | None = None,
     rtol: float | None = None,
     max_params: int | None = None,
-    center: int | None = None,
+    center_site: int | None = None,
     method: Method = "auto",
     rng: np.random.Generator | int = 0,
     return_info: bool = False,
@@ -213,7 +213,7 @@ def decompose_batch(
     ----------
     matrices : array, shape (B, out_features, in_features)
         At least one matrix.
-    shape, max_bond, bonds, rtol, max_params, center, method, rng, return_info
+    shape, max_bond, bonds, rtol, max_params, center_site, method, rng, return_info
         As for :func:`decompose`; limits hold for every matrix.
 
     Returns
@@ -237,34 +237,35 @@ def decompose_batch(
     [(1, 1), (1, 1)]
     """
     shape = _check_matrix(matrices, shape, axes=3)
-    selection = Selection(shape, max_bond, bonds, rtol, max_params)
-    results = _decomposed(matrices, selection, center, method, rng, return_info)
+    selection = Limits(shape, max_bond, bonds, rtol, max_params)
+    results = _decomposed(matrices, selection, center_site, method, rng, return_info)
     mpos, infos = zip(*results, strict=True)
     return (mpos, infos) if return_info else mpos
 
 
 def _decomposed(
     matrices: Array,
-    selection: Selection,
-    center: int | None,
+    selection: Limits,
+    center_site: int | None,
     method: Method,
     rng: np.random.Generator | int,
     want_spectra: bool,
 ) -> list[tuple[MPO, TruncationInfo]]:
     """One matrix or a batch of them, checked."""
     xp, shape = get_backend(matrices), selection.shape
-    center = check_center(shape, center)
+    center_site = check_center_site(shape, center_site)
     one_of("method", method, METHODS)
     dtype = xp.dtype_name(matrices)
     with memory_for(_need(xp, matrices)), xp.full_precision(matrices):
-        sweep_center = _sweep_center(shape, center)
+        sweep_center = _sweep_center(shape, center_site)
         tensor, scales = _tensor(xp, matrices, shape, sweep_center)
         rng = generator_of(rng)
         sweep = Sweep(xp, tensor, shape.legs, sweep_center, selection, method, rng, want_spectra)
         del tensor  # so that the sweep can let it go when it has a smaller one
         sweep.run()
         return [
-            _result(xp, sweep, index, scale, dtype, center) for index, scale in enumerate(scales)
+            _result(xp, sweep, index, scale, dtype, center_site)
+            for index, scale in enumerate(scales)
         ]
 
 
@@ -302,12 +303,12 @@ def _check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
 
 
 def _tensor(
-    xp: Backend, matrices: Array, shape: MPOShape, center: int
+    xp: Backend, matrices: Array, shape: MPOShape, center_site: int
 ) -> tuple[Array, list[float]]:
     """Matrices as a sweep takes them, and the scales that they were divided by."""
     computed = computable(xp, matrices)
     scales = _scales(xp, computed, shape)
-    return _interleave(xp, computed, shape, scales, center), scales
+    return _interleave(xp, computed, shape, scales, center_site), scales
 
 
 def _scales(xp: Backend, matrix: Array, shape: MPOShape) -> list[float]:
@@ -327,9 +328,9 @@ def _scales(xp: Backend, matrix: Array, shape: MPOShape) -> list[float]:
 
 
 def _interleave(
-    xp: Backend, matrix: Array, shape: MPOShape, scales: Sequence[float], center: int
+    xp: Backend, matrix: Array, shape: MPOShape, scales: Sequence[float], center_site: int
 ) -> Array:
-    """The matrix divided by the scales, with axes (..., left legs, those of center, right legs)."""
+    """Divide the matrix by its scale; axes (..., left legs, those of the centre, right legs)."""
     if any(scale != 1 for scale in scales):
         divisors = np.reshape(scales, (-1, 1, 1) if matrix.ndim == 3 else ())
         matrix = matrix / xp.from_numpy(divisors, like=matrix)
@@ -345,8 +346,8 @@ def _interleave(
         matrix.reshape((*batch, *(size for _, size in legs))),
         [*range(len(batch)), *(len(batch) + axis for axis in axes)],
     )
-    left, right = prod(shape.legs[:center]), prod(shape.legs[center + 1 :])
-    return tensor.reshape(*batch, left, shape.legs[center], right)
+    left, right = prod(shape.legs[:center_site]), prod(shape.legs[center_site + 1 :])
+    return tensor.reshape(*batch, left, shape.legs[center_site], right)
 
 
 def _sweep_center(shape: MPOShape, wanted: int) -> int:
@@ -361,22 +362,22 @@ def _sweep_center(shape: MPOShape, wanted: int) -> int:
 
 
 def _result(
-    xp: Backend, sweep: Sweep, index: int, scale: float, dtype: str, center: int
+    xp: Backend, sweep: Sweep, index: int, scale: float, dtype: str, center_site: int
 ) -> tuple[MPO, TruncationInfo]:
     """One matrix of the batch, out of a finished sweep."""
     shape = sweep.selection.shape
     cores = {site: _pick(core, index, 3) for site, core in sweep.cores.items()}
-    cores[sweep.center] = _pick(sweep.tensor, index, 3)
+    cores[sweep.center_site] = _pick(sweep.tensor, index, 3)
     legs = zip(shape.out_dims, shape.in_dims, strict=True)
     chain = [
         cores[site].reshape(cores[site].shape[0], *leg, cores[site].shape[-1])
         for site, leg in enumerate(legs)
     ]
-    moved = list(canonicalize(xp, chain, sweep.center, center))
+    moved = list(canonicalize(xp, chain, sweep.center_site, center_site))
     if scale != 1:
-        check_range(xp, moved[center], dtype, scale)
+        check_range(xp, moved[center_site], dtype, scale)
     # Also by 1: the core may be a view of the matrix, which its owner may write to.
-    moved[center] = moved[center] * scale
+    moved[center_site] = moved[center_site] * scale
     cuts = [sweep.cuts[bond] for bond in sorted(sweep.cuts)]
     spectra = [_pick(cut.spectrum, index, 1) for cut in cuts if cut.spectrum is not None]
     info = TruncationInfo(
@@ -384,7 +385,7 @@ def _result(
         spectra=tuple(xp.astype(values, "float64") * scale for values in spectra),
         methods=tuple(cut.method for cut in cuts),
     )
-    return MPO(narrowed(xp, moved, dtype), shape, center), info
+    return MPO(narrowed(xp, moved, dtype), shape, center_site), info
 
 
 def _pick(array: Array, index: int, ndim: int) -> Array:

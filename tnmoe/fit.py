@@ -8,15 +8,15 @@ from typing import Literal, overload
 
 import numpy as np
 
-from tnmoe import algebra
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.canonical import canonicalize, shift_left, shift_right
-from tnmoe.einsum import contract
+from tnmoe.chains import algebra
+from tnmoe.chains.canonical import canonicalize, shift_left, shift_right
+from tnmoe.chains.precision import narrowed, widened
+from tnmoe.chains.rounding import near_one, times_power
+from tnmoe.contraction.einsum import contract
 from tnmoe.errors import InputError, number_in, positive_int
 from tnmoe.mpo import MPO, check_operands
-from tnmoe.plan import Selection
-from tnmoe.precision import narrowed, widened
-from tnmoe.rounding import near_one, times_power
+from tnmoe.truncation.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _start(
     if initial is None:
         if max_bond is None and bonds is None:
             raise InputError("a fit needs max_bond, bonds or an initial operator")
-        caps = Selection(target.shape, max_bond, bonds).caps
+        caps = Limits(target.shape, max_bond, bonds).caps
         return MPO.random(target.shape, caps, rng, like=target.cores[0])
     if max_bond is not None or bonds is not None:
         raise InputError("initial brings its own bonds: give no max_bond or bonds beside it")

@@ -6,10 +6,10 @@ from math import prod
 from typing import Any
 
 from tnmoe.backends import Array, get_backend
+from tnmoe.chains.precision import in_one_dtype
 from tnmoe.errors import InputError
-from tnmoe.extras import require_extra
 from tnmoe.mpo import MPO
-from tnmoe.precision import in_one_dtype
+from tnmoe.system.extras import require_extra
 
 __all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_tensorly"]
 

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from tnmoe.backends import Array, Backend, available_backends, backend_named, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.errors import InputError, index_in, one_of, shown
-from tnmoe.files import parsed, read_header
-from tnmoe.folders import write_whole
-from tnmoe.memory import memory_for
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
-from tnmoe.shared import SharedMPO
+from tnmoe.shared_mpo import SharedMPO
+from tnmoe.system.files import parsed, read_header
+from tnmoe.system.folders import write_whole
+from tnmoe.system.memory import memory_for
 
 _FORMAT = 1
 
@@ -52,13 +52,13 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(pathlib.Path(folder) / "mpo.safetensors", mpo)
     ...     load(pathlib.Path(folder) / "mpo.safetensors")
-    MPO(4×2, sites=2, bond_dims=(3,), num_params=18, dtype=float64, center=None)
+    MPO(4×2, sites=2, bond_dims=(3,), num_params=18, dtype=float64, center_site=None)
     """
     if isinstance(obj, MPO):
         arrays = {f"cores.{site}": core for site, core in enumerate(obj.cores)}
     elif isinstance(obj, SharedMPO):
         arrays = {f"aux.{site}": core for site, core in enumerate(obj.aux)}
-        arrays["center_core"] = obj.center_core
+        arrays["center"] = obj.center
     else:
         raise TypeError(f"expected an MPO or a SharedMPO, got {type(obj).__qualname__}")
     some = next(iter(arrays.values()))
@@ -72,7 +72,7 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
         "in_dims": obj.shape.in_dims,
         "out_features": obj.shape.out_features,
         "in_features": obj.shape.in_features,
-        "center": obj.center,
+        "center_site": obj.center_site,
     }
     stored = {name: _as_stored(xp, array) for name, array in arrays.items()}
     # One entry, since safetensors writes several in an order that changes from call to call.
@@ -153,17 +153,17 @@ def _object(
     path: str | os.PathLike, description: dict, arrays: dict[str, Array]
 ) -> MPO | SharedMPO:
     """What was saved, from its description and its arrays."""
-    kind, center = description["kind"], description["center"]
+    kind, center_site = description["kind"], description["center_site"]
     one_of(f"the kind in {path}", kind, ("MPO", "SharedMPO"))
     try:
         if kind == "MPO":
             cores = [arrays[f"cores.{site}"] for site in range(len(arrays))]
-            return MPO(cores, _shape(description, cores), center)
+            return MPO(cores, _shape(description, cores), center_site)
         aux = [arrays[f"aux.{site}"] for site in range(len(arrays) - 1)]
-        middle = arrays["center_core"]
-        place = index_in("center", center, len(arrays))
+        middle = arrays["center"]
+        place = index_in("center_site", center_site, len(arrays))
         shape = _shape(description, [*aux[:place], middle, *aux[place:]])
-        return SharedMPO(middle, aux, shape, center)
+        return SharedMPO(middle, aux, shape, center_site)
     except InputError as error:
         raise InputError(f"{path} does not hold what tnmoe.save writes: {error}") from error
 

@@ -10,17 +10,18 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from tnmoe import algebra, spectrum
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
-from tnmoe.canonical import canonicalize, vidal
-from tnmoe.contraction import apply_cores, to_padded_matrix
+from tnmoe.chains import algebra
+from tnmoe.chains.canonical import canonicalize, schmidt_values, vidal
+from tnmoe.chains.precision import computable, in_one_dtype, narrowed, widened
+from tnmoe.chains.rounding import round_chain
+from tnmoe.contraction.plan import apply_cores, to_padded_matrix
 from tnmoe.errors import InputError, generator_of, index_in, shown
-from tnmoe.plan import Selection
-from tnmoe.precision import computable, in_one_dtype, narrowed, widened
-from tnmoe.rounding import round_chain
 from tnmoe.shapes import MPOShape
-from tnmoe.truncation import TruncationInfo
+from tnmoe.truncation.info import TruncationInfo
+from tnmoe.truncation.limits import Limits
+from tnmoe.truncation.spectra import entanglement_entropy
 
 # A squared norm between these lost nothing to over- or underflow.
 _SQUARABLE = (1e-200, 1e200)
@@ -35,7 +36,7 @@ class MPO:
         Core k has shape (D_k, out_k, in_k, D_{k+1}); the outermost bonds are 1.
     shape : MPOShape, optional
         Legs and matrix size; by default read from the cores, without padding.
-    center : int, optional
+    center_site : int, optional
         Site at which the cores are known to be canonical. It is not verified.
 
     Raises
@@ -48,16 +49,16 @@ class MPO:
     >>> import numpy as np
     >>> mpo = MPO([np.ones((1, 2, 2, 3)), np.ones((3, 2, 1, 1))])
     >>> mpo
-    MPO(4×2, sites=2, bond_dims=(3,), num_params=18, dtype=float64, center=None)
+    MPO(4×2, sites=2, bond_dims=(3,), num_params=18, dtype=float64, center_site=None)
     >>> mpo.apply(np.array([1.0, 2.0]))
     array([9., 9., 9., 9.])
     """
 
-    __slots__ = ("_backend", "center", "cores", "shape")
+    __slots__ = ("_backend", "center_site", "cores", "shape")
 
     cores: tuple[Array, ...]
     shape: MPOShape
-    center: int | None
+    center_site: int | None
     _backend: Backend
 
     # NumPy scalars and arrays leave ``2.0 * mpo`` to the MPO.
@@ -67,7 +68,7 @@ class MPO:
         self,
         cores: Sequence[Array],
         shape: MPOShape | None = None,
-        center: int | None = None,
+        center_site: int | None = None,
     ) -> None:
         cores = tuple(cores)
         xp = check_cores(cores)
@@ -76,11 +77,13 @@ class MPO:
             shape = MPOShape([out for out, _ in dims], [in_ for _, in_ in dims])
         if dims != tuple(zip(shape.out_dims, shape.in_dims, strict=True)):
             raise InputError(f"the cores have (out, in) legs {dims}, which do not fit {shape}")
-        center = None if center is None else index_in("center", center, len(cores))
+        center_site = (
+            None if center_site is None else index_in("center_site", center_site, len(cores))
+        )
         for name, value in (
             ("cores", cores),
             ("shape", shape),
-            ("center", center),
+            ("center_site", center_site),
             ("_backend", xp),
         ):
             object.__setattr__(self, name, value)
@@ -89,7 +92,7 @@ class MPO:
         raise AttributeError(f"an MPO is immutable: cannot set {name!r}")
 
     def __reduce__(self) -> tuple:
-        return MPO, (self.cores, self.shape, self.center)
+        return MPO, (self.cores, self.shape, self.center_site)
 
     @classmethod
     def identity(cls, shape: MPOShape, like: Array | None = None) -> MPO:
@@ -267,9 +270,9 @@ class MPO:
         is_complex = _is_complex(factor) if is_array else isinstance(factor, complex)
         if is_complex and not _is_complex(self.cores[0]):
             raise InputError(f"cannot multiply real cores ({self.dtype}) by a complex {factor!r}")
-        site = self.shape.center if self.center is None else self.center
+        site = self.shape.center_site if self.center_site is None else self.center_site
         cores = [core * factor if k == site else core for k, core in enumerate(self.cores)]
-        return MPO(cores, self.shape, self.center)
+        return MPO(cores, self.shape, self.center_site)
 
     __rmul__ = __mul__
 
@@ -305,7 +308,7 @@ class MPO:
         """The transpose."""
         shape = self.shape
         flipped = MPOShape(shape.in_dims, shape.out_dims, shape.in_features, shape.out_features)
-        return MPO(algebra.transpose(self._backend, self.cores), flipped, self.center)
+        return MPO(algebra.transpose(self._backend, self.cores), flipped, self.center_site)
 
     @property
     def H(self) -> MPO:  # noqa: N802
@@ -315,7 +318,7 @@ class MPO:
     def conj(self) -> MPO:
         """The complex conjugate; a real MPO itself."""
         cores = [self._backend.conj(core) for core in self.cores]
-        return MPO(cores, self.shape, self.center)
+        return MPO(cores, self.shape, self.center_site)
 
     def trace(self) -> Array:
         """Sum of the diagonal, a scalar of the cores' library.
@@ -376,8 +379,8 @@ class MPO:
         computed in double precision.
         """
         xp = self._backend
-        if self.center is not None:
-            return xp.norm(self.cores[self.center])
+        if self.center_site is not None:
+            return xp.norm(self.cores[self.center_site])
         cores = [widened(xp, core) for core in self.cores]
         # What overflows is done again below.
         with self._full_precision(), np.errstate(over="ignore", invalid="ignore"):
@@ -385,34 +388,36 @@ class MPO:
         if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
             return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
         # Squares over- or underflow: a gauge move keeps to the numbers themselves.
-        center = self.shape.center
-        return xp.norm(self.canonicalize(center).cores[center])
+        center_site = self.shape.center_site
+        return xp.norm(self.canonicalize(center_site).cores[center_site])
 
-    def canonicalize(self, center: int | None = None) -> MPO:
+    def canonicalize(self, center_site: int | None = None) -> MPO:
         """The same operator with its orthogonality centre at a site.
 
         Parameters
         ----------
-        center : int, optional
-            Site to move to; by default the one of the central core, ``shape.center``.
+        center_site : int, optional
+            Site to move to; by default the one of the central core, ``shape.center_site``.
 
         Returns
         -------
         MPO
-            Cores left of ``center`` are isometries read as (left bond · legs) × right bond, those
-            right of it read as left bond × (legs · right bond). A bond larger than its
+            Cores left of ``center_site`` are isometries read as (left bond · legs) × right bond,
+            those right of it read as left bond × (legs · right bond). A bond larger than its
             neighbours can use shrinks.
 
         Raises
         ------
         InputError
-            If ``center`` is not a site.
+            If ``center_site`` is not a site.
         """
-        center = check_center(self.shape, center)
+        center_site = check_center_site(self.shape, center_site)
         with self._full_precision():
-            cores = canonicalize(self._backend, self._computable_cores(), self.center, center)
+            cores = canonicalize(
+                self._backend, self._computable_cores(), self.center_site, center_site
+            )
             name = self._backend.dtype_name(self.cores[0])
-            return MPO(narrowed(self._backend, cores, name), self.shape, center)
+            return MPO(narrowed(self._backend, cores, name), self.shape, center_site)
 
     def vidal(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Symmetric (Vidal) form: cores Γ and the Schmidt values λ of the bonds between them.
@@ -434,7 +439,7 @@ class MPO:
         >>> [gamma.shape for gamma in gammas], values[0].shape
         ([(1, 2, 2, 3), (3, 2, 2, 1)], (3,))
         """
-        exact = self.compress(center=0)
+        exact = self.compress(center_site=0)
         with self._full_precision():
             gammas, values = vidal(self._backend, exact._computable_cores())
             name = self._backend.dtype_name(self.cores[0])
@@ -448,7 +453,7 @@ class MPO:
         bonds: Sequence[int] | None = ...,
         rtol: float | None = ...,
         max_params: int | None = ...,
-        center: int | None = ...,
+        center_site: int | None = ...,
         return_info: Literal[False] = ...,
     ) -> MPO: ...
 
@@ -460,7 +465,7 @@ class MPO:
         bonds: Sequence[int] | None = ...,
         rtol: float | None = ...,
         max_params: int | None = ...,
-        center: int | None = ...,
+        center_site: int | None = ...,
         return_info: Literal[True],
     ) -> tuple[MPO, TruncationInfo]: ...
 
@@ -471,7 +476,7 @@ class MPO:
         bonds: Sequence[int] | None = None,
         rtol: float | None = None,
         max_params: int | None = None,
-        center: int | None = None,
+        center_site: int | None = None,
         return_info: bool = False,
     ) -> MPO | tuple[MPO, TruncationInfo]:
         """Round to smaller bonds.
@@ -489,15 +494,15 @@ class MPO:
             Guaranteed relative Frobenius error of the whole chain, padding included.
         max_params : int, optional
             Most numbers that all cores may hold together.
-        center : int, optional
-            Site of the orthogonality centre; by default ``shape.center``.
+        center_site : int, optional
+            Site of the orthogonality centre; by default ``shape.center_site``.
         return_info : bool
             Also return what was cut.
 
         Returns
         -------
         MPO
-            In canonical form around ``center``.
+            In canonical form around ``center_site``.
         TruncationInfo
             Only with ``return_info``; its ``error_bound`` is the Frobenius error of the chain.
 
@@ -519,13 +524,13 @@ class MPO:
         >>> mpo.compress().bond_dims
         (1,)
         """
-        center = check_center(self.shape, center)
-        selection = Selection(self.shape, max_bond, bonds, rtol, max_params)
+        center_site = check_center_site(self.shape, center_site)
+        selection = Limits(self.shape, max_bond, bonds, rtol, max_params)
         xp, name = self._backend, self._backend.dtype_name(self.cores[0])
         with self._full_precision():
             rounded, info = round_chain(xp, self._computable_cores(), selection)
-            cores = canonicalize(xp, rounded, self.shape.sites - 1, center)
-            mpo = MPO(narrowed(xp, cores, name), self.shape, center)
+            cores = canonicalize(xp, rounded, self.shape.sites - 1, center_site)
+            mpo = MPO(narrowed(xp, cores, name), self.shape, center_site)
         return (mpo, info) if return_info else mpo
 
     def schmidt_values(self, bond: int) -> Array:
@@ -554,7 +559,7 @@ class MPO:
         bond = index_in("bond", bond, self.shape.sites - 1)
         xp, cores = self._backend, self._computable_cores()
         with self._full_precision():
-            return spectrum.schmidt_values(xp, cores, self.center, bond)
+            return schmidt_values(xp, cores, self.center_site, bond)
 
     def entropy(self, bond: int) -> float:
         """Entanglement entropy across a bond, in nats.
@@ -573,7 +578,7 @@ class MPO:
             If there is no such bond.
         """
         values = self._backend.to_numpy(self.schmidt_values(bond))
-        return spectrum.entanglement_entropy(values)
+        return entanglement_entropy(values)
 
     def _full_precision(self) -> AbstractContextManager[None]:
         return self._backend.full_precision(self.cores[0])
@@ -586,7 +591,7 @@ class MPO:
             f"MPO({shown(self.shape.out_features)}×{shown(self.shape.in_features)}, "
             f"sites={self.shape.sites}, "
             f"bond_dims={self.bond_dims}, num_params={self.num_params}, "
-            f"dtype={self._backend.dtype_name(self.cores[0])}, center={self.center})"
+            f"dtype={self._backend.dtype_name(self.cores[0])}, center_site={self.center_site})"
         )
 
 
@@ -670,9 +675,13 @@ def as_numpy(xp: Backend, matrix: Array, dtype: Any, copy: bool | None) -> np.nd
     return np.array(xp.to_numpy(matrix), dtype=dtype, copy=True if copy else None)
 
 
-def check_center(shape: MPOShape, center: int | None) -> int:
-    """``center``, or the shape's own where it is None; an InputError unless it is a site."""
-    return shape.center if center is None else index_in("center", center, shape.sites)
+def check_center_site(shape: MPOShape, center_site: int | None) -> int:
+    """``center_site``, or the shape's own where it is None; an InputError unless it is a site."""
+    return (
+        shape.center_site
+        if center_site is None
+        else index_in("center_site", center_site, shape.sites)
+    )
 
 
 def check_cores(cores: tuple[Array, ...]) -> Backend:

@@ -14,7 +14,8 @@ MatmulMethod = Literal["direct", "zipup", "randomized"]
 MATMUL_METHODS = get_args(MatmulMethod)
 
 # Routes from activations to outputs: of one MPO the first two, of experts all.
-Route = Literal["chain", "dense", "shared", "cached"]
+Route = Literal["joint", "per_expert", "rebuilt", "cached"]
+OperatorRoute = Literal["chain", "rebuilt"]
 
 # Experts
 Layout = Literal["interleaved", "split"]
@@ -23,7 +24,7 @@ Gauge = Literal["identity", "schmidt"]
 GAUGES = get_args(Gauge)
 Matrix = Literal["up", "gate", "down"]
 MATRICES = get_args(Matrix)
-SharedSites = Literal["center", "none"]
+NamedSites = Literal["center", "none"]
 
 # Routers, their losses and what was recorded of them
 ScoreFunction = Literal["softmax", "sigmoid"]

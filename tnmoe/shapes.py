@@ -158,7 +158,7 @@ class MPOShape:
     Examples
     --------
     >>> shape = MPOShape(out_dims=(4, 4, 8, 6, 4), in_dims=(3, 4, 4, 4, 4))
-    >>> shape.out_features, shape.in_features, shape.center
+    >>> shape.out_features, shape.in_features, shape.center_site
     (3072, 768, 2)
     >>> shape.bond_dims()
     (12, 192, 384, 16)
@@ -225,21 +225,21 @@ class MPOShape:
             in_features,
         )
 
-    def is_split(self, center: int) -> bool:
+    def is_split(self, center_site: int) -> bool:
         """Whether no output leg lies right of a site and no input leg left of it.
 
         Raises
         ------
         InputError
-            If ``center`` is not a site.
+            If ``center_site`` is not a site.
 
         Examples
         --------
         >>> MPOShape.split(3072, 768, left=64, right=64).is_split(1)
         True
         """
-        center = index_in("center", center, self.sites)
-        return prod(self.out_dims[center + 1 :]) == 1 == prod(self.in_dims[:center])
+        center_site = index_in("center_site", center_site, self.sites)
+        return prod(self.out_dims[center_site + 1 :]) == 1 == prod(self.in_dims[:center_site])
 
     @classmethod
     def split(
@@ -311,7 +311,7 @@ class MPOShape:
         return prod(self.in_dims)
 
     @property
-    def center(self) -> int:
+    def center_site(self) -> int:
         """Site of the central core: the largest at exact bonds; of equals, the middle-most."""
         sizes = [prod(core) for core in self.core_shapes()]
         middle = (self.sites - 1) / 2

@@ -11,7 +11,7 @@ import numpy as np
 from tnmoe.backends import get_backend
 from tnmoe.errors import InputError, integer_from_zero, number_in, positive_int
 from tnmoe.mpo import MPO
-from tnmoe.truncation import squared_tails
+from tnmoe.truncation.spectra import squared_tails
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import tnmoe as tn
 from tnmoe import hf
 from tnmoe.cli import main
-from tnmoe.work import Work
+from tnmoe.system.unfinished import Work
 
 TNMOE = str(Path(sys.executable).parent / "tnmoe")
 

@@ -24,7 +24,7 @@ from experiments.report import rows, write_report
 from experiments.schedule import cost_jobs, run_all, steps_made, total_steps, training_jobs
 from tests.experiments.tiny import setting, write_texts
 from tnmoe.errors import InputError
-from tnmoe.locks import locked
+from tnmoe.system.locks import locked
 
 ROOT = Path(__file__).parents[2]
 

@@ -59,9 +59,9 @@ def test_averaging_experts_that_are_alike_gives_the_dense_model_back(name, layou
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "flan-t5"])
-@pytest.mark.parametrize("shared_bias", [False, True])
-def test_averages_are_those_of_matrices_and_biases(name, shared_bias, tmp_path):
-    model = trained(name, shared_bias=shared_bias)
+@pytest.mark.parametrize("common_bias", [False, True])
+def test_averages_are_those_of_matrices_and_biases(name, common_bias, tmp_path):
+    model = trained(name, common_bias=common_bias)
     back = hf.average_experts(model)
     moes = [each for each in model.modules() if isinstance(each, nn.MPOMoE)]
     for ffn, layer in zip(hf.find_ffns(back), moes, strict=True):

@@ -221,8 +221,8 @@ def test_layers_are_chosen_by_name_number_and_distance(layers, every, expected, 
 
 def test_settings_of_routers_and_sharing_reach_every_layer_and_its_checkpoint(tmp_path):
     config = hf.MPOEConfig(
-        num_experts=4, num_experts_per_tok=2, sites=3, max_bond={"down": 8}, shared={"up": (0, 1)},
-        shared_bias=True,
+        num_experts=4, num_experts_per_tok=2, sites=3, max_bond={"down": 8},
+        shared_sites={"up": (0, 1)}, common_bias=True,
         router={"score_function": "sigmoid", "load_bias": True, "capacity_factor": 1.5},
     )  # fmt: skip
     model = hf.upcycle(make("bert"), config)

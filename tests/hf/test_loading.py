@@ -157,9 +157,9 @@ def test_a_part_of_a_converted_model_computes_what_it_did_in_the_dense_one(
     torch.manual_seed(0)
     dense = whole().eval()
     dense.save_pretrained(tmp_path / "dense")
-    hf.plan_upcycle(tmp_path / "dense", hf.MPOEConfig(num_experts=2, sites=3, layers=layers)).run(
-        tmp_path / "planned"
-    )
+    hf.prepare_upcycle(
+        tmp_path / "dense", hf.MPOEConfig(num_experts=2, sites=3, layers=layers)
+    ).run(tmp_path / "planned")
     model = hf.upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3, layers=layers))
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
@@ -222,14 +222,15 @@ def test_a_record_that_does_not_suit_the_tensors_is_refused(change, folder):
     with pytest.raises(
         tn.InputError, match=r"lacks|tensors of mixtures that its config\.json does"
     ):
-        hf.plan_export(folder, to="dense")
+        hf.prepare_export(folder, to="dense")
 
 
 @pytest.mark.parametrize(
     "entries",
     [
-        {"num_experts": 2}, {"num_experts": 5}, {"sites": 2}, {"max_bond": 4}, {"shared": "none"},
-        {"max_bond": {"down": 4}}, {"shared": [0]}, {"layout": "split"},
+        {"num_experts": 2}, {"num_experts": 5}, {"sites": 2}, {"max_bond": 4},
+        {"shared_sites": "none"}, {"max_bond": {"down": 4}}, {"shared_sites": [0]},
+        {"layout": "split"},
         {"shapes": [{"out_dims": [4, 5, 2], "in_dims": [2, 3, 4]}]},
     ],
     ids=str,
@@ -240,7 +241,7 @@ def test_tensors_of_other_shapes_than_the_record_says_are_named(entries, folder)
     with pytest.raises(tn.InputError, match=named):
         hf.from_pretrained(folder)
     with pytest.raises(tn.InputError, match=named):
-        hf.plan_export(folder, to="dense")
+        hf.prepare_export(folder, to="dense")
 
 
 @pytest.mark.parametrize("entry", ["vocab_size", "hidden_size", "intermediate_size"])
@@ -281,12 +282,12 @@ def test_tensors_of_mixtures_that_are_not_described_are_named(more, folder):
     with pytest.raises(tn.InputError, match=named):
         hf.from_pretrained(folder)
     with pytest.raises(tn.InputError, match=named):
-        hf.plan_export(folder, to="dense")
+        hf.prepare_export(folder, to="dense")
 
 
 def test_layers_that_a_configuration_no_longer_has_are_named(folder):
     rewrite(folder, lambda entries: entries.update(num_hidden_layers=2))
-    for read in (hf.from_pretrained, lambda path: hf.plan_export(path, to="moe")):
+    for read in (hf.from_pretrained, lambda path: hf.prepare_export(path, to="moe")):
         with pytest.raises(tn.InputError, match=r"holds 10 tensors of mixtures .*layers\.2\.mlp"):
             read(folder)
 
@@ -297,7 +298,7 @@ def test_tensors_under_two_names_are_refused(folder):
     router = "layers.0.mlp.router.weight"
     twice = tensors | {router: torch.zeros_like(tensors[f"model.{router}"])}
     save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
-    for read in (hf.from_pretrained, lambda path: hf.plan_export(path, to="dense")):
+    for read in (hf.from_pretrained, lambda path: hf.prepare_export(path, to="dense")):
         with pytest.raises(tn.InputError, match=rf"holds both {router} and model\.{router}"):
             read(folder)
 
@@ -305,7 +306,7 @@ def test_tensors_under_two_names_are_refused(folder):
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "T5Model", "LlamaPreTrainedModel"])
 def test_a_class_that_does_not_suit_the_model_is_named(name, folder):
     rewrite(folder, lambda entries: entries.update(architectures=[name]))
-    for read in (hf.from_pretrained, lambda path: hf.plan_export(path, to="dense")):
+    for read in (hf.from_pretrained, lambda path: hf.prepare_export(path, to="dense")):
         with pytest.raises(tn.InputError, match=f"{name} is no class for a model of type 'llama'"):
             read(folder)
 
@@ -313,7 +314,7 @@ def test_a_class_that_does_not_suit_the_model_is_named(name, folder):
 def test_a_type_without_a_model_of_its_own_is_named(folder):
     rewrite(folder, lambda entries: entries.update(model_type="clipseg_text_model", id2label={}))
     rewrite(folder, lambda entries: entries.pop("architectures"))
-    for read in (hf.from_pretrained, lambda path: hf.plan_export(path, to="dense")):
+    for read in (hf.from_pretrained, lambda path: hf.prepare_export(path, to="dense")):
         with pytest.raises(tn.InputError, match="no model of type 'clipseg_text_model' by itself"):
             read(folder)
 
@@ -325,7 +326,7 @@ def test_load_biases_that_are_missing_are_named(tmp_path):
     kept = {name: each for name, each in tensors.items() if "1.mlp.router.load_bias" not in name}
     assert len(kept) < len(tensors)
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    for read in (hf.from_pretrained, lambda path: hf.plan_export(path, to="dense")):
+    for read in (hf.from_pretrained, lambda path: hf.prepare_export(path, to="dense")):
         with pytest.raises(tn.InputError, match=r"lacks .*layers\.1\.mlp\.router\.load_bias"):
             read(tmp_path)
 
@@ -457,7 +458,7 @@ def test_a_folder_of_an_older_tnmoe_loads_with_a_hint_and_is_renewed_by_saving(
         warnings.simplefilter("error", FutureWarning)
         hf.from_pretrained(tmp_path / "new")
     with pytest.warns(FutureWarning):
-        hf.plan_export(folder, to="moe").run(tmp_path / "moe")
+        hf.prepare_export(folder, to="moe").run(tmp_path / "moe")
     moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
     assert relative(outputs(moe, "llama"), outputs(saved[0], "llama")) < 1e-5
 

@@ -27,8 +27,8 @@ OF_INTEGERS = {
     "sites": lambda n: {"sites": n(3)},
     "max_bond": lambda n: {"max_bond": n(8)},
     "max_bond of one": lambda n: {"max_bond": {"up": n(8), "down": None}},
-    "shared": lambda n: {"shared": [n(2), n(0)]},
-    "shared of one": lambda n: {"shared": {"up": (n(1),), "down": "none"}},
+    "shared": lambda n: {"shared_sites": [n(2), n(0)]},
+    "shared of one": lambda n: {"shared_sites": {"up": (n(1),), "down": "none"}},
     "layers": lambda n: {"layers": [n(2), n(0)]},
     "every": lambda n: {"every": n(2)},
     "shapes": lambda n: {
@@ -56,7 +56,7 @@ OF_FLOATS = {
     },
 }  # fmt: skip
 OF_FLAGS = {
-    "shared_bias": lambda flag: {"shared_bias": flag(True)},
+    "common_bias": lambda flag: {"common_bias": flag(True)},
     "router's": lambda flag: {
         "router": {
             "normalize": flag(False), "bias": flag(True), "noisy": flag(True),
@@ -155,7 +155,7 @@ def test_a_conversion_is_the_same_in_other_words_and_so_is_its_export(name, spel
         model = hf.upcycle(make(name).eval(), hf.MPOEConfig(**settings))
         model.save_pretrained(tmp_path / words)
         moe = hf.to_moe(hf.from_pretrained(tmp_path / words))
-        hf.plan_export(tmp_path / words, to="moe").run(tmp_path / f"{words}-moe")
+        hf.prepare_export(tmp_path / words, to="moe").run(tmp_path / f"{words}-moe")
         made[words] = outputs(moe, name)
     assert torch.equal(made["other"], made["usual"])
     stored = [
@@ -195,7 +195,7 @@ NUMBERS_OF_LAYERS = {
     "experts": (
         lambda n, x, flag: nn.MPOExperts(
             n(4), n(6), n(9), gated=flag(True), bias=flag(True), sites=n(3), dropout=x(0),
-            max_bond=n(5), shared=[n(0)],
+            max_bond=n(5), shared_sites=[n(0)],
         ),
         ("num_experts", "hidden_size", "intermediate_size", "dropout"),
     ),

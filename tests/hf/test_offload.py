@@ -28,8 +28,8 @@ LAYOUTS = {
     "interleaved": {"sites": 3},
     "split": {"layout": "split"},
     "dense": {"layout": "dense"},
-    "nothing shared": {"sites": 3, "shared": "none"},
-    "shared biases": {"sites": 3, "shared_bias": True},
+    "nothing shared": {"sites": 3, "shared_sites": "none"},
+    "shared biases": {"sites": 3, "common_bias": True},
     "one matrix": {"sites": 3, "matrices": ["down"]},
     "load bias": {"sites": 3, "router": {"score_function": "sigmoid", "load_bias": True}},
     "noisy": {"sites": 3, "router": {"noisy": True, "bias": True}},
@@ -49,7 +49,7 @@ def convert(kind="gated", layout="interleaved", route=None):
 
 def set_route(model, route):
     for module in model.modules():
-        if isinstance(module, nn.SharedProjection):
+        if isinstance(module, nn.MPOProjection):
             module.route = route
     return model
 
@@ -79,7 +79,7 @@ def test_tensors_kept_elsewhere_give_the_same_logits(kind, layout, tmp_path):
     torch.testing.assert_close(logits(on_disk), expected)
 
 
-@pytest.mark.parametrize("route", ["dense", "shared", "chain", "cached"])
+@pytest.mark.parametrize("route", ["rebuilt", "joint", "per_expert", "cached"])
 @pytest.mark.parametrize("layout", ["interleaved", "split", "nothing shared"])
 def test_every_route_works_with_tensors_kept_elsewhere(layout, route):
     model = convert("gated", layout, route)
@@ -134,7 +134,7 @@ def test_tied_and_parametrized_cores_may_be_kept_elsewhere():
         last = layer.experts.up.shape.sites - 1
         layer.experts.gate.set_core(last, layer.experts.up.core_at(last))
         parametrize.register_parametrization(layer.experts.down, "aux_0", torch.nn.Tanh())
-    for route in ("shared", None):
+    for route in ("joint", None):
         expected = logits(set_route(model, route))
         offloaded = accelerate.cpu_offload(set_route(copy.deepcopy(model), route), "cpu")
         torch.testing.assert_close(logits(offloaded), expected)
@@ -144,9 +144,9 @@ def test_what_reads_a_whole_model_says_that_some_of_it_is_elsewhere():
     converted = accelerate.cpu_offload(convert(), torch.device("cpu"))
     dense = accelerate.cpu_offload(DENSE["gated"](), torch.device("cpu"))
     for call, planner in (
-        (lambda: hf.to_moe(converted), "plan_export"),
-        (lambda: hf.average_experts(converted), "plan_export"),
-        (lambda: hf.upcycle(dense, hf.MPOEConfig(num_experts=4, sites=3)), "plan_upcycle"),
+        (lambda: hf.to_moe(converted), "prepare_export"),
+        (lambda: hf.average_experts(converted), "prepare_export"),
+        (lambda: hf.upcycle(dense, hf.MPOEConfig(num_experts=4, sites=3)), "prepare_upcycle"),
     ):
         with pytest.raises(InputError, match=f"not in memory, .*embed_tokens.*{planner}"):
             call()

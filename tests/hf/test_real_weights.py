@@ -53,15 +53,15 @@ def check(folder, case, limit):
 def test_real_models_compute_the_same_as_mixtures_and_back(layout, case, tmp_path):
     name, folder, *_ = case
     config = hf.MPOEConfig(num_experts=2, layout=layout, num_experts_per_tok=2)
-    hf.plan_upcycle(folder, config).run(tmp_path / "mpoe", shard_bytes=10**8)
+    hf.prepare_upcycle(folder, config).run(tmp_path / "mpoe", shard_bytes=10**8)
     model = check(tmp_path / "mpoe", case, 1e-4)
     # Of the model, since transformers' configuration of T5 cannot say that flan-T5 ties nothing.
     report = hf.parameter_report(CASES[name][0].from_pretrained(folder), config)
     assert model.num_parameters() == report.total.mpoe
-    hf.plan_export(tmp_path / "mpoe", to="dense").run(tmp_path / "dense")
+    hf.prepare_export(tmp_path / "mpoe", to="dense").run(tmp_path / "dense")
     check(tmp_path / "dense", case, 1e-4)
     if CASES[name][1] is not None and layout == "split":
-        hf.plan_export(tmp_path / "mpoe", to="moe").run(tmp_path / "moe")
+        hf.prepare_export(tmp_path / "mpoe", to="moe").run(tmp_path / "moe")
         assert type(check(tmp_path / "moe", case, 1e-4)) is CASES[name][1]
 
 

@@ -17,7 +17,7 @@ import tnmoe as tn
 from tests.hf.families import GENERATORS, IDS, MASK, inputs, make
 from tests.nn.replicas import replicate
 from tnmoe import hf, nn
-from tnmoe.nn.router import recorders
+from tnmoe.nn.routing.router import recorders
 
 PLAIN_TUPLE = {"return_dict": False}
 MIXTRAL = {

@@ -40,8 +40,8 @@ def inspected(folder, **options):
 # By way in: which kind of folder it reads, and how.
 WAYS = {
     "from_pretrained": ("converted", hf.from_pretrained),
-    "export": ("converted", lambda folder: hf.plan_export(folder, to="dense")),
-    "upcycle": ("dense", lambda folder: hf.plan_upcycle(folder, CONFIG)),
+    "export": ("converted", lambda folder: hf.prepare_export(folder, to="dense")),
+    "upcycle": ("dense", lambda folder: hf.prepare_upcycle(folder, CONFIG)),
     "inspect": ("dense", inspected),
     "inspect sizes": ("dense", lambda folder: inspected(folder, weights=False)),
     "demo": ("dense", lambda folder: load_dense(folder, ("no", "yes"), seed=0)),
@@ -418,7 +418,7 @@ def test_every_way_in_takes_the_same_of_several_files(named, copy_of, tmp_path):
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, tensors[name]), name
     if named != "variant":
-        hf.plan_export(folder, to="moe").run(tmp_path / "moe")
+        hf.prepare_export(folder, to="moe").run(tmp_path / "moe")
         moe = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
         assert relative(outputs(moe, "llama"), outputs(loaded.eval(), "llama")) < 1e-5
 

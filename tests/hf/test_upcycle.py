@@ -273,7 +273,7 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
             "tnmoe must be an object, got None",
         ),
         (
-            lambda path: hf.plan_export(saved_with(path, {"magic": 1}), to="moe"),
+            lambda path: hf.prepare_export(saved_with(path, {"magic": 1}), to="moe"),
             "tnmoe has unknown entries 'magic'",
         ),
         (

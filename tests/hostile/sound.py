@@ -13,7 +13,7 @@ import transformers as tf
 import tnmoe as tn
 from tests.hf.test_loading import in_old_form
 from tnmoe import hf
-from tnmoe.costs import get_rates
+from tnmoe.contraction.rates import get_rates
 
 _SMALL = {
     "vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -44,7 +44,7 @@ def make_sound(folder: Path) -> None:
     folder.mkdir()
     _make_folders(folder)
     _make_operators(folder)
-    config = hf.MPOEConfig(num_experts=2, sites=3, max_bond={"up": 2}, shared=[0], layers=[0])
+    config = hf.MPOEConfig(num_experts=2, sites=3, max_bond={"up": 2}, shared_sites=[0], layers=[0])
     (folder / "config-of-tnmoe.json").write_text(json.dumps(config.to_dict()))
     (folder / "rates-cpu.json").write_text(json.dumps(dataclasses.asdict(get_rates("cpu"))))
 
@@ -60,7 +60,7 @@ def _make_folders(folder: Path) -> None:
     model = hf.upcycle(_MODELS["llama"](), hf.MPOEConfig(num_experts=2, sites=3))
     model.save_pretrained(folder / "converted-older")
     in_old_form(folder / "converted-older")
-    plan = hf.plan_export(folder / "converted-llama", to="dense")
+    plan = hf.prepare_export(folder / "converted-llama", to="dense")
     plan.run(folder / "made-dense")
     with suppress(KeyboardInterrupt):
         plan.run(folder / "begun", jobs=1, on_progress=_interrupt)

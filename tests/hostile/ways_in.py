@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import tnmoe as tn
 from tnmoe import cli, hf
-from tnmoe.costs import _RATES, get_rates
-from tnmoe.hf.shards import FORMER_CORE, PRESENT_CORE
+from tnmoe.contraction.rates import _RATES, get_rates
+from tnmoe.hf.folders.checkpoint import FORMER_CORE, PRESENT_CORE
 
 # What a user may be told in one line.
 _LONGEST = 2000
@@ -90,7 +90,7 @@ def operator(path: Path, sound: Path) -> str:
     except (tn.InputError, OSError) as error:
         check_line(str(error))
         return "refused"
-    cores = found.cores if isinstance(found, tn.MPO) else (*found.aux, found.center_core)
+    cores = found.cores if isinstance(found, tn.MPO) else (*found.aux, found.center)
     with np.errstate(all="ignore"):
         dense = np.asarray(found)
     if dense.shape[-2:] != (found.shape.out_features, found.shape.in_features) or not cores:
@@ -132,7 +132,10 @@ def _check_made(target: Path) -> None:
 
 def rates(path: Path, sound: Path) -> str:
     """Stored rates, which are those of a typical machine where the file is of no use."""
-    with mock.patch("tnmoe.costs.rates_path", return_value=path), mock.patch.dict(_RATES):
+    with (
+        mock.patch("tnmoe.contraction.rates.rates_path", return_value=path),
+        mock.patch.dict(_RATES),
+    ):
         _RATES.clear()
         found = get_rates("cpu")
     if not found.product(8, 8, 8, itemsize=4) > 0:

@@ -7,8 +7,8 @@ from torch.autograd.gradcheck import gradgradcheck
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.grouped import Groups, grouped_linear, grouped_outer, per_row
-from tnmoe.nn.projection import SharedProjection
+from tnmoe.nn.compute.grouped import Groups, grouped_linear, grouped_outer, per_row
+from tnmoe.nn.projection import MPOProjection
 
 SHAPES = {
     "interleaved": tn.MPOShape((2, 3, 2), (3, 2, 2)),
@@ -18,19 +18,19 @@ SHAPES = {
     "centre first": tn.MPOShape((6, 2), (4, 2)),
     "centre last": tn.MPOShape((2, 6), (2, 4)),
 }
-ROUTES = ("dense", "shared", "chain", None)
+ROUTES = ("rebuilt", "joint", "per_expert", None)
 KINDS = {
     "dense experts": lambda **more: nn.DenseExperts(4, 6, 8, **more),
     "interleaved": lambda **more: nn.MPOExperts(4, 6, 8, sites=3, max_bond=2, **more),
     "split": lambda **more: nn.MPOExperts(4, 6, 8, layout="split", **more),
-    "nothing shared": lambda **more: nn.MPOExperts(4, 6, 8, sites=2, shared="none", **more),
+    "nothing shared": lambda **more: nn.MPOExperts(4, 6, 8, sites=2, shared_sites="none", **more),
     "only up": lambda **more: nn.MPOExperts(4, 6, 8, sites=2, matrices=["up"], **more),
 }
 
 
-def make_projection(name, shared="center", bias=True):
+def make_projection(name, shared_sites="center", bias=True):
     torch.manual_seed(0)
-    made = SharedProjection(3, SHAPES[name], bias, 2, shared, dtype=torch.float64)
+    made = MPOProjection(3, SHAPES[name], bias, 2, shared_sites, dtype=torch.float64)
     if bias:
         torch.nn.init.normal_(made.bias)
     return made
@@ -40,7 +40,7 @@ def make_experts(kind, route=None, gated=False, bias=True):
     torch.manual_seed(0)
     experts = KINDS[kind](gated=gated, bias=bias, activation="gelu").double()
     for module in experts.modules():
-        if isinstance(module, SharedProjection):
+        if isinstance(module, MPOProjection):
             module.route = route
     return experts
 
@@ -148,9 +148,9 @@ def test_derivatives_of_third_order_are_those_of_the_dense_matrices():
     made = make_projection("two sites a side")
     groups, results = Groups.of(torch.tensor([0, 2, 2]), 3), []
     rows = torch.randn(3, made.in_features, dtype=torch.float64, requires_grad=True)
-    for route in ("dense", "loop"):
-        made.route = "dense"
-        if route == "dense":
+    for route in ("rebuilt", "loop"):
+        made.route = "rebuilt"
+        if route == "rebuilt":
             value = made(rows, groups)
         else:
             value = torch.einsum("toi,ti->to", made.weight()[groups.experts], rows)
@@ -206,7 +206,7 @@ def test_forward_derivatives_are_those_of_the_loop_over_experts(kind, route, gat
     torch.testing.assert_close(mine.tangent, own.tangent)
 
 
-@pytest.mark.parametrize("route", ["shared", "chain", "dense"])
+@pytest.mark.parametrize("route", ["joint", "per_expert", "rebuilt"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_forward_mode_over_reverse_mode_is_reverse_mode_twice(name, route):
     made, groups = make_projection(name), Groups.of(torch.tensor([0, 2, 2]), 3)

@@ -47,8 +47,8 @@ def loop_over_tokens(experts: nn.Experts, x, index, weights) -> torch.Tensor:
 
     def project(projection, expert, vector):
         bias = None if projection.bias is None else projection.bias[expert]
-        if isinstance(projection, nn.SharedProjection):
-            matrix = projection.to_shared().expert(expert).to_matrix()
+        if isinstance(projection, nn.MPOProjection):
+            matrix = projection.to_shared_mpo().expert(expert).to_matrix()
         else:
             matrix = projection.stacked[expert]
         return F.linear(vector, matrix, bias)
@@ -114,7 +114,7 @@ def test_gradients_equal_those_of_the_loop(kind, gated):
 @pytest.mark.parametrize("kind", ["dense", "interleaved", "split", "none shared"])
 def test_experts_without_tokens_get_zero_gradients_and_not_none(kind):
     if kind == "none shared":
-        experts = nn.MPOExperts(E, H, F_, bias=True, sites=3, shared="none").double()
+        experts = nn.MPOExperts(E, H, F_, bias=True, sites=3, shared_sites="none").double()
     else:
         experts = make_experts(kind, gated=False, bias=True)
     index = torch.zeros(5, 1, dtype=torch.int64)
@@ -177,7 +177,7 @@ def test_parameter_names_are_one_center_and_stacked_aux_per_projection():
 @pytest.mark.parametrize("shared", ["center", "none", (0, 1)])
 def test_fresh_weights_have_the_variance_of_a_linear_layer(layout, shared):
     torch.manual_seed(0)
-    experts = nn.MPOExperts(E, 128, 256, layout=layout, sites=3, shared=shared)
+    experts = nn.MPOExperts(E, 128, 256, layout=layout, sites=3, shared_sites=shared)
     for projection in (experts.up, experts.down):
         expected = 1 / (3 * projection.in_features)
         for matrix in projection.weight():
@@ -267,7 +267,7 @@ def test_noise_on_whole_matrices_is_relative_to_their_size():
 @pytest.mark.parametrize("make", [nn.DenseExperts, nn.MPOExperts])
 def test_a_shared_bias_is_stored_once_and_gets_the_gradients_of_all_experts(make):
     torch.manual_seed(0)
-    shared = make(E, H, F_, "silu", gated=True, bias="shared", dtype=torch.float64)
+    shared = make(E, H, F_, "silu", gated=True, bias="common", dtype=torch.float64)
     own = make(E, H, F_, "silu", gated=True, bias=True, dtype=torch.float64)
     state = shared.state_dict()
     own.load_state_dict(
@@ -290,7 +290,7 @@ def test_a_shared_bias_is_stored_once_and_gets_the_gradients_of_all_experts(make
 
 def test_pretrained_biases_can_be_kept_once():
     ffn = dense_ffn(gated=True)
-    experts = nn.MPOExperts.from_dense(**ffn, num_experts=E, sites=3, shared_bias=True)
+    experts = nn.MPOExperts.from_dense(**ffn, num_experts=E, sites=3, common_bias=True)
     for name in ("up", "gate", "down"):
         assert torch.equal(getattr(experts, name).bias, ffn[f"{name}_bias"][None])
 
@@ -316,7 +316,7 @@ def test_matrices_that_are_no_mpos_are_owned_whole_and_train(matrices):
     }
     names = {matrices} if isinstance(matrices, str) else set(matrices)
     for name in ("up", "gate", "down"):
-        kind = nn.SharedProjection if name in names else nn.StackedProjection
+        kind = nn.MPOProjection if name in names else nn.StackedProjection
         assert type(getattr(made, name)) is kind
     states, index = torch.randn(5, 8), torch.tensor([[0], [1], [2], [0], [2]])
     result = made(states, index, torch.ones(5, 1))
@@ -422,10 +422,13 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
             r"max_bond is for up, gate, down, got \['out'\]",
         ),
         (lambda: nn.MPOExperts(E, H, F_, max_bond={"up": 0}), "max_bond must be a positive"),
-        (lambda: nn.MPOExperts(E, H, F_, shared="aux"), "shared must be one of center, none or"),
-        (lambda: nn.MPOExperts(E, H, F_, shared=1), "a name or the numbers of sites, got 1"),
         (
-            lambda: nn.MPOExperts(E, H, F_, shared={7}),
+            lambda: nn.MPOExperts(E, H, F_, shared_sites="aux"),
+            "shared_sites must be one of center, none or",
+        ),
+        (lambda: nn.MPOExperts(E, H, F_, shared_sites=1), "a name or the numbers of sites, got 1"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, shared_sites={7}),
             "every shared site must be an integer from 0 to 4, got 7",
         ),
         (
@@ -445,7 +448,7 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
             "no groups for a 113×47 matrix, whose sizes share no divisor with 64",
         ),
         (
-            lambda: nn.MPOExperts(E, H, F_, sites=3, shared=range(3)),
+            lambda: nn.MPOExperts(E, H, F_, sites=3, shared_sites=range(3)),
             "experts that share all 3 sites would be one",
         ),
         (
@@ -455,7 +458,7 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
             r"^up_bias must be of shape \(4,\) or \(2, 4\), got \(3,\)",
         ),
         (
-            lambda: nn.StackedProjection(2, 4, 3).set_bias(torch.ones(2, 4), shared=True),
+            lambda: nn.StackedProjection(2, 4, 3).set_bias(torch.ones(2, 4), common=True),
             r"bias must be of shape \(4,\), got \(2, 4\)",
         ),
         (
@@ -465,11 +468,11 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
             "gate_bias was given without a gate",
         ),
         (
-            lambda: nn.SharedProjection.from_mpo(tn.MPO.random(tn.MPOShape((2, 2), (2, 2))), 2),
+            lambda: nn.MPOProjection.from_mpo(tn.MPO.random(tn.MPOShape((2, 2), (2, 2))), 2),
             "cores must be torch tensors, got ndarray",
         ),
         (
-            lambda: nn.SharedProjection.from_shared(
+            lambda: nn.MPOProjection.from_shared_mpo(
                 tn.SharedMPO.replicate(tn.MPO.random(tn.MPOShape((2, 2), (2, 2))), 2)
             ),
             "cores must be torch tensors, got ndarray",

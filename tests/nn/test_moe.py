@@ -53,7 +53,7 @@ def experts_of(matrices, kind, activation, biases=None):
     else:
         # Experts that share nothing can have any matrices.
         experts = nn.MPOExperts(
-            E, H, F, activation, gated, bias=bool(biases), sites=3, shared="none"
+            E, H, F, activation, gated, bias=bool(biases), sites=3, shared_sites="none"
         )
         for name, stack in matrices.items():
             projection = getattr(experts, name)
@@ -263,7 +263,7 @@ def test_an_upcycled_layer_starts_as_the_dense_network_whatever_the_router(name,
             layout = "split" if kind == "split" else "interleaved"
             shared = "none" if kind == "none shared" else "center"
             experts = nn.MPOExperts.from_dense(
-                **ffn, **details, sites=3, layout=layout, shared=shared
+                **ffn, **details, sites=3, layout=layout, shared_sites=shared
             )
         layer, x = nn.MPOMoE(router, experts).train(), torch.randn(5, 6, H, dtype=torch.float64)
         expected = run_dense(ffn, x)
@@ -307,8 +307,8 @@ def test_a_dropped_token_is_the_identity_behind_a_residual(kind, training):
 @pytest.mark.parametrize(
     ("route", "compiled"),
     [
-        *((route, False) for route in ("dense", "shared", "chain", "cached", None)),
-        *((route, True) for route in ("dense", "shared", "cached", None)),
+        *((route, False) for route in ("rebuilt", "joint", "per_expert", "cached", None)),
+        *((route, True) for route in ("rebuilt", "joint", "cached", None)),
     ],
 )
 def test_slots_without_an_expert_give_zero_and_no_gradient_on_every_route(route, compiled):
@@ -398,7 +398,7 @@ def test_layers_can_be_made_in_half_precision(dtype):
     assert all(each.grad.dtype == dtype for each in layer.parameters())
 
 
-@pytest.mark.parametrize("route", ["dense", "shared", "chain", None])
+@pytest.mark.parametrize("route", ["rebuilt", "joint", "per_expert", None])
 def test_a_layer_in_which_no_token_has_an_expert_gives_zeros_and_zero_gradients(route):
     layer = nn.MPOExperts(E, H, F, bias=True, sites=3)
     layer.up.route = layer.down.route = route
@@ -481,7 +481,7 @@ def test_layers_survive_copies_pickles_state_dicts_and_compilers(gated):
 
     def make():
         experts = nn.MPOExperts(
-            E, H, F, "silu", gated, bias="shared", sites=3, shared={"up": {0, 1}}
+            E, H, F, "silu", gated, bias="common", sites=3, shared_sites={"up": {0, 1}}
         )
         return nn.MPOMoE(
             nn.TopKRouter(H, E, 2, load_bias=True), experts, torch.nn.Linear(H, H), True

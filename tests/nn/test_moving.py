@@ -18,8 +18,8 @@ FORMATS = (
 KINDS = {
     "shared centre": {"sites": 3},
     "split": {"layout": "split"},
-    "owned centre": {"sites": 3, "shared": "none"},
-    "shared auxiliary cores": {"sites": 4, "shared": (0, 1)},
+    "owned centre": {"sites": 3, "shared_sites": "none"},
+    "shared auxiliary cores": {"sites": 4, "shared_sites": (0, 1)},
 }
 
 

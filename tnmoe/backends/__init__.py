@@ -14,7 +14,7 @@ from typing import Any
 
 from tnmoe.backends.protocol import Array, Backend
 from tnmoe.errors import InputError
-from tnmoe.extras import require_extra
+from tnmoe.system.extras import require_extra
 
 __all__ = ["Array", "Backend", "available_backends", "backend_named", "get_backend", "register"]
 

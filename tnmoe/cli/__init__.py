@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tnmoe import __version__
 from tnmoe.cli import calibrate, convert, demo, inspect
 from tnmoe.errors import InputError, MissingExtraError, as_line, reason
-from tnmoe.memory import lacks_memory, told_in_a_line
+from tnmoe.system.memory import lacks_memory, told_in_a_line
 
 # Conventional exit codes: 2 for what the user gave, 130 for Ctrl-C.
 _BAD_INPUT, _INTERRUPTED = 2, 130

@@ -104,8 +104,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def config_of(options: argparse.Namespace) -> MPOEConfig:
     """The MPOEConfig that the command line asks for."""
-    from tnmoe.files import read_json
     from tnmoe.hf import MPOEConfig
+    from tnmoe.system.files import read_json
 
     given = vars(options)
     entries: dict[str, Any] = {}

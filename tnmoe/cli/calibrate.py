@@ -21,9 +21,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from tnmoe.costs import rates_path
+    from tnmoe.contraction.rates import rates_path
     from tnmoe.nn import calibrate
-    from tnmoe.nn.devices import usable_device
+    from tnmoe.nn.compute.devices import usable_device
 
     rates = calibrate(options.device)
     print(f"large products   {rates.flops / 1e9:.4g} Gflop/s, half of it at depth "

@@ -70,15 +70,15 @@ def _add_folders(parser: argparse.ArgumentParser, source: str) -> None:
 
 
 def _upcycle(options: argparse.Namespace) -> None:
-    from tnmoe.hf import plan_upcycle
+    from tnmoe.hf import prepare_upcycle
 
-    _convert(options, plan_upcycle(options.source, config_of(options), options.seed))
+    _convert(options, prepare_upcycle(options.source, config_of(options), options.seed))
 
 
 def _export(options: argparse.Namespace) -> None:
-    from tnmoe.hf import plan_export
+    from tnmoe.hf import prepare_export
 
-    _convert(options, plan_export(options.source, options.to))
+    _convert(options, prepare_export(options.source, options.to))
 
 
 def _convert(options: argparse.Namespace, plan: Conversion) -> None:
@@ -86,7 +86,7 @@ def _convert(options: argparse.Namespace, plan: Conversion) -> None:
     if options.dry_run:
         plan.check_target(options.target, options.overwrite)
     else:
-        from tnmoe.progress import progress
+        from tnmoe.system.progress import progress
 
         with progress("converting", "B") as show:
             files = plan.run(

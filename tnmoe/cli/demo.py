@@ -10,8 +10,8 @@ from typing import Any
 
 from tnmoe.cli.arguments import from_one, from_two, from_zero, positive, seed, share, weight
 from tnmoe.demo import DemoOptions
-from tnmoe.extras import require_extra
 from tnmoe.options import LAYOUTS
+from tnmoe.system.extras import require_extra
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from tnmoe.hf import inspect_checkpoint
-    from tnmoe.progress import progress
+    from tnmoe.system.progress import progress
 
     config = config_of(options)
     with progress("reading", " networks") as show:

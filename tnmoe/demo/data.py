@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tnmoe.errors import InputError
-from tnmoe.files import check_ordinary
+from tnmoe.system.files import check_ordinary
 
 COLUMNS = ("text", "label")
 _MIN_SENTENCES = 20

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from tnmoe import hf
 from tnmoe.errors import InputError
-from tnmoe.hf.shards import check_folder, check_inside
+from tnmoe.hf.folders.checkpoint import check_folder, check_inside
 from tnmoe.hf.trust import no_code
-from tnmoe.truncation import TruncationInfo
+from tnmoe.truncation.info import TruncationInfo
 
 KINDS = ("dense", "MoE", "MPOE")
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tnmoe.errors import InputError
-from tnmoe.folders import check_target
-from tnmoe.work import Work
+from tnmoe.system.folders import check_target
+from tnmoe.system.unfinished import Work
 
 _PURPOSE = "tnmoe demo"
 

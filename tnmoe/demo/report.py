@@ -18,7 +18,7 @@ import tnmoe
 from tnmoe import plot
 from tnmoe.demo.training import Evaluation, Result
 from tnmoe.plot.style import rows_size
-from tnmoe.tables import format_table
+from tnmoe.system.tables import format_table
 
 # Two-sided 95 % of a normal distribution.
 _Z95 = 1.96

@@ -15,9 +15,9 @@ from tnmoe.demo.data import Sentences, packaged_model, packaged_reviews, read_se
 from tnmoe.demo.models import KINDS, load_dense, load_form, load_tokenizer
 from tnmoe.demo.output import whole_folder
 from tnmoe.demo.training import CHECKED, Job, Result, fine_tune, logits_of, predict, run_apart
-from tnmoe.nn.devices import usable_device
-from tnmoe.progress import bar
-from tnmoe.truncation import TruncationInfo
+from tnmoe.nn.compute.devices import usable_device
+from tnmoe.system.progress import bar
+from tnmoe.truncation.info import TruncationInfo
 
 # Largest relative difference between the outputs of the dense and the converted model.
 PRESERVATION_LIMIT = 1e-4

@@ -29,7 +29,7 @@ from tnmoe import hf
 from tnmoe.demo.data import Sentences
 from tnmoe.demo.models import load_form, load_tokenizer, quiet_transformers
 from tnmoe.nn import GradientMask, record_routing
-from tnmoe.progress import bar, end_line
+from tnmoe.system.progress import bar, end_line
 
 MAX_TOKENS = 128
 # Held-out sentences on which a converted or reloaded model is checked.

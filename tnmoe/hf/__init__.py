@@ -4,19 +4,19 @@ Importing this module teaches ``transformers`` to load MPOE checkpoints with ``f
 and to compute its own mixtures of experts with ``experts_implementation="tnmoe"``.
 """
 
-from tnmoe.extras import require_extra
+from tnmoe.system.extras import require_extra
 
 require_extra("tnmoe.hf", "hf")
 
 import tnmoe.hf.experts_implementation  # noqa: F401 - registers itself
-from tnmoe.hf.checkpoint import from_pretrained
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.conversion import Conversion
 from tnmoe.hf.export import average_experts, to_moe
 from tnmoe.hf.families import FFN, find_ffns, in_place, of_module, register_family
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.inspection import Inspection, MatrixInspection, inspect_checkpoint
+from tnmoe.hf.folders.prepare import prepare_export, prepare_upcycle
 from tnmoe.hf.hooks import teach_transformers
-from tnmoe.hf.inspection import Inspection, MatrixInspection, inspect_checkpoint
-from tnmoe.hf.plans import plan_export, plan_upcycle
+from tnmoe.hf.pretrained import from_pretrained
 from tnmoe.hf.record import config_of
 from tnmoe.hf.report import ParameterCount, ParameterReport, parameter_report
 from tnmoe.hf.router_losses import attach_router_losses
@@ -43,8 +43,8 @@ __all__ = [
     "inspect_checkpoint",
     "of_module",
     "parameter_report",
-    "plan_export",
-    "plan_upcycle",
+    "prepare_export",
+    "prepare_upcycle",
     "register_family",
     "to_moe",
     "upcycle",

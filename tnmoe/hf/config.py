@@ -21,10 +21,10 @@ from tnmoe.errors import (
     shown,
 )
 from tnmoe.hf.families import check_layers
-from tnmoe.nn.expert_choice import ExpertChoiceRouter
-from tnmoe.nn.experts import Shared, check_matrices, layout_shape, per_projection
-from tnmoe.nn.projection import resolve_shared
-from tnmoe.nn.router import Router, TopKRouter
+from tnmoe.nn.experts import SharedSites, check_matrices, layout_shape, per_projection
+from tnmoe.nn.projection import resolve_shared_sites
+from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
+from tnmoe.nn.routing.router import Router, TopKRouter
 from tnmoe.options import (
     ANY_LAYOUTS,
     GAUGES,
@@ -67,11 +67,11 @@ class MPOEConfig:
     max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
         Largest bond dimension, of all matrices or of each. The default, exact bonds, preserves
         the model's function; pretrained matrices compress badly.
-    shared : {"center", "none"}, sequence of int, or mapping from "up", "gate", "down" to these
+    shared_sites : {"center", "none"}, sequence of int, or mapping
         Sites whose cores all experts of a layer share; see :class:`tnmoe.nn.MPOExperts`.
     matrices : sequence of "up", "gate", "down"
         Which matrices become MPOs; every expert has a copy of the others.
-    shared_bias : bool
+    common_bias : bool
         Keep the pretrained biases once for all experts, and not a copy for each.
     layers : sequence of int, or str, optional
         Which of the feed-forward networks to convert, counted as :func:`find_ffns` lists them, or a
@@ -115,9 +115,9 @@ class MPOEConfig:
     layout: AnyLayout = "interleaved"
     sites: int = 5
     max_bond: int | Mapping[str, int | None] | None = None
-    shared: Shared | Mapping[str, Shared] = "center"
+    shared_sites: SharedSites | Mapping[str, SharedSites] = "center"
     matrices: Sequence[Matrix] = MATRICES
-    shared_bias: bool = False
+    common_bias: bool = False
     layers: Sequence[int] | str | None = None
     every: int = 1
     shapes: Mapping[Size, MPOShape] = field(default_factory=dict)
@@ -139,9 +139,9 @@ class MPOEConfig:
                 f"num_experts must be at most {_MOST_EXPERTS}, got {shown(self.num_experts)}"
             )
         settle("max_bond", _of_each("max_bond", self.max_bond, _bond))
-        settle("shared", _of_each("shared", self.shared, _sites))
+        settle("shared_sites", _of_each("shared_sites", self.shared_sites, _sites))
         settle("layers", check_layers(self.layers))
-        settle("shared_bias", flag("shared_bias", self.shared_bias))
+        settle("common_bias", flag("common_bias", self.common_bias))
         settle("matrices", check_matrices(self.matrices))
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
@@ -214,7 +214,7 @@ class MPOEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        data |= {name: _plain(data[name]) for name in ("layers", "shared", "matrices")}
+        data |= {name: _plain(data[name]) for name in ("layers", "shared_sites", "matrices")}
         data |= {
             name: dict(data[name])
             for name in ("router", "max_bond")
@@ -257,13 +257,13 @@ def _bond(bond: Any) -> int | None:
     return None if bond is None else positive_int("max_bond", bond)
 
 
-def _sites(shared: Any) -> str | tuple[int, ...]:
+def _sites(shared_sites: Any) -> str | tuple[int, ...]:
     """Sites as far as they can be known before their number is."""
-    if isinstance(shared, str) or not isinstance(shared, Iterable):
-        resolve_shared(shared, sites=2, center=0)
-        return shared
-    name = f"every site of shared={shown(shared)}"
-    return tuple(sorted({integer_from_zero(name, site) for site in shared}))
+    if isinstance(shared_sites, str) or not isinstance(shared_sites, Iterable):
+        resolve_shared_sites(shared_sites, sites=2, center_site=0)
+        return shared_sites
+    name = f"every site of shared_sites={shown(shared_sites)}"
+    return tuple(sorted({integer_from_zero(name, site) for site in shared_sites}))
 
 
 def _like(default: Any, value: Any) -> Any:

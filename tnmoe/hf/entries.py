@@ -14,9 +14,9 @@ from typing import Any
 from tnmoe.errors import InputError, shown
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import find_ffns
+from tnmoe.hf.folders.checkpoint import OLD_PLACE, is_old
+from tnmoe.hf.folders.skeleton import config_from, model_without_numbers
 from tnmoe.hf.record import from_file, mark, with_records
-from tnmoe.hf.shards import OLD_PLACE, is_old
-from tnmoe.hf.skeleton import config_from, model_without_numbers
 
 _LAYOUT_VERSION = 1
 

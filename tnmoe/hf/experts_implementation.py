@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tnmoe.nn.grouped import Groups, Visits, cleared, grouped_linear, per_row, spread
-from tnmoe.nn.transforms import autocast_dtype, is_transformed, may_look
+from tnmoe.nn.compute.grouped import Groups, Visits, cleared, grouped_linear, per_row, spread
+from tnmoe.nn.transforms import autocast_dtype, is_transformed, values_are_readable
 
 NAME = "tnmoe"
 
@@ -91,7 +91,7 @@ def _normed(experts: Any, outputs: Tensor) -> Tensor:
 
 def _nowhere(groups: Groups, num_experts: int) -> Tensor | None:
     """Rows without an expert, (rows,); None where it is known that there are none."""
-    if may_look(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
+    if values_are_readable(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
         return None
     return groups.experts >= num_experts
 

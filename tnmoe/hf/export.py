@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from tnmoe.errors import InputError
 from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.families import FFN, weight_of
+from tnmoe.hf.layers import check_in_memory, check_model, mixtures_of, networks_named
 from tnmoe.hf.record import config_of, required_record, unmark
-from tnmoe.hf.structure import check_in_memory, check_model, mixtures_of, networks_named
 from tnmoe.nn.moe import MPOMoE
 
 
@@ -54,7 +54,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     """
     check_model(model)
     record = required_record(model)
-    check_in_memory(model, "tnmoe.hf.plan_export")
+    check_in_memory(model, "tnmoe.hf.prepare_export")
     plain = copy.deepcopy(model.config)
     unmark(plain)
     dense = _new(type(model), plain, model)
@@ -135,7 +135,7 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     """
     check_model(model)
     config = config_of(model)
-    check_in_memory(model, "tnmoe.hf.plan_export")
+    check_in_memory(model, "tnmoe.hf.prepare_export")
     target, mixtures = target_of(model), mixtures_of(model)
     for layer in mixtures.values():
         target.check(layer)

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.skeleton import foreign_values
+from tnmoe.hf.folders.skeleton import foreign_values
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.router import TopKRouter
+from tnmoe.nn.routing.router import TopKRouter
 
 # Entries that say what a configuration is of.
 _OWN = ("architectures", "model_type", "transformers_version")

@@ -18,22 +18,22 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.files import read_json
-from tnmoe.folders import write_whole
 from tnmoe.hf.entries import current_entries
 from tnmoe.hf.families import all_ffns
-from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
-from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.shards import CONFIG, FORMER_CORE, PRESENT_CORE, is_old
-from tnmoe.hf.structure import (
+from tnmoe.hf.folders.checkpoint import CONFIG, FORMER_CORE, PRESENT_CORE, is_old
+from tnmoe.hf.layers import (
     OF_EXPERTS,
     install_new,
     mixtures_of,
     mixtures_unnamed,
     networks_named,
 )
+from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
+from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trust import as_trusted
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.system.files import read_json
+from tnmoe.system.folders import write_whole
 
 _SHOWN = 4
 

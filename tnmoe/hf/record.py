@@ -100,7 +100,7 @@ def config_of(model: nn.Module) -> MPOEConfig:
     Returns
     -------
     MPOEConfig
-        What :func:`upcycle` or :func:`plan_upcycle` was given.
+        What :func:`upcycle` or :func:`prepare_upcycle` was given.
 
     Raises
     ------

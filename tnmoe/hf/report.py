@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import find_ffns
+from tnmoe.hf.folders.skeleton import model_without_numbers
+from tnmoe.hf.layers import new_moe
 from tnmoe.hf.record import check_unconverted
-from tnmoe.hf.skeleton import model_without_numbers
-from tnmoe.hf.structure import new_moe
-from tnmoe.tables import format_table
+from tnmoe.system.tables import format_table
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.nn.adapters import warn_of_unsaved
-from tnmoe.nn.routing import Recording, Routing, RoutingCall
+from tnmoe.nn.routing.record import Recording, Routing, RoutingCall
 from tnmoe.nn.scopes import Scope
 
 # Labels of tokens that no loss is taken of, in transformers.

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tnmoe.errors import InputError, flag, integer_from_zero, one_of
 from tnmoe.hf.record import config_of
-from tnmoe.nn.gradient_mask import (
+from tnmoe.nn.training.gradient_mask import (
     AutogradMask,
     GradientMask,
     Probability,

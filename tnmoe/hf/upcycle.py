@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
+from tnmoe.hf.layers import check_in_memory, check_model, expert_settings, new_router
 from tnmoe.hf.record import check_unconverted, mark, own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.structure import check_in_memory, check_model, expert_settings, new_router
-from tnmoe.memory import memory_for
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.router import Router
-from tnmoe.truncation import TruncationInfo
+from tnmoe.nn.routing.router import Router
+from tnmoe.system.memory import memory_for
+from tnmoe.truncation.info import TruncationInfo
 
 
 def upcycle(
@@ -77,7 +77,7 @@ def upcycle(
     """
     _check_types(model, config)
     check_unconverted(model)
-    check_in_memory(model, "tnmoe.hf.plan_upcycle")
+    check_in_memory(model, "tnmoe.hf.prepare_upcycle")
     # Everything is built before anything is replaced: an error leaves the model as it was.
     ffns = find_ffns(model, config.layers, config.every)
     for ffn in ffns:
@@ -149,7 +149,7 @@ def converted(
     for name, matrix in ffn.matrices.items():
         pretrained |= {name: weight_of(matrix), f"{name}_bias": matrix.bias}
     pretrained |= {
-        "shared_bias": config.shared_bias,
+        "common_bias": config.common_bias,
         "noise": config.expert_noise,
         "rng": np.random.default_rng(draws.seed),
     }

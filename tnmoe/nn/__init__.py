@@ -1,37 +1,37 @@
 """PyTorch adapters: experts that share a central tensor, routers, losses, the gradient mask."""
 
-from tnmoe.extras import require_extra
+from tnmoe.system.extras import require_extra
 
 require_extra("tnmoe.nn", "torch")
 
-import tnmoe.nn.flops  # noqa: F401 - registers formulas with torch
-from tnmoe.costs import Rates
+import tnmoe.nn.compute.flops  # noqa: F401 - registers formulas with torch
+from tnmoe.contraction.rates import Rates
 from tnmoe.nn.activations import ClampedSwiGLU, Gated
-from tnmoe.nn.cache import WeightCache, weight_cache
-from tnmoe.nn.calibrate import calibrate
-from tnmoe.nn.expert_choice import ExpertChoiceRouter
+from tnmoe.nn.compute.cache import WeightCache, weight_cache
+from tnmoe.nn.compute.calibrate import calibrate
+from tnmoe.nn.compute.grouped import Groups
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
-from tnmoe.nn.gradient_mask import AutogradMask, GradientMask
-from tnmoe.nn.grouped import Groups
-from tnmoe.nn.load_bias import BiasBalancer, LoadBias
-from tnmoe.nn.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.moe import MPOMoE, ignore_padding
-from tnmoe.nn.projection import Projection, SharedProjection, StackedProjection
-from tnmoe.nn.router import Router, TopKRouter
-from tnmoe.nn.routing import Routing, RoutingCall, record_routing
-from tnmoe.nn.shared_tensors import (
+from tnmoe.nn.projection import MPOProjection, Projection, StackedProjection
+from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
+from tnmoe.nn.routing.load_bias import BiasBalancer, LoadBias
+from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
+from tnmoe.nn.routing.record import Routing, RoutingCall, record_routing
+from tnmoe.nn.routing.router import Router, TopKRouter
+from tnmoe.nn.routing.statistics import (
+    RouterCollapseWarning,
+    RouterStatistics,
+    RoutingHistory,
+    routing_statistics,
+)
+from tnmoe.nn.training.gradient_mask import AutogradMask, GradientMask
+from tnmoe.nn.training.shared_cores import (
     SharedGradientScale,
     freeze_shared,
     parameter_groups,
     shared_parameters,
     tie_layers,
     train_auxiliary,
-)
-from tnmoe.nn.statistics import (
-    RouterCollapseWarning,
-    RouterStatistics,
-    RoutingHistory,
-    routing_statistics,
 )
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "LoadBias",
     "MPOExperts",
     "MPOMoE",
+    "MPOProjection",
     "Projection",
     "Rates",
     "Router",
@@ -56,7 +57,6 @@ __all__ = [
     "RoutingCall",
     "RoutingHistory",
     "SharedGradientScale",
-    "SharedProjection",
     "StackedProjection",
     "TopKRouter",
     "WeightCache",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.router import Router
+from tnmoe.nn.routing.router import Router
 
 
 def modules_in_use(model: nn.Module) -> Iterator[nn.Module]:

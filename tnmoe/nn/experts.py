@@ -11,26 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tnmoe.contraction.expert_routes import rows_per_piece
 from tnmoe.decompose import decompose
 from tnmoe.errors import InputError, flag, generator_of, number_in, one_of
 from tnmoe.nn.activations import resolve_activation
-from tnmoe.nn.grouped import Groups, Visits, cleared, spread
-from tnmoe.nn.pieces import in_pieces
+from tnmoe.nn.compute.grouped import Groups, Visits, cleared, spread
+from tnmoe.nn.compute.pieces import in_pieces
 from tnmoe.nn.projection import (
     Bias,
+    MPOProjection,
     Projection,
-    SharedProjection,
     StackedProjection,
     side_by_side,
 )
-from tnmoe.nn.transforms import autocast_dtype, is_transformed, may_look, takes_apart
-from tnmoe.options import GAUGES, LAYOUTS, MATRICES, Gauge, Layout, Matrix, SharedSites
-from tnmoe.routes import rows_per_piece
+from tnmoe.nn.transforms import (
+    autocast_dtype,
+    is_transformed,
+    needs_native_operators,
+    values_are_readable,
+)
+from tnmoe.options import GAUGES, LAYOUTS, MATRICES, Gauge, Layout, Matrix, NamedSites
 from tnmoe.shapes import MPOShape
-from tnmoe.truncation import TruncationInfo
+from tnmoe.truncation.info import TruncationInfo
 
 # Sites whose cores experts share.
-Shared = SharedSites | Iterable[int]
+SharedSites = NamedSites | Iterable[int]
 
 # Groups of a split shape: large enough to leave experts some freedom, small enough to stay cheap.
 _SPLIT_GROUP = 64
@@ -176,7 +181,7 @@ class Experts(nn.Module):
         if is_transformed():
             return self._all_on_all(hidden_states, top_k_index, top_k_weights)
         states = hidden_states.to(autocast_dtype(hidden_states) or hidden_states.dtype)
-        if may_look(states):
+        if values_are_readable(states):
             groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
             routed, weights = self._count_routed(groups), top_k_weights
             if routed < groups.rows:
@@ -269,7 +274,7 @@ class Experts(nn.Module):
         return outputs.view(tokens, choices, self.hidden_size)
 
     def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        if torch.is_grad_enabled() or not may_look(rows):
+        if torch.is_grad_enabled() or not values_are_readable(rows):
             return self._network(rows, groups)
 
         def through(rows: Tensor, _: list[Tensor], groups: Groups) -> Sequence[Tensor]:
@@ -294,11 +299,13 @@ class Experts(nn.Module):
 
         Not in training, where all is kept for the backward anyway.
         """
-        if torch.is_grad_enabled() or takes_apart():
+        if torch.is_grad_enabled() or needs_native_operators():
             return False
         if groups.rows * self.intermediate_size <= _CACHED:
             return False
-        return not (self.up.joins_experts(groups.rows) or self.down.joins_experts(groups.rows))
+        return not (
+            self.up.multiplies_jointly(groups.rows) or self.down.multiplies_jointly(groups.rows)
+        )
 
     def _all_on_all(self, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Every expert on every token, or on zeros where it was not chosen.
@@ -329,7 +336,7 @@ class DenseExperts(Experts):
         As for :class:`Experts`.
     gated : bool
         Whether there is a gate projection.
-    bias : bool or "shared"
+    bias : bool or "common"
         Whether every expert's projections have biases, or all experts have them together.
     device, dtype : optional
         Where parameters are made, and of what dtype, as for any module of torch.
@@ -377,7 +384,7 @@ class DenseExperts(Experts):
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         gate_bias: Tensor | None = None,
-        shared_bias: bool = False,
+        common_bias: bool = False,
         num_experts: int = 8,
         activation: str | Callable[..., Tensor] = "relu",
         dropout: float = 0.0,
@@ -388,7 +395,7 @@ class DenseExperts(Experts):
 
         Parameters
         ----------
-        up, down, gate, up_bias, down_bias, gate_bias, shared_bias, num_experts
+        up, down, gate, up_bias, down_bias, gate_bias, common_bias, num_experts
             As for :meth:`MPOExperts.from_dense`.
         activation, dropout
             As for :class:`Experts`.
@@ -409,7 +416,7 @@ class DenseExperts(Experts):
             for name, matrix in matrices.items()
         }
         biases = {"up": up_bias, "down": down_bias, "gate": gate_bias}
-        _set_biases(projections, biases, shared_bias)
+        _set_biases(projections, biases, common_bias)
         return cls._from_projections(projections, activation, dropout)
 
 
@@ -427,7 +434,7 @@ class MPOExperts(Experts):
         As for :class:`Experts`.
     gated : bool
         Whether there is a gate projection.
-    bias : bool or "shared"
+    bias : bool or "common"
         Whether every expert's projections have biases, or all experts have them together.
     layout : {"interleaved", "split"}
         How matrices split over sites: as :meth:`tnmoe.MPOShape.for_matrix` splits them, or as
@@ -438,7 +445,7 @@ class MPOExperts(Experts):
         Shapes instead of the layout's; ``up_shape`` is the gate's too.
     max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
         Largest bond dimension, of all projections or of each; exact bonds by default.
-    shared : {"center", "none"}, iterable of int, or mapping from "up", "gate", "down" to these
+    shared_sites : {"center", "none"}, iterable of int, or mapping
         Sites whose cores all experts share, of all projections or of each; not all of them.
         ``"center"`` is MPOE; ``"none"`` gives every expert an MPO of its own.
     matrices : iterable of "up", "gate", "down"
@@ -458,7 +465,7 @@ class MPOExperts(Experts):
     >>> index, weights = torch.tensor([[0], [3]]), torch.ones(2, 1)
     >>> experts(torch.randn(2, 16), index, weights).shape
     torch.Size([2, 16])
-    >>> other = MPOExperts(4, 16, 32, sites=3, shared={"up": {0, 1}}, max_bond={"down": 8})
+    >>> other = MPOExperts(4, 16, 32, sites=3, shared_sites={"up": {0, 1}}, max_bond={"down": 8})
     >>> [len(core) for core in other.up.aux], [len(core) for core in other.down.aux]
     ([1, 4], [4, 4])
     """
@@ -476,7 +483,7 @@ class MPOExperts(Experts):
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
         max_bond: int | Mapping[str, int | None] | None = None,
-        shared: Shared | Mapping[str, Shared] = "center",
+        shared_sites: SharedSites | Mapping[str, SharedSites] = "center",
         dropout: float = 0.0,
         *,
         matrices: Iterable[Matrix] = MATRICES,
@@ -489,13 +496,13 @@ class MPOExperts(Experts):
         up_shape = _shape_for("up_shape", up_shape, layout, sites, *sizes)
         down_shape = _shape_for("down_shape", down_shape, layout, sites, *sizes[::-1])
         bonds = per_projection("max_bond", max_bond, None)
-        common = per_projection("shared", shared, "center")
+        common = per_projection("shared_sites", shared_sites, "center")
 
         def projection(name: str, shape: MPOShape) -> Projection:
             if name not in chosen:
                 size = shape.out_features, shape.in_features
                 return StackedProjection(num_experts, *size, bias, device=device, dtype=dtype)
-            return SharedProjection(
+            return MPOProjection(
                 num_experts, shape, bias, bonds[name], common[name], device=device, dtype=dtype
             )
 
@@ -517,7 +524,7 @@ class MPOExperts(Experts):
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         gate_bias: Tensor | None = None,
-        shared_bias: bool = False,
+        common_bias: bool = False,
         num_experts: int = 8,
         activation: str | Callable[..., Tensor] = "relu",
         dropout: float = 0.0,
@@ -526,7 +533,7 @@ class MPOExperts(Experts):
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
         max_bond: int | Mapping[str, int | None] | None = None,
-        shared: Shared | Mapping[str, Shared] = "center",
+        shared_sites: SharedSites | Mapping[str, SharedSites] = "center",
         matrices: Iterable[Matrix] = MATRICES,
         gauge: Gauge = "identity",
         noise: float = 0.0,
@@ -545,11 +552,11 @@ class MPOExperts(Experts):
             Pretrained matrix.
         up_bias, gate_bias, down_bias : Tensor, shapes (F,), (F,), (H,), optional
             Pretrained biases.
-        shared_bias : bool
+        common_bias : bool
             Keep them once for all experts, and not a copy for each.
         num_experts : int
             Number of experts E.
-        activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared, matrices
+        activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared_sites, matrices
             As for the class.
         gauge : {"identity", "schmidt"}
             How a matrix becomes cores where nothing is cut. With ``identity`` auxiliary cores
@@ -576,7 +583,7 @@ class MPOExperts(Experts):
         up_shape = _shape_for("up_shape", up_shape, layout, sites, *up.shape)
         down_shape = _shape_for("down_shape", down_shape, layout, sites, *down.shape)
         bonds = per_projection("max_bond", max_bond, None)
-        common = per_projection("shared", shared, "center")
+        common = per_projection("shared_sites", shared_sites, "center")
         biases = {"up": up_bias, "down": down_bias, "gate": gate_bias}
         one_of("gauge", gauge, GAUGES)
         # ``auto`` leaves identity matrices at bonds where nothing can be cut.
@@ -595,19 +602,17 @@ class MPOExperts(Experts):
                 # Spectra cost more than an exact conversion, which needs none.
                 mpo, info = decompose(matrix.detach(), shape, **cut, return_info=True)
                 on_matrix(name, info)
-            projections[name] = SharedProjection.from_mpo(
-                mpo, num_experts, common[name], noise, rng
-            )
-        _set_biases(projections, biases, shared_bias)
+            projections[name] = MPOProjection.from_mpo(mpo, num_experts, common[name], noise, rng)
+        _set_biases(projections, biases, common_bias)
         return cls._from_projections(projections, activation, dropout)
 
 
 def _set_biases(
-    projections: Mapping[str, Projection], biases: Mapping[str, Tensor | None], shared: bool
+    projections: Mapping[str, Projection], biases: Mapping[str, Tensor | None], common: bool
 ) -> None:
-    shared = flag("shared_bias", shared)
+    common = flag("common_bias", common)
     for name, projection in projections.items():
-        projection.set_bias(biases[name], shared, f"{name}_bias")
+        projection.set_bias(biases[name], common, f"{name}_bias")
 
 
 def check_matrices(names: Iterable[str], present: Iterable[str] = MATRICES) -> tuple[Matrix, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tnmoe.errors import InputError, flag, number_in, one_of
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
-from tnmoe.nn.router import Router, TopKRouter
+from tnmoe.nn.routing.router import Router, TopKRouter
 from tnmoe.nn.scopes import Scope
 from tnmoe.options import ANY_LAYOUTS, AnyLayout
 

@@ -15,30 +15,30 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction import (
+from tnmoe.contraction.expert_routes import ContractionPlan, core_by_core_width, rows_per_piece
+from tnmoe.contraction.plan import (
     apply_cores,
-    chain_width,
     contraction_plan,
     stacked_to_padded_matrices,
+    state_width,
 )
 from tnmoe.errors import InputError, generator_of, index_in, one_of, plain, positive_int
 from tnmoe.mpo import MPO
-from tnmoe.nn.cache import cached_linear, weight_cache
-from tnmoe.nn.grouped import Groups, Visits, grouped_linear, per_row
-from tnmoe.nn.in_order import chain_linears
-from tnmoe.nn.materialize import Legs, common_dtype, environments, shared_linear
-from tnmoe.nn.pieces import in_pieces
-from tnmoe.nn.precision import reused
-from tnmoe.nn.transforms import holds_numbers, takes_apart
-from tnmoe.options import Route, SharedSites
-from tnmoe.routes import ContractionPlan, in_order_width, rows_per_piece
+from tnmoe.nn.compute.accumulate import reused
+from tnmoe.nn.compute.cache import cached_linear, weight_cache
+from tnmoe.nn.compute.grouped import Groups, Visits, grouped_linear, per_row
+from tnmoe.nn.compute.joint import joint_linear
+from tnmoe.nn.compute.pieces import in_pieces
+from tnmoe.nn.compute.rebuilt import Legs, common_dtype, environments, rebuilt_linear
+from tnmoe.nn.transforms import has_values, needs_native_operators
+from tnmoe.options import NamedSites, Route
 from tnmoe.shapes import MPOShape
-from tnmoe.shared import SharedMPO, replicate
+from tnmoe.shared_mpo import SharedMPO, replicate
 
 _TORCH = backend_named("torch")
 
-Bias = bool | Literal["shared"]
-BIASES = (False, True, "shared")
+Bias = bool | Literal["common"]
+BIASES = (False, True, "common")
 
 
 class Projection(nn.Module, ABC):
@@ -48,7 +48,7 @@ class Projection(nn.Module, ABC):
     ----------
     num_experts, out_features, in_features : int
         Sizes.
-    bias : bool or "shared"
+    bias : bool or "common"
         Whether every expert has a bias, or all have one together.
     device, dtype
         Of the parameters, as for torch's own layers.
@@ -89,7 +89,7 @@ class Projection(nn.Module, ABC):
         self.num_experts = positive_int("num_experts", num_experts)
         self.out_features = positive_int("out_features", out_features)
         self.in_features = positive_int("in_features", in_features)
-        rows = 1 if bias == "shared" else self.num_experts
+        rows = 1 if bias == "common" else self.num_experts
         self.bias = (
             nn.Parameter(torch.empty(rows, self.out_features, device=device, dtype=dtype))
             if bias
@@ -146,7 +146,7 @@ class Projection(nn.Module, ABC):
         bias = self.bias.to(result.dtype)
         return result + (bias if len(bias) < self.num_experts else per_row(bias, groups))
 
-    def joins_experts(self, rows: int) -> bool:
+    def multiplies_jointly(self, rows: int) -> bool:
         """Whether ``rows`` slots, in inference, go through products for all experts together."""
         return False
 
@@ -154,13 +154,13 @@ class Projection(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw new weights with the variance of ``torch.nn.Linear``'s, 1 / (3·in)."""
 
-    def set_bias(self, bias: Tensor | None, shared: bool = False, name: str = "bias") -> None:
+    def set_bias(self, bias: Tensor | None, common: bool = False, name: str = "bias") -> None:
         """Start with one bias (out,) for all experts, or take a stack (E, out) or none as it is.
 
         Parameters
         ----------
         bias : Tensor, shape (out,) or (E, out), or None
-        shared : bool
+        common : bool
             Keep one bias for all experts, and not a copy for each.
         name : str
             What an error calls it.
@@ -174,12 +174,12 @@ class Projection(nn.Module, ABC):
             self.bias = None
             return
         allowed: list[tuple[int, ...]] = [(self.out_features,)]
-        if not shared:
+        if not common:
             allowed.append((self.num_experts, self.out_features))
         if tuple(bias.shape) not in allowed:
             expected = " or ".join(map(str, allowed))
             raise InputError(f"{name} must be of shape {expected}, got {tuple(bias.shape)}")
-        rows = 1 if shared else self.num_experts
+        rows = 1 if common else self.num_experts
         self.bias = nn.Parameter(bias.detach().expand(rows, self.out_features).clone())
 
     def extra_repr(self) -> str:
@@ -268,7 +268,7 @@ class StackedProjection(Projection):
             self.bias.uniform_(-bound, bound)
 
 
-class SharedProjection(Projection):
+class MPOProjection(Projection):
     """Matrices as MPOs: experts share the central core, or any other sites; the rest they own.
 
     A core that experts own is stored as a stack with an expert axis, one that they share once.
@@ -279,11 +279,11 @@ class SharedProjection(Projection):
         Number of experts E.
     shape : MPOShape
         Legs and size of every expert's matrix; at least two sites.
-    bias : bool or "shared"
+    bias : bool or "common"
         Whether every expert has a bias, or all have one together.
     max_bond : int, optional
         Largest bond dimension; exact bonds by default.
-    shared : {"center", "none"} or iterable of int
+    shared_sites : {"center", "none"} or iterable of int
         Sites that all experts share; not all of them.
     device, dtype
         Of the parameters, as for torch's own layers.
@@ -304,7 +304,7 @@ class SharedProjection(Projection):
 
     Examples
     --------
-    >>> matrices = SharedProjection(4, MPOShape((2, 4, 2), (2, 2, 2)))
+    >>> matrices = MPOProjection(4, MPOShape((2, 4, 2), (2, 2, 2)))
     >>> matrices.center.shape, [core.shape[0] for core in matrices.aux]
     (torch.Size([4, 4, 2, 4]), [4, 4])
     """
@@ -320,7 +320,7 @@ class SharedProjection(Projection):
         shape: MPOShape,
         bias: Bias = False,
         max_bond: int | None = None,
-        shared: SharedSites | Iterable[int] = "center",
+        shared_sites: NamedSites | Iterable[int] = "center",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -331,8 +331,8 @@ class SharedProjection(Projection):
                 f"experts that share cores need a shape of at least 2 sites, got {shape}"
             )
         self.shape = shape
-        self.site = shape.center
-        common = resolve_shared(shared, shape.sites, self.site)
+        self.center_site = shape.center_site
+        common = resolve_shared_sites(shared_sites, shape.sites, self.center_site)
         cores = [
             torch.empty(core, device=device, dtype=dtype) for core in shape.core_shapes(max_bond)
         ]
@@ -349,17 +349,17 @@ class SharedProjection(Projection):
         cls,
         mpo: MPO,
         num_experts: int,
-        shared: SharedSites | Iterable[int] = "center",
+        shared_sites: NamedSites | Iterable[int] = "center",
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
-    ) -> SharedProjection:
+    ) -> MPOProjection:
         """Experts that all start as one MPO of torch tensors, whose shared cores are not copied.
 
         Parameters
         ----------
         mpo : MPO
             The matrix, with any bonds and centre.
-        num_experts, shared
+        num_experts, shared_sites
             As for the class.
         noise : float
             Noise on every expert's own cores, relative to each core's root mean square.
@@ -373,8 +373,10 @@ class SharedProjection(Projection):
         """
         _check_torch(mpo.cores)
         projection = cls(num_experts, mpo.shape, max_bond=1, device="meta")
-        projection.site = mpo.shape.center if mpo.center is None else mpo.center
-        common = resolve_shared(shared, mpo.shape.sites, projection.site)
+        projection.center_site = (
+            mpo.shape.center_site if mpo.center_site is None else mpo.center_site
+        )
+        common = resolve_shared_sites(shared_sites, mpo.shape.sites, projection.center_site)
         rng = generator_of(rng)
         projection._set_cores(
             [
@@ -385,7 +387,7 @@ class SharedProjection(Projection):
         return projection
 
     @classmethod
-    def from_shared(cls, shared: SharedMPO) -> SharedProjection:
+    def from_shared_mpo(cls, shared: SharedMPO) -> MPOProjection:
         """Take over cores, with any bonds and centre.
 
         Parameters
@@ -398,11 +400,11 @@ class SharedProjection(Projection):
         InputError
             If the cores are no torch tensors.
         """
-        _check_torch([shared.center_core])
+        _check_torch([shared.center])
         projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
-        projection.site = shared.center
+        projection.center_site = shared.center_site
         cores = list(shared.aux)
-        cores.insert(shared.center, shared.center_core)
+        cores.insert(shared.center_site, shared.center)
         projection._set_cores(cores)
         return projection
 
@@ -411,11 +413,11 @@ class SharedProjection(Projection):
         self.shared_sites = frozenset(site for site, core in enumerate(cores) if core.ndim == 4)
         parameters = [
             nn.Parameter(
-                (core[None] if core.ndim == 4 and site != self.site else core).contiguous()
+                (core[None] if core.ndim == 4 and site != self.center_site else core).contiguous()
             )
             for site, core in enumerate(core.detach() for core in cores)
         ]
-        self.center = parameters.pop(self.site)
+        self.center = parameters.pop(self.center_site)
         # Parameters of this very module, not of a list in it: whatever moves the parameters of a
         # module in and out of memory around its forward, as accelerate does, must find them.
         self._aux_names = tuple(f"aux_{number}" for number in range(len(parameters)))
@@ -463,7 +465,11 @@ class SharedProjection(Projection):
         return list(self.parameters_at(site))
 
     def _name_of(self, site: int) -> str:
-        return "center" if site == self.site else self._aux_names[site - (site > self.site)]
+        return (
+            "center"
+            if site == self.center_site
+            else self._aux_names[site - (site > self.center_site)]
+        )
 
     def core_at(self, site: int) -> nn.Parameter:
         """The stored core of a site, (E, D, out, in, D') or, if shared at the centre, without E.
@@ -507,7 +513,7 @@ class SharedProjection(Projection):
             stored[name] if name in stored else getattr(self, name) for name in self._aux_names
         )
 
-    def to_shared(self) -> SharedMPO:
+    def to_shared_mpo(self) -> SharedMPO:
         """The cores as a SharedMPO that shares memory and gradients with this module.
 
         Raises
@@ -517,7 +523,7 @@ class SharedProjection(Projection):
         """
         if self.center.ndim == 5:
             raise InputError("a SharedMPO has one central core, but these experts own theirs")
-        return SharedMPO(self.center, self._stacked(), self.shape, self.site)
+        return SharedMPO(self.center, self._stacked(), self.shape, self.center_site)
 
     def expert(self, index: int) -> MPO:
         """One expert's matrix as an MPO that shares memory and gradients with this module.
@@ -547,7 +553,7 @@ class SharedProjection(Projection):
         dtype = common_dtype(cores)
         center, *aux = (core.to(dtype) for core in cores)
         with _TORCH.full_precision(center):
-            left, right = aux[: self.site], aux[self.site :]
+            left, right = aux[: self.center_site], aux[self.center_site :]
             matrices = stacked_to_padded_matrices(_TORCH, center, left, right)
         return matrices[:, : self.out_features, : self.in_features]
 
@@ -590,48 +596,52 @@ class SharedProjection(Projection):
             self._bond_dims,
             rows,
             experts=self.num_experts,
-            center=self.site,
+            center_site=self.center_site,
             training=training,
             cached=not training
             and not self._is_gathered
-            and not takes_apart()
+            and not needs_native_operators()
             and weight_cache.has_room(self._stored, self._matrices_bytes),
             device=self.center.device.type,
             itemsize=self.center.element_size(),
         )
 
-    def joins_experts(self, rows: int) -> bool:
-        return (self.route or self.plan(rows, training=False).route) == "shared"
+    def multiplies_jointly(self, rows: int) -> bool:
+        return (self.route or self.plan(rows, training=False).route) == "joint"
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         route = self.route or self._chosen_route(rows, groups)
         if route == "cached" and self._is_gathered:
-            route = "dense"
+            route = "rebuilt"
         if route == "cached":
-            if self.route and takes_apart():
+            if self.route and needs_native_operators():
                 raise InputError("route='cached' has no derivatives: set another, or None")
             if self.route and self._in_training(rows):
                 raise InputError("route='cached' has no gradients: use it under torch.no_grad()")
             size = self.out_features, self.in_features
             cores = self.center, self.aux
-            return cached_linear(rows, groups.offsets, *cores, self.site, self.legs, size)
-        multiply = {"dense": self._dense, "shared": self._shared, "chain": self._chain}.get(route)
+            return cached_linear(rows, groups.offsets, *cores, self.center_site, self.legs, size)
+        multiply = {
+            "rebuilt": self._rebuilt,
+            "joint": self._joint,
+            "per_expert": self._per_expert,
+        }.get(route)
         if multiply is None:
             raise InputError(
-                f"route must be one of shared, chain, dense, cached or None, got {route!r}"
+                f"route must be one of joint, per_expert, rebuilt, cached or None, got {route!r}"
             )
         return multiply(self._padded(rows), groups)[:, : self.out_features]
 
     def _shares_input_with(self, other: nn.Module, rows: Tensor, groups: Groups) -> bool:
         """Whether both may go through cores on the input side, the same tensors, only once."""
         return (
-            isinstance(other, SharedProjection)
+            isinstance(other, MPOProjection)
             # What is hooked is to be called.
             and not (_is_hooked(self) or _is_hooked(other))
             and other.aux[-1] is self.aux[-1]
             and other.shape == self.shape
             and all(
-                (each.route or each._chosen_route(rows, groups)) == "shared"
+                (each.route or each._chosen_route(rows, groups)) == "joint"
                 for each in (self, other)
             )
         )
@@ -645,7 +655,7 @@ class SharedProjection(Projection):
             first, second = cores[:sites], cores[sites:]
             # The same tensor again, whatever its dtype had to be changed to.
             both = zip(tied, first, second, strict=True)
-            return chain_linears(
+            return joint_linear(
                 rows, [first, [one if same else two for same, one, two in both]], groups
             )
 
@@ -664,12 +674,12 @@ class SharedProjection(Projection):
     def _chosen_route(self, rows: Tensor, groups: Groups) -> str:
         training = self._in_training(rows)
         compiling = torch.compiler.is_compiling()
-        if not compiling and holds_numbers(rows):
+        if not compiling and has_values(rows):
             return self.plan(groups.rows, training).route
         # What is compiled, or has no numbers, must do for any number of rows.
-        if self.shape.is_split(self.site):
-            return "shared"
-        return "cached" if compiling and not training else "dense"
+        if self.shape.is_split(self.center_site):
+            return "joint"
+        return "cached" if compiling and not training else "rebuilt"
 
     @property
     def _is_gathered(self) -> bool:
@@ -688,7 +698,7 @@ class SharedProjection(Projection):
     def _cores(self) -> list[Tensor]:
         """Cores of all sites; those that experts own have an expert axis."""
         cores: list[Tensor] = [core[0] if len(core) == 1 else core for core in self.aux]
-        cores.insert(self.site, self.center)
+        cores.insert(self.center_site, self.center)
         return cores
 
     def _of_visited(self, cores: Iterable[Tensor], groups: Groups | Visits) -> list[Tensor]:
@@ -705,43 +715,47 @@ class SharedProjection(Projection):
             for core in cores
         ]
 
-    def _dense(self, rows: Tensor, groups: Groups) -> Tensor:
+    def _rebuilt(self, rows: Tensor, groups: Groups) -> Tensor:
         if self.center.ndim == 5:
             return self._owned(rows, groups)
         aux = self._of_visited((core.to(rows.dtype) for core in self.aux), groups)
-        left, right = environments(aux[: self.site], aux[self.site :], self.num_experts)
-        return shared_linear(
+        left, right = environments(
+            aux[: self.center_site], aux[self.center_site :], self.num_experts
+        )
+        return rebuilt_linear(
             rows, self.center.to(rows.dtype), left, right, self.legs, groups.offsets
         )
 
     def _owned(self, rows: Tensor, groups: Groups) -> Tensor:
-        """The dense route of experts that own their central cores: all matrices at once."""
+        """The route ``rebuilt`` of experts that own their central cores: all matrices at once."""
         center, *aux = self._of_visited(
             (core.to(rows.dtype) for core in (self.center, *self._stacked())), groups
         )
-        matrices = stacked_to_padded_matrices(_TORCH, center, aux[: self.site], aux[self.site :])
+        matrices = stacked_to_padded_matrices(
+            _TORCH, center, aux[: self.center_site], aux[self.center_site :]
+        )
         return grouped_linear(rows, matrices, groups.offsets)
 
     @property
     def _rows_in_order(self) -> int:
-        """Rows that go through together on the route ``shared``."""
-        return self._rows_at_once(in_order_width(self.shape, self._bond_dims))
+        """Rows that go through together on the route ``joint``."""
+        return self._rows_at_once(core_by_core_width(self.shape, self._bond_dims))
 
     def _rows_at_once(self, width: float) -> int:
         return rows_per_piece(width, max(self.shape.padded_in, self.shape.padded_out))
 
-    def _shared(self, rows: Tensor, groups: Groups) -> Tensor:
+    def _joint(self, rows: Tensor, groups: Groups) -> Tensor:
         def through(rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
-            return chain_linears(rows, [cores], groups)
+            return joint_linear(rows, [cores], groups)
 
         return in_pieces(through, rows, self._cores(), groups, self._rows_in_order)[0]
 
-    def _chain(self, rows: Tensor, groups: Groups) -> Tensor:
+    def _per_expert(self, rows: Tensor, groups: Groups) -> Tensor:
         if not groups.spans:
             # Without rows, too, cores have gradients: zeros.
-            return self._dense(rows, groups)
+            return self._rebuilt(rows, groups)
         most = max(block.stop - block.start for _, block in groups.spans)
-        step = self._rows_at_once(chain_width(self.shape, self._bond_dims, most))
+        step = self._rows_at_once(state_width(self.shape, self._bond_dims, most))
         return in_pieces(self._one_by_one, rows, self._cores(), groups, step)[0]
 
     def _one_by_one(self, rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
@@ -767,7 +781,11 @@ class SharedProjection(Projection):
         """Legs of the sites on either side of the centre, taken together."""
 
         def split(dims: tuple[int, ...]) -> tuple[int, int, int]:
-            return prod(dims[: self.site]), dims[self.site], prod(dims[self.site + 1 :])
+            return (
+                prod(dims[: self.center_site]),
+                dims[self.center_site],
+                prod(dims[self.center_site + 1 :]),
+            )
 
         return Legs(split(self.shape.out_dims), split(self.shape.in_dims))
 
@@ -775,7 +793,7 @@ class SharedProjection(Projection):
     def reset_parameters(self) -> None:
         """Isometric auxiliary cores and a Gaussian central one: the centre carries the scale."""
         for index, stack in enumerate(self.aux):
-            left_of_center = index < self.site
+            left_of_center = index < self.center_site
             for core in stack:
                 rows = core.shape[0] if not left_of_center else prod(core.shape[:-1])
                 if not core.is_meta:
@@ -813,7 +831,7 @@ def side_by_side(
     -------
     tuple of Tensor, shapes (T, out)
     """
-    if isinstance(first, SharedProjection) and first._shares_input_with(second, rows, groups):
+    if isinstance(first, MPOProjection) and first._shares_input_with(second, rows, groups):
         return first._both(second, rows, groups)
     return first(rows, groups), second(rows, groups)
 
@@ -853,7 +871,9 @@ def _check_torch(cores: Iterable[Any]) -> None:
         raise InputError(f"cores must be torch tensors, got {', '.join(odd)}")
 
 
-def resolve_shared(shared: str | Iterable[int], sites: int, center: int) -> frozenset[int]:
+def resolve_shared_sites(
+    shared_sites: str | Iterable[int], sites: int, center_site: int
+) -> frozenset[int]:
     """Sites that experts share, from a name or from their numbers.
 
     Raises
@@ -861,14 +881,18 @@ def resolve_shared(shared: str | Iterable[int], sites: int, center: int) -> froz
     InputError
         If the name is unknown, a site is not there, or no site is left that experts own.
     """
-    if isinstance(shared, str):
-        named: dict[str, frozenset[int]] = {"center": frozenset({center}), "none": frozenset()}
-        if shared not in named:
-            raise InputError(f"shared must be one of {', '.join(named)} or sites, got {shared!r}")
-        return named[shared]
-    if not isinstance(shared, Iterable):
-        raise InputError(f"shared must be a name or the numbers of sites, got {shared!r}")
-    chosen = frozenset(index_in("every shared site", site, sites) for site in shared)
+    if isinstance(shared_sites, str):
+        named: dict[str, frozenset[int]] = {"center": frozenset({center_site}), "none": frozenset()}
+        if shared_sites not in named:
+            raise InputError(
+                f"shared_sites must be one of {', '.join(named)} or sites, got {shared_sites!r}"
+            )
+        return named[shared_sites]
+    if not isinstance(shared_sites, Iterable):
+        raise InputError(
+            f"shared_sites must be a name or the numbers of sites, got {shared_sites!r}"
+        )
+    chosen = frozenset(index_in("every shared site", site, sites) for site in shared_sites)
     if len(chosen) == sites:
         raise InputError(f"experts that share all {sites} sites would be one: leave some out")
     return chosen

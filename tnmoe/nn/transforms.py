@@ -22,7 +22,7 @@ def is_transformed() -> bool:
     )
 
 
-def takes_apart() -> bool:
+def needs_native_operators() -> bool:
     """Whether code is differentiated or vectorised in a way that only torch's own operators know.
 
     The transformations of ``torch.func``, and forward-mode differentiation without them.
@@ -32,14 +32,14 @@ def takes_apart() -> bool:
     return is_transformed() or forward_ad._current_level >= 0
 
 
-def may_look(tensor: Tensor) -> bool:
+def values_are_readable(tensor: Tensor) -> bool:
     """Whether code may depend on the numbers in a tensor, and need not wait for them."""
     if torch.compiler.is_compiling() or is_transformed():
         return False
-    return tensor.device.type == "cpu" and holds_numbers(tensor)
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
-def holds_numbers(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether there are numbers in a tensor: ``meta`` and ``FakeTensorMode`` have sizes alone."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
@@ -51,7 +51,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def is_watched() -> bool:
+def is_under_dispatch_mode() -> bool:
     """Whether a mode looks at every operator: one that counts operations, or computes nothing."""
     return torch._C._len_torch_dispatch_stack() > 0
 

@@ -5,7 +5,7 @@ are drawn on without pyplot. Nothing needs a display. Series differ in colour, m
 style, and the colours are those that colour-blind readers can tell apart.
 """
 
-from tnmoe.extras import require_extra
+from tnmoe.system.extras import require_extra
 
 require_extra("tnmoe.plot", "plot")
 

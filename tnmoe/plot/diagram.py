@@ -13,7 +13,7 @@ from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.plot.style import COLORS, GREY, new_axes
 from tnmoe.shapes import MPOShape
-from tnmoe.shared import SharedMPO
+from tnmoe.shared_mpo import SharedMPO
 
 _AUXILIARY, _CENTRAL = COLORS[0], COLORS[1]
 _COPY = "#7FB8D8"  # the auxiliary cores' colour, lighter
@@ -53,7 +53,7 @@ def network(operator: MPOShape | MPO | SharedMPO, ax: Axes | None = None) -> Axe
     128 × 48, 3 sites
     7,312 parameters
     """
-    shape, bonds, center, experts, params = _read(operator)
+    shape, bonds, center_site, experts, params = _read(operator)
     ax = new_axes(ax, (max(4.8, shape.sites + 1.2), 3.2))
     # Short rows get room at their sides and are not drawn larger than others.
     spare = max(0.0, _LEAST_WIDTH - (shape.sites - 1 + _LEFT + _RIGHT)) / 2
@@ -67,7 +67,7 @@ def network(operator: MPOShape | MPO | SharedMPO, ax: Axes | None = None) -> Axe
     for site, (out, in_) in enumerate(zip(shape.out_dims, shape.in_dims, strict=True)):
         _leg(ax, site, _LEG, out, unit)
         _leg(ax, site, -_LEG, in_, unit)
-        _core(ax, site, site == center, experts, unit)
+        _core(ax, site, site == center_site, experts, unit)
     _text(ax, -_LEFT, _LEG, "output legs", unit, ha="left", va="center", color="0.35")
     _text(ax, -_LEFT, -_LEG, "input legs", unit, ha="left", va="center", color="0.35")
     _legend(ax, shape.sites, experts)
@@ -80,14 +80,14 @@ def _read(
 ) -> tuple[MPOShape, tuple[int, ...], int, int | None, int]:
     """Shape, bonds, centre, number of experts (None for one operator) and of parameters."""
     if isinstance(operator, MPOShape):
-        return operator, operator.bond_dims(), operator.center, None, operator.num_params()
+        return operator, operator.bond_dims(), operator.center_site, None, operator.num_params()
     if isinstance(operator, MPO):
         shape = operator.shape
-        center = shape.center if operator.center is None else operator.center
-        return shape, operator.bond_dims, center, None, operator.num_params
+        center_site = shape.center_site if operator.center_site is None else operator.center_site
+        return shape, operator.bond_dims, center_site, None, operator.num_params
     if isinstance(operator, SharedMPO):
         return (
-            operator.shape, operator.bond_dims, operator.center, operator.num_experts,
+            operator.shape, operator.bond_dims, operator.center_site, operator.num_experts,
             operator.num_params,
         )  # fmt: skip
     raise InputError(

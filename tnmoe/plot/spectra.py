@@ -22,8 +22,8 @@ from tnmoe.plot.style import (
     new_axes,
     shown_apart,
 )
-from tnmoe.spectrum import entanglement_entropy
-from tnmoe.truncation import TruncationInfo
+from tnmoe.truncation.info import TruncationInfo
+from tnmoe.truncation.spectra import entanglement_entropy
 
 # So many names fit along an axis, and so many letters if they lie flat.
 _MOST_TICKS, _MOST_LETTERS = 40, 50

@@ -1,0 +1,118 @@
+"""Algebra of chains of cores, without forming the matrix.
+
+Sums put cores side by side as blocks and products multiply bonds (Oseledets, SIAM J. Sci. Comput.
+33, 2295 (2011), section 4); scalars come from sweeps that contract one site after the other.
+Cores have shapes (D, out, in, D'), the outermost bonds being 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add as add_arrays
+
+import numpy as np
+
+from tnmoe.backends import Array, Backend
+from tnmoe.contraction.einsum import contract
+
+Cores = Sequence[Array]
+
+
+def add(xp: Backend, chains: Sequence[Cores]) -> list[Array]:
+    """Sum of chains with the same legs; their bonds add up."""
+    if len(chains) == 1:
+        return list(chains[0])
+    sites = len(chains[0])
+    if sites == 1:
+        return [reduce(add_arrays, (chain[0] for chain in chains))]
+    middle = [
+        _block_diagonal(xp, [chain[site] for chain in chains]) for site in range(1, sites - 1)
+    ]
+    first = xp.concatenate([chain[0] for chain in chains], 3)
+    return [first, *middle, xp.concatenate([chain[-1] for chain in chains], 0)]
+
+
+def _block_diagonal(xp: Backend, blocks: Sequence[Array]) -> Array:
+    """Cores (D, out, in, D') as blocks along both bonds."""
+    columns = sum(block.shape[3] for block in blocks)
+    rows, start = [], 0
+    for block in blocks:
+        left, out, in_, right = block.shape
+        before = xp.zeros((left, out, in_, start), like=block)
+        start += right
+        after = xp.zeros((left, out, in_, columns - start), like=block)
+        rows.append(xp.concatenate([before, block, after], 3))
+    return xp.concatenate(rows, 0)
+
+
+def compose(xp: Backend, left: Cores, right: Cores) -> tuple[Array, ...]:
+    """Product of two operators, (left · right); their bonds multiply."""
+    cores = []
+    for a, b in zip(left, right, strict=True):
+        product = contract(xp, "aoxb,cxid->acoibd", a, b)
+        cores.append(product.reshape(a.shape[0] * b.shape[0], a.shape[1], b.shape[2], -1))
+    return tuple(cores)
+
+
+def transpose(xp: Backend, cores: Cores) -> list[Array]:
+    """Output and input legs swapped."""
+    return [xp.permute(core, (0, 2, 1, 3)) for core in cores]
+
+
+def inner(xp: Backend, bra: Cores, ket: Cores) -> Array:
+    """Σ conj(bra) · ket over all entries, a scalar array."""
+    environment = xp.eye(1, like=bra[0])
+    for a, b in zip(bra, ket, strict=True):
+        # Two products of matrices as they lie in memory, without a permutation.
+        carried = environment @ b.reshape(b.shape[0], -1)
+        bra_rows = a.reshape(-1, a.shape[-1])
+        environment = xp.adjoint(bra_rows) @ carried.reshape(-1, b.shape[-1])
+    return environment.reshape(())
+
+
+def trace(xp: Backend, cores: Cores) -> Array:
+    """Σ of the entries whose output legs equal their input legs, a scalar array."""
+    product = xp.eye(1, like=cores[0])
+    for core in cores:
+        product = product @ xp.trace(core, 1, 2)
+    return product.reshape(())
+
+
+def identity(xp: Backend, legs: Sequence[int], like: Array) -> list[Array]:
+    """The identity with square legs; all bonds are 1."""
+    return [xp.eye(leg, like=like)[None, :, :, None] for leg in legs]
+
+
+def mask(xp: Backend, legs: Sequence[int], size: int, like: Array) -> list[Array]:
+    """The projector onto the first ``size`` of Π legs indices; all bonds are 2.
+
+    An index is below ``size`` when, at the first leg where their digits differ, its digit is the
+    smaller one: state 0 of a bond means "equal so far", state 1 "smaller already".
+    """
+    digits = []
+    for leg in reversed(legs):
+        digits.append((size - 1) % leg)
+        size = (size - 1) // leg + 1
+    cores = []
+    for site, (leg, digit) in enumerate(zip(legs, reversed(digits), strict=True)):
+        core = np.zeros((2, leg, leg, 2))
+        for index in range(leg):
+            core[1, index, index, 1] = 1
+            if index <= digit:
+                core[0, index, index, int(index < digit)] = 1
+        core = core[:1] if site == 0 else core
+        # Both states end as "below": the last index that counts is size − 1 itself.
+        core = core.sum(axis=3, keepdims=True) if site == len(legs) - 1 else core
+        cores.append(xp.from_numpy(core, like=like))
+    return cores
+
+
+def random(
+    xp: Backend,
+    core_shapes: Sequence[tuple[int, int, int, int]],
+    rng: np.random.Generator,
+    like: Array,
+) -> list[Array]:
+    """Normal cores, scaled so that every entry of the operator has variance 1."""
+    return [xp.normal(shape, rng, like=like) * (shape[3] ** -0.5) for shape in core_shapes]

@@ -1,0 +1,118 @@
+"""Gauge moves: orthogonality centres of a chain of cores.
+
+A core left of the centre is an isometry read as (left bond · legs) × right bond; one right of it
+read as left bond × (legs · right bond). All the weight is then in the central core (Schollwöck,
+Ann. Phys. 326, 96 (2011), section 4.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+
+from tnmoe.backends import Array, Backend
+from tnmoe.errors import InputError
+
+
+def canonicalize(
+    xp: Backend, cores: Sequence[Array], current: int | None, center_site: int
+) -> tuple[Array, ...]:
+    """Move the orthogonality centre to a site by QR decompositions.
+
+    Parameters
+    ----------
+    xp : Backend
+        Library of the cores.
+    cores : sequence of array
+        Shapes (D, out, in, D'), in a dtype with linear algebra (not a half precision).
+    current : int or None
+        Present centre: only the sites between it and ``center_site`` are touched. None: no gauge is
+        known, and both ends are swept.
+    center_site : int
+        Site to move to.
+
+    Returns
+    -------
+    tuple of array
+        Cores of the same operator. A bond larger than its neighbours can use shrinks.
+    """
+    cores = list(cores)
+    first = 0 if current is None else current
+    last = len(cores) - 1 if current is None else current
+    for site in range(first, center_site):
+        cores[site], cores[site + 1] = shift_right(xp, cores[site], cores[site + 1])
+    for site in range(last, center_site, -1):
+        cores[site - 1], cores[site] = shift_left(xp, cores[site - 1], cores[site])
+    return tuple(cores)
+
+
+def vidal(xp: Backend, cores: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """Symmetric form Γ₁ λ₁ Γ₂ … λ Γₙ: cores Γ and the Schmidt values λ between them.
+
+    The chain is Γ₁·diag(λ₁)·Γ₂·…; λΓ is a left isometry at every site, and Γλ a right one (Vidal,
+    Phys. Rev. Lett. 91, 147902 (2003)).
+
+    Parameters
+    ----------
+    xp : Backend
+        Library of the cores.
+    cores : sequence of array
+        Canonical around the first site, with bonds of their exact rank: the form divides by the
+        Schmidt values.
+    """
+    gammas: list[Array] = []
+    spectra: list[Array] = []
+    rest = cores[0]
+    for following in cores[1:]:
+        bond = rest.shape[-1]
+        unfolding = rest.reshape(-1, bond)
+        isometry, values = xp.left_svd(unfolding)
+        gamma = isometry.reshape(*rest.shape[:-1], -1)
+        if spectra:
+            gamma = gamma / _divisors(spectra[-1])
+        gammas.append(gamma)
+        spectra.append(values)
+        moved = xp.adjoint(isometry) @ unfolding @ following.reshape(bond, -1)
+        rest = moved.reshape(-1, *following.shape[1:])
+    if spectra:
+        rest = rest / _divisors(spectra[-1])
+    return [*gammas, rest], spectra
+
+
+def _divisors(values: Array) -> Array:
+    """Schmidt values to divide cores by on the left; 1 for the 0 of the zero operator."""
+    return (values + (values == 0)).reshape(-1, 1, 1, 1)
+
+
+def shift_right(xp: Backend, core: Array, following: Array) -> tuple[Array, Array]:
+    """Make ``core`` a left isometry and push the rest into the core that follows."""
+    bond = core.shape[-1]
+    isometry, rest = xp.qr(core.reshape(-1, bond))
+    moved = rest @ following.reshape(bond, -1)
+    return (
+        isometry.reshape(*core.shape[:-1], -1),
+        moved.reshape(-1, *following.shape[1:]),
+    )
+
+
+def shift_left(xp: Backend, preceding: Array, core: Array) -> tuple[Array, Array]:
+    """Make ``core`` a right isometry and push the rest into the core that precedes."""
+    bond = core.shape[0]
+    isometry, rest = xp.qr(xp.permute(core.reshape(bond, -1), (1, 0)))
+    moved = preceding.reshape(-1, bond) @ xp.permute(rest, (1, 0))
+    return (
+        moved.reshape(*preceding.shape[:-1], -1),
+        xp.permute(isometry, (1, 0)).reshape(-1, *core.shape[1:]),
+    )
+
+
+def schmidt_values(xp: Backend, cores: Sequence[Array], current: int | None, bond: int) -> Array:
+    """Schmidt values across a bond, descending.
+
+    They are the singular values of the operator with the legs left of the bond as rows and those
+    right of it as columns.
+    """
+    centered = canonicalize(xp, cores, current, bond)[bond]
+    if not isfinite(xp.max_abs(centered)):
+        raise InputError("the cores of an operator contain NaN or infinity")
+    return xp.left_svd(centered.reshape(-1, centered.shape[-1]))[1]

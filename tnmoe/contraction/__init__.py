@@ -1,0 +1,1 @@
+"""Contraction: orders, costs and routes from vectors to results."""

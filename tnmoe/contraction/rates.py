@@ -1,0 +1,108 @@
+"""How long products take on a device: a model of four numbers, and what is known of devices."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tnmoe.errors import number_in
+from tnmoe.system.files import read_json
+from tnmoe.system.folders import write_whole
+
+_RATES: dict[str, Rates] = {}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does per second.
+
+    Attributes
+    ----------
+    flops : float
+        Floating-point operations per second of a large matrix product.
+    half_depth : float
+        Inner dimension at which a product runs at half that rate.
+    bandwidth : float
+        Bytes per second, read or written, of arrays that are in no cache.
+    launch : float
+        Seconds that an operation takes at least.
+
+    Raises
+    ------
+    InputError
+        If one is not positive; ``half_depth`` may be 0.
+
+    Examples
+    --------
+    >>> rates = Rates(flops=1e12, half_depth=8, bandwidth=1e10, launch=1e-6)
+    >>> f"{rates.product(1024, 1024, 1024, itemsize=4):.1e} s"
+    '3.4e-03 s'
+    """
+
+    flops: float
+    half_depth: float
+    bandwidth: float
+    launch: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            number_in(name, value, "[0, inf)" if name == "half_depth" else "(0, inf)")
+
+    def product(self, rows: float, depth: float, columns: float, itemsize: int) -> float:
+        """Seconds of a product (``rows``, ``depth``) · (``depth``, ``columns``).
+
+        ``itemsize`` is the bytes of a number.
+        """
+        if not rows * depth * columns:
+            return 0.0
+        moved = (rows * depth + depth * columns + rows * columns) * itemsize / self.bandwidth
+        compute = 2 * rows * depth * columns * (1 + self.half_depth / depth) / self.flops
+        # Matrices are packed before they are multiplied, so the two do not overlap.
+        return compute + moved + self.launch
+
+    def move(self, numbers: float, itemsize: int) -> float:
+        """Seconds to read and write ``numbers`` of ``itemsize`` bytes once, in another order."""
+        return 2 * numbers * itemsize / self.bandwidth + self.launch
+
+
+# Of the order of a present-day machine: routes differ by factors, so that does for a start.
+_TYPICAL = {
+    "cpu": Rates(flops=2e11, half_depth=8, bandwidth=1e10, launch=3e-6),
+    "cuda": Rates(flops=3e14, half_depth=128, bandwidth=2e12, launch=8e-6),
+}
+
+
+def get_rates(device: str) -> Rates:
+    """Rates of a device kind: those set, else those stored by a measurement, else typical ones."""
+    if device not in _RATES:
+        # Another thread may have set them meanwhile.
+        _RATES.setdefault(device, _stored(device) or _TYPICAL.get(device, _TYPICAL["cuda"]))
+    return _RATES[device]
+
+
+def set_rates(device: str, rates: Rates, store: bool = False) -> None:
+    """Plan with these rates from now on, and in later processes too if they are stored."""
+    _RATES[device] = rates
+    if store:
+        path = rates_path(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(asdict(rates), indent=1).encode())
+
+
+def rates_path(device: str) -> Path:
+    """Where the rates of a device kind are stored: in ``$TNMOE_CACHE``, or the user's cache folder.
+
+    Each has a file of its own, so that measurements at the same time do not undo each other.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TNMOE_CACHE") or Path(cache) / "tnmoe") / f"rates-{device}.json"
+
+
+def _stored(device: str) -> Rates | None:
+    # A missing or broken file is the same as no measurement.
+    with suppress(OSError, ValueError, TypeError):
+        return Rates(**read_json(rates_path(device)))
+    return None

@@ -1,0 +1,1 @@
+"""Folders of weights too large to load: read, converted and written a part at a time."""

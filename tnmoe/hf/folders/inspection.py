@@ -1,0 +1,261 @@
+"""What a conversion would find and make: sizes from a configuration, spectra from the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tnmoe.decompose import decompose
+from tnmoe.errors import positive_int
+from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
+from tnmoe.hf.folders.checkpoint import Checkpoint, read_config
+from tnmoe.hf.folders.parallel import results_of
+from tnmoe.hf.folders.skeleton import Skeleton, check_dense, config_from, model_without_numbers
+from tnmoe.hf.report import ParameterReport, parameter_report
+from tnmoe.nn.experts import check_matrices, per_projection
+from tnmoe.shapes import MPOShape
+from tnmoe.system.memory import memory_for
+from tnmoe.system.tables import format_table
+from tnmoe.truncation.info import TruncationInfo
+from tnmoe.truncation.spectra import entanglement_entropy, squared_tails
+
+
+@dataclass(frozen=True)
+class MatrixInspection:
+    """One matrix of a feed-forward network as an MPO.
+
+    Attributes
+    ----------
+    name, family : str
+    shape : MPOShape
+    bond_dims : tuple of int
+        What a conversion would give it.
+    entropies : tuple of float, or None
+        Per bond: entropy of the Schmidt values, in nats; None if no weights were read.
+    errors : dict from int to float, or None
+        By largest bond dimension: relative Frobenius error, at most.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import GPT2Config
+    >>> folder = tempfile.mkdtemp()
+    >>> GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(folder)
+    >>> config = MPOEConfig(num_experts=4, sites=3)
+    >>> matrix = inspect_checkpoint(folder, config, weights=False).matrices[0]
+    >>> matrix.family, matrix.bond_dims
+    ('GPT-2', (8, 8))
+    """
+
+    name: str
+    family: str
+    shape: MPOShape
+    bond_dims: tuple[int, ...]
+    entropies: tuple[float, ...] | None = None
+    errors: dict[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a conversion would find in a model, and make of it.
+
+    Attributes
+    ----------
+    architecture : str
+    parameters : ParameterReport
+    matrices : tuple of MatrixInspection
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import GPT2Config
+    >>> folder = tempfile.mkdtemp()
+    >>> GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(folder)
+    >>> found = inspect_checkpoint(folder, MPOEConfig(num_experts=4, sites=3), weights=False)
+    >>> found.matrices[0].name, found.to_dict()["parameters"]["num_experts"]
+    ('h.0.up', 4)
+    """
+
+    architecture: str
+    parameters: ParameterReport
+    matrices: tuple[MatrixInspection, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Inspection({self.architecture!r}, matrices={len(self.matrices)}, "
+            f"parameters={self.parameters!r})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "architecture": self.architecture,
+            "parameters": self.parameters.to_dict(),
+            "matrices": [asdict(matrix) for matrix in self.matrices],
+        }
+
+    def __str__(self) -> str:
+        if not self.matrices:
+            return f"{self.architecture}\n\n{self.parameters}"
+        first = self.matrices[0]
+        headers = ["matrix", "family", "legs", "bonds"]
+        if first.errors is not None:
+            headers += ["entropies", *(f"error at {bond}" for bond in first.errors)]
+        table = format_table(headers, [_row(matrix) for matrix in self.matrices])
+        return f"{self.architecture}\n\n{table}\n\n{self.parameters}"
+
+
+def inspect_checkpoint(
+    path: str | os.PathLike,
+    config: MPOEConfig,
+    bonds: Sequence[int] | None = None,
+    *,
+    weights: bool = True,
+    jobs: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Look at a dense checkpoint, or at a configuration alone.
+
+    Parameters
+    ----------
+    path : path
+        A Hugging Face folder, or a config.json, which is enough for the counts.
+    config : MPOEConfig
+        How it would be converted.
+    bonds : sequence of int, optional
+        Largest bond dimensions to predict errors for; by default a quarter and half of the
+        largest bond that there is.
+    weights : bool
+        Read the weights of a folder, a network at a time.
+    jobs : int, optional
+        Networks at a time; as many as there are cores by default.
+    on_progress : callable, optional
+        Called with the number of networks that are done, and of all.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is incomplete or damaged, its tensors do not suit its config.json, there
+        is nothing to convert, or it is converted or quantized already.
+
+    Notes
+    -----
+    An error is predicted from the Schmidt values s of every bond by itself: with bonds cut to r it
+    is at most sqrt(Σ over bonds, Σ_{i > r} s_i²) (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011),
+    theorem 2.2), and never more than the matrix itself, of which projections leave a part.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> folder = tempfile.mkdtemp()
+    >>> GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
+    >>> found = inspect_checkpoint(folder, MPOEConfig(num_experts=4, sites=3), bonds=[4, 8])
+    >>> [(each.name, each.bond_dims) for each in found.matrices]
+    [('h.0.up', (8, 8)), ('h.0.down', (8, 8))]
+    >>> found.matrices[0].errors[4] > 0.1 > found.matrices[0].errors[8]
+    True
+    """
+    path = Path(path).absolute()
+    entries = read_config(path)
+    check_dense(entries, path)
+    bonds = None if bonds is None else [positive_int("every bond", bond) for bond in bonds]
+    if path.is_file() or not weights or config.layout == "dense":
+        model = model_without_numbers(config_from(entries))
+        ffns = find_ffns(model, config.layers, config.every)
+        matrices = [each for ffn in ffns for each in _described(ffn, config)]
+    else:
+        skeleton = Skeleton(Checkpoint(path))
+        model = skeleton.model
+        matrices = list(_measured(skeleton, config, bonds, jobs, on_progress))
+    return Inspection(type(model).__name__, parameter_report(model, config), tuple(matrices))
+
+
+def _chosen(ffn: FFN, config: MPOEConfig) -> dict[str, Matrix]:
+    """The matrices of a network that become MPOs: in an ordinary mixture none."""
+    if config.layout == "dense":
+        return {}
+    names = check_matrices(config.matrices, ffn.matrices)
+    return {name: matrix for name, matrix in ffn.matrices.items() if name in names}
+
+
+def _described(ffn: FFN, config: MPOEConfig) -> Iterator[MatrixInspection]:
+    """The matrices of a network, as far as their sizes go."""
+    limits = per_projection("max_bond", config.max_bond, None)
+    for name, matrix in _chosen(ffn, config).items():
+        shape = config.shape_for(*weight_of(matrix).shape)
+        yield MatrixInspection(
+            f"{ffn.name}.{name}", ffn.family, shape, shape.bond_dims(limits[name])
+        )
+
+
+def _measured(
+    skeleton: Skeleton,
+    config: MPOEConfig,
+    bonds: list[int] | None,
+    jobs: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[MatrixInspection]:
+    """The matrices of all networks, with what their weights tell."""
+    networks = skeleton.networks(config)
+    if bonds is None:
+        shapes = [each.shape for ffn, _ in networks for each in _described(ffn, config)]
+        largest = max(max(shape.bond_dims()) for shape in shapes)
+        bonds = sorted({max(1, largest // 4), max(1, largest // 2)})
+    tasks = [partial(_of_network, skeleton, ffn, names, config, bonds) for ffn, names in networks]
+    for done, matrices in enumerate(results_of(tasks, jobs)):
+        if on_progress is not None:
+            on_progress(done + 1, len(networks))
+        yield from matrices
+
+
+@torch.no_grad()
+def _of_network(
+    skeleton: Skeleton, ffn: FFN, names: list[str], config: MPOEConfig, bonds: list[int]
+) -> list[MatrixInspection]:
+    found = []
+    hint = f"measuring {ffn.name}: fewer networks at a time (--jobs) take less"
+    with memory_for(hint), skeleton.filled(names):
+        for described, matrix in zip(
+            _described(ffn, config), _chosen(ffn, config).values(), strict=True
+        ):
+            weight = weight_of(matrix)
+            info = decompose(weight, described.shape, method="eigh", return_info=True)[1]
+            found.append(_with_spectra(described, info, bonds))
+    return found
+
+
+def _with_spectra(
+    described: MatrixInspection, info: TruncationInfo, bonds: list[int]
+) -> MatrixInspection:
+    spectra = [spectrum.numpy() for spectrum in info.spectra]
+    tails = [squared_tails(spectrum) for spectrum in spectra]
+    whole = max(tail[0] for tail in tails) or 1.0  # a matrix of zeros has no error
+    errors = {
+        bond: min(1.0, sqrt(sum(tail[min(bond, len(tail) - 1)] for tail in tails) / whole))
+        for bond in bonds
+    }
+    entropies = tuple(entanglement_entropy(spectrum) for spectrum in spectra)
+    return replace(described, entropies=entropies, errors=errors)
+
+
+def _row(matrix: MatrixInspection) -> list[str]:
+    legs = (matrix.shape.out_dims, matrix.shape.in_dims)
+    row = [
+        matrix.name,
+        matrix.family,
+        " × ".join("·".join(map(str, dims)) for dims in legs),
+        " ".join(map(str, matrix.bond_dims)),
+    ]
+    if matrix.entropies is not None and matrix.errors is not None:
+        row.append(" ".join(f"{entropy:.2f}" for entropy in matrix.entropies))
+        row += [f"{error:.4f}" for error in matrix.errors.values()]
+    return row

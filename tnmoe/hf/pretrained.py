@@ -1,0 +1,144 @@
+"""Converted models loaded as the classes that they were saved from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tnmoe.errors import InputError
+from tnmoe.hf.entries import current_entries
+from tnmoe.hf.folders.checkpoint import (
+    ADAPTERS,
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    check_folder,
+    check_inside,
+    inside,
+    parts_of_ranks,
+)
+from tnmoe.hf.folders.skeleton import (
+    check_once,
+    config_from,
+    foreign_values,
+    modules_for,
+    numbers_for,
+    saved_class,
+)
+from tnmoe.hf.layers import check_none_left, mixtures_of
+from tnmoe.hf.record import ENTRY, Record, record_of
+from tnmoe.hf.trust import no_code
+from tnmoe.system.files import read_json
+
+# Arguments of transformers: to hear of the loading, and to draw tensors of other sizes anew.
+_INFO, _OTHER_SIZES = "output_loading_info", "ignore_mismatched_sizes"
+
+
+def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Load an MPOE checkpoint as the class it was saved from.
+
+    With this module imported, ``AutoModelFor….from_pretrained`` loads it as well.
+
+    Parameters
+    ----------
+    folder : path
+        A folder that ``model.save_pretrained`` wrote.
+    **kwargs
+        For the ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``config``,
+        ``subfolder`` and so on.
+
+    Returns
+    -------
+    PreTrainedModel
+        With ``output_loading_info=True`` and what transformers tells of its loading.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder, it holds no converted model of a format that this version
+        reads, its files are damaged or lie elsewhere, or its config.json describes other experts.
+
+    Notes
+    -----
+    Code that a folder holds or names is not run, unless ``trust_remote_code=True`` is passed, and
+    pickled weights are not read, unless ``use_safetensors=False`` is. Links are followed within the
+    folder, and from a snapshot of the Hugging Face cache to its files.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from tnmoe.hf import MPOEConfig, upcycle
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> folder = tempfile.mkdtemp()
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2))
+    >>> upcycle(model, MPOEConfig(num_experts=4, sites=3)).save_pretrained(folder)
+    >>> type(from_pretrained(folder)).__name__
+    'GPT2LMHeadModel'
+    """
+    subfolder, trusted = kwargs.pop("subfolder", ""), kwargs.get("trust_remote_code")
+    where = inside(Path(folder), subfolder) if subfolder else Path(folder)
+    config = _configuration(where, kwargs.get("config"))
+    model_class = saved_class(config)
+    if model_class is None:
+        raise InputError(f"{os.fspath(folder)} does not say which class it was saved from")
+    if kwargs.get("use_safetensors") is None:
+        kwargs["use_safetensors"] = True
+    limits = _check_files(where, model_class, kwargs)
+    told, drawn = (kwargs.pop(name, False) for name in (_INFO, _OTHER_SIZES))
+    kwargs = {"local_files_only": True, **kwargs, _INFO: True, _OTHER_SIZES: True}
+    wrong = f"{where} cannot be loaded as {model_class.__name__}"
+    with nullcontext() if trusted else no_code(), foreign_values(wrong, **limits):
+        model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
+    for name, stored, expected in sorted(info["mismatched_keys"]) if not drawn else ():
+        raise InputError(
+            f"{name} is of shape {tuple(stored)} in {where}, its configuration says "
+            f"{tuple(expected)}; {_OTHER_SIZES}=True draws it anew"
+        )
+    check_none_left(info["unexpected_keys"], mixtures_of(model), where)
+    result: Any = (model, info) if told else model
+    return result
+
+
+def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> dict[str, int]:
+    """Hold what transformers will read to the rules of a :class:`Checkpoint`.
+
+    Returns
+    -------
+    dict of int
+        How many modules and numbers a model of it may have; nothing where the files do not tell.
+    """
+    check_inside(folder)
+    whole = any((folder / name).exists() for name in (SINGLE, INDEX))
+    of_ranks = bool(parts_of_ranks(folder)) and not whole
+    if options["use_safetensors"] and not (options.get("gguf_file") or of_ranks):
+        source = Checkpoint(folder, options.get("variant"))
+        check_once(source, model_class)
+        return {"modules": modules_for(source), "numbers": numbers_for(source)}
+    return {}
+
+
+def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
+    """The configuration to load a folder by: its own, a given one, or that of a given path."""
+    if (folder / ADAPTERS).exists() and not (folder / CONFIG).exists():
+        raise InputError(
+            f"{folder} holds adapters of PEFT and no model: transformers' Auto classes load them "
+            "with their model, or give PeftModel.from_pretrained the model first"
+        )
+    check_folder(folder)
+    if isinstance(given, PreTrainedConfig):
+        if record_of(given) is None:
+            raise InputError(f"config, a {type(given).__name__}, is of no converted model")
+        return given
+    path = folder if given is None else Path(given)
+    path = inside(path, CONFIG) if path.is_dir() else path
+    entries = current_entries(read_json(path), path)
+    if ENTRY not in entries:
+        raise InputError(f"{path.parent} is not an MPOE checkpoint: its config.json has none")
+    Record.from_dict(entries[ENTRY])
+    return config_from(entries)

@@ -1,0 +1,1 @@
+"""From rows of activations to rows of outputs: routes, kernels, kept matrices."""

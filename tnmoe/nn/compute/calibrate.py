@@ -1,0 +1,80 @@
+"""A small measurement of the device, so that routes are planned for this very one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tnmoe.contraction.rates import Rates, set_rates
+from tnmoe.nn.compute.devices import usable_device, wait_for
+
+_REPEATS = 15
+
+
+@torch.no_grad()
+def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
+    """Measure what a device does per second, and plan with it from now on.
+
+    Takes about a second. Large and narrow matrix products, a product that reads much more than it
+    computes, and a tiny one; in single precision on a CPU, in bfloat16 elsewhere.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        Where to measure; the result holds for its kind.
+    store : bool
+        Whether later processes shall plan with it too: it is stored in the folder that
+        ``TNMOE_CACHE`` names, or in the user's cache folder.
+
+    Returns
+    -------
+    Rates
+
+    Raises
+    ------
+    InputError
+        If there is no such device.
+
+    Examples
+    --------
+    >>> calibrate("cpu", store=False).flops > 0
+    True
+    """
+    device = usable_device(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    size, narrow, long = (2048, 32, 4096) if device.type == "cpu" else (8192, 128, 16384)
+
+    def product(rows: int, depth: int, columns: int) -> float:
+        left, right = (
+            torch.ones(shape, device=device, dtype=dtype)
+            for shape in ((rows, depth), (columns, depth))
+        )
+        return _seconds(lambda: left @ right.T, left)
+
+    launch = product(8, 8, 8)
+    flops = 2 * size**3 / product(size, size, size)
+    of_narrow = 2 * size * narrow * size / product(size, narrow, size)
+    bytes_read = long**2 * dtype.itemsize
+    rates = Rates(
+        flops=flops,
+        half_depth=max(0.0, narrow * (flops / of_narrow - 1)),
+        bandwidth=bytes_read / product(2, long, long),
+        launch=launch,
+    )
+    set_rates(device.type, rates, store)
+    return rates
+
+
+def _seconds(call: Callable[[], Tensor], on: Tensor) -> float:
+    """Best of some calls: what slows one down is not the device's own."""
+    seconds = []
+    for _ in range(_REPEATS):
+        wait_for(on)
+        start = time.perf_counter()
+        call()
+        wait_for(on)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

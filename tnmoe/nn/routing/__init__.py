@@ -1,0 +1,1 @@
+"""Routers, and what is known of their decisions."""

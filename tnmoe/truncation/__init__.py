@@ -1,0 +1,1 @@
+"""Truncation: what may be cut, how it is chosen, what was cut."""
