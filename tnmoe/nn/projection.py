@@ -24,9 +24,9 @@ from tnmoe.contraction.plan import (
 )
 from tnmoe.errors import InputError, generator_of, index_in, one_of, plain, positive_int
 from tnmoe.mpo import MPO
-from tnmoe.nn.compute.accumulate import reused
 from tnmoe.nn.compute.cache import cached_linear, weight_cache
 from tnmoe.nn.compute.grouped import Groups, Visits, grouped_linear, per_row
+from tnmoe.nn.compute.half_precision import reused
 from tnmoe.nn.compute.joint import joint_linear
 from tnmoe.nn.compute.pieces import in_pieces
 from tnmoe.nn.compute.rebuilt import Legs, common_dtype, environments, rebuilt_linear

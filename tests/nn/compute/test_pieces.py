@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import tnmoe as tn
-from tests.nn.compute.test_accumulate import EPSILONS, HALVES, gradients, projections, relative
-from tests.nn.compute.test_accumulate import positive as positive_numbers
+from tests.nn.compute.test_half_precision import EPSILONS, HALVES, gradients, projections, relative
+from tests.nn.compute.test_half_precision import positive as positive_numbers
 from tnmoe import nn
 from tnmoe.contraction import expert_routes
 from tnmoe.contraction import plan as plan_module

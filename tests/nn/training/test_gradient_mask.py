@@ -226,7 +226,7 @@ def test_a_schedule_gives_the_probability_of_each_step():
     bad.remove()
 
 
-def test_accumulated_gradients_share_the_draw_of_their_step():
+def test_half_precisiond_gradients_share_the_draw_of_their_step():
     layer = make_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     mask = nn.GradientMask(optimizer, layer, 0.5, seed=1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnmoe.contraction.expert_routes import WIDE
-from tnmoe.nn.compute.accumulate import is_half
+from tnmoe.nn.compute.half_precision import is_half
 from tnmoe.nn.transforms import has_values, is_under_dispatch_mode, needs_native_operators
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tnmoe.nn.compute.accumulate import reused
 from tnmoe.nn.compute.grouped import Groups
+from tnmoe.nn.compute.half_precision import reused
 from tnmoe.nn.transforms import needs_native_operators
 
 Through = Callable[[Tensor, list[Tensor], Groups], Sequence[Tensor]]

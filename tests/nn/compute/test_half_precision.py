@@ -6,8 +6,8 @@ import torch
 import tnmoe as tn
 from tnmoe import nn
 from tnmoe.nn.compute import rebuilt as rebuilt_module
-from tnmoe.nn.compute.accumulate import reused
 from tnmoe.nn.compute.grouped import Groups, grouped_outer
+from tnmoe.nn.compute.half_precision import reused
 from tnmoe.nn.projection import MPOProjection
 
 HALVES = (torch.bfloat16, torch.float16)
