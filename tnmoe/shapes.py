@@ -238,8 +238,8 @@ class MPOShape:
         >>> MPOShape.split(3072, 768, left=64, right=64).is_split(1)
         True
         """
-        center_site = index_in("center_site", center_site, self.sites)
-        return prod(self.out_dims[center_site + 1 :]) == 1 == prod(self.in_dims[:center_site])
+        (_, _, out_right), (in_left, _, _) = self.legs_around(center_site)
+        return out_right == 1 == in_left
 
     @classmethod
     def split(
@@ -316,6 +316,36 @@ class MPOShape:
         sizes = [prod(core) for core in self.core_shapes()]
         middle = (self.sites - 1) / 2
         return min(range(self.sites), key=lambda site: (-sizes[site], abs(site - middle), -site))
+
+    def legs_around(self, center_site: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Return the legs left of a site, of the site and right of it: outputs, then inputs.
+
+        Parameters
+        ----------
+        center_site : int
+            Site that the legs are split at.
+
+        Returns
+        -------
+        tuple of 3 int, tuple of 3 int
+            Products of the output legs and of the input legs; 1 for a side without sites.
+
+        Raises
+        ------
+        InputError
+            If ``center_site`` is not a site.
+
+        Examples
+        --------
+        >>> MPOShape((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)).legs_around(2)
+        ((16, 8, 24), (12, 4, 16))
+        """
+        center_site = index_in("center_site", center_site, self.sites)
+        outs, ins = (
+            (prod(dims[:center_site]), dims[center_site], prod(dims[center_site + 1 :]))
+            for dims in (self.out_dims, self.in_dims)
+        )
+        return outs, ins
 
     def bond_dims(self, max_bond: int | Sequence[int] | None = None) -> tuple[int, ...]:
         """Inner bond dimensions, exact or limited.

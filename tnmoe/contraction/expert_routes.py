@@ -122,14 +122,6 @@ class Workload:
     def bonds(self) -> tuple[int, ...]:
         return (1, *self.bond_dims, 1)
 
-    def split(self, dims: tuple[int, ...]) -> tuple[int, int, int]:
-        """Legs left of the centre, of the centre, and right of it."""
-        return (
-            prod(dims[: self.center_site]),
-            dims[self.center_site],
-            prod(dims[self.center_site + 1 :]),
-        )
-
 
 def rows_per_piece(width: float, ends: int) -> int:
     """Rows that go through together: all, unless what lies in between is larger than they are.
@@ -214,9 +206,7 @@ def _linear(workload: Workload) -> tuple[float, int, int]:
 
 def _building(workload: Workload) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Sizes of the two products that build one expert's matrix."""
-    (out_l, out_c, out_r), (in_l, in_c, in_r) = map(
-        workload.split, (workload.shape.out_dims, workload.shape.in_dims)
-    )
+    (out_l, out_c, out_r), (in_l, in_c, in_r) = workload.shape.legs_around(workload.center_site)
     left, right = workload.bonds[workload.center_site : workload.center_site + 2]
     return (
         (out_l * in_l, left, out_c * in_c * right),
