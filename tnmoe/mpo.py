@@ -16,7 +16,8 @@ from tnmoe.chains import algebra
 from tnmoe.chains.canonical import canonicalize, schmidt_values, vidal
 from tnmoe.chains.precision import computable, in_one_dtype, narrowed, widened
 from tnmoe.chains.rounding import round_chain
-from tnmoe.contraction.plan import apply_cores, to_padded_matrix
+from tnmoe.contraction.apply import apply_cores
+from tnmoe.contraction.build import to_padded_matrix
 from tnmoe.errors import InputError, generator_of, index_in, shown
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation.info import TruncationInfo

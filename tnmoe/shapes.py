@@ -381,13 +381,7 @@ class MPOShape:
         max_bond : int or sequence of int, optional
             As for :meth:`bond_dims`; exact bonds by default.
         """
-        bonds = (1, *self.bond_dims(max_bond), 1)
-        return tuple(
-            (left, out, in_, right)
-            for (left, right), out, in_ in zip(
-                pairwise(bonds), self.out_dims, self.in_dims, strict=True
-            )
-        )
+        return chain_shapes(self, self.bond_dims(max_bond))
 
     def num_params(self, max_bond: int | Sequence[int] | None = None) -> int:
         """Numbers held by all cores together.
@@ -418,6 +412,26 @@ class MPOShape:
         if self.in_features != self.padded_in:
             padded += f", in_features={shown(self.in_features)}"
         return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
+
+
+def chain_shapes(shape: MPOShape, bonds: tuple[int, ...]) -> tuple[tuple[int, int, int, int], ...]:
+    """Return the shapes (left bond, out, in, right bond) of the cores of a chain with these bonds.
+
+    Unlike :meth:`MPOShape.core_shapes` it takes bonds that are larger than their neighbours can use.
+    """
+    return tuple(
+        (left, out, in_, right)
+        for (left, right), out, in_ in zip(
+            pairwise((1, *bonds, 1)), shape.out_dims, shape.in_dims, strict=True
+        )
+    )
+
+
+def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:
+    """Return ``center_site``, checked, or by default the site of the shape's central core."""
+    if center_site is None:
+        return shape.center_site
+    return index_in("center_site", center_site, shape.sites)
 
 
 def _size_to_split(name: str, size: int) -> int:

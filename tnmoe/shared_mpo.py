@@ -10,7 +10,7 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains.precision import computable
-from tnmoe.contraction.plan import stacked_to_padded_matrices
+from tnmoe.contraction.build import stacked_to_padded_matrices
 from tnmoe.errors import InputError, generator_of, index_in, number_in, positive_int, shown
 from tnmoe.mpo import MPO, as_numpy, check_center_site
 from tnmoe.shapes import MPOShape

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction.expert_routes import ContractionPlan, core_by_core_width, rows_per_piece
-from tnmoe.contraction.plan import (
-    apply_cores,
-    contraction_plan,
-    stacked_to_padded_matrices,
-    state_width,
-)
+from tnmoe.contraction.apply import apply_cores, state_width
+from tnmoe.contraction.build import stacked_to_padded_matrices
+from tnmoe.contraction.core_by_core import core_by_core_width
+from tnmoe.contraction.pieces import rows_per_piece
+from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.errors import InputError, generator_of, index_in, one_of, plain, positive_int
 from tnmoe.mpo import MPO
 from tnmoe.nn.compute.cache import cached_linear, weight_cache

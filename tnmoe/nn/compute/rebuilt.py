@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction.plan import left_environment, right_environment
+from tnmoe.contraction.build import left_environment, right_environment
 from tnmoe.nn.compute.grouped import blocks_of, grouped_linear, grouped_outer
 from tnmoe.nn.compute.half_precision import add_product, sum_dtype
 from tnmoe.nn.transforms import needs_native_operators
