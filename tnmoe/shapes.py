@@ -415,9 +415,9 @@ class MPOShape:
 
 
 def chain_shapes(shape: MPOShape, bonds: tuple[int, ...]) -> tuple[tuple[int, int, int, int], ...]:
-    """Return the shapes (left bond, out, in, right bond) of the cores of a chain with these bonds.
+    """Return the shapes (left bond, out, in, right bond) of the cores of a chain.
 
-    Unlike :meth:`MPOShape.core_shapes` it takes bonds that are larger than their neighbours can use.
+    Unlike :meth:`MPOShape.core_shapes` it takes bonds larger than their neighbours can use.
     """
     return tuple(
         (left, out, in_, right)

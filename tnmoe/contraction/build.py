@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
+from typing import Any
+
+import numpy as np
 
 from tnmoe.backends import Array, Backend
 from tnmoe.contraction.paths import CoreShapes, building_path, shapes_of
@@ -156,3 +159,11 @@ def _swap_axes(xp: Backend, array: Array, axis: int) -> Array:
     axes = list(range(array.ndim))
     axes[axis], axes[axis + 1] = axes[axis + 1], axes[axis]
     return xp.permute(array, axes)
+
+
+def as_numpy(xp: Backend, matrix: Array, dtype: Any, copy: bool | None) -> np.ndarray:
+    """Return a matrix that was built for NumPy's ``__array__`` protocol."""
+    if copy is False:
+        raise ValueError("the cores of an operator are no dense matrix: a copy is needed")
+    # The matrix of a single site is a view of the core, which the owner of a copy may write into.
+    return np.array(xp.to_numpy(matrix), dtype=dtype, copy=True if copy else None)

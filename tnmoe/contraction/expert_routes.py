@@ -142,9 +142,9 @@ def flops_and_peak(workload: Workload, route: Route, chain: ChainCost | None) ->
     rows, depth, columns = _own_product(workload)
     if route == "joint":
         width = core_by_core_width(workload.shape, workload.bond_dims)
-        peak = min(workload.rows, rows_per_piece(width, workload.row_size)) * width
+        largest_state = min(workload.rows, rows_per_piece(width, workload.row_size)) * width
         steps = core_by_core_steps(workload.cores, workload.rows)
-        return round(sum(2 * prod(step) for step in steps)), round(peak)
+        return round(sum(2 * prod(step) for step in steps)), round(largest_state)
     flops_per_expert: float = 2 * rows * depth * columns
     if route == "rebuilt":
         flops_per_expert += sum(2 * prod(sizes) for sizes in _building_products(workload))
