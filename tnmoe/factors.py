@@ -137,9 +137,9 @@ def _has_even_factors(size: int, sites: int) -> bool:
 def _next_smooth(n: int) -> int:
     """Return the smallest product of 2, 3, 5 and 7 that is at least n."""
     power = 1 << (n - 1).bit_length()
-    odd = {1}
+    odd_products = {1}
     for prime in (3, 5, 7):
-        multiples = odd
+        multiples = odd_products
         while multiples := {prime * product for product in multiples if prime * product < power}:
-            odd = odd | multiples
-    return min((product << (-(-n // product) - 1).bit_length()) for product in odd)
+            odd_products = odd_products | multiples
+    return min((product << (-(-n // product) - 1).bit_length()) for product in odd_products)

@@ -121,10 +121,7 @@ class MPO:
         """
         _check_square(shape, "the identity")
         like = np.zeros(()) if like is None else like
-        xp = get_backend(like)
-        if shape.padded_out == shape.out_features:
-            return cls(algebra.identity(xp, shape.out_dims, like), shape)
-        return cls(algebra.mask(xp, shape.out_dims, shape.out_features, like), shape)
+        return cls(algebra.identity(get_backend(like), shape, like), shape)
 
     @classmethod
     def zeros(cls, shape: MPOShape, like: Array | None = None) -> MPO:

@@ -122,9 +122,11 @@ def trace(xp: Backend, shape: MPOShape, cores: Cores) -> Array:
     return product.reshape(())
 
 
-def identity(xp: Backend, legs: Sequence[int], like: Array) -> list[Array]:
-    """Return the identity with square legs; all bonds are 1."""
-    return [xp.eye(leg, like=like)[None, :, :, None] for leg in legs]
+def identity(xp: Backend, shape: MPOShape, like: Array) -> list[Array]:
+    """Return the identity of a square shape; all bonds are 1, or 2 with padding."""
+    if shape.padded_out != shape.out_features:
+        return mask(xp, shape.out_dims, shape.out_features, like)
+    return [xp.eye(leg, like=like)[None, :, :, None] for leg in shape.out_dims]
 
 
 def mask(xp: Backend, legs: Sequence[int], size: int, like: Array) -> list[Array]:
