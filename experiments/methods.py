@@ -90,7 +90,7 @@ class Method:
         if self.shared_gradient_scale:
             stack.enter_context(SharedGradientScale(model))
         if self.mask:
-            return stack.enter_context(GradientMask(optimizer, model, self.mask, seed))
+            return stack.enter_context(GradientMask(optimizer, model, self.mask, seed=seed))
         return None
 
 

@@ -157,7 +157,7 @@ def test_routing_that_does_not_fit_is_named(logits, index, message):
 
 
 def test_losses_of_a_recording_are_those_of_the_routers_scores():
-    router = nn.TopKRouter(8, 4, 2, "sigmoid")
+    router = nn.TopKRouter(8, 4, 2, score_function="sigmoid")
     with nn.record_routing(router) as routing:
         logits, _, index = router(torch.randn(20, 8))
     expected = nn.load_balancing_loss(logits, index, score_function="sigmoid")
@@ -186,7 +186,7 @@ def test_losses_count_what_tokens_asked_for_and_not_what_they_got():
         logits, _, index = router(x)
     (call,) = routing.calls
     assert (call.index == 4).any()
-    assert torch.equal(call.choices, logits.topk(2).indices)
+    assert torch.equal(call.chosen, logits.topk(2).indices)
     assert torch.equal(call.index, index)
     torch.testing.assert_close(
         routing.balance_loss(), nn.load_balancing_loss(logits, logits.topk(2).indices)
@@ -320,7 +320,7 @@ def test_recording_ends_with_its_block_and_needs_a_router():
 
 
 def biased(**details):
-    return nn.TopKRouter(8, 4, 1, "sigmoid", load_bias=True, **details)
+    return nn.TopKRouter(8, 4, 1, score_function="sigmoid", load_bias=True, **details)
 
 
 def test_a_bias_moves_by_the_sign_of_what_an_expert_lacks_and_chooses_but_does_not_weigh():

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tnmoe import nn
-from tnmoe.nn.routing.capacity import first_of_each
-from tnmoe.nn.routing.counts import choices_per_token
+from tnmoe.nn.routing.capacity import slots_within_capacity
+from tnmoe.nn.routing.counts import count_slots_per_token
 
 
-def first_of_each_by_counting(index, kept, capacity, num_experts):
+def accepted_by_counting(index, kept, capacity, num_experts):
     """The definition: a running count of the choices that asked for each expert."""
     first = torch.zeros_like(kept)
     for of_sequence, index_of, kept_of, room in zip(
@@ -46,12 +46,12 @@ def choices(draw):
 @given(choices())
 @settings(max_examples=100)
 def test_the_first_of_each_expert_are_those_that_a_count_of_them_finds(drawn):
-    assert first_of_each(*drawn).equal(first_of_each_by_counting(*drawn))
+    assert slots_within_capacity(*drawn).equal(accepted_by_counting(*drawn))
 
 
 def test_the_first_of_each_expert_of_no_tokens_are_none():
     none = torch.zeros(0, 2, dtype=torch.int64)
-    assert first_of_each(none, none.bool(), torch.ones(1), 4).shape == (0, 2)
+    assert slots_within_capacity(none, none.bool(), torch.ones(1), 4).shape == (0, 2)
 
 
 @pytest.mark.parametrize("device", ["meta", "fake"])
@@ -61,10 +61,10 @@ def test_the_first_of_each_expert_have_a_shape_where_there_are_no_numbers(device
     if device == "fake":
         with FakeTensorMode():
             index = torch.zeros(6, 2, dtype=torch.int64)
-            found = first_of_each(index, index == 0, torch.ones(3), 4)
+            found = slots_within_capacity(index, index == 0, torch.ones(3), 4)
     else:
         index = torch.zeros(6, 2, dtype=torch.int64, device="meta")
-        found = first_of_each(index, index == 0, torch.ones(3, device="meta"), 4)
+        found = slots_within_capacity(index, index == 0, torch.ones(3, device="meta"), 4)
     assert found.shape == (6, 2)
     assert found.dtype == torch.bool
 
@@ -74,7 +74,7 @@ def test_choices_per_token_are_those_of_a_one_hot_table(drawn):
     index, kept, _, experts = drawn
     index = torch.where(kept, index, experts)  # E stands for none
     table = F.one_hot(index, experts + 1)[..., :experts].sum(-2)
-    assert choices_per_token(index, experts).equal(table.float())
+    assert count_slots_per_token(index, experts).equal(table.float())
 
 
 class LargestTensor(TorchDispatchMode):

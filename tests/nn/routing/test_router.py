@@ -84,8 +84,8 @@ def deepseek(k, groups, normalize=True):
     )  # fmt: skip
     theirs = DeepseekV3TopkRouter(config)
     ours = nn.TopKRouter(
-        H, E, k, "sigmoid", normalize, load_bias=True, scale=2.5,
-        num_groups=groups, top_groups=max(1, groups - 1),
+        H, E, k, score_function="sigmoid", normalize=normalize, load_bias=True,
+        scale=2.5, num_groups=groups, top_groups=max(1, groups - 1),
     )  # fmt: skip
     # Below zero as well: what a group left out must not win by being 0.
     theirs.e_score_correction_bias.copy_(torch.randn(E) / 4 - 1)
@@ -219,7 +219,7 @@ def test_top_one_weight_is_one_and_still_teaches_the_router():
     "make",
     [
         lambda **d: nn.TopKRouter(H, E, 2, second_expert="none", **d),
-        lambda **d: nn.TopKRouter(H, E, 3, "sigmoid", capacity_factor=0.3, **d),
+        lambda **d: nn.TopKRouter(H, E, 3, score_function="sigmoid", capacity_factor=0.3, **d),
         lambda **d: nn.ExpertChoiceRouter(H, E, 1.5, **d),
     ],
 )
@@ -285,11 +285,23 @@ def all_kinds(**common):
         "gshard": nn.TopKRouter(H, E, 2, second_expert="random", capacity_factor=1.0, **common),
         "shazeer": nn.TopKRouter(H, E, 3, noisy=True, **common),
         "deepseek": nn.TopKRouter(
-            H, E, 3, "sigmoid", load_bias=True, num_groups=3, top_groups=2, scale=2.5, **common
+            H,
+            E,
+            3,
+            score_function="sigmoid",
+            load_bias=True,
+            num_groups=3,
+            top_groups=2,
+            scale=2.5,
+            **common,
         ),
-        "sigmoid, not normalised": nn.TopKRouter(H, E, 2, "sigmoid", normalize=False, **common),
+        "sigmoid, not normalised": nn.TopKRouter(
+            H, E, 2, score_function="sigmoid", normalize=False, **common
+        ),
         "expert choice": nn.ExpertChoiceRouter(H, E, **common),
-        "expert choice, sigmoid": nn.ExpertChoiceRouter(H, E, 1.5, "sigmoid", False, **common),
+        "expert choice, sigmoid": nn.ExpertChoiceRouter(
+            H, E, 1.5, score_function="sigmoid", normalize=False, **common
+        ),
     }
 
 

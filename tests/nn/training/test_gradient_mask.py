@@ -338,13 +338,13 @@ def test_further_arguments_of_a_step_arrive():
     assert optimizer.note == "hello"
 
 
-@pytest.mark.parametrize("way", ["helper", "on arrival"])
+@pytest.mark.parametrize("way", ["helper", "in backward"])
 def test_a_gradient_scaler_steps_where_every_tensor_of_its_optimiser_is_masked(way):
     layer = make_layer()
     centers = nn.shared_parameters(layer)
     optimizer = torch.optim.SGD(centers, lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    mask = nn.GradientMask(optimizer, layer, 1.0, on_arrival=way == "on arrival")
+    mask = nn.GradientMask(optimizer, layer, 1.0, zero_in_backward=way == "in backward")
     before = [each.detach().clone() for each in centers]
     scaler.scale(loss_of(layer, 0)).backward()
     scaler.unscale_(optimizer)
@@ -356,10 +356,10 @@ def test_a_gradient_scaler_steps_where_every_tensor_of_its_optimiser_is_masked(w
     assert all(torch.equal(old, new) for old, new in zip(before, centers, strict=True))
 
 
-def test_gradients_are_masked_on_arrival_by_the_step_that_is_coming():
+def test_gradients_are_masked_in_the_backward_pass_by_the_step_that_is_coming():
     layer = make_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
-    mask = nn.GradientMask(optimizer, layer, lambda step: float(step == 2), on_arrival=True)
+    mask = nn.GradientMask(optimizer, layer, lambda step: float(step == 2), zero_in_backward=True)
     for step in range(4):
         optimizer.zero_grad()
         loss_of(layer, step).backward()
@@ -368,11 +368,11 @@ def test_gradients_are_masked_on_arrival_by_the_step_that_is_coming():
     assert mask.updates == {"experts.up.center": 3, "experts.down.center": 3}
 
 
-def test_tensors_thawed_later_are_masked_on_arrival_too():
+def test_tensors_thawed_later_are_masked_in_the_backward_pass_too():
     layer = make_layer()
     nn.freeze_shared(layer)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    nn.GradientMask(optimizer, layer, 1.0, on_arrival=True)
+    nn.GradientMask(optimizer, layer, 1.0, zero_in_backward=True)
     assert not layer.experts.up.center.requires_grad
     nn.freeze_shared(layer, frozen=False)
     loss_of(layer, 0).backward()
@@ -410,11 +410,11 @@ def test_what_a_central_core_is_made_from_is_masked_in_its_place(how):
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0])
-@pytest.mark.parametrize("way", ["helper", "apply", "on arrival"])
+@pytest.mark.parametrize("way", ["helper", "apply", "in backward"])
 def test_masked_gradients_do_not_spend_the_budget_of_clipping(way, norm_type):
     layer, plain = make_layer(), make_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    mask = nn.GradientMask(optimizer, layer, 1.0, on_arrival=way == "on arrival")
+    mask = nn.GradientMask(optimizer, layer, 1.0, zero_in_backward=way == "in backward")
     centers, others = centers_and_others(plain)
     for part in range(2):
         loss_of(layer, part).backward()
@@ -424,7 +424,7 @@ def test_masked_gradients_do_not_spend_the_budget_of_clipping(way, norm_type):
         norm = mask.clip_grad_norm_(layer.parameters(), 0.5, norm_type=norm_type)
     else:
         if way == "apply":
-            mask.apply()
+            mask.zero_masked_gradients()
         norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.5, norm_type=norm_type)
     torch.testing.assert_close(norm, expected)
     for one, other in zip(layer.parameters(), plain.parameters(), strict=True):
