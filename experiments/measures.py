@@ -80,10 +80,8 @@ def router_load(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
 
 
 def _counts(call: RoutingCall, batch: Batch) -> Tensor:
-    """Tokens per expert in a call, padding left out where the batch says which tokens are."""
+    """Count the slots per expert in a call, without padding where the batch has its mask."""
     mask = batch.get("attention_mask")
-    # A decoder's tokens are others than those of the mask.
-    counted = call.counted(mask if mask is not None and mask.numel() == len(call.index) else None)
-    chosen = call.index if counted is None else call.index[counted]
-    experts = call.logits.shape[1]
-    return torch.bincount(chosen.flatten(), minlength=experts + 1)[:experts].double()
+    # In an encoder-decoder the mask covers the encoder's tokens, not the decoder's.
+    fits = mask is not None and mask.numel() == len(call.index)
+    return call.slots_per_expert(mask if fits else None).double()
