@@ -16,7 +16,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.folders.skeleton import foreign_values
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.routing.router import TopKRouter
+from tnmoe.nn.routing.top_k import TopKRouter
 
 # Entries that say what a configuration is of.
 _OWN = ("architectures", "model_type", "transformers_version")

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.nn.adapters import warn_of_unsaved
-from tnmoe.nn.routing.record import Recording, Routing, RoutingCall
-from tnmoe.nn.scopes import Scope
+from tnmoe.nn.routing.record import Routing, RoutingCall, RoutingRecorder
+from tnmoe.nn.scopes import ScopedValues
 
 # Labels of tokens that no loss is taken of, in transformers.
 _IGNORED = -100
@@ -83,9 +83,9 @@ class _Call:
     whole: bool
     shows: bool = False
     # None where there is nothing to show or to learn.
-    recording: Recording | None = None
+    recording: RoutingRecorder | None = None
     # That of a call around this one, which what happens in here is no part of.
-    paused: Recording | None = None
+    paused: RoutingRecorder | None = None
 
     def begin(self, hooks: _RouterLosses) -> None:
         if self.paused is not None:
@@ -93,17 +93,17 @@ class _Call:
         if self.recording is not None:
             self.recording.start()
         self._entry = {id(hooks): self}
-        _calls.put(self._entry)
+        _calls.add(self._entry)
 
     def end(self) -> None:
-        _calls.take(self._entry)
+        _calls.remove(self._entry)
         if self.recording is not None:
             self.recording.stop()
         if self.paused is not None:
             self.paused.paused = False
 
 
-_calls: Scope[_Call] = Scope("_calls")
+_calls: ScopedValues[_Call] = ScopedValues("_calls")
 
 
 @dataclass(eq=False)
@@ -126,21 +126,21 @@ class _RouterLosses:
             call.shows = bool(default if asked is None else asked)
             call.paused = next((each.recording for each in reversed(around) if each.whole), None)
             if call.shows or self._learns(model):
-                call.recording = Recording(model)
+                call.recording = RoutingRecorder(model)
             self._look_at_adapters(model)
         call.begin(self)
         return args, kwargs
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         frames = _frame(1), _frame(2)
-        calls = _calls.of(self)
+        calls = _calls.values_for(self)
         mine = [call for call in calls if call.model is model and call.frame in frames]
         if not mine:
             return output  # another hook failed before ours was called
         call = mine[-1]
         for each in reversed(calls[calls.index(call) + 1 :]):
             each.end()
-        alone = call.recording is not None and call.recording.is_alone()
+        alone = call.recording is not None and call.recording.is_only_recorder()
         call.end()
         if call.recording is None or not call.recording.routing.calls:
             return output
@@ -151,7 +151,7 @@ class _RouterLosses:
 
         Without those that KeyboardInterrupt ended, after which torch calls no hook.
         """
-        calls = _calls.of(self)
+        calls = _calls.values_for(self)
         if not calls or torch.compiler.is_compiling():
             return calls
         running = set()
