@@ -10,7 +10,8 @@ import pytest
 import tnmoe as tn
 from tests.disk import Disk, all_left
 from tnmoe.errors import InputError
-from tnmoe.system.folders import sync, unrecorded, write_record, write_whole
+from tnmoe.system.durable import sync, write_atomically
+from tnmoe.system.folders import foreign_files, write_manifest
 
 
 def test_a_link_to_a_file_is_followed_and_stays(tmp_path):
@@ -21,7 +22,7 @@ def test_a_link_to_a_file_is_followed_and_stays(tmp_path):
             file.write_bytes(old)
         link.unlink(missing_ok=True)
         link.symlink_to(file)
-        write_whole(link, b"new")
+        write_atomically(link, b"new")
         assert link.is_symlink()
         assert file.read_bytes() == b"new"
     assert os.listdir(file.parent) == ["file"]
@@ -29,8 +30,8 @@ def test_a_link_to_a_file_is_followed_and_stays(tmp_path):
 
 def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe is no ordinary file"):
-        write_whole(tmp_path / "pipe", b"new")
+    with pytest.raises(InputError, match="pipe is not a regular file"):
+        write_atomically(tmp_path / "pipe", b"new")
     assert (tmp_path / "pipe").is_fifo()
 
 
@@ -42,7 +43,7 @@ def test_a_file_that_cannot_take_its_place_leaves_nothing(tmp_path, monkeypatch)
 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(PermissionError):
-        write_whole(tmp_path / "file", b"new")
+        write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -56,7 +57,7 @@ def saved(path):
 
 
 def write(path, number):
-    write_whole(path, bytes([int(number)]) * 50)
+    write_atomically(path, bytes([int(number)]) * 50)
 
 
 def written(path):
@@ -91,13 +92,13 @@ def test_a_record_is_on_the_disk_with_all_that_it_lists(tmp_path):
         for name in ("one", "sub/two"):
             (root / "folder" / name).write_text(name)
         (root / "folder" / "empty").mkdir()
-        write_record(root / "folder")
+        write_manifest(root / "folder")
         sync(root)
         disk.left.clear()
     names = [set(os.listdir(left / "folder")) for left in all_left(disk, tmp_path / "left")]
     assert names == [{"one", "sub", "empty", ".tnmoe-files"}]
     for left in all_left(disk, tmp_path / "again"):
-        assert unrecorded(left / "folder") == []
+        assert foreign_files(left / "folder") == []
         assert (left / "folder" / "sub" / "two").read_text() == "sub/two"
 
 

@@ -15,7 +15,7 @@ import transformers
 import tnmoe as tn
 from tnmoe.chains.sweep import Sweep
 from tnmoe.cli import main
-from tnmoe.system.memory import lacks_memory, memory_for
+from tnmoe.system.memory import explain_memory_error, is_memory_error
 
 HUGE = 2**55
 
@@ -44,9 +44,12 @@ def no_thread():
     ],
 )
 def test_lack_of_memory_is_told_and_stays_the_same_error(ask):
-    with pytest.raises((MemoryError, RuntimeError, OSError)) as raised, memory_for("a note"):
+    with (
+        pytest.raises((MemoryError, RuntimeError, OSError)) as raised,
+        explain_memory_error("a note"),
+    ):
         ask()
-    assert lacks_memory(raised.value)
+    assert is_memory_error(raised.value)
     assert raised.value.__notes__ == ["a note"]
 
 
@@ -60,9 +63,9 @@ def test_lack_of_memory_is_told_and_stays_the_same_error(ask):
     ],
 )
 def test_other_errors_are_none(error):
-    with pytest.raises(type(error)) as raised, memory_for("a note"):
+    with pytest.raises(type(error)) as raised, explain_memory_error("a note"):
         raise error
-    assert not lacks_memory(error)
+    assert not is_memory_error(error)
     assert not hasattr(raised.value, "__notes__")
 
 

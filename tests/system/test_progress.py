@@ -11,10 +11,10 @@ import termios
 import pytest
 
 SHOWN = """
-from tnmoe.system.progress import bar, progress
-for _ in bar(range(3), desc="loop", mininterval=0):
+from tnmoe.system.progress import progress_bar, progress_callback
+for _ in progress_bar(range(3), desc="loop", mininterval=0):
     pass
-with progress("call", "B") as show:
+with progress_callback("call", "B") as show:
     show(0, 10)
     show(10, 10)
 """

@@ -9,7 +9,7 @@ import pytest
 
 from tnmoe.errors import InputError
 from tnmoe.system.folders import check_target
-from tnmoe.system.unfinished import Work
+from tnmoe.system.unfinished import UnfinishedFolder
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +20,20 @@ def no_waiting_for_the_disk(monkeypatch):
 
 def make(target, text="new", overwrite=True):
     """A folder with two files, made as conversions are."""
-    work = Work(target)
-    with work.alone() as in_place:
+    unfinished = UnfinishedFolder(target)
+    with unfinished.lock() as in_place:
         if in_place == text:
             return
-        check_target(work.target, overwrite)
-        if work.begun()[:1] == [text] and work.new.is_dir():
-            work.go_on()
+        check_target(unfinished.target, overwrite)
+        if unfinished.journal()[:1] == [text] and unfinished.new.is_dir():
+            unfinished.resume()
         else:
-            work.begin(text)
-        if not work.is_whole:
-            (work.new / "sub").mkdir(exist_ok=True)
-            (work.new / "sub" / "file").write_text(text)
-            (work.new / "file").write_text(text)
-        work.put_in_place(overwrite)
+            unfinished.begin(text)
+        if not unfinished.is_whole:
+            (unfinished.new / "sub").mkdir(exist_ok=True)
+            (unfinished.new / "sub" / "file").write_text(text)
+            (unfinished.new / "file").write_text(text)
+        unfinished.move_to_target(overwrite)
 
 
 def contents(folder):
@@ -99,7 +99,7 @@ def test_an_older_folder_comes_back_even_if_the_next_call_refuses(tmp_path, monk
     target = tmp_path / "target"
     make(target, "old")
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "_move", lambda self: killed_here())
+        patch.setattr(UnfinishedFolder, "_move_new", lambda self: killed_here())
         killed_here = lambda: os._exit(9)  # noqa: E731
         if (process := os.fork()) == 0:
             make(target)
@@ -344,9 +344,9 @@ def test_of_many_at_once_each_makes_all_or_nothing(overwrite, tmp_path):
 
 def test_one_process_works_at_a_time(tmp_path):
     target = tmp_path / "new" / "target"
-    with Work(target).alone():
+    with UnfinishedFolder(target).lock():
         owner = f"target is in use by process {os.getpid()} on .* since "
-        with pytest.raises(InputError, match=owner), Work(target).alone():
+        with pytest.raises(InputError, match=owner), UnfinishedFolder(target).lock():
             pass
         (tmp_path / "link").symlink_to(target)
         with pytest.raises(InputError, match=owner):

@@ -32,8 +32,8 @@ from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trust import as_trusted
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.system.durable import write_atomically
 from tnmoe.system.files import read_json
-from tnmoe.system.folders import write_whole
 
 _SHOWN = 4
 
@@ -74,7 +74,7 @@ def _writing(write: Callable) -> Callable:
             return write(self, json_file_path, use_diff)
         entries = to_file(json.loads(self.to_json_string(use_diff)))
         text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-        write_whole(Path(json_file_path), text.encode())
+        write_atomically(Path(json_file_path), text.encode())
 
     return to_json_file
 

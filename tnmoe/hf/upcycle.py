@@ -18,7 +18,7 @@ from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.routing.router import Router
-from tnmoe.system.memory import memory_for
+from tnmoe.system.memory import explain_memory_error
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -84,7 +84,7 @@ def upcycle(
         check_formula(ffn)
     layers = []
     for number, ffn in enumerate(ffns, start=1):
-        with memory_for(f"converting {ffn.name}, network {number} of {len(ffns)}"):
+        with explain_memory_error(f"converting {ffn.name}, network {number} of {len(ffns)}"):
             layers.append(converted(ffn, config, Draws.for_layer(ffn, config), on_matrix))
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))

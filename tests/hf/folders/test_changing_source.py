@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import tnmoe as tn
 from tnmoe.hf.folders.checkpoint import Checkpoint, ShardWriter
 from tnmoe.hf.folders.conversion import Conversion, Piece, copies
-from tnmoe.system.unfinished import Work
+from tnmoe.system.unfinished import UnfinishedFolder
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ CHANGES = [rewrite, replace, touch, truncate, grow, remove]
 
 
 def before_it_begins(monkeypatch, change):
-    monkeypatch.setattr(Work, "begin", first(change, Work.begin))
+    monkeypatch.setattr(UnfinishedFolder, "begin", first(change, UnfinishedFolder.begin))
 
 
 def before_the_first_piece(monkeypatch, change):

@@ -151,17 +151,17 @@ def outside(folder):
         ),
         (
             lambda f: instead(f / "config.json", os.mkfifo),
-            "config.json is no ordinary file",
+            "config.json is not a regular file",
         ),
-        (lambda f: instead(f / "a.safetensors", os.mkfifo), "a.safetensors is no ordinary file"),
+        (lambda f: instead(f / "a.safetensors", os.mkfifo), "a.safetensors is not a regular file"),
         (lambda f: instead(f / "a.safetensors", Path.mkdir), "a.safetensors is a folder"),
         (
             lambda f: instead(f / "model.safetensors.index.json", os.mkfifo),
-            "model.safetensors.index.json is no ordinary file",
+            "model.safetensors.index.json is not a regular file",
         ),
         (
             lambda f: os.truncate(f / "a.safetensors", 2**41),
-            "a.safetensors is damaged .*: it has 2,199,023,255,552 bytes, and by its header",
+            "a.safetensors is damaged .*: it has 2,199,023,255,552 bytes, its header describes",
         ),
         (
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),

@@ -153,7 +153,7 @@ def test_a_run_that_broke_off_at_its_very_end_is_done(overwrite, dense, undistur
 
     plan = hf.prepare_upcycle(dense, CONFIG)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unfinished, "remove_recorded", stop)
+        patch.setattr(unfinished, "remove_own_files", stop)
         with pytest.raises(StoppedError):
             plan.run(target, overwrite=True, shard_bytes=20_000)
     files = plan.run(target, overwrite=overwrite, shard_bytes=20_000)

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnmoe.errors import InputError
-from tnmoe.system.files import check_json_size, read_header, read_json
-from tnmoe.system.folders import sync, write_whole
-from tnmoe.system.memory import memory_for
+from tnmoe.system.durable import sync, write_atomically
+from tnmoe.system.files import check_json_size, read_json, read_safetensors_header
+from tnmoe.system.memory import explain_memory_error
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
@@ -332,9 +332,9 @@ def _state(path: Path) -> tuple[int, ...]:
 
 def _header(path: Path) -> Iterator[tuple[str, Spec, int]]:
     """Name, spec and offset of every tensor of a file, once the library has found it sound."""
-    header, start = read_header(path)
+    header, start = read_safetensors_header(path)
     try:
-        with memory_for(f"reading the header of {path}"), safe_open(path, framework="pt"):
+        with explain_memory_error(f"reading the header of {path}"), safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
@@ -457,4 +457,4 @@ def _packed(specs: Mapping[str, Spec], limit: int) -> Iterator[list[str]]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON as Hugging Face does, whole or not at all."""
-    write_whole(path, f"{json.dumps(data, indent=2)}\n".encode())
+    write_atomically(path, f"{json.dumps(data, indent=2)}\n".encode())

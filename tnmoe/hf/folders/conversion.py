@@ -36,9 +36,9 @@ from tnmoe.hf.folders.checkpoint import (
     write_json,
 )
 from tnmoe.hf.folders.parallel import results_of
-from tnmoe.system.folders import check_target, files_in, remove
-from tnmoe.system.memory import in_gigabytes, memory_for
-from tnmoe.system.unfinished import Work
+from tnmoe.system.folders import check_target, files_in, remove_files
+from tnmoe.system.memory import explain_memory_error, in_gigabytes
+from tnmoe.system.unfinished import UnfinishedFolder
 
 # Small files that belong to a model beside its weights: tokenizers, generation settings, licences.
 _COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
@@ -198,18 +198,18 @@ class Conversion:
         """
         identity = self._identity(positive_int("shard_bytes", shard_bytes))
         jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
-        self._check_apart(work := Work(target))
+        self._check_apart(unfinished := UnfinishedFolder(target))
         self.source.check_unchanged()
-        writer = ShardWriter(work.new, self.specs, shard_bytes)
-        with _going_on_later(work.folder), work.alone() as in_place:
+        writer = ShardWriter(unfinished.new, self.specs, shard_bytes)
+        with _going_on_later(unfinished.partial), unfinished.lock() as in_place:
             if in_place != identity:
-                check_target(work.target, overwrite)
+                check_target(unfinished.target, overwrite)
                 companions = states_of(_companions(self.source.folder))
-                done = self._begin(work, overwrite, identity)
-                if not work.is_whole:
-                    self._make(work, writer, done, jobs, on_progress)
-                    self._finish(work, writer, companions)
-                work.put_in_place(overwrite)
+                done = self._begin(unfinished, overwrite, identity)
+                if not unfinished.is_whole:
+                    self._make(unfinished, writer, done, jobs, on_progress)
+                    self._finish(unfinished, writer, companions)
+                unfinished.move_to_target(overwrite)
         return [Path(target).absolute() / file.name for file in writer.files]
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
@@ -221,12 +221,12 @@ class Conversion:
         overwrite : bool
             Whether what tnmoe wrote there may be replaced.
         """
-        self._check_apart(work := Work(target))
-        check_target(work.target, overwrite)
+        self._check_apart(unfinished := UnfinishedFolder(target))
+        check_target(unfinished.target, overwrite)
 
-    def _check_apart(self, work: Work) -> None:
+    def _check_apart(self, unfinished: UnfinishedFolder) -> None:
         source = self.source.folder.resolve()
-        for folder in (work.target, work.folder):
+        for folder in (unfinished.target, unfinished.partial):
             if folder.is_relative_to(source) or source.is_relative_to(folder):
                 raise InputError(f"{folder} is, holds or lies in the source {source}")
 
@@ -243,21 +243,21 @@ class Conversion:
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _begin(self, work: Work, overwrite: bool, identity: str) -> set[str]:
+    def _begin(self, unfinished: UnfinishedFolder, overwrite: bool, identity: str) -> set[str]:
         """What is done: nothing if the work begins now, else the layout and pieces by name."""
-        begun = work.begun()
+        begun = unfinished.journal()
         same = begun[:1] == [identity]
-        if same and work.new.is_dir():
-            work.go_on()
+        if same and unfinished.new.is_dir():
+            unfinished.resume()
             return set(begun[1:])
         if begun and not same and not overwrite:
             raise InputError(
-                f"{work.folder} is unfinished work of another conversion: remove it, or pass "
+                f"{unfinished.partial} is unfinished work of another conversion: remove it, or pass "
                 "overwrite=True (--overwrite)"
             )
-        work.discard()
-        self._check_space(work.folder)
-        work.begin(identity)
+        unfinished.discard()
+        self._check_space(unfinished.partial)
+        unfinished.begin(identity)
         return set()
 
     def _check_space(self, folder: Path) -> None:
@@ -270,7 +270,7 @@ class Conversion:
 
     def _make(
         self,
-        work: Work,
+        unfinished: UnfinishedFolder,
         writer: ShardWriter,
         done: set[str],
         jobs: int,
@@ -279,7 +279,7 @@ class Conversion:
         """Write the pieces that are not done yet."""
         if not done:
             writer.create()
-            work.note(_LAID_OUT)
+            unfinished.mark_done(_LAID_OUT)
         total = sum(map(self._bytes_read, self.pieces))
         todo = {
             line: piece
@@ -291,11 +291,11 @@ class Conversion:
             on_progress(dealt, total)
         # No name is given to the generator: it has to end with the loop, however that ends.
         for (line, piece), tensors in zip(
-            todo.items(), self._made(work, list(todo.values()), jobs), strict=True
+            todo.items(), self._made(unfinished, list(todo.values()), jobs), strict=True
         ):
-            with self._sound_source(work):
+            with self._sound_source(unfinished):
                 writer.write(self._copied(piece) if tensors is None else tensors)
-            work.note(line)
+            unfinished.mark_done(line)
             dealt += self._bytes_read(piece)
             if on_progress is not None:
                 on_progress(dealt, total)
@@ -304,14 +304,14 @@ class Conversion:
         return sum(self.source.specs[name].num_bytes for name in piece.reads)
 
     def _made(
-        self, work: Work, pieces: Sequence[Piece], jobs: int
+        self, unfinished: UnfinishedFolder, pieces: Sequence[Piece], jobs: int
     ) -> Iterator[Mapping[str, Tensor] | None]:
         """What pieces hold, in order, a few of them ahead."""
-        with self._sound_source(work):
+        with self._sound_source(unfinished):
             yield from results_of([partial(_tensors_of, piece, jobs) for piece in pieces], jobs)
 
     @contextmanager
-    def _sound_source(self, work: Work) -> Iterator[None]:
+    def _sound_source(self, unfinished: UnfinishedFolder) -> Iterator[None]:
         """Discard the work if the source is at fault: it is of no use once that is mended."""
         try:
             try:
@@ -320,7 +320,7 @@ class Conversion:
                 self.source.check_unchanged()
                 raise
         except InputError:
-            work.discard()
+            unfinished.discard()
             raise
 
     def _copied(self, piece: Piece) -> dict[str, Iterable[bytes]]:
@@ -330,7 +330,10 @@ class Conversion:
         }
 
     def _finish(
-        self, work: Work, writer: ShardWriter, companions: Mapping[Path, tuple[int, ...]]
+        self,
+        unfinished: UnfinishedFolder,
+        writer: ShardWriter,
+        companions: Mapping[Path, tuple[int, ...]],
     ) -> None:
         """Write all but the weights, and remove what a run that was killed may have left.
 
@@ -340,17 +343,19 @@ class Conversion:
         names = {Path(CONFIG), Path(INDEX), *(Path(path.name) for path in writer.files)}
         for path in companions:
             name = path.relative_to(self.source.folder)
-            copied = work.new / name
+            copied = unfinished.new / name
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
             names.add(name)
-        write_json(work.new / CONFIG, self.config)
-        remove(work.new, [path for path in files_in(work.new) if path not in names])
+        write_json(unfinished.new / CONFIG, self.config)
+        remove_files(
+            unfinished.new, [path for path in files_in(unfinished.new) if path not in names]
+        )
         if other := changed(companions):
             raise InputError(
                 f"{other} has changed since the run began; the same call goes on from there"
             )
-        with self._sound_source(work):
+        with self._sound_source(unfinished):
             self.source.check_unchanged()
 
 
@@ -376,7 +381,7 @@ def _tensors_of(piece: Piece, jobs: int) -> Mapping[str, Tensor] | None:
     size = sum(spec.num_bytes for spec in piece.specs.values())
     what = f"{piece.name} becomes {in_gigabytes(size)}"
     others = f", up to {jobs} such at a time: fewer jobs (--jobs) take less" if jobs > 1 else ""
-    with memory_for(what + others):
+    with explain_memory_error(what + others):
         return piece.make()
 
 

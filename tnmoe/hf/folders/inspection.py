@@ -22,7 +22,7 @@ from tnmoe.hf.folders.skeleton import Skeleton, check_dense, config_from, model_
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.nn.experts import check_matrices, per_projection
 from tnmoe.shapes import MPOShape
-from tnmoe.system.memory import memory_for
+from tnmoe.system.memory import explain_memory_error
 from tnmoe.system.tables import format_table
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.spectra import entanglement_entropy, squared_tails
@@ -223,7 +223,7 @@ def _of_network(
 ) -> list[MatrixInspection]:
     found = []
     hint = f"measuring {ffn.name}: fewer networks at a time (--jobs) take less"
-    with memory_for(hint), skeleton.filled(names):
+    with explain_memory_error(hint), skeleton.filled(names):
         for described, matrix in zip(
             _described(ffn, config), _chosen(ffn, config).values(), strict=True
         ):
