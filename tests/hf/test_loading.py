@@ -3,10 +3,8 @@
 import copy
 import json
 import pickle
-import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -416,106 +414,6 @@ def test_folders_of_dense_models_are_written_as_transformers_alone_writes_them(t
     call = [sys.executable, "-c", code, str(tmp_path / "with"), str(tmp_path / "without")]
     subprocess.run(call, check=True, capture_output=True)
     assert entries_of(tmp_path / "with") == entries_of(tmp_path / "without")
-
-
-def in_old_form(folder):
-    """What an older tnmoe wrote of the same model."""
-
-    def change(entries):
-        record = entries.pop("tnmoe")
-        entries.update({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, **record["stopped"]})
-        entries["quantization_config"] = {
-            "quant_method": "tnmoe", "layout_version": 1, "mpoe": record["config"],
-        }  # fmt: skip
-        for value in entries.values():
-            if isinstance(value, dict) and "tnmoe" in value and "stopped" in value["tnmoe"]:
-                stopped = value.pop("tnmoe")["stopped"]
-                del value["id2label"]
-                value.update(stopped)
-
-    rewrite(folder, change)
-    tensors = load_file(folder / "model.safetensors")
-    former = {re.sub(r"aux_(\d+)$", r"aux.\1", name): each for name, each in tensors.items()}
-    assert former.keys() != tensors.keys()
-    save_file(former, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_a_folder_of_an_older_tnmoe_loads_with_a_hint_and_is_renewed_by_saving(
-    saved, folder, tmp_path_factory
-):
-    tmp_path = tmp_path_factory.mktemp("renewed")
-    in_old_form(folder)
-    for load in (hf.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        with pytest.warns(FutureWarning, match="older tnmoe.* save_pretrained"):
-            loaded = load(folder).eval()
-        assert relative(outputs(loaded, "llama"), outputs(saved[0], "llama")) < 1e-6
-    assert not hasattr(loaded.config, "quantization_config")
-    loaded.save_pretrained(tmp_path / "new")
-    assert entries_of(tmp_path / "new")["tnmoe"] == entries_of(saved[1])["tnmoe"]
-    names = [set(load_file(each / "model.safetensors")) for each in (tmp_path / "new", saved[1])]
-    assert names[0] == names[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        hf.from_pretrained(tmp_path / "new")
-    with pytest.warns(FutureWarning):
-        hf.prepare_export(folder, to="moe").run(tmp_path / "moe")
-    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
-    assert relative(outputs(moe, "llama"), outputs(saved[0], "llama")) < 1e-5
-
-
-def test_positions_of_an_older_folder_are_those_of_the_class_that_it_names(tmp_path):
-    whole, inputs = next((each[0], each[3]) for each in PARTS if each[2] is transformers.T5Model)
-    model = hf.upcycle(whole().eval(), hf.MPOEConfig(num_experts=2, sites=3, layers=[1, 4]))
-    model.save_pretrained(tmp_path)
-    in_old_form(tmp_path)
-    with pytest.warns(FutureWarning):
-        encoder = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
-    assert len(mixtures(encoder)) == 1
-    with torch.no_grad():
-        expected = model.encoder(input_ids=inputs["input_ids"])[0]
-        assert relative(encoder(input_ids=inputs["input_ids"])[0], expected) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("pattern", "fits"),
-    [
-        (r"layers\.(0|1|2)$", True),
-        (r"layers\.\d+", True),
-        ("layer", True),
-        ("(l|a)+$", False),
-        ("l+a+y+e+r+", False),
-        ("(l|.)(a|.)(y|.)", False),
-        ("l?a?y?e?r?", False),
-        ("layer|" * 100, False),
-    ],
-)
-def test_an_older_folder_is_not_searched_with_what_may_take_for_ever(pattern, fits, folder):
-    in_old_form(folder)
-
-    def change(entries):
-        entries["quantization_config"]["mpoe"]["layers"] = pattern
-
-    rewrite(folder, change)
-    with (
-        pytest.warns(FutureWarning, match="older tnmoe")
-        if fits
-        else pytest.raises(tn.InputError, match="not looked for")
-    ):
-        hf.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layout_version": 7}, "layout version 7, which is unknown"),
-        ({"mpoe": [1]}, r"must hold mpoe, an object, got \[1\]"),
-    ],
-)
-def test_a_damaged_folder_of_an_older_tnmoe_is_refused(folder, change, message):
-    in_old_form(folder)
-    rewrite(folder, lambda entries: entries["quantization_config"].update(change))
-    with pytest.raises(tn.InputError, match=message):
-        hf.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

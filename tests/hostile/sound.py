@@ -11,7 +11,6 @@ import torch
 import transformers as tf
 
 import tnmoe as tn
-from tests.hf.test_loading import in_old_form
 from tnmoe import hf
 from tnmoe.contraction.rates import get_rates
 
@@ -57,9 +56,6 @@ def _make_folders(folder: Path) -> None:
         model.save_pretrained(folder / f"dense-{name}", **size)
         model = hf.upcycle(model, hf.MPOEConfig(num_experts=2, sites=3))
         model.save_pretrained(folder / f"converted-{name}", **size)
-    model = hf.upcycle(_MODELS["llama"](), hf.MPOEConfig(num_experts=2, sites=3))
-    model.save_pretrained(folder / "converted-older")
-    in_old_form(folder / "converted-older")
     plan = hf.prepare_export(folder / "converted-llama", to="dense")
     plan.run(folder / "made-dense")
     with suppress(KeyboardInterrupt):

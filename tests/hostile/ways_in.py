@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 import tnmoe as tn
 from tnmoe import cli, hf
 from tnmoe.contraction.rates import _RATES, get_rates
-from tnmoe.hf.folders.checkpoint import FORMER_CORE, PRESENT_CORE
 
 # What a user may be told in one line.
 _LONGEST = 2000
@@ -103,9 +101,7 @@ def _check_model(model: torch.nn.Module, folder: Path) -> None:
     """Raise a WrongError unless a model's numbers are those of its files."""
     stored: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        # As an older tnmoe called them.
-        for name, tensor in load_file(path).items():
-            stored[re.sub(FORMER_CORE, PRESENT_CORE, name)] = tensor
+        stored |= load_file(path)
     for path, layer in model.named_modules():
         own = layer.state_dict() if isinstance(layer, tn.nn.MPOMoE) else {}
         if lost := {f"{path}.{name}" for name in own} - stored.keys():

@@ -18,9 +18,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.entries import current_entries
 from tnmoe.hf.families import all_ffns
-from tnmoe.hf.folders.checkpoint import CONFIG, FORMER_CORE, PRESENT_CORE, is_old
+from tnmoe.hf.folders.checkpoint import CONFIG
 from tnmoe.hf.layers import (
     OF_EXPERTS,
     install_new,
@@ -28,7 +27,7 @@ from tnmoe.hf.layers import (
     mixtures_unnamed,
     networks_named,
 )
-from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
+from tnmoe.hf.record import ENTRY, configs_in, from_file, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trust import as_trusted
 from tnmoe.nn.moe import MPOMoE
@@ -61,7 +60,7 @@ def _reading(read: Callable) -> Callable:
         entries = read(cls, json_file)
         if not isinstance(entries, dict):
             return entries
-        return current_entries(as_trusted(entries), json_file)
+        return from_file(as_trusted(entries))
 
     return _dict_from_json_file
 
@@ -106,12 +105,7 @@ def _loading(load: Callable) -> Callable:
         folder = pretrained_model_name_or_path
         entries = _local_entries(folder, kwargs.get("subfolder", ""))
         _check_given_config(folder, entries, kwargs.get("config"))
-        old = is_old(entries)
-        if old:
-            kwargs["key_mapping"] = {FORMER_CORE: PRESENT_CORE} | (kwargs.get("key_mapping") or {})
         model, info = load(cls, folder, *args, output_loading_info=True, **kwargs)
-        if old:
-            _forget_former_names(model)
         _check_all_there(model, info, "state_dict" if folder is None else folder)
         _redraw(model, {name for name, *_ in info["mismatched_keys"]})
         return (model, info) if output_loading_info else model
@@ -131,19 +125,11 @@ def _local_entries(folder: Any, subfolder: str) -> dict[str, Any]:
 def _check_given_config(folder: Any, entries: Mapping[str, Any], given: Any) -> None:
     """Refuse to load a converted model by the configuration of a dense one."""
     is_dense = isinstance(given, PreTrainedConfig) and not is_marked(given)
-    if is_dense and (ENTRY in entries or is_old(entries)):
+    if is_dense and ENTRY in entries:
         raise InputError(
             f"{folder} is of a converted model, but the {type(given).__name__} that was given as "
             "config is not: load it from there, or leave config out"
         )
-
-
-def _forget_former_names(model: PreTrainedModel) -> None:
-    """Let a model that had them be saved with today's names: transformers renames back."""
-    used: Any = getattr(model, "_weight_conversions", None) or []
-    vars(model)["_weight_conversions"] = [
-        each for each in used if FORMER_CORE not in getattr(each, "source_patterns", ())
-    ]
 
 
 def _check_all_there(model: PreTrainedModel, info: Mapping[str, Any], folder: Any) -> None:

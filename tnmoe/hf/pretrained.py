@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.entries import current_entries
 from tnmoe.hf.folders.checkpoint import (
     ADAPTERS,
     CONFIG,
@@ -32,7 +31,7 @@ from tnmoe.hf.folders.skeleton import (
     saved_class,
 )
 from tnmoe.hf.layers import check_none_left, mixtures_of
-from tnmoe.hf.record import ENTRY, Record, record_of
+from tnmoe.hf.record import ENTRY, Record, from_file, record_of
 from tnmoe.hf.trust import no_code
 from tnmoe.system.files import read_json
 
@@ -137,7 +136,7 @@ def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
         return given
     path = folder if given is None else Path(given)
     path = inside(path, CONFIG) if path.is_dir() else path
-    entries = current_entries(read_json(path), path)
+    entries = from_file(read_json(path))
     if ENTRY not in entries:
         raise InputError(f"{path.parent} is not an MPOE checkpoint: its config.json has none")
     Record.from_dict(entries[ENTRY])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -37,10 +36,6 @@ _DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-# Where an older tnmoe told of a conversion in config.json, and what it called auxiliary cores.
-OLD_PLACE, OLD_METHOD = "quantization_config", "tnmoe"
-FORMER_CORE, PRESENT_CORE = r"\.aux\.(\d+)$", r".aux_\1"
 
 # Where config.json may name the file of weights, or their index.
 _NAMED = "transformers_weights"
@@ -127,8 +122,7 @@ class Checkpoint:
         files = [inside(self.folder, file) for file in sorted(set(index.values()))]
         for path in files or [weights]:
             self._states |= states_of([path])
-            for stored, spec, offset in _header(path):
-                name = self._present(stored)
+            for name, spec, offset in _header(path):
                 if name in self.specs:
                     raise InputError(f"{path} and {self.places[name].path} both hold {name}")
                 self.specs[name], self.places[name] = spec, TensorLocation(path, offset)
@@ -149,11 +143,7 @@ class Checkpoint:
         names = isinstance(index, dict) and all(isinstance(f, str) for f in index.values())
         if not index or not names:
             raise InputError(f"{path} has no weight_map from tensors to files")
-        return {self._present(name): file for name, file in index.items()}
-
-    def _present(self, name: str) -> str:
-        """Today's name of a tensor."""
-        return re.sub(FORMER_CORE, PRESENT_CORE, name) if is_old(self.config) else name
+        return index
 
     @property
     def num_bytes(self) -> int:
@@ -207,12 +197,6 @@ class Checkpoint:
                     raise InputError(f"{place.path} ends within {name}")
                 left -= len(data)
                 yield data
-
-
-def is_old(entries: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a model which an older tnmoe converted."""
-    told = entries.get(OLD_PLACE)
-    return isinstance(told, Mapping) and told.get("quant_method") == OLD_METHOD
 
 
 def read_config(folder: Path) -> dict[str, Any]:

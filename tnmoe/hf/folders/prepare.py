@@ -14,11 +14,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tnmoe.errors import InputError, index_in, one_of
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.entries import current_entries
 from tnmoe.hf.export import average_into
 from tnmoe.hf.export_targets import Target, target_of
 from tnmoe.hf.families import FFN, check_formula
-from tnmoe.hf.folders.checkpoint import CONFIG, Checkpoint, Spec
+from tnmoe.hf.folders.checkpoint import Checkpoint, Spec
 from tnmoe.hf.folders.conversion import Conversion, Piece, copies
 from tnmoe.hf.folders.skeleton import (
     Skeleton,
@@ -30,7 +29,15 @@ from tnmoe.hf.folders.skeleton import (
     stored_name,
 )
 from tnmoe.hf.layers import check_none_left, install_new, mixtures_of, networks_named
-from tnmoe.hf.record import ENTRY, Record, mark, to_file, with_records, without_records
+from tnmoe.hf.record import (
+    ENTRY,
+    Record,
+    from_file,
+    mark,
+    to_file,
+    with_records,
+    without_records,
+)
 from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
@@ -131,7 +138,7 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     """
     one_of("to", to, EXPORT_FORMATS)
     source = Checkpoint(folder)
-    entries = current_entries(source.config, source.folder / CONFIG)
+    entries = from_file(source.config)
     if ENTRY not in entries:
         raise InputError(f"{source.folder} is not an MPOE checkpoint: its config.json has none")
     record, plain = Record.from_dict(entries[ENTRY]), without_records(entries)
