@@ -157,7 +157,7 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
     processes = _Processes(device, threads)
     made = sum(steps_made(folder) for folder in folders)
     total = sum(total_steps(folder.setting) for folder in folders)
-    steps = partial(bar, unit="step", smoothing=0.05)
+    steps = partial(progress_bar, unit="step", smoothing=0.05)
     with steps(desc="training", total=total, initial=made) as trained:
         _work_off(training, processes, jobs, trained)
     with steps(desc="measuring steps", total=sum(job.steps for job in costs())) as measured:

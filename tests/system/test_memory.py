@@ -89,7 +89,7 @@ def test_a_decomposition_says_what_it_would_take(matrices, said, monkeypatch):
 LIMITED = """
 import resource, sys
 from tnmoe.cli import main
-from tnmoe.hf.folders.checkpoint import ShardWriter
+from tnmoe.hf.files.shards import ShardWriter
 
 create = ShardWriter.create
 def then_little_memory(self):

@@ -43,8 +43,8 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         check_target(unfinished.target, overwrite)
         if unfinished.journal()[:1] not in ([], [_PURPOSE]) and not overwrite:
             raise InputError(
-                f"{unfinished.partial} is an unfinished conversion: remove it, or pass overwrite=True "
-                "(--overwrite)"
+                f"{unfinished.partial} is an unfinished conversion: remove it, or pass "
+                "overwrite=True (--overwrite)"
             )
         unfinished.begin(_PURPOSE)
         try:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.families import all_ffns
-from tnmoe.hf.folders.checkpoint import CONFIG
+from tnmoe.hf.files.folder import CONFIG
 from tnmoe.hf.layers import (
     OF_EXPERTS,
     install_new,

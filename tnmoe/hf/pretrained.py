@@ -11,26 +11,20 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.folders.checkpoint import (
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.folder import (
     ADAPTERS,
     CONFIG,
     INDEX,
     SINGLE,
-    Checkpoint,
     check_folder,
     check_inside,
+    distributed_shards,
     inside,
-    parts_of_ranks,
 )
-from tnmoe.hf.folders.skeleton import (
-    check_once,
-    config_from,
-    foreign_values,
-    modules_for,
-    numbers_for,
-    saved_class,
-)
+from tnmoe.hf.guards import NO_LIMITS, SizeLimits, guard_transformers
 from tnmoe.hf.layers import check_none_left, mixtures_of
+from tnmoe.hf.meta import config_from_entries, saved_class
 from tnmoe.hf.record import ENTRY, Record, from_file, record_of
 from tnmoe.hf.trust import no_code
 from tnmoe.system.files import read_json
@@ -92,7 +86,7 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     told, drawn = (kwargs.pop(name, False) for name in (_INFO, _OTHER_SIZES))
     kwargs = {"local_files_only": True, **kwargs, _INFO: True, _OTHER_SIZES: True}
     wrong = f"{where} cannot be loaded as {model_class.__name__}"
-    with nullcontext() if trusted else no_code(), foreign_values(wrong, **limits):
+    with nullcontext() if trusted else no_code(), guard_transformers(wrong, limits):
         model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
     for name, stored, expected in sorted(info["mismatched_keys"]) if not drawn else ():
         raise InputError(
@@ -104,22 +98,22 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     return result
 
 
-def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> dict[str, int]:
+def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> SizeLimits:
     """Hold what transformers will read to the rules of a :class:`Checkpoint`.
 
     Returns
     -------
-    dict of int
-        How many modules and numbers a model of it may have; nothing where the files do not tell.
+    SizeLimits
+        Limits for a model of these files; none where the files do not set any.
     """
     check_inside(folder)
     whole = any((folder / name).exists() for name in (SINGLE, INDEX))
-    of_ranks = bool(parts_of_ranks(folder)) and not whole
+    of_ranks = bool(distributed_shards(folder)) and not whole
     if options["use_safetensors"] and not (options.get("gguf_file") or of_ranks):
         source = Checkpoint(folder, options.get("variant"))
-        check_once(source, model_class)
-        return {"modules": modules_for(source), "numbers": numbers_for(source)}
-    return {}
+        source.check_prefix(model_class.base_model_prefix)
+        return SizeLimits.for_checkpoint(source)
+    return NO_LIMITS
 
 
 def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
@@ -140,4 +134,4 @@ def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
     if ENTRY not in entries:
         raise InputError(f"{path.parent} is not an MPOE checkpoint: its config.json has none")
     Record.from_dict(entries[ENTRY])
-    return config_from(entries)
+    return config_from_entries(entries)

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import tnmoe as tn
-from tnmoe.hf.folders.checkpoint import Checkpoint, ShardWriter
-from tnmoe.hf.folders.conversion import Conversion, Piece, copies
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.shards import ShardWriter
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece, copy_pieces
 from tnmoe.system.unfinished import UnfinishedFolder
 
 
@@ -34,7 +36,7 @@ def source(tmp_path):
 def plan(folder):
     source = Checkpoint(folder)
     piece = Piece("d", ("d",), {"d": source.specs["d"]}, lambda: {"d": -source.load("d")})
-    return Conversion(source, (*copies(source, {name: name for name in "abc"}), piece), {})
+    return Conversion(source, (*copy_pieces(source, {name: name for name in "abc"}), piece), {})
 
 
 def rewrite(path):

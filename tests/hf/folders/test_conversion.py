@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 import tnmoe as tn
 from tnmoe import hf
-from tnmoe.hf.folders import conversion
-from tnmoe.hf.folders.checkpoint import Checkpoint
-from tnmoe.hf.folders.conversion import Piece
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.shards import ShardWriter
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece
 from tnmoe.system import unfinished
 
 CONFIG = hf.MPOEConfig(num_experts=2, sites=3, expert_noise=0.1)
@@ -308,7 +309,7 @@ def test_tensors_may_be_called_what_the_journal_says(names, tmp_path):
     (source / "config.json").write_text("{}")
     checkpoint = Checkpoint(source)
     pieces = [Piece(name, (name,), {name: spec}) for name, spec in checkpoint.specs.items()]
-    plan = conversion.Conversion(checkpoint, tuple(pieces), {"model_type": "none"})
+    plan = Conversion(checkpoint, tuple(pieces), {"model_type": "none"})
     plan.run(tmp_path / "undisturbed")
     for interrupted in range(3):
         calls = iter(range(interrupted))
@@ -465,7 +466,7 @@ def test_bad_settings_are_named_and_leave_begun_work_alone(settings, dense, tmp_
 
 def test_a_result_larger_than_the_disk_is_not_begun(dense, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(tn.InputError, match=r"has room for 1e-06 GB, the result needs .* GB"):
         hf.prepare_upcycle(dense, CONFIG).run(tmp_path / "new" / "target")
     assert list(tmp_path.iterdir()) == []
@@ -474,7 +475,7 @@ def test_a_result_larger_than_the_disk_is_not_begun(dense, tmp_path, monkeypatch
 def test_a_disk_that_fills_up_is_reported_and_the_work_goes_on_later(
     dense, undisturbed, tmp_path, monkeypatch
 ):
-    write, calls = conversion.ShardWriter.write, []
+    write, calls = ShardWriter.write, []
 
     def fails_later(self, tensors):
         calls.append(None)
@@ -482,7 +483,7 @@ def test_a_disk_that_fills_up_is_reported_and_the_work_goes_on_later(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, tensors)
 
-    monkeypatch.setattr(conversion.ShardWriter, "write", fails_later)
+    monkeypatch.setattr(ShardWriter, "write", fails_later)
     plan = hf.prepare_upcycle(dense, CONFIG)
     with pytest.raises(tn.InputError, match="No space left on device; the same call goes on"):
         plan.run(tmp_path / "target", shard_bytes=20_000)

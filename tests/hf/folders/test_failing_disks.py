@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 import tnmoe as tn
 from tests.disk import Disk, all_left
 from tnmoe import hf
-from tnmoe.hf.folders.checkpoint import Checkpoint
-from tnmoe.hf.folders.conversion import Conversion, Piece, copies
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece, copy_pieces
 
 # Two files of weights.
 SETTINGS = {"shard_bytes": 24, "jobs": 1}
@@ -57,7 +58,7 @@ def doubled(folder, factor=2):
             name, (name,), {name: source.specs[name]}, lambda: {name: factor * source.load(name)}
         )
 
-    pieces = (*copies(source, {"a": "a", "b": "b"}), piece("c"), piece("d"))
+    pieces = (*copy_pieces(source, {"a": "a", "b": "b"}), piece("c"), piece("d"))
     return Conversion(source, pieces, {"model_type": "none"}, {"factor": factor})
 
 
@@ -208,7 +209,7 @@ def test_errors_that_the_system_did_not_name_are_told_as_what_they_are(
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("tnmoe.hf.folders.conversion.ShardWriter.write", fail)
+    monkeypatch.setattr("tnmoe.hf.files.shards.ShardWriter.write", fail)
     told = f"target.partial: {str(error) or type(error).__name__}; the same call goes on from there"
     with pytest.raises(tn.InputError, match=f"{told}$"):
         doubled(source).run(tmp_path / "target", **SETTINGS)

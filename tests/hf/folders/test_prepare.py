@@ -12,7 +12,7 @@ import tnmoe as tn
 from tests.hf.composites import PARTS
 from tests.hf.families import MODELS, make, outputs, relative
 from tnmoe import hf, nn
-from tnmoe.hf.folders.checkpoint import Checkpoint
+from tnmoe.hf.files.checkpoint import Checkpoint
 
 CONFIG = hf.MPOEConfig(num_experts=3, sites=3, num_experts_per_tok=2, expert_noise=0.1)
 

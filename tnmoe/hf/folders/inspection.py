@@ -16,9 +16,11 @@ from tnmoe.decompose import decompose
 from tnmoe.errors import positive_int
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
-from tnmoe.hf.folders.checkpoint import Checkpoint, read_config
-from tnmoe.hf.folders.parallel import results_of
-from tnmoe.hf.folders.skeleton import Skeleton, check_dense, config_from, model_without_numbers
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.folder import read_config
+from tnmoe.hf.folders.parallel import ordered_results
+from tnmoe.hf.folders.skeleton import Skeleton
+from tnmoe.hf.meta import check_unconverted_entries, config_from_entries, meta_model
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.nn.experts import check_matrices, per_projection
 from tnmoe.shapes import MPOShape
@@ -166,10 +168,10 @@ def inspect_checkpoint(
     """
     path = Path(path).absolute()
     entries = read_config(path)
-    check_dense(entries, path)
+    check_unconverted_entries(entries, path)
     bonds = None if bonds is None else [positive_int("every bond", bond) for bond in bonds]
     if path.is_file() or not weights or config.layout == "dense":
-        model = model_without_numbers(config_from(entries))
+        model = meta_model(config_from_entries(entries))
         ffns = find_ffns(model, config.layers, config.every)
         matrices = [each for ffn in ffns for each in _described(ffn, config)]
     else:
@@ -211,7 +213,7 @@ def _measured(
         largest = max(max(shape.bond_dims()) for shape in shapes)
         bonds = sorted({max(1, largest // 4), max(1, largest // 2)})
     tasks = [partial(_of_network, skeleton, ffn, names, config, bonds) for ffn, names in networks]
-    for done, matrices in enumerate(results_of(tasks, jobs)):
+    for done, matrices in enumerate(ordered_results(tasks, jobs)):
         if on_progress is not None:
             on_progress(done + 1, len(networks))
         yield from matrices

@@ -10,7 +10,9 @@ import safetensors.torch
 import torch
 
 import tnmoe as tn
-from tnmoe.hf.folders.checkpoint import Checkpoint, ShardWriter, Spec
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.shards import ShardWriter
+from tnmoe.hf.files.tensors import TensorSpec
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
 
@@ -49,7 +51,7 @@ def test_a_folder_is_read_as_the_library_reads_it(folder):
     for name, tensor in expected.items():
         assert torch.equal(source.load(name), tensor)
         assert source.load(name).dtype == tensor.dtype
-        assert source.specs[name] == Spec.of(tensor)
+        assert source.specs[name] == TensorSpec.of(tensor)
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         assert b"".join(source.chunks(name)) == raw
 
@@ -57,7 +59,9 @@ def test_a_folder_is_read_as_the_library_reads_it(folder):
 @pytest.mark.parametrize("limit", [1, 60, 10**9])
 def test_files_are_what_the_library_reads_in_whatever_order_they_were_filled(limit, tmp_path):
     made = tensors()
-    writer = ShardWriter(tmp_path, {name: Spec.of(each) for name, each in made.items()}, limit)
+    writer = ShardWriter(
+        tmp_path, {name: TensorSpec.of(each) for name, each in made.items()}, limit
+    )
     writer.create()
     for name in reversed(made):
         writer.write({name: made[name]})
@@ -73,16 +77,18 @@ def test_files_are_what_the_library_reads_in_whatever_order_they_were_filled(lim
     (tmp_path / "config.json").write_text("{}")
     assert all(torch.equal(Checkpoint(tmp_path).load(name), made[name]) for name in made)
     assert (len(writer.files) == 1) == (limit == 10**9)
-    with pytest.raises(ValueError, match="t0 was to be"):
+    with pytest.raises(ValueError, match="t0 should be"):
         writer.write({"t0": made["t1"]})
 
 
 def test_numbers_are_aligned_to_their_size(tmp_path):
     made = {"byte": torch.zeros(3, dtype=torch.uint8), "double": torch.ones(5).double()}
-    writer = ShardWriter(tmp_path, {name: Spec.of(each) for name, each in made.items()}, 10**9)
+    writer = ShardWriter(
+        tmp_path, {name: TensorSpec.of(each) for name, each in made.items()}, 10**9
+    )
     writer.create()
     (tmp_path / "config.json").write_text("{}")
-    assert Checkpoint(tmp_path).places["double"].offset % 8 == 0
+    assert Checkpoint(tmp_path).locations["double"].offset % 8 == 0
 
 
 def test_links_are_followed_within_a_folder_and_in_the_cache_of_the_hub(folder, tmp_path):
@@ -212,7 +218,7 @@ def test_a_folder_that_is_not_sound_is_refused_with_what_is_wrong(spoil, message
 
 def test_a_file_that_shrinks_later_is_noticed(folder):
     source = Checkpoint(folder)
-    cut(folder / "a.safetensors", source.places["t0"].offset + 2)
+    cut(folder / "a.safetensors", source.locations["t0"].offset + 2)
     with pytest.raises(tn.InputError, match=r"a.safetensors ends within t0"):
         source.load("t0")
     with pytest.raises(tn.InputError, match=r"a.safetensors ends within t0"):
