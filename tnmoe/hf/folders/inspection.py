@@ -15,7 +15,8 @@ import torch
 from tnmoe.decompose import decompose
 from tnmoe.errors import positive_int
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
+from tnmoe.hf.ffn import FFN, Matrix, weight_of
+from tnmoe.hf.find import find_ffns
 from tnmoe.hf.folders.checkpoint import Checkpoint, read_config
 from tnmoe.hf.folders.parallel import results_of
 from tnmoe.hf.folders.skeleton import Skeleton, check_dense, config_from, model_without_numbers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from tnmoe.errors import InputError, index_in, one_of
+from tnmoe.hf.checks import check_all_described
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.export import average_into
 from tnmoe.hf.export_targets import Target, target_of
-from tnmoe.hf.families import FFN, check_formula
+from tnmoe.hf.ffn import FFN, check_formula
+from tnmoe.hf.find import ffns_named, mixtures_in
 from tnmoe.hf.folders.checkpoint import Checkpoint, Spec
 from tnmoe.hf.folders.conversion import Conversion, Piece, copies
 from tnmoe.hf.folders.skeleton import (
@@ -28,17 +31,16 @@ from tnmoe.hf.folders.skeleton import (
     saved_class,
     stored_name,
 )
-from tnmoe.hf.layers import check_none_left, install_new, mixtures_of, networks_named
+from tnmoe.hf.layers import converted_mixture, draw_start, install_new_mixtures
 from tnmoe.hf.record import (
-    ENTRY,
     Record,
-    from_file,
-    mark,
-    to_file,
+    add_records,
+    decode_entries,
+    encode_entries,
+    record_in_entries,
     with_records,
     without_records,
 )
-from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
 
@@ -86,19 +88,19 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
     networks = dense.networks(config)
     dense.give_dtypes(moe)
     names = [ffn.name for ffn, _ in networks]
-    install_new(moe, config, names)
-    mark(moe, config, names)
-    draws = _draw([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
+    install_new_mixtures(moe, config, names)
+    add_records(moe, config, names)
+    conversions = _conversions([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
     pieces = [
-        _upcycled(dense, ffn, names, path, layer, config, drawn)
-        for (ffn, names), (path, layer), drawn in zip(
-            networks, mixtures_of(moe).items(), draws, strict=True
+        _upcycled(dense, ffn, names, path, layer, convert)
+        for (ffn, names), (path, layer), convert in zip(
+            networks, mixtures_in(moe).items(), conversions, strict=True
         )
     ]
     replaced = {name for piece in pieces for name in piece.reads}
     kept = copies(source, {name: name for name in source.specs if name not in replaced})
     entries = with_records(source.config, moe.config) | {"architectures": [type(moe).__name__]}
-    return Conversion(source, (*kept, *pieces), to_file(entries), {"seed": seed})
+    return Conversion(source, (*kept, *pieces), encode_entries(entries), {"seed": seed})
 
 
 def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
@@ -138,14 +140,12 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     """
     one_of("to", to, EXPORT_FORMATS)
     source = Checkpoint(folder)
-    entries = from_file(source.config)
-    if ENTRY not in entries:
-        raise InputError(f"{source.folder} is not an MPOE checkpoint: its config.json has none")
-    record, plain = Record.from_dict(entries[ENTRY]), without_records(entries)
+    entries = decode_entries(source.config)
+    record, plain = record_in_entries(entries, source.folder), without_records(entries)
     saved_class(config_from(plain))
     skeleton = Skeleton(source, plain)
-    install_new(skeleton.model, record.config, record.networks)
-    mixtures = mixtures_of(skeleton.model)
+    install_new_mixtures(skeleton.model, record.config, record.networks)
+    mixtures = mixtures_in(skeleton.model)
     reads = skeleton.names_of(each.parameters() for each in mixtures.values())
     skeleton.match(chain.from_iterable(reads))
     used = {
@@ -158,7 +158,7 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     rest = [name for name in source.specs if name not in used]
     routers = [skeleton.rename(f"{path}.router.weight") for path in mixtures]
     paths = [name.removesuffix(".router.weight") for name in routers]
-    check_none_left(rest, paths, source.folder)
+    check_all_described(rest, paths, source.folder)
     if to == "dense":
         return _to_dense(skeleton, mixtures, reads, plain, record, rest)
     return _to_moe(skeleton, mixtures, reads, record.config, rest)
@@ -170,8 +170,7 @@ def _upcycled(
     reads: list[str],
     path: str,
     layer: MPOMoE,
-    config: MPOEConfig,
-    draws: Draws,
+    convert: Callable[[], MPOMoE],
 ) -> Piece:
     """The piece that makes a mixture of one network."""
 
@@ -182,7 +181,7 @@ def _upcycled(
     def make() -> dict[str, Tensor]:
         with dense.filled(reads):
             check_formula(ffn)
-            return named(converted(ffn, config, draws).state_dict())
+            return named(convert().state_dict())
 
     sources = tuple(map(dense.rename, reads))
     return Piece(dense.rename(path), sources, _specs(named(layer.state_dict())), make)
@@ -197,7 +196,7 @@ def _to_dense(
     rest: Iterable[str],
 ) -> Conversion:
     dense = Skeleton(skeleton.source, plain)
-    ffns = networks_named(dense.model, record.networks)
+    ffns = ffns_named(dense.model, record.networks)
     written = dense.names_of(ffn.parameters for ffn in ffns)
     pieces = [
         _averaged(skeleton, path, layer, each, dense, ffn, names)
@@ -283,7 +282,12 @@ def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     return {name: Spec.of(tensor) for name, tensor in tensors.items()}
 
 
-def _draw(ffns: Iterable[FFN], config: MPOEConfig, seed: int) -> list[Draws]:
+def _conversions(ffns: Sequence[FFN], config: MPOEConfig, seed: int) -> list[Callable[[], MPOMoE]]:
+    """Return the conversion of every network, with its random numbers drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [Draws.for_layer(ffn, config, "cpu") for ffn in ffns]
+        starts = [draw_start(ffn, config, "cpu") for ffn in ffns]
+    return [
+        partial(converted_mixture, ffn, config, router, noise_seed)
+        for ffn, (router, noise_seed) in zip(ffns, starts, strict=True)
+    ]

@@ -31,10 +31,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tnmoe.errors import InputError, shown
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns
+from tnmoe.hf.ffn import FFN
+from tnmoe.hf.find import find_ffns
 from tnmoe.hf.folders.checkpoint import ADAPTERS, Checkpoint
 from tnmoe.hf.record import ENTRY
-from tnmoe.hf.trust import no_code, without_code
+from tnmoe.hf.trust import no_foreign_code, without_foreign_code
 
 # From a parameter's name in a model to its name in a checkpoint.
 Rename = Callable[[str], str]
@@ -77,7 +78,7 @@ def config_from(entries: Mapping[str, Any]) -> PreTrainedConfig:
     _check_counts(entries)
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
         # Numbers that JSON does not have, infinity for one, are understood in files only.
-        json.dump(without_code(entries), file)
+        json.dump(without_foreign_code(entries), file)
         file.flush()
         with foreign_values(f"config.json does not suit a model of type {kind!r}"):
             return CONFIG_MAPPING[kind].from_json_file(file.name)
@@ -208,7 +209,7 @@ def model_without_numbers(config: PreTrainedConfig, modules: int = _MOST_MODULES
     """
     make = saved_class(config) or partial(AutoModel.from_config, trust_remote_code=False)
     wrong = f"config.json does not suit a model of type {config.model_type!r}"
-    with foreign_values(wrong, modules), torch.device("meta"), no_code():
+    with foreign_values(wrong, modules), torch.device("meta"), no_foreign_code():
         model = make(config)
     # Otherwise transformers looks for them in all modules again for every name.
     model._weight_conversions = [
