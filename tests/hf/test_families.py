@@ -146,7 +146,7 @@ def test_a_network_in_two_places_becomes_one_mixture_in_both():
 
 def test_a_network_that_two_families_know_is_converted_once(monkeypatch):
     model, families = make("distilbert"), dict(hf.families._FAMILIES)
-    families["parts"] = hf.in_place("lin1", "lin2", "activation")
+    families["parts"] = hf.in_place("lin1", "lin2", activation="activation")
     monkeypatch.setattr(hf.families, "_FAMILIES", families)
     expected = outputs(model, "distilbert")
     hf.upcycle(model, CONFIG)

@@ -365,7 +365,7 @@ def test_what_has_another_size_is_drawn_anew_if_the_caller_allows_it(folder):
 def test_a_converted_models_configuration_builds_a_converted_model(build, saved, tmp_path):
     model = build(AutoConfig.from_pretrained(saved[1])).eval()
     assert len(mixtures(model)) == 3
-    assert not hf.families.all_ffns(model)
+    assert not hf.find.all_ffns(model)
     assert torch.isfinite(outputs(model, "llama")).all()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -387,7 +387,7 @@ def test_a_configuration_survives_saving_by_itself(saved, tmp_path):
     again = AutoConfig.from_pretrained(tmp_path)
     assert again.tnmoe == config.tnmoe == saved[0].config.tnmoe
     assert type(again) is transformers.LlamaConfig
-    assert "stopped" not in again.tnmoe
+    assert "replaced" not in again.tnmoe
     assert entries_of(tmp_path)["tnmoe"] == entries_of(saved[1])["tnmoe"]
 
 
@@ -400,7 +400,7 @@ def test_labels_are_kept(tmp_path):
     assert loaded.config.num_labels == 3
 
 
-def test_what_is_written_over_a_stop_is_meant(folder):
+def test_what_a_user_writes_over_a_replaced_entry_is_kept(folder):
     rewrite(folder, lambda entries: entries.update(id2label={"0": "mine", "1": "yours"}))
     assert AutoConfig.from_pretrained(folder).id2label == {0: "mine", 1: "yours"}
 
@@ -454,7 +454,7 @@ def test_the_configuration_of_a_dense_model_is_refused(saved):
     with pytest.raises(tn.InputError, match="config, a LlamaConfig, is of no converted model"):
         hf.from_pretrained(saved[1], config=dense)
     for cls in (LlamaForCausalLM, AutoModelForCausalLM):
-        with pytest.raises(tn.InputError, match="is of a converted model, but the LlamaConfig"):
+        with pytest.raises(tn.InputError, match="holds a converted model, but the LlamaConfig"):
             cls.from_pretrained(saved[1], config=dense)
 
 

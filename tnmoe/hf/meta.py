@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tnmoe.errors import InputError, shown
 from tnmoe.hf.guards import SizeLimits, check_counts, guard_transformers
 from tnmoe.hf.record import ENTRY
-from tnmoe.hf.trust import no_code, without_code
+from tnmoe.hf.trust import no_foreign_code, without_foreign_code
 
 # Changes of names that transformers applies to loaded models only, not to models just built.
 _OF_LOADED_MODELS: Any = getattr(loading, "PrefixChange", ())
@@ -48,7 +48,7 @@ def config_from_entries(entries: Mapping[str, Any]) -> PreTrainedConfig:
     check_counts(entries)
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
         # transformers understands infinity and the like, which JSON lacks, in files only.
-        json.dump(without_code(entries), file)
+        json.dump(without_foreign_code(entries), file)
         file.flush()
         with guard_transformers(f"config.json does not suit a model of type {kind!r}"):
             return CONFIG_MAPPING[kind].from_json_file(file.name)
@@ -114,7 +114,7 @@ def meta_model(config: PreTrainedConfig, max_modules: int = _MOST_MODULES) -> An
     make = saved_class(config) or partial(AutoModel.from_config, trust_remote_code=False)
     problem = f"config.json does not suit a model of type {config.model_type!r}"
     limits = SizeLimits(modules=max_modules)
-    with guard_transformers(problem, limits), torch.device("meta"), no_code():
+    with guard_transformers(problem, limits), torch.device("meta"), no_foreign_code():
         model = make(config)
     # Stored here, or transformers would search all modules for them again for every name.
     model._weight_conversions = [

@@ -15,9 +15,10 @@ import torch
 from tnmoe.decompose import decompose
 from tnmoe.errors import positive_int
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
+from tnmoe.hf.ffn import FFN, Matrix, weight_of
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.folder import read_config
+from tnmoe.hf.find import find_ffns
 from tnmoe.hf.folders.parallel import ordered_results
 from tnmoe.hf.folders.skeleton import Skeleton
 from tnmoe.hf.meta import check_unconverted_entries, config_from_entries, meta_model

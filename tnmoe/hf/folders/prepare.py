@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,16 +14,18 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from tnmoe.errors import InputError, index_in, one_of
+from tnmoe.hf.checks import check_all_described
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.export import average_into
 from tnmoe.hf.export_targets import Target, target_of
-from tnmoe.hf.families import FFN, check_formula
+from tnmoe.hf.ffn import FFN, check_formula
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.tensors import TensorSpec
+from tnmoe.hf.find import ffns_named, mixtures_in
 from tnmoe.hf.folders.conversion import Conversion
 from tnmoe.hf.folders.pieces import Piece, copy_pieces
 from tnmoe.hf.folders.skeleton import Skeleton, with_parameters
-from tnmoe.hf.layers import check_none_left, install_new, mixtures_of, networks_named
+from tnmoe.hf.layers import converted_mixture, draw_start, install_new_mixtures
 from tnmoe.hf.meta import (
     check_unconverted_entries,
     config_from_entries,
@@ -31,15 +34,14 @@ from tnmoe.hf.meta import (
     stored_name,
 )
 from tnmoe.hf.record import (
-    ENTRY,
     Record,
-    from_file,
-    mark,
-    to_file,
+    add_records,
+    decode_entries,
+    encode_entries,
+    record_in_entries,
     with_records,
     without_records,
 )
-from tnmoe.hf.upcycle import Draws, converted
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
 
@@ -90,19 +92,19 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
     networks = dense.networks(config)
     dense.set_dtypes(moe)
     names = [ffn.name for ffn, _ in networks]
-    install_new(moe, config, names)
-    mark(moe, config, names)
-    draws = _draw([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
+    install_new_mixtures(moe, config, names)
+    add_records(moe, config, names)
+    conversions = _conversions([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
     pieces = [
-        _upcycled(dense, ffn, names, path, layer, config, drawn)
-        for (ffn, names), (path, layer), drawn in zip(
-            networks, mixtures_of(moe).items(), draws, strict=True
+        _upcycled(dense, ffn, names, path, layer, convert)
+        for (ffn, names), (path, layer), convert in zip(
+            networks, mixtures_in(moe).items(), conversions, strict=True
         )
     ]
     replaced = {name for piece in pieces for name in piece.reads}
     kept = copy_pieces(source, {name: name for name in source.specs if name not in replaced})
     entries = with_records(source.config, moe.config) | {"architectures": [type(moe).__name__]}
-    return Conversion(source, (*kept, *pieces), to_file(entries), {"seed": seed})
+    return Conversion(source, (*kept, *pieces), encode_entries(entries), {"seed": seed})
 
 
 def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
@@ -142,13 +144,11 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     """
     one_of("to", to, EXPORT_FORMATS)
     source = Checkpoint(folder)
-    entries = from_file(source.config)
-    if ENTRY not in entries:
-        raise InputError(f"{source.folder} is not an MPOE checkpoint: its config.json has none")
-    record, plain = Record.from_dict(entries[ENTRY]), without_records(entries)
+    entries = decode_entries(source.config)
+    record, plain = record_in_entries(entries, source.folder), without_records(entries)
     saved_class(config_from_entries(plain))
     skeleton = Skeleton(source, plain)
-    install_new(skeleton.model, record.config, record.networks)
+    install_new_mixtures(skeleton.model, record.config, record.networks)
     mixtures = _match_mixtures(skeleton)
     kept = _tensors_beside(skeleton, mixtures)
     if to == "dense":
@@ -166,7 +166,7 @@ class _Mixture(NamedTuple):
 
 def _match_mixtures(skeleton: Skeleton) -> list[_Mixture]:
     """Find the mixtures of a skeleton, and their parameters in the checkpoint."""
-    layers = mixtures_of(skeleton.model)
+    layers = mixtures_in(skeleton.model)
     reads = skeleton.names_of(layer.parameters() for layer in layers.values())
     skeleton.match(chain.from_iterable(reads))
     return [
@@ -195,7 +195,7 @@ def _tensors_beside(skeleton: Skeleton, mixtures: Iterable[_Mixture]) -> list[st
     beside = [name for name in source.specs if name not in used]
     routers = [skeleton.rename(f"{path}.router.weight") for path, *_ in mixtures]
     paths = [name.removesuffix(".router.weight") for name in routers]
-    check_none_left(beside, paths, source.folder)
+    check_all_described(beside, paths, source.folder)
     return beside
 
 
@@ -205,8 +205,7 @@ def _upcycled(
     reads: list[str],
     path: str,
     layer: MPOMoE,
-    config: MPOEConfig,
-    draws: Draws,
+    convert: Callable[[], MPOMoE],
 ) -> Piece:
     """The piece that makes a mixture of one network."""
 
@@ -217,7 +216,7 @@ def _upcycled(
     def make() -> dict[str, Tensor]:
         with dense.filled(reads):
             check_formula(ffn)
-            return named(converted(ffn, config, draws).state_dict())
+            return named(convert().state_dict())
 
     sources = tuple(map(dense.rename, reads))
     return Piece(dense.rename(path), sources, _specs(named(layer.state_dict())), make)
@@ -231,7 +230,7 @@ def _to_dense(
     record: Record,
 ) -> Conversion:
     dense = Skeleton(skeleton.source, plain)
-    ffns = networks_named(dense.model, record.networks)
+    ffns = ffns_named(dense.model, record.networks)
     written = dense.names_of(ffn.parameters for ffn in ffns)
     pieces = [
         _dense_piece(skeleton, mixture, dense, ffn, names)
@@ -301,7 +300,12 @@ def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
-def _draw(ffns: Iterable[FFN], config: MPOEConfig, seed: int) -> list[Draws]:
+def _conversions(ffns: Sequence[FFN], config: MPOEConfig, seed: int) -> list[Callable[[], MPOMoE]]:
+    """Return the conversion of every network, with its random numbers drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [Draws.for_layer(ffn, config, "cpu") for ffn in ffns]
+        starts = [draw_start(ffn, config, "cpu") for ffn in ffns]
+    return [
+        partial(converted_mixture, ffn, config, router, noise_seed)
+        for ffn, (router, noise_seed) in zip(ffns, starts, strict=True)
+    ]

@@ -14,10 +14,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, find_ffns
+from tnmoe.hf.ffn import FFN
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.folder import ADAPTERS
 from tnmoe.hf.files.tensors import FLOATS
+from tnmoe.hf.find import find_ffns
 from tnmoe.hf.guards import SizeLimits
 from tnmoe.hf.meta import config_from_entries, meta_model, stored_name
 
