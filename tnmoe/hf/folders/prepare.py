@@ -91,13 +91,14 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
     dense, moe = Skeleton(source), Skeleton(source).model
     networks = dense.networks(config)
     dense.set_dtypes(moe)
-    names = [ffn.name for ffn, _ in networks]
+    ffns = [ffn for ffn, _ in networks]
+    names = [ffn.name for ffn in ffns]
     install_new_mixtures(moe, config, names)
     add_records(moe, config, names)
-    conversions = _conversions([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
+    conversions = _conversions(ffns, config, index_in("seed", seed, SEEDS))
     pieces = [
-        _upcycled(dense, ffn, names, path, layer, convert)
-        for (ffn, names), (path, layer), convert in zip(
+        _mixture_piece(dense, ffn, reads, path, layer, convert)
+        for (ffn, reads), (path, layer), convert in zip(
             networks, mixtures_in(moe).items(), conversions, strict=True
         )
     ]
@@ -199,7 +200,7 @@ def _tensors_beside(skeleton: Skeleton, mixtures: Iterable[_Mixture]) -> list[st
     return beside
 
 
-def _upcycled(
+def _mixture_piece(
     dense: Skeleton,
     ffn: FFN,
     reads: list[str],
@@ -207,19 +208,34 @@ def _upcycled(
     layer: MPOMoE,
     convert: Callable[[], MPOMoE],
 ) -> Piece:
-    """The piece that makes a mixture of one network."""
+    """Return the piece that makes a mixture of a network.
 
-    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {dense.rename(f"{path}.{name}"): each for name, each in tensors.items()}
+    Parameters
+    ----------
+    dense : Skeleton
+    ffn : FFN
+        The network.
+    reads : list of str
+        Names of its parameters.
+    path : str
+        Where the model will have the mixture.
+    layer : MPOMoE
+        A mixture of the same sizes without numbers.
+    convert : callable
+        Makes the mixture of the network's numbers.
+    """
+
+    def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {dense.rename(f"{path}.{name}"): tensor for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
         with dense.filled(reads):
             check_formula(ffn)
-            return named(convert().state_dict())
+            return stored(convert().state_dict())
 
-    sources = tuple(map(dense.rename, reads))
-    return Piece(dense.rename(path), sources, _specs(named(layer.state_dict())), make)
+    specs = _specs(stored(layer.state_dict()))
+    return Piece(dense.rename(path), tuple(map(dense.rename, reads)), specs, make)
 
 
 def _to_dense(
@@ -293,7 +309,8 @@ def _ordinary_piece(skeleton: Skeleton, mixture: _Mixture, moe: Any, target: Tar
             return stored(target.weights(mixture.layer))
 
     reads = tuple(map(skeleton.rename, mixture.reads))
-    return Piece(name, reads, _specs(stored(moe.get_submodule(name).state_dict())), make)
+    specs = _specs(stored(moe.get_submodule(name).state_dict()))
+    return Piece(name, reads, specs, make)
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

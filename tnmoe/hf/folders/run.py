@@ -164,7 +164,7 @@ class ConversionRun:
 
     @contextmanager
     def _discarding_if_source_is_bad(self) -> Iterator[None]:
-        """Discard the unfinished folder if the source is at fault: once mended, it is another one."""
+        """Discard the unfinished folder if the source is at fault: once mended, it differs."""
         try:
             try:
                 yield
