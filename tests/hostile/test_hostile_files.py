@@ -28,7 +28,7 @@ def run(seed: int, count: int) -> Counter:
     return Counter(outcome for _, outcome in outcomes)
 
 
-def test_spoilt_files_are_loaded_as_what_they_say_or_refused_in_a_line():
+def test_corrupted_files_are_loaded_as_they_are_or_refused_in_a_line():
     outcomes = run(seed=0, count=300)
     # Some of what is spoilt does not matter, most of it does.
     assert outcomes["done"] > 30
@@ -37,5 +37,5 @@ def test_spoilt_files_are_loaded_as_what_they_say_or_refused_in_a_line():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_thousands_of_spoilt_files_are(seed):
+def test_thousands_of_corrupted_files_are_too(seed):
     run(seed, count=1200)

@@ -1,4 +1,4 @@
-"""Errors for lack of memory say what the memory was for, and keep their type."""
+"""Errors for lack of memory keep their type, and notes say what the memory was for."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ def no_thread():
         no_thread,
     ],
 )
-def test_lack_of_memory_is_told_and_stays_the_same_error(ask):
+def test_lack_of_memory_gets_a_note_and_stays_the_same_error(ask):
     with (
         pytest.raises((MemoryError, RuntimeError, OSError)) as raised,
         explain_memory_error("a note"),
@@ -62,7 +62,7 @@ def test_lack_of_memory_is_told_and_stays_the_same_error(ask):
         KeyboardInterrupt(),
     ],
 )
-def test_other_errors_are_none(error):
+def test_other_errors_get_no_note(error):
     with pytest.raises(type(error)) as raised, explain_memory_error("a note"):
         raise error
     assert not is_memory_error(error)
@@ -77,7 +77,7 @@ def test_other_errors_are_none(error):
         (np.ones((4, 30, 20)), r"decomposing 4 matrices \(30, 20\) of float64 takes 2.9e-05 GB to"),
     ],
 )
-def test_a_decomposition_says_what_it_would_take(matrices, said, monkeypatch):
+def test_a_decomposition_names_the_memory_it_needs(matrices, said, monkeypatch):
     monkeypatch.setattr(Sweep, "run", lambda self: bytearray(HUGE))
     decompose = tn.decompose if matrices.ndim == 2 else tn.decompose_batch
     with pytest.raises(MemoryError) as raised:
@@ -85,7 +85,7 @@ def test_a_decomposition_says_what_it_would_take(matrices, said, monkeypatch):
     assert re.search(said, raised.value.__notes__[0])
 
 
-# As much memory as there is once all is prepared for the first layer, and a little more.
+# Limits memory to what is used when the first layer is about to be made, plus a little.
 LIMITED = """
 import resource, sys
 from tnmoe.cli import main
@@ -105,7 +105,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sets Linux's limits")
-def test_a_command_without_enough_memory_says_so_in_a_line_and_goes_on_later(tmp_path):
+def test_a_command_without_enough_memory_says_so_in_a_line_and_resumes_later(tmp_path):
     sizes = {"vocab_size": 50, "n_embd": 1024, "n_inner": 4096, "n_layer": 1, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     transformers.GPT2Model(config).save_pretrained(tmp_path / "dense")
