@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.checks import EXPERT_TENSOR
+from tnmoe.hf.checks import EXPERT_TENSOR, listed
 from tnmoe.hf.find import all_ffns, ffns_named, mixtures_in, mixtures_not_named
 from tnmoe.hf.folders.checkpoint import CONFIG
 from tnmoe.hf.layers import install_new_mixtures
@@ -35,9 +35,6 @@ from tnmoe.hf.trust import allowed_entries
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.system.files import read_json
 from tnmoe.system.folders import write_whole
-
-# Most names of tensors in a message.
-_MOST_NAMES = 4
 
 # Attribute that tells a wrapped method from transformers' own.
 _WRAPPED = "_wrapped_by_tnmoe"
@@ -159,7 +156,7 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any
     if lost:
         raise InputError(
             f"{folder} lacks {len(lost)} tensors of the feed-forward networks that its {CONFIG} "
-            f"describes for {type(model).__name__}: {', '.join(sorted(lost)[:_MOST_NAMES])}"
+            f"describes for {type(model).__name__}: {listed(lost)}"
         )
 
 
