@@ -1,4 +1,4 @@
-"""What an MPOEConfig refuses, above all as data that somebody wrote by hand."""
+"""An MPOEConfig refuses wrong data, such as a file written by hand, and survives JSON."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every family is found, converted without a change of function, and trained and saved as one."""
+"""Every family is found, keeps its function when converted, trains, saves and loads."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Halves of fused matrices, and networks that are not what their names say."""
+"""Halves of fused matrices, and networks that compute more than their names say."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_halves_of_a_fused_matrix_are_the_gates_and_the_others_in_place(name):
 
 
 class Clamped(LlamaMLP):
-    """Nothing but its forward tells that it holds back large values."""
+    """A network whose names and types do not show that it clamps large values."""
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-7, 7))

@@ -1,4 +1,4 @@
-"""A report counts what models hold that are really built."""
+"""A report counts the parameters that real models have."""
 
 import json
 

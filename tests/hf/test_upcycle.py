@@ -1,4 +1,4 @@
-"""upcycle and its checkpoints on real transformers classes built from small configurations."""
+"""upcycle and its checkpoints, on small models of real transformers classes."""
 
 import json
 import subprocess
