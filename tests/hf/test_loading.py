@@ -1,4 +1,4 @@
-"""A converted folder loads as what it is, by whatever class, or not at all."""
+"""A converted folder loads as the saved model with every class, or is refused."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
 
 
 def converted(name, config=CONFIG):
-    """A converted model whose experts differ, as after training."""
+    """Make a converted model whose experts differ, as after training."""
     model = hf.upcycle(make(name), config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,7 +32,7 @@ def converted(name, config=CONFIG):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A converted Llama, and the folder that it is saved in."""
+    """Return a converted Llama and the folder that holds it."""
     model, folder = converted("llama"), tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
     return model, folder
@@ -40,7 +40,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of that folder to change."""
+    """Return a copy of that folder, for a test to change."""
     for path in saved[1].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
@@ -291,7 +291,7 @@ def test_layers_that_a_configuration_no_longer_has_are_named(folder):
 
 
 def test_tensors_under_two_names_are_refused(folder):
-    """transformers takes either for the model's, whichever comes last."""
+    """transformers alone would take the one that comes last."""
     tensors = load_file(folder / "model.safetensors")
     router = "layers.0.mlp.router.weight"
     twice = tensors | {router: torch.zeros_like(tensors[f"model.{router}"])}
@@ -522,7 +522,7 @@ def test_layers_that_moved_are_named_before_they_are_saved(change, tmp_path):
 
 
 class Halved(tnn.Linear):
-    """A stand-in for a layer of quantized numbers: in half precision, whatever the model is in."""
+    """A stand-in for a quantized layer: it computes in half precision in any model."""
 
     def forward(self, rows):
         return tnn.functional.linear(rows.half(), self.weight.half(), None).to(rows.dtype)
@@ -530,7 +530,7 @@ class Halved(tnn.Linear):
 
 @pytest.fixture
 def halving():
-    """A quantizer of one's own: attention's linear layers in half precision."""
+    """Register a quantizer that puts attention's linear layers in half precision."""
     from transformers.quantizers import HfQuantizer, auto
     from transformers.utils.quantization_config import QuantizationConfigMixin
 

@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.record import ENTRY
+from tnmoe.system.tables import listed
 
 # How names of experts' tensors contain the matrix that they are of.
 EXPERT_TENSOR = re.compile(r"\.experts\.(up|gate|down)\.")
-
-# Most names of tensors in a message.
-_MOST_NAMES = 4
 
 
 def check_model(model: object) -> None:
@@ -77,8 +75,8 @@ def check_all_described(unused: Iterable[str], mixtures: Iterable[str], folder: 
     unused = list(unused)
     others = {name[: found.start()] for name in unused if (found := EXPERT_TENSOR.search(name))}
     inside = tuple(f"{path}." for path in {*mixtures, *others})
-    if left := sorted(name for name in unused if name.startswith(inside)):
+    if left := [name for name in unused if name.startswith(inside)]:
         raise InputError(
             f"{folder} holds {len(left)} tensors of mixtures that its config.json does not "
-            f"describe: {', '.join(left[:_MOST_NAMES])}"
+            f"describe: {listed(left)}"
         )

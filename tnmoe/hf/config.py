@@ -129,8 +129,8 @@ class MPOEConfig:
     mask_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        # Arguments of several forms are stored in one, so that configurations that mean the same
-        # are equal, in JSON too.
+        # Every field is stored in one form, so that configurations of the same meaning are equal,
+        # also after a round trip through JSON.
         self._settle_counts()
         self._settle("max_bond", _settled(self, "max_bond", _settled_bond))
         self._settle("shared_sites", _settled(self, "shared_sites", _settled_sites))

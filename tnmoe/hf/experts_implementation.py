@@ -51,21 +51,21 @@ def experts_forward(
     >>> MixtralModel(config).set_experts_implementation("tnmoe")
     """
     if is_transformed():
-        return _forward_transformed(experts, hidden_states, top_k_index, top_k_weights)
+        return _run_densely(experts, hidden_states, top_k_index, top_k_weights)
     choices = top_k_index.shape[1]
     groups = Groups.of(top_k_index.reshape(-1), experts.num_experts)
-    unassigned = _unassigned_rows(groups, experts.num_experts)
-    if unassigned is not None:
+    unrouted = _unrouted(groups, experts.num_experts)
+    if unrouted is not None:
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
-    rows = cleared(spread(hidden_states, groups.order, groups.inverse, choices), unassigned)
-    inner = cleared(_project(experts, _input_projection(experts), rows, groups), unassigned)
+    rows = cleared(spread(hidden_states, groups.order, groups.inverse, choices), unrouted)
+    inner = cleared(_project(experts, _input_projection(experts), rows, groups), unrouted)
     outputs = _project(experts, "down_proj", _activated(experts, inner), groups)
-    outputs = _normed(experts, cleared(outputs, unassigned))
+    outputs = _normed(experts, cleared(outputs, unrouted))
     outputs = spread(outputs, groups.inverse, groups.order).unflatten(0, top_k_index.shape)
     return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
 
-def _forward_transformed(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _run_densely(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Apply every expert to every token, and to zeros where the expert was not chosen.
 
     For ``torch.func``, whose transforms do not let code depend on the number of an expert's tokens.
@@ -91,7 +91,7 @@ def _normed(experts: Any, outputs: Tensor) -> Tensor:
     return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
 
 
-def _unassigned_rows(groups: Groups, num_experts: int) -> Tensor | None:
+def _unrouted(groups: Groups, num_experts: int) -> Tensor | None:
     """Return which rows have no expert, (rows,) of bool; None if it is known that all have one."""
     if values_are_readable(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
         return None

@@ -17,9 +17,7 @@ from tnmoe.hf.ffn import FFN, weight_of
 from tnmoe.hf.find import ffns_named, mixtures_in
 from tnmoe.hf.record import config_of, remove_records, required_record
 from tnmoe.nn.moe import MPOMoE
-
-# Most names of tensors in a message.
-_MOST_NAMES = 4
+from tnmoe.system.tables import listed
 
 
 @torch.no_grad()
@@ -210,5 +208,5 @@ def _copy_tensors(
 
 
 def _check_empty(model: nn.Module, complaint: str, names: Iterable[str]) -> None:
-    if found := sorted(names):
-        raise InputError(f"{type(model).__name__} {complaint}: {', '.join(found[:_MOST_NAMES])}")
+    if found := list(names):
+        raise InputError(f"{type(model).__name__} {complaint}: {listed(found)}")

@@ -35,9 +35,7 @@ from tnmoe.hf.trust import allowed_entries
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.system.durable import write_json
 from tnmoe.system.files import read_json
-
-# Most names of tensors in a message.
-_MOST_NAMES = 4
+from tnmoe.system.tables import listed
 
 # Attribute that tells a wrapped method from transformers' own.
 _WRAPPED = "_wrapped_by_tnmoe"
@@ -158,7 +156,7 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any
     if lost:
         raise InputError(
             f"{folder} lacks {len(lost)} tensors of the feed-forward networks that its {CONFIG} "
-            f"describes for {type(model).__name__}: {', '.join(sorted(lost)[:_MOST_NAMES])}"
+            f"describes for {type(model).__name__}: {listed(lost)}"
         )
 
 

@@ -114,7 +114,7 @@ def _experts_class(config: MPOEConfig) -> Any:
 
 
 def _expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
-    """Return the arguments that both ways of making a network's experts share."""
+    """Return the arguments that new experts and converted ones have in common."""
     settings: dict[str, Any] = {
         "num_experts": config.num_experts,
         "activation": ffn.activation,

@@ -90,7 +90,8 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     wrong = f"{where} cannot be loaded as {model_class.__name__}"
     with nullcontext() if trusted else no_foreign_code(), guard_transformers(wrong, limits):
         model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
-    for name, stored, expected in sorted(info["mismatched_keys"]) if not other_sizes else ():
+    if info["mismatched_keys"] and not other_sizes:
+        name, stored, expected = min(info["mismatched_keys"])
         raise InputError(
             f"{name} is of shape {tuple(stored)} in {where}, its configuration says "
             f"{tuple(expected)}; {_OTHER_SIZES}=True draws it anew"
