@@ -19,7 +19,7 @@ from tnmoe.errors import InputError, generator_of, one_of
 from tnmoe.mpo import MPO, check_center_site
 from tnmoe.options import METHODS, Method
 from tnmoe.shapes import MPOShape
-from tnmoe.system.memory import in_gigabytes, memory_for
+from tnmoe.system.memory import explain_memory_error, in_gigabytes
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
 
@@ -256,7 +256,7 @@ def _decomposed(
     center_site = check_center_site(shape, center_site)
     one_of("method", method, METHODS)
     dtype = xp.dtype_name(matrices)
-    with memory_for(_need(xp, matrices)), xp.full_precision(matrices):
+    with explain_memory_error(_need(xp, matrices)), xp.full_precision(matrices):
         sweep_center = _sweep_center(shape, center_site)
         tensor, scales = _tensor(xp, matrices, shape, sweep_center)
         rng = generator_of(rng)

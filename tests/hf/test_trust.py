@@ -437,5 +437,7 @@ def test_a_part_of_a_distributed_checkpoint_beside_a_whole_one_is_refused(copy_o
     folder = copy_of("converted")
     shutil.copy(folder / SINGLE, folder / "shard-00001-model-00001-of-00001.safetensors")
     for way in ("from_pretrained", "export"):
-        with pytest.raises(tn.InputError, match=r"shard-00001.* is what one process of several"):
+        with pytest.raises(
+            tn.InputError, match=r"shard-00001.* holds the share of one process of several"
+        ):
             WAYS[way][1](folder)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from tnmoe import hf
 from tnmoe.errors import InputError
-from tnmoe.hf.folders.checkpoint import check_folder, check_inside
+from tnmoe.hf.files.folder import check_folder, check_inside
 from tnmoe.hf.trust import no_foreign_code
 from tnmoe.truncation.info import TruncationInfo
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.folders.skeleton import foreign_values
+from tnmoe.hf.guards import guard_transformers
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.routing.router import TopKRouter
 
@@ -129,7 +129,7 @@ class Target:
             for name, value in {**source, **common}.items()
             if name not in _IDENTITY and (name in _UNLISTED or hasattr(defaults, name))
         }
-        with foreign_values(f"{self.name} cannot express the model's settings"):
+        with guard_transformers(f"{self.name} cannot express the model's settings"):
             own = self.settings(model.config, *self._sparse_layers(model, mixtures))
             return config_class(**copied | own)
 

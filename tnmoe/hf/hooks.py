@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.checks import EXPERT_TENSOR, listed
+from tnmoe.hf.files.folder import CONFIG
 from tnmoe.hf.find import all_ffns, ffns_named, mixtures_in, mixtures_not_named
-from tnmoe.hf.folders.checkpoint import CONFIG
 from tnmoe.hf.layers import install_new_mixtures
 from tnmoe.hf.record import (
     ENTRY,
@@ -33,8 +33,8 @@ from tnmoe.hf.record import (
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trust import allowed_entries
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.system.durable import write_json
 from tnmoe.system.files import read_json
-from tnmoe.system.folders import write_whole
 
 # Attribute that tells a wrapped method from transformers' own.
 _WRAPPED = "_wrapped_by_tnmoe"
@@ -79,8 +79,7 @@ def _writing(write: Callable) -> Callable:
         if not has_record(self):
             return write(self, json_file_path, use_diff)
         entries = encode_entries(json.loads(self.to_json_string(use_diff)))
-        text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-        write_whole(Path(json_file_path), text.encode())
+        write_json(Path(json_file_path), entries, sort_keys=True)
 
     return to_json_file
 

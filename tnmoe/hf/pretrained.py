@@ -12,26 +12,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.checks import check_all_described
-from tnmoe.hf.find import mixtures_in
-from tnmoe.hf.folders.checkpoint import (
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.folder import (
     ADAPTERS,
     CONFIG,
     INDEX,
     SINGLE,
-    Checkpoint,
     check_folder,
     check_inside,
+    distributed_shards,
     inside,
-    parts_of_ranks,
 )
-from tnmoe.hf.folders.skeleton import (
-    check_once,
-    config_from,
-    foreign_values,
-    modules_for,
-    numbers_for,
-    saved_class,
-)
+from tnmoe.hf.find import mixtures_in
+from tnmoe.hf.guards import NO_LIMITS, SizeLimits, guard_transformers
+from tnmoe.hf.meta import config_from_entries, saved_class
 from tnmoe.hf.record import decode_entries, record_in_entries, record_of
 from tnmoe.hf.trust import no_foreign_code
 from tnmoe.system.files import read_json
@@ -94,7 +88,7 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     with_info, other_sizes = (kwargs.pop(name, False) for name in (_INFO, _OTHER_SIZES))
     kwargs = {"local_files_only": True, **kwargs, _INFO: True, _OTHER_SIZES: True}
     wrong = f"{where} cannot be loaded as {model_class.__name__}"
-    with nullcontext() if trusted else no_foreign_code(), foreign_values(wrong, **limits):
+    with nullcontext() if trusted else no_foreign_code(), guard_transformers(wrong, limits):
         model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
     if info["mismatched_keys"] and not other_sizes:
         name, stored, expected = min(info["mismatched_keys"])
@@ -107,23 +101,22 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     return result
 
 
-def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> dict[str, int]:
+def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> SizeLimits:
     """Check the files that transformers will read by the rules of a :class:`Checkpoint`.
 
     Returns
     -------
-    dict of int
-        Arguments of :func:`foreign_values`: the most modules and numbers that a model made from
-        these files may have. Empty if the files set no limit.
+    SizeLimits
+        Limits for a model made from these files; :data:`NO_LIMITS` if the files set none.
     """
     check_inside(folder)
     has_whole = any((folder / name).exists() for name in (SINGLE, INDEX))
-    has_ranks_only = bool(parts_of_ranks(folder)) and not has_whole
+    has_ranks_only = bool(distributed_shards(folder)) and not has_whole
     if options["use_safetensors"] and not (options.get("gguf_file") or has_ranks_only):
         source = Checkpoint(folder, options.get("variant"))
-        check_once(source, model_class)
-        return {"modules": modules_for(source), "numbers": numbers_for(source)}
-    return {}
+        source.check_prefix(model_class.base_model_prefix)
+        return SizeLimits.for_checkpoint(source)
+    return NO_LIMITS
 
 
 def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
@@ -142,4 +135,4 @@ def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
     path = inside(path, CONFIG) if path.is_dir() else path
     entries = decode_entries(read_json(path))
     record_in_entries(entries, path.parent)  # raises if there is no sound record
-    return config_from(entries)
+    return config_from_entries(entries)

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from tnmoe.hf.checks import check_unconverted
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.find import find_ffns
-from tnmoe.hf.folders.skeleton import model_without_numbers
 from tnmoe.hf.layers import new_mixture
+from tnmoe.hf.meta import meta_model
 from tnmoe.system.tables import format_table
 
 
@@ -113,7 +113,7 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
     >>> report.ffns[0].dense, report.ffns[0].moe, report.ffns[0].mpoe
     (4722432, 37785600, 7710976)
     """
-    dense = model if isinstance(model, nn.Module) else model_without_numbers(model)
+    dense = model if isinstance(model, nn.Module) else meta_model(model)
     check_unconverted(dense)
     ffns = tuple(
         ParameterCount(

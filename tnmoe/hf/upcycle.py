@@ -13,7 +13,7 @@ from tnmoe.hf.find import find_ffns
 from tnmoe.hf.layers import converted_mixture, draw_start
 from tnmoe.hf.record import add_records, give_own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.system.memory import memory_for
+from tnmoe.system.memory import explain_memory_error
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -80,7 +80,7 @@ def upcycle(
         check_formula(ffn)
     layers = []
     for number, ffn in enumerate(ffns, start=1):
-        with memory_for(f"converting {ffn.name}, network {number} of {len(ffns)}"):
+        with explain_memory_error(f"converting {ffn.name}, network {number} of {len(ffns)}"):
             router, noise_seed = draw_start(ffn, config)
             layers.append(converted_mixture(ffn, config, router, noise_seed, on_matrix))
     for ffn, layer in zip(ffns, layers, strict=True):

@@ -1,4 +1,4 @@
-"""Plain-text tables, for reports that people read in a terminal or a log."""
+"""Plain-text tables and lists, for reports in a terminal or a log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Align columns: the first to the left, numbers to the right, integers with thousands marks.
+    """Lay out a table: the first column to the left, the others to the right, 1234 as 1,234.
 
     Examples
     --------
@@ -31,7 +31,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
 
 def shortened(items: Iterable[Any], most: int = 3) -> str:
-    """Items as a list prints them, those after the first few only counted."""
+    """Print items as a list does, and of many only the first few and their number."""
     items = list(items)
     shown = ", ".join(map(repr, items[:most]))
     return f"[{shown}, … {len(items)} in all]" if len(items) > most else f"[{shown}]"
