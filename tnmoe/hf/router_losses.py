@@ -2,9 +2,9 @@
 
 Hooks add both; a model's ``forward`` stays as it is. Hooks come in pairs, one before a call and one
 after it, but torch does not always call both. After a KeyboardInterrupt it does not call the
-second. If another pre-hook fails first, it calls the second alone. Neither :class:`ScopedValues` nor
-the arguments of hooks tell these cases apart. The frame of torch's own call of the model does: it
-ends with that call, however the call ends.
+second. If another pre-hook fails first, it calls the second alone. Neither the values of a scope
+nor the arguments of hooks tell these cases apart. The frame of torch's own call of the model does:
+it ends with that call, however the call ends.
 """
 
 from __future__ import annotations
