@@ -1,4 +1,4 @@
-"""All runs of some settings, each in a process of its own, several at a time."""
+"""All runs of the chosen settings: each in a process of its own, several at a time."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from experiments.settings import Setting
 from experiments.training import Run, train
 from tnmoe.system.progress import progress_bar
 
-# Loaded once, and inherited by every run.
+# The fork server loads these once, and every run inherits them.
 _PRELOADED = ["experiments.schedule", "experiments.settings"]
 _POLL_SECONDS = 0.2
 
-# What makes the results of a file, given what to call after every step.
+# Makes the results of a file; its argument is a function to call after every step.
 Make = Callable[[Callable[[], None]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work.
+    """The work of one process.
 
     Attributes
     ----------
     path : Path
-        File of the results; nothing is to do once it is there.
+        File of the results. Once it exists, the job is done.
     make : callable
-        Picklable.
+        Makes the results; picklable.
     steps : int
-        How often it calls what it is given.
+        How often ``make`` calls its argument.
     name : str
-        For people.
+        Name to show to people.
     """
 
     path: Path
@@ -56,9 +56,9 @@ class Job:
 
 
 def training_jobs(folders: Sequence[SettingFolder], device: str) -> Iterator[Job]:
-    """Runs that can be made now and are not: of all settings the first methods first.
+    """Iterate over the runs that can start now, the first methods of all settings first.
 
-    What is to be done is read from the files that are there, and so is known again after a crash.
+    The existing files say which runs are done, so that a crash loses nothing.
     """
     for folder in folders:
         yield from _pretraining_jobs(folder, device)
@@ -82,7 +82,7 @@ def _pretraining_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
 
 
 def _method_jobs(folder: SettingFolder, method: str, device: str) -> Iterator[Job]:
-    """All learning rates with the first seeds; the best with the others, once it is known."""
+    """Iterate over runs of all learning rates with the tuning seeds, then of the best rate."""
     setting = folder.setting
     best = folder.best_rate(method)
     first = range(setting.tuning_seeds)
@@ -96,7 +96,7 @@ def _method_jobs(folder: SettingFolder, method: str, device: str) -> Iterator[Jo
 
 
 def cost_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
-    """Measurements of what a step costs that are not made."""
+    """Iterate over the missing measurements of what a step costs."""
     rate = folder.setting.stage.learning_rates[0]
     for method in folder.setting.methods:
         path = folder.cost(method)
@@ -120,7 +120,7 @@ def _training_job(path: Path, run: Run, name: str) -> Job:
 
 
 def total_steps(setting: Setting) -> int:
-    """Steps of all runs, made or not."""
+    """Count the steps of all runs of a setting."""
     tried = len(setting.stage.learning_rates) * setting.tuning_seeds
     runs = len(setting.methods) * (tried + setting.seeds - setting.tuning_seeds)
     before = setting.pretraining.steps * setting.seeds if setting.pretraining else 0
@@ -128,7 +128,7 @@ def total_steps(setting: Setting) -> int:
 
 
 def steps_made(folder: SettingFolder) -> int:
-    """Steps of the runs that are there."""
+    """Count the steps of the runs that have results."""
     setting = folder.setting
     before = setting.pretraining.steps if setting.pretraining else 0
     pretrained = sum(folder.is_pretrained(seed) for seed in range(setting.seeds))
@@ -136,14 +136,14 @@ def steps_made(folder: SettingFolder) -> int:
 
 
 def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: int) -> list[str]:
-    """Make all runs; then, one at a time, measure what steps cost.
+    """Make all runs; then measure the costs of steps, one method at a time.
 
     Returns
     -------
     list of str
-        What went wrong with runs that failed; the others were made nevertheless.
+        The errors of the runs that failed. They do not stop the remaining runs.
     """
-    transformers.logging.disable_progress_bar()  # of files loaded and saved; settings are counted
+    transformers.logging.disable_progress_bar()  # of loading and saving; our bars count settings
     for folder in progress_bar(folders, desc="preparing data", unit="setting"):
         folder.prepare()
 
@@ -168,7 +168,7 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
 def _work_off(
     left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, shown: tqdm
 ) -> None:
-    """Start what is left until nothing is, a limited number at a time."""
+    """Run all remaining jobs, a limited number at a time."""
     before = shown.n - processes.steps()
     try:
         while True:
@@ -186,14 +186,14 @@ def _work_off(
 
 
 class _Processes:
-    """Processes under way."""
+    """The running processes."""
 
     def __init__(self, device: str, threads: int) -> None:
         self.threads = threads
         self.running: dict[Path, BaseProcess] = {}
         self.known: set[Path] = set()
         self.failures: list[str] = []
-        # CUDA does not survive a fork; elsewhere loading the libraries once saves seconds a run.
+        # CUDA does not survive a fork. Without CUDA a fork server saves seconds of loading per run.
         method = "forkserver" if sys.platform != "win32" and device == "cpu" else "spawn"
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -210,7 +210,7 @@ class _Processes:
         self.known.add(path)
 
     def collect(self) -> None:
-        """Forget what has ended."""
+        """Drop the processes that ended, and note their errors."""
         for path, process in list(self.running.items()):
             if process.exitcode is None:
                 continue
@@ -234,8 +234,8 @@ class _Processes:
 
 
 def _do(job: Job, done: Any, threads: int) -> None:
-    """A job, in a new process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's to handle
+    """Run a job in a new process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles it
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -243,7 +243,7 @@ def _do(job: Job, done: Any, threads: int) -> None:
 
     def on_step() -> None:
         if parent is not None and not parent.is_alive():
-            os._exit(1)  # killed: nobody waits for this process any more
+            os._exit(1)  # the command was killed, and this run must not outlive it
         with done.get_lock():
             done.value += 1
 

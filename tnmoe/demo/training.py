@@ -179,7 +179,7 @@ def _train(
     with ExitStack() as stack:
         if job.kind == "MPOE":
             probability = job.config.mask_probability
-            mask = stack.enter_context(GradientMask(optimizer, model, probability, job.seed))
+            mask = stack.enter_context(GradientMask(optimizer, model, probability, seed=job.seed))
         batches = _batches(len(job.train), job.batch_size, job.seed)
         bar = progress_bar(range(job.steps), desc=f"{job.kind}: fine-tuning", unit="step")
         for _ in bar:

@@ -23,7 +23,8 @@ from tnmoe.hf.find import check_layers
 from tnmoe.nn.experts import SharedSites, check_matrices, layout_shape, per_projection
 from tnmoe.nn.projection import resolve_shared_sites
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
-from tnmoe.nn.routing.router import Router, TopKRouter
+from tnmoe.nn.routing.router import Router
+from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.options import (
     ANY_LAYOUTS,
     GAUGES,

@@ -16,7 +16,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.guards import guard_transformers
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.routing.router import TopKRouter
+from tnmoe.nn.routing.top_k import TopKRouter
 
 # Entries that identify a configuration: they are not copied to another one.
 _IDENTITY = ("architectures", "model_type", "transformers_version")

@@ -2,9 +2,9 @@
 
 Hooks add both; a model's ``forward`` stays as it is. Hooks come in pairs, one before a call and one
 after it, but torch does not always call both. After a KeyboardInterrupt it does not call the
-second. If another pre-hook fails first, it calls the second alone. Neither a :class:`Scope` nor the
-arguments of hooks tell these cases apart. The frame of torch's own call of the model does: it ends
-with that call, however the call ends.
+second. If another pre-hook fails first, it calls the second alone. Neither the values of a scope
+nor the arguments of hooks tell these cases apart. The frame of torch's own call of the model does:
+it ends with that call, however the call ends.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.nn.adapters import warn_of_unsaved
-from tnmoe.nn.routing.record import Recording, Routing, RoutingCall
-from tnmoe.nn.scopes import Scope
+from tnmoe.nn.routing.record import Routing, RoutingCall, RoutingRecorder
+from tnmoe.nn.scopes import ScopedValues
 
 # Label that transformers leaves out of every loss.
 _IGNORED = -100
@@ -94,9 +94,9 @@ class _Call:
     is_outer : bool
         Whether it completes its own output. A part of a call around it does not.
     shows_logits : bool
-    recording : Recording, optional
+    recording : RoutingRecorder, optional
         None if there are neither logits to show nor losses to add.
-    suspended : Recording, optional
+    suspended : RoutingRecorder, optional
         That of the call around an outer call. It pauses: this call is no part of it.
     """
 
@@ -104,8 +104,8 @@ class _Call:
     frame: FrameType | None
     is_outer: bool
     shows_logits: bool = False
-    recording: Recording | None = None
-    suspended: Recording | None = None
+    recording: RoutingRecorder | None = None
+    suspended: RoutingRecorder | None = None
 
     def begin(self, hooks: _LossHooks) -> None:
         if self.suspended is not None:
@@ -113,10 +113,10 @@ class _Call:
         if self.recording is not None:
             self.recording.start()
         self._entry = {id(hooks): self}
-        _calls.put(self._entry)
+        _calls.add(self._entry)
 
     def end(self) -> None:
-        _calls.take(self._entry)
+        _calls.remove(self._entry)
         if self.recording is not None:
             self.recording.stop()
         if self.suspended is not None:
@@ -124,7 +124,7 @@ class _Call:
 
 
 # Calls that are running, outermost first, by the hooks of their models.
-_calls: Scope[_Call] = Scope("_calls")
+_calls: ScopedValues[_Call] = ScopedValues("_calls")
 
 
 @dataclass(eq=False)
@@ -150,21 +150,21 @@ class _LossHooks:
             around = [other.recording for other in reversed(running) if other.is_outer]
             call.suspended = around[0] if around else None
             if call.shows_logits or self._adds_losses(model):
-                call.recording = Recording(model)
+                call.recording = RoutingRecorder(model)
             self._check_adapters(model)
         call.begin(self)
         return args, kwargs
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """End a call, and complete its output."""
-        frame, calls = _frame_of_call(), _calls.of(self)
+        frame, calls = _frame_of_call(), _calls.values_for(self)
         matching = [call for call in calls if call.model is model and call.frame is frame]
         if not matching:
             return output  # another pre-hook failed before ours was called
         call = matching[-1]
         for inner in reversed(calls[calls.index(call) + 1 :]):
             inner.end()
-        alone = call.recording is not None and call.recording.is_alone()
+        alone = call.recording is not None and call.recording.is_only_recorder()
         call.end()
         if call.recording is None or not call.recording.routing.calls:
             return output
@@ -175,7 +175,7 @@ class _LossHooks:
 
         Calls that a KeyboardInterrupt ended are ended here, since torch called no hook after them.
         """
-        calls = _calls.of(self)
+        calls = _calls.values_for(self)
         if not calls or torch.compiler.is_compiling():
             return calls
         frames = set()

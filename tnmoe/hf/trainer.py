@@ -10,12 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tnmoe.errors import InputError, flag, integer_from_zero, one_of
 from tnmoe.hf.record import config_of
-from tnmoe.nn.training.gradient_mask import (
-    AutogradMask,
-    GradientMask,
-    Probability,
-    checked_probability,
-)
+from tnmoe.nn.training.autograd_mask import AutogradMask
+from tnmoe.nn.training.base_mask import Probability, checked_probability
+from tnmoe.nn.training.gradient_mask import GradientMask
 from tnmoe.options import MASK_ENGINES, MaskEngine
 
 
@@ -94,17 +91,19 @@ class GradientMaskCallback(TrainerCallback):
         probability = self.probability
         if probability is None:
             probability = config_of(model).mask_probability
-        settings = (probability, self.seed, self.per_layer)
+        settings: dict[str, Any] = {"seed": self.seed, "per_layer": self.per_layer}
         engine = self.engine
         if engine == "auto":
             engine = "autograd" if getattr(args, "deepspeed", None) else "optimizer"
         if engine == "autograd":
-            self.mask = AutogradMask(model, *settings)
+            self.mask = AutogradMask(model, probability, **settings)
             return
         if kwargs.get("optimizer") is None:
             raise InputError("Trainer has no optimiser yet: give engine='autograd'")
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.mask = GradientMask(kwargs["optimizer"], model, *settings, on_arrival=not distributed)
+        self.mask = GradientMask(
+            kwargs["optimizer"], model, probability, zero_in_backward=not distributed, **settings
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

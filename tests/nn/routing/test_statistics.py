@@ -84,7 +84,7 @@ def test_tokens_of_several_calls_of_a_router_are_taken_together():
 
 
 def test_statistics_are_those_of_the_routers_scores_and_in_single_precision():
-    router = nn.TopKRouter(8, E, 2, "sigmoid")
+    router = nn.TopKRouter(8, E, 2, score_function="sigmoid")
     history = nn.RoutingHistory()
     with torch.autocast("cpu", torch.bfloat16):
         with nn.record_routing(router) as routing:
