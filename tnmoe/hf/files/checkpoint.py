@@ -30,7 +30,7 @@ _CHUNK_BYTES = 16 * 2**20
 class Checkpoint:
     """The tensors of a folder with config.json and safetensors files.
 
-    Making a checkpoint reads the headers of the files. :meth:`load` reads one tensor.
+    The constructor reads the headers of the files. :meth:`load` reads the numbers of a tensor.
 
     Parameters
     ----------

@@ -266,7 +266,7 @@ def _dense_piece(
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
-        tensors = {name: torch.empty_like(each, device="cpu") for name, each in empty.items()}
+        tensors = {name: torch.empty_like(weight, device="cpu") for name, weight in empty.items()}
         with skeleton.filled(mixture.reads), with_parameters(dense.model, tensors):
             average_into(ffn, mixture.layer)
         return stored(tensors)
@@ -294,7 +294,7 @@ def _to_moe(
 
 
 def _ordinary_piece(skeleton: Skeleton, mixture: _Mixture, moe: Any, target: Target) -> Piece:
-    """Return the piece that makes an ordinary mixture of one with shared cores."""
+    """Return the piece that turns a mixture with shared cores into an ordinary mixture."""
     name, dtype = target.rename(mixture.path), mixture.layer.experts.up.weight().dtype
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

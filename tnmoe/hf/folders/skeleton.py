@@ -83,7 +83,7 @@ class Skeleton:
         Raises
         ------
         InputError
-            If the checkpoint lacks one that is needed or stores it in a dtype other than floats,
+            If the checkpoint lacks a needed parameter or stores it in a dtype other than floats,
             or if any parameter has another shape there.
         """
         needed = list(needed)
