@@ -30,7 +30,7 @@ _LARGEST_COUNT = 1_000_000
 _SPARE_MODULES, _MODULES_PER_TENSOR = 1000, 20
 
 # Most elements that a model registers: a base, plus a multiple of its stored bytes. A byte may
-# hold several elements, an element is registered more than once, and masks add elements of their own.
+# hold several elements, an element is registered more than once, and masks add more elements.
 _SPARE_ELEMENTS, _ELEMENTS_PER_BYTE = 10**9, 20
 
 

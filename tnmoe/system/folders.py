@@ -143,8 +143,8 @@ def check_no_foreign_files(target: Path, folder: Path | None = None) -> None:
     """
     if paths := foreign_files(folder or target):
         raise InputError(
-            f"{target} holds what tnmoe did not write there, or what changed since: {listed(paths)}; "
-            "move it, or choose another folder"
+            f"{target} holds what tnmoe did not write there, or what changed since: "
+            f"{listed(paths)}; move it, or choose another folder"
         )
 
 

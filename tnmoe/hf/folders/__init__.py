@@ -1,1 +1,1 @@
-"""Work from folder to folder: inspections and conversions, a part of a model in memory at a time."""
+"""Work from folder to folder: inspections and conversions that load a part of a model at a time."""
