@@ -11,7 +11,7 @@ from typing import Any
 from experiments.settings import Setting
 from experiments.statistics import best_rate
 from tnmoe.errors import InputError
-from tnmoe.system.folders import write_whole
+from tnmoe.system.durable import write_atomically
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def read(path: Path) -> Any:
 def write(path: Path, data: Any) -> None:
     """Write data as JSON, the whole file or nothing; numbers that are not finite become null."""
     text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(path, f"{text}\n".encode())
+    write_atomically(path, f"{text}\n".encode())
 
 
 def _finite(data: Any) -> Any:

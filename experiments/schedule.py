@@ -23,7 +23,7 @@ from experiments.costs import WARM_UP, step_cost
 from experiments.folder import SettingFolder, write
 from experiments.settings import Setting
 from experiments.training import Run, train
-from tnmoe.system.progress import bar
+from tnmoe.system.progress import progress_bar
 
 # The fork server loads these once, and every run inherits them.
 _PRELOADED = ["experiments.schedule", "experiments.settings"]
@@ -144,7 +144,7 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
         The errors of the runs that failed. They do not stop the remaining runs.
     """
     transformers.logging.disable_progress_bar()  # of loading and saving; our bars count settings
-    for folder in bar(folders, desc="preparing data", unit="setting"):
+    for folder in progress_bar(folders, desc="preparing data", unit="setting"):
         folder.prepare()
 
     def training() -> Iterator[Job]:
@@ -157,7 +157,7 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
     processes = _Processes(device, threads)
     made = sum(steps_made(folder) for folder in folders)
     total = sum(total_steps(folder.setting) for folder in folders)
-    steps = partial(bar, unit="step", smoothing=0.05)
+    steps = partial(progress_bar, unit="step", smoothing=0.05)
     with steps(desc="training", total=total, initial=made) as trained:
         _run_jobs(training, processes, jobs, trained)
     with steps(desc="measuring steps", total=sum(job.steps for job in costs())) as measured:

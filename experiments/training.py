@@ -21,7 +21,7 @@ from experiments.measures import Drift, active_parameters, router_load, total_pa
 from experiments.methods import METHODS
 from experiments.settings import Stage
 from experiments.task import SPLITS, Batch
-from tnmoe.system.folders import sync
+from tnmoe.system.durable import sync
 
 # Share of the steps in which the learning rate rises; afterwards it falls linearly to zero.
 _WARMUP = 0.1

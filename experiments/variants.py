@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnmoe import hf
-from tnmoe.hf.families import weight_of
+from tnmoe.hf.ffn import weight_of
 from tnmoe.nn import MPOMoE, MPOProjection, Projection, StackedProjection, shared_parameters
 from tnmoe.nn.compute.grouped import Groups, grouped_linear
 from tnmoe.shapes import MPOShape

@@ -1,4 +1,4 @@
-"""A number means the same in a configuration, however it is spelled."""
+"""A number means the same in a configuration, whatever its type."""
 
 import json
 from decimal import Decimal
@@ -128,7 +128,7 @@ SETTINGS = {
 
 
 def spelled(entries, integer, float_, flag):
-    """The same settings in other words."""
+    """Make the same settings with values of other types."""
     spell = {int: integer, float: float_, bool: flag}
     return {
         name: spelled(value, integer, float_, flag)

@@ -1,4 +1,4 @@
-"""What is trained beside PEFT's adapters is saved with them, or else warned about."""
+"""Parameters trained beside PEFT's adapters are saved with them, or a warning says so."""
 
 import warnings
 
@@ -23,7 +23,7 @@ CONFIGS = {
 
 @pytest.fixture
 def base(tmp_path):
-    """A converted model, and its folder."""
+    """Return a converted model and its folder."""
     torch.manual_seed(0)
     config = hf.MPOEConfig(num_experts=3, sites=3, num_experts_per_tok=2, expert_noise=0.1)
     model = hf.upcycle(make("llama"), config)

@@ -1,4 +1,4 @@
-"""A converted model's loss holds those of its routers, and its output shows their logits."""
+"""A converted model's loss includes those of its routers, and its output shows their logits."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ def causal(**settings):
 
 
 def task_loss(model, **batch):
-    """The loss without the routers', which are silent in evaluation; there is no dropout."""
+    """Return the loss without the routers' losses, which evaluation leaves out."""
     model.eval()
     with torch.no_grad():
         loss = model(**batch).loss

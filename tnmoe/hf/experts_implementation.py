@@ -1,6 +1,6 @@
-"""tnmoe's grouped products under the mixtures of experts of transformers.
+"""tnmoe's grouped products in transformers' own mixtures of experts.
 
-With ``tnmoe.hf`` imported, classes that let one choose how their experts are computed take
+Once ``tnmoe.hf`` is imported, classes whose experts have several implementations also accept
 ``experts_implementation="tnmoe"``.
 """
 
@@ -15,24 +15,26 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tnmoe.nn.compute.grouped import Groups, Visits, cleared, grouped_linear, per_row, spread
 from tnmoe.nn.transforms import autocast_dtype, is_transformed, values_are_readable
 
+# Value of ``experts_implementation`` that chooses this one.
 NAME = "tnmoe"
 
 
 def experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The forward of an experts module of transformers.
+    """Compute the forward of an experts module of transformers.
 
     Parameters
     ----------
     experts : Module
-        Holds stacked ``gate_up_proj`` or ``up_proj``, and ``down_proj``, as transformers'
+        A module with stacked ``gate_up_proj`` or ``up_proj``, and ``down_proj``, as transformers'
         ``use_experts_implementation`` describes them.
     hidden_states : Tensor, shape (T, H)
     top_k_index : Tensor of int64, shape (T, k)
-        Experts of every token; the number of experts, or more, is none of them.
+        Experts of every token. An index that is not below the number of experts marks a choice
+        without an expert; its output is zero.
     top_k_weights : Tensor, shape (T, k)
-        Their weights in the sum.
+        Weights of the experts in the sum.
 
     Returns
     -------
@@ -49,55 +51,55 @@ def experts_forward(
     >>> MixtralModel(config).set_experts_implementation("tnmoe")
     """
     if is_transformed():
-        return _all_on_all(experts, hidden_states, top_k_index, top_k_weights)
+        return _run_densely(experts, hidden_states, top_k_index, top_k_weights)
     choices = top_k_index.shape[1]
     groups = Groups.of(top_k_index.reshape(-1), experts.num_experts)
-    nowhere = _nowhere(groups, experts.num_experts)
-    if nowhere is not None:
+    unrouted = _unrouted(groups, experts.num_experts)
+    if unrouted is not None:
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
-    rows = cleared(spread(hidden_states, groups.order, groups.inverse, choices), nowhere)
-    into = cleared(_project(experts, _first_of(experts), rows, groups), nowhere)
-    outputs = _project(experts, "down_proj", _activated(experts, into), groups)
-    outputs = _normed(experts, cleared(outputs, nowhere))
+    rows = cleared(spread(hidden_states, groups.order, groups.inverse, choices), unrouted)
+    inner = cleared(_project(experts, _input_projection(experts), rows, groups), unrouted)
+    outputs = _project(experts, "down_proj", _activated(experts, inner), groups)
+    outputs = _normed(experts, cleared(outputs, unrouted))
     outputs = spread(outputs, groups.inverse, groups.order).unflatten(0, top_k_index.shape)
     return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
 
-def _all_on_all(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Every expert on every token, or on zeros where it was not chosen.
+def _run_densely(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Apply every expert to every token, and to zeros where the expert was not chosen.
 
-    Under ``torch.func``, where how many tokens an expert gets is not a number that code may
-    depend on.
+    For ``torch.func``, whose transforms do not let code depend on the number of an expert's tokens.
     """
     visits = Visits.of(index, weights, experts.num_experts)
-    into = visits.cleared(_project(experts, _first_of(experts), visits.spread(states), visits))
+    into = _project(experts, _input_projection(experts), visits.spread(states), visits)
+    into = visits.cleared(into)
     inner = _activated(experts, into.flatten(0, 1)).unflatten(0, into.shape[:2])
     outputs = _project(experts, "down_proj", visits.cleared(inner), visits)
     outputs = _normed(experts, visits.cleared(outputs))
     return visits.collect(outputs).to(states.dtype)
 
 
-def _first_of(experts: Any) -> str:
+def _input_projection(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _activated(experts: Any, into: Tensor) -> Tensor:
-    return experts._apply_gate(into) if experts.has_gate else experts.act_fn(into)
+def _activated(experts: Any, inner: Tensor) -> Tensor:
+    return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
 
 
 def _normed(experts: Any, outputs: Tensor) -> Tensor:
     return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
 
 
-def _nowhere(groups: Groups, num_experts: int) -> Tensor | None:
-    """Rows without an expert, (rows,); None where it is known that there are none."""
+def _unrouted(groups: Groups, num_experts: int) -> Tensor | None:
+    """Return which rows have no expert, (rows,) of bool; None if it is known that all have one."""
     if values_are_readable(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
         return None
     return groups.experts >= num_experts
 
 
 def _project(experts: Any, name: str, rows: Tensor, groups: Groups | Visits) -> Tensor:
-    """One projection of all experts, each of its own rows."""
+    """Apply one projection of all experts, each to its own rows."""
     weight = getattr(experts, name)
     dtype = autocast_dtype(rows) or weight.dtype
     stacked = (weight.mT if experts.is_transposed else weight).to(dtype)
