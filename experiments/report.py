@@ -176,14 +176,15 @@ def _about(setting: Setting, data: dict[str, Any]) -> str:
             f"- {stage}: {source['title']} ({source['licence']}, "
             f"{source['bytes']:,} bytes); {sizes}"
         )
-    place = data["environment"]
+    machine = data["environment"]
     lines = [
         f"Every method trains for {data['steps']} steps and tries the learning rates "
         f"{', '.join(f'{rate:g}' for rate in data['learning_rates'])} "
         f"with {_tuning_seeds(setting)}. "
         "The rate with the lowest validation loss is used for all seeds. "
-        f"{place['device']}, torch {place['torch']}, "
-        f"transformers {place['transformers']}, tnmoe {place['tnmoe']}, {place['date'][:10]}.",
+        f"{machine['device']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, tnmoe {machine['tnmoe']}, "
+        f"{machine['date'][:10]}.",
         "\n".join(texts),
     ]
     if data["mixture"]:

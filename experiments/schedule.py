@@ -62,9 +62,9 @@ def training_jobs(folders: Sequence[SettingFolder], device: str) -> Iterator[Job
     """
     for folder in folders:
         yield from _pretraining_jobs(folder, device)
-    for place in range(max(len(folder.setting.methods) for folder in folders)):
+    for position in range(max(len(folder.setting.methods) for folder in folders)):
         for folder in folders:
-            for method in folder.setting.methods[place : place + 1]:
+            for method in folder.setting.methods[position : position + 1]:
                 yield from _method_jobs(folder, method, device)
 
 
@@ -159,27 +159,27 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
     total = sum(total_steps(folder.setting) for folder in folders)
     steps = partial(progress_bar, unit="step", smoothing=0.05)
     with steps(desc="training", total=total, initial=made) as trained:
-        _work_off(training, processes, jobs, trained)
+        _run_jobs(training, processes, jobs, trained)
     with steps(desc="measuring steps", total=sum(job.steps for job in costs())) as measured:
-        _work_off(costs, processes, 1, measured)
+        _run_jobs(costs, processes, 1, measured)
     return processes.failures
 
 
-def _work_off(
-    left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, shown: tqdm
+def _run_jobs(
+    remaining: Callable[[], Iterator[Job]], processes: _Processes, limit: int, progress: tqdm
 ) -> None:
     """Run all remaining jobs, a limited number at a time."""
-    before = shown.n - processes.steps()
+    before = progress.n - processes.steps()
     try:
         while True:
             processes.collect()
-            free = (job for job in left() if job.path not in processes.known)
-            while len(processes.running) < limit and (job := next(free, None)) is not None:
+            new = (job for job in remaining() if job.path not in processes.known)
+            while len(processes.running) < limit and (job := next(new, None)) is not None:
                 processes.start(job)
-            shown.update(before + processes.steps() - shown.n)
+            progress.update(before + processes.steps() - progress.n)
             if not processes.running:
                 return
-            shown.set_postfix_str(processes.names())
+            progress.set_postfix_str(processes.names())
             time.sleep(_POLL_SECONDS)
     finally:
         processes.stop()
@@ -204,7 +204,7 @@ class _Processes:
         path = job.path
         path.parent.mkdir(parents=True, exist_ok=True)
         arguments = (job, self._done, self.threads)
-        process = self._context.Process(target=_do, args=arguments, name=job.name)
+        process = self._context.Process(target=_run_job, args=arguments, name=job.name)
         process.start()
         self.running[path] = process
         self.known.add(path)
@@ -233,7 +233,7 @@ class _Processes:
             process.join()
 
 
-def _do(job: Job, done: Any, threads: int) -> None:
+def _run_job(job: Job, done: Any, threads: int) -> None:
     """Run a job in a new process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles it
     torch.set_num_threads(threads)

@@ -43,7 +43,7 @@ class Task(ABC):
         """Return held-out results; ``loss`` is one of them, in nats."""
 
 
-def draws(*key: int) -> np.random.Generator:
+def random_generator(*key: int) -> np.random.Generator:
     """Return a random generator that is a function of numbers: seed, step and so on."""
     return np.random.default_rng(key)
 

@@ -173,8 +173,8 @@ def _onnx_weights(path: Path) -> dict[str, torch.Tensor]:
             if node.op_type == "Gather":
                 named[name] = numbers(name)
             else:
-                place = node.name.removesuffix("/MatMul_quant").strip("/").replace("/", ".")
-                named[f"{place}.weight"] = numbers(name).T
+                module = node.name.removesuffix("/MatMul_quant").strip("/").replace("/", ".")
+                named[f"{module}.weight"] = numbers(name).T
     parts = {"enc.": "encoder.", "m.": ""}
     return {
         parts[prefix] + name.removeprefix(prefix): torch.from_numpy(np.array(array))

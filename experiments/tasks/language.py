@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from experiments import weights
-from experiments.task import SPLITS, Batch, Task, draws, evaluating
+from experiments.task import SPLITS, Batch, Task, evaluating, random_generator
 from experiments.texts import Text, encode, train_tokenizer
 
 # Share at the end of a text that is held out, half for validation and half for the test.
@@ -65,7 +65,7 @@ class Language(Task):
 
     def batch(self, folder: Path, step: int, seed: int) -> Batch:
         tokens = _tokens(folder / "train.npy")
-        starts = draws(seed, step).integers(0, len(tokens) - self.window, self.windows)
+        starts = random_generator(seed, step).integers(0, len(tokens) - self.window, self.windows)
         rows = np.stack([tokens[start : start + self.window] for start in starts])
         ids = torch.from_numpy(rows.astype(np.int64))
         return {"input_ids": ids, "labels": ids}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from experiments import weights
 from experiments.sentences import read_parts
-from experiments.task import Batch, Task, draws, evaluating
+from experiments.task import Batch, Task, evaluating, random_generator
 from tnmoe.demo.models import load_dense, load_tokenizer
 
 
@@ -72,7 +72,7 @@ class Reviews(Task):
         part = _part(folder / "train.npz")
         sentences = len(part["labels"])
         size = min(self.batch_size, sentences)
-        return _batch(part, draws(seed, step).choice(sentences, size, replace=False))
+        return _batch(part, random_generator(seed, step).choice(sentences, size, replace=False))
 
     def evaluate(self, model: PreTrainedModel, folder: Path, split: str) -> dict[str, float]:
         """Return nats per label, and the share of sentences whose label is the likeliest."""

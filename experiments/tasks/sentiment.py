@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiments.sentences import read_parts
-from experiments.task import Batch, draws, evaluating
+from experiments.task import Batch, evaluating, random_generator
 from experiments.tasks.t5 import END, IGNORED, PAD, TOKENIZER, TextToText, array, log_probabilities
 
 
@@ -60,7 +60,7 @@ class Sentiment(TextToText):
     def batch(self, folder: Path, step: int, seed: int) -> Batch:
         inputs = array(folder / "train-inputs.npy")
         size = min(self.examples, len(inputs))
-        chosen = draws(seed, step).choice(len(inputs), size, replace=False)
+        chosen = random_generator(seed, step).choice(len(inputs), size, replace=False)
         labels = array(folder / "words.npy")[array(folder / "train-answers.npy")[chosen]]
         return _inputs(torch.from_numpy(inputs[chosen])) | {"labels": torch.from_numpy(labels)}
 

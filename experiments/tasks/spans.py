@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from experiments.task import SPLITS, Batch, draws, evaluating
+from experiments.task import SPLITS, Batch, evaluating, random_generator
 from experiments.tasks.t5 import (
     END,
     SENTINELS,
@@ -73,7 +73,9 @@ class SpanCorruption(TextToText):
 
     def batch(self, folder: Path, step: int, seed: int) -> Batch:
         tokens = array(folder / "train.npy")
-        starts = draws(seed, step).integers(0, len(tokens) - self.window + 1, self.examples)
+        starts = random_generator(seed, step).integers(
+            0, len(tokens) - self.window + 1, self.examples
+        )
         inputs, targets = self._corrupted(folder, tokens, starts, (seed, step, 1))
         return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(targets)}
 
@@ -82,7 +84,7 @@ class SpanCorruption(TextToText):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return inputs and targets of windows, (windows, tokens) each."""
         end, sentinels = _marks(folder)
-        random = draws(*key)
+        random = random_generator(*key)
         windows = [tokens[start : start + self.window] for start in starts]
         pairs = [corrupt(window, random, sentinels, end) for window in windows]
         inputs, targets = zip(*pairs, strict=True)

@@ -11,7 +11,7 @@ import tnmoe as tn
 from tests.hf.families import IDS, make
 from tnmoe import hf, nn
 
-WARNING = "PEFT does not save what is trained of {}: name them in modules_to_save"
+WARNING = "PEFT does not save the trained parameters of {}: name them in modules_to_save"
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 PROMPT = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 CONFIGS = {

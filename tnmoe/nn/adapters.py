@@ -45,7 +45,7 @@ def warn_of_unsaved(model: nn.Module, stacklevel: int = 3) -> None:
     unsaved = sorted(_unsaved_names(model))
     if unsaved:
         warnings.warn(
-            f"PEFT does not save what is trained of {' and '.join(unsaved)}: name them in "
+            f"PEFT does not save the trained parameters of {' and '.join(unsaved)}: name them in "
             "modules_to_save of the adapter's configuration",
             stacklevel=stacklevel,
         )

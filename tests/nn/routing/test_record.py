@@ -34,7 +34,7 @@ def test_a_given_mask_counts_before_the_routers_own():
         torch.testing.assert_close(routing.balance_loss(given), real.balance_loss())
 
 
-def test_losses_count_what_tokens_asked_for_and_not_what_they_got():
+def test_losses_count_the_chosen_experts_and_not_those_that_a_capacity_leaves():
     torch.manual_seed(0)
     router = nn.TopKRouter(8, 4, 2, capacity_factor=0.25)
     x = torch.randn(20, 8)

@@ -19,21 +19,21 @@ from tnmoe import nn
         lambda **d: nn.ExpertChoiceRouter(H, E, 1.5, **d),
     ],
 )
-def test_an_expert_that_is_left_alone_has_weight_one_and_still_teaches_the_router(make):
+def test_a_single_remaining_expert_has_weight_one_and_still_teaches_the_router(make):
     torch.manual_seed(0)
     router, x = make(), torch.randn(60, H)
     logits, weights, index = router(x)
-    alone = (index < NO_EXPERT).sum(1) == 1
-    assert alone.sum() > 5
-    torch.testing.assert_close(weights[alone].sum(1), torch.ones(int(alone.sum())))
-    (grad,) = torch.autograd.grad(weights[alone].sum(), logits, retain_graph=True)
+    single = (index < NO_EXPERT).sum(1) == 1
+    assert single.sum() > 5
+    torch.testing.assert_close(weights[single].sum(1), torch.ones(int(single.sum())))
+    (grad,) = torch.autograd.grad(weights[single].sum(), logits, retain_graph=True)
     twin = logits.detach().requires_grad_()
     scores = (
         twin.log_softmax(-1)
         if router.score_function == "softmax"
         else (torch.nn.functional.logsigmoid(twin))
     )
-    chosen = scores[alone].gather(1, index[alone].min(1, keepdim=True).values)
+    chosen = scores[single].gather(1, index[single].min(1, keepdim=True).values)
     (expected,) = torch.autograd.grad(chosen.sum(), twin)
     torch.testing.assert_close(grad, expected)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_no_input_of_half_precision_makes_a_weight_or_gradient_that_is_no_number
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_goes_nowhere_and_changes_nothing_for_other_tokens(kind):
+def test_padding_reaches_no_expert_and_changes_nothing_for_other_tokens(kind):
     torch.manual_seed(0)
     router = all_kinds()[kind].eval()
     if isinstance(router, nn.TopKRouter):
@@ -91,7 +91,7 @@ def test_padding_goes_nowhere_and_changes_nothing_for_other_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_tokens_are_routed_nowhere(kind):
+def test_inputs_without_tokens_give_empty_results(kind):
     router = all_kinds()[kind]
     for x in (torch.zeros(0, H), torch.zeros(2, 0, H), torch.zeros(0, 3, H)):
         logits, weights, index = router(x)

@@ -30,8 +30,8 @@ class LoadBias(nn.Module):
         A buffer, saved with the model. It stays in float32 when the model is cast: in half
         precision its small steps would be lost.
     counts : Tensor of int64, shape (E,)
-        Slots of each expert. Not a buffer: it is not saved, and no rank of a distributed run
-        overwrites it with its own.
+        Slots of each expert. Not a buffer: it is not saved, and ``DistributedDataParallel`` does
+        not replace it with the counts of another rank.
 
     Examples
     --------

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, one_of
 from tnmoe.nn.routing.counts import count_slots_per_expert
 from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
-from tnmoe.nn.routing.router import CallObserver, Router, call_observers
+from tnmoe.nn.routing.router import CallObserver, Router, RouterResult, call_observers
 from tnmoe.nn.routing.token_mask import checked_token_mask
 from tnmoe.nn.transforms import in_backward
 from tnmoe.options import BATCH_SCOPES, BalanceForm, BatchScope, ScoreFunction
@@ -210,7 +211,7 @@ class Routing:
         numbers = sorted({call.logits.shape[-1] for call in self.calls})
         if len(numbers) != 1:
             raise InputError(
-                "counts are of routers with one number of experts, got "
+                "counts() needs routers with one number of experts, got "
                 + (", ".join(map(str, numbers)) if numbers else "no call of a router")
             )
         return torch.stack([call.slots_per_expert(attention_mask) for call in self.calls])
@@ -226,8 +227,8 @@ class Routing:
             raise InputError("no routing was recorded: no forward pass reached a Router")
         if torch.is_grad_enabled() and any(call.lost_gradient for call in self.calls):
             warnings.warn(
-                "this loss teaches no router: the recorded pass was without gradients, as the "
-                "first one of activation checkpointing with use_reentrant=True is",
+                "this loss teaches no router: the recorded pass had no gradients, like the first "
+                "pass of activation checkpointing with use_reentrant=True",
                 stacklevel=3,  # who asked for the loss
             )
         return torch.stack(losses).mean()
@@ -255,7 +256,7 @@ class RoutingRecorder:
         named = model.named_modules()
         self._routers = {each: name for name, each in named if isinstance(each, Router)}
         self._observers: dict[int, CallObserver] = {
-            id(router): _RouterObserver(self, name) for router, name in self._routers.items()
+            id(router): partial(self._record, name) for router, name in self._routers.items()
         }
 
     def start(self) -> None:
@@ -270,38 +271,21 @@ class RoutingRecorder:
         """Return whether, between start and stop, nothing else records the same routers."""
         return all(len(call_observers.values_for(router)) == 1 for router in self._routers)
 
-
-@dataclass(frozen=True)
-class _RouterObserver:
-    """An observer that appends the calls of one router to a recorder's routing."""
-
-    recorder: RoutingRecorder
-    name: str
-
-    def __call__(
-        self,
-        router: Router,
-        *,
-        logits: Tensor,
-        weights: Tensor,
-        index: Tensor,
-        token_mask: Tensor | None,
-        sequences: int,
-    ) -> None:
-        if self.recorder.paused or in_backward():
+    def _record(self, name: str, router: Router, result: RouterResult) -> None:
+        if self.paused or in_backward():
             return
         learns = router.training and router.weight.requires_grad
-        self.recorder.routing.calls.append(
+        self.routing.calls.append(
             RoutingCall(
-                name=self.name,
-                logits=logits,
-                weights=weights,
-                index=index,
-                chosen=router.chosen_experts(logits, index),
-                token_mask=token_mask,
-                sequences=sequences,
+                name=name,
+                logits=result.logits,
+                weights=result.weights,
+                index=result.index,
+                chosen=router.chosen_experts(result.logits, result.index),
+                token_mask=result.token_mask,
+                sequences=result.sequences,
                 score_function=router.score_function,
-                lost_gradient=learns and not logits.requires_grad,
+                lost_gradient=learns and not result.logits.requires_grad,
             )
         )
 

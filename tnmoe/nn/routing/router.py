@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +19,21 @@ from tnmoe.nn.transforms import needs_native_operators, without_autocast
 from tnmoe.options import SCORE_FUNCTIONS, ScoreFunction
 
 
-class CallObserver(Protocol):
-    """A function that sees what a router returns."""
+@dataclass(frozen=True)
+class RouterResult:
+    """The tensors that a router returned, and the tokens that it saw.
 
-    def __call__(
-        self,
-        router: Router,
-        *,
-        logits: Tensor,
-        weights: Tensor,
-        index: Tensor,
-        token_mask: Tensor | None,
-        sequences: int,
-    ) -> None: ...
+    The attributes are those of :class:`tnmoe.nn.RoutingCall`.
+    """
 
+    logits: Tensor
+    weights: Tensor
+    index: Tensor
+    token_mask: Tensor | None
+    sequences: int
+
+
+CallObserver = Callable[["Router", RouterResult], None]
 
 # Every call of a router notifies these: see record_routing.
 call_observers: ScopedValues[CallObserver] = ScopedValues("_call_observers")
@@ -147,14 +150,7 @@ class Router(nn.Module, ABC):
             weights, index = self._route(logits, mask, sequences)
         weights = weights.to(x.dtype)
         for observe in call_observers.values_for(self):
-            observe(
-                self,
-                logits=logits,
-                weights=weights,
-                index=index,
-                token_mask=mask,
-                sequences=sequences,
-            )
+            observe(self, RouterResult(logits, weights, index, mask, sequences))
         return logits, weights, index
 
     @staticmethod

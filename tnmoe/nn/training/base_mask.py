@@ -1,4 +1,4 @@
-"""The base of gradient masks: which tensors skip which steps, and how many steps they skipped."""
+"""The base of gradient masks: which tensors skip which steps, and how often they did."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ class BaseMask:
             names = ", ".join(missing[:_NAMES_SHOWN]) + ", …" * (len(missing) > _NAMES_SHOWN)
             raise InputError(
                 f"{failure} {len(missing)} of the {len(self._tensors)} shared tensors to mask: "
-                f"{names}; what wraps or copies a model makes other parameters: make first the "
-                "optimizer and then the mask of the model that is trained"
+                f"{names}; wrapping or copying a model replaces its parameters: make the optimizer "
+                "and then the mask from the model that you train"
             )
 
     def state_dict(self) -> dict[str, Any]:
