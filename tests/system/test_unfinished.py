@@ -44,7 +44,7 @@ def contents(folder):
     }
 
 
-def both(text):
+def made_from(text):
     return {"file": text, "sub/file": text}
 
 
@@ -80,15 +80,15 @@ def test_a_process_may_be_killed_at_any_time(old, tmp_path):
             make(target, "old")
         killed = killed_at(number, folder, make, target)
         if target.exists():
-            assert contents(target) in (both("old"), both("new"))
+            assert contents(target) in (made_from("old"), made_from("new"))
         elif old:  # moved away, until the next call
-            assert contents(folder / "target.partial" / "old") == both("old")
+            assert contents(folder / "target.partial" / "old") == made_from("old")
         if number % 2:  # a conversion of another purpose takes over
             make(target, "other")
-            assert contents(target) == both("other")
+            assert contents(target) == made_from("other")
         else:
             make(target)
-            assert contents(target) == both("new")
+            assert contents(target) == made_from("new")
         assert os.listdir(folder) == ["target"]
         if not killed:
             break
@@ -107,13 +107,13 @@ def test_the_old_folder_comes_back_even_if_the_next_call_refuses(tmp_path, monke
     assert not target.exists()
     with pytest.raises(InputError, match="is not empty"):
         make(target, overwrite=False)
-    assert contents(target) == both("old")
+    assert contents(target) == made_from("old")
 
 
 def test_a_new_folder_takes_the_place_of_another(tmp_path):
     make(tmp_path / "target", "old")
     make(tmp_path / "target", "new")
-    assert contents(tmp_path / "target") == both("new")
+    assert contents(tmp_path / "target") == made_from("new")
     assert os.listdir(tmp_path) == ["target"]
 
 
@@ -136,8 +136,8 @@ def test_a_failure_leaves_both_folders_as_they_were(time, tmp_path, monkeypatch)
         failing(patch, time)
         with pytest.raises(OSError, match="Permission denied"):
             make(tmp_path / "target")
-    assert contents(tmp_path / "target") == both("old")
-    assert contents(tmp_path / "target.partial" / "new") == both("new")
+    assert contents(tmp_path / "target") == made_from("old")
+    assert contents(tmp_path / "target.partial" / "new") == made_from("new")
     make(tmp_path / "target")
     assert os.listdir(tmp_path) == ["target"]
 
@@ -150,10 +150,10 @@ def test_a_folder_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatc
             InputError, match=r"target could not be replaced.*it is now .*old"
         ) as caught:
             make(tmp_path / "target")
-    assert contents(Path(str(caught.value).split("it is now ")[1])) == both("old")
+    assert contents(Path(str(caught.value).split("it is now ")[1])) == made_from("old")
     with pytest.raises(InputError, match="is not empty"):
         make(tmp_path / "target", overwrite=False)
-    assert contents(tmp_path / "target") == both("old")
+    assert contents(tmp_path / "target") == made_from("old")
 
 
 def appearing(monkeypatch, target, what):
@@ -236,17 +236,17 @@ def test_a_copy_of_the_folder_with_rounded_times_can_be_replaced(to, tmp_path):
         time = path.stat().st_mtime_ns // to * to
         os.utime(path, ns=(time, time))
     make(copy, "new")
-    assert contents(copy) == both("new")
+    assert contents(copy) == made_from("new")
 
 
-@pytest.mark.parametrize("record", ["", "[]", '["file"]', '{"file": null}', '{"file": [3]}', "3"])
-def test_files_are_foreign_where_the_manifest_is_damaged(record, tmp_path):
+@pytest.mark.parametrize("manifest", ["", "[]", '["file"]', '{"file": null}', '{"file": [3]}', "3"])
+def test_files_are_foreign_where_the_manifest_is_damaged(manifest, tmp_path):
     target = tmp_path / "target"
     make(target, "old")
-    (target / ".tnmoe-files").write_text(record)
+    (target / ".tnmoe-files").write_text(manifest)
     with pytest.raises(InputError, match="target holds what tnmoe did not write there"):
         make(target)
-    assert contents(target) == both("old")
+    assert contents(target) == made_from("old")
 
 
 @pytest.mark.parametrize("name", ["file", "sub"])
@@ -275,7 +275,7 @@ def test_a_file_that_came_before_the_move_brings_the_folder_back(tmp_path, monke
         patch.setattr(Path, "rename", late)
         with pytest.raises(InputError, match=r"target holds what tnmoe did not .*: thesis.txt"):
             make(target)
-    assert contents(target) == {**both("old"), "thesis.txt": "years of work"}
+    assert contents(target) == {**made_from("old"), "thesis.txt": "years of work"}
 
 
 def test_places_that_cannot_be_replaced_are_refused_before_anything_is_made(tmp_path, monkeypatch):
@@ -337,7 +337,7 @@ def test_each_of_many_processes_makes_the_whole_folder_or_nothing(overwrite, tmp
         assert set(codes) <= {0, 3}
         made = [str(number) for number, code in enumerate(codes) if code == 0]
         assert made if overwrite else len(made) == 1
-        assert contents(target) in [both(number) for number in made]
+        assert contents(target) in [made_from(number) for number in made]
         assert os.listdir(target.parent) == ["target"]
         shutil.rmtree(target.parent)
 

@@ -11,17 +11,10 @@ from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.record import ENTRY
+from tnmoe.system.tables import listed
 
 # How names of experts' tensors contain the matrix that they are of.
 EXPERT_TENSOR = re.compile(r"\.experts\.(up|gate|down)\.")
-
-# Most names in a message.
-_MOST_NAMES = 4
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return the first names in alphabetical order, for a message."""
-    return ", ".join(sorted(names)[:_MOST_NAMES])
 
 
 def check_model(model: object) -> None:

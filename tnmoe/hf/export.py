@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.checks import check_in_memory, check_model, listed
+from tnmoe.hf.checks import check_in_memory, check_model
 from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.ffn import FFN, weight_of
 from tnmoe.hf.find import ffns_named, mixtures_in
 from tnmoe.hf.record import config_of, remove_records, required_record
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.system.tables import listed
 
 
 @torch.no_grad()

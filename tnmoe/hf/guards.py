@@ -26,12 +26,11 @@ from tnmoe.hf.files.checkpoint import Checkpoint
 _COUNTS = re.compile("layers?|labels|experts|blocks|depth|stages|heads|codebooks", re.IGNORECASE)
 _LARGEST_COUNT = 1_000_000
 
-# Modules that a model may have beside those of its stored tensors, and for each of these.
+# Most modules of a model: a base, plus a number for every stored tensor.
 _SPARE_MODULES, _MODULES_PER_TENSOR = 1000, 20
 
-# Elements that a model may have beside those of its stored tensors, and for each stored byte.
-# Several elements may come out of a byte, each is registered more than once, and attention masks
-# have elements of their own.
+# Most elements that a model registers: a base, plus a multiple of its stored bytes. A byte may
+# hold several elements, an element is registered more than once, and masks add more elements.
 _SPARE_ELEMENTS, _ELEMENTS_PER_BYTE = 10**9, 20
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.checks import EXPERT_TENSOR, listed
+from tnmoe.hf.checks import EXPERT_TENSOR
 from tnmoe.hf.files.folder import CONFIG
 from tnmoe.hf.find import all_ffns, ffns_named, mixtures_in, mixtures_not_named
 from tnmoe.hf.layers import install_new_mixtures
@@ -35,6 +35,7 @@ from tnmoe.hf.trust import allowed_entries
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.system.durable import write_json
 from tnmoe.system.files import read_json
+from tnmoe.system.tables import listed
 
 # Attribute that tells a wrapped method from transformers' own.
 _WRAPPED = "_wrapped_by_tnmoe"

@@ -11,13 +11,11 @@ from pathlib import Path
 from tnmoe.errors import InputError
 from tnmoe.system.durable import sync, write_atomically
 from tnmoe.system.files import read_json
+from tnmoe.system.tables import listed
 
 # The manifest lies in every folder that tnmoe makes. It lists the files that tnmoe wrote there,
 # with their sizes. Manifest and files have the same modification time, to the nanosecond.
 MANIFEST = ".tnmoe-files"
-
-# Names of files that a message lists.
-_SHOWN = 4
 
 
 def files_in(folder: Path) -> Iterator[Path]:
@@ -144,12 +142,9 @@ def check_no_foreign_files(target: Path, folder: Path | None = None) -> None:
         Where the folder lies now, if it was moved away from ``target``.
     """
     if paths := foreign_files(folder or target):
-        listed = ", ".join(map(str, paths[:_SHOWN]))
-        if len(paths) > _SHOWN:
-            listed += f" and {len(paths) - _SHOWN} more"
         raise InputError(
-            f"{target} holds what tnmoe did not write there, or what changed since: {listed}; "
-            "move it, or choose another folder"
+            f"{target} holds what tnmoe did not write there, or what changed since: "
+            f"{listed(paths)}; move it, or choose another folder"
         )
 
 

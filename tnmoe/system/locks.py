@@ -1,4 +1,4 @@
-"""Locks that let one process at a time do some work."""
+"""Locks that admit a single process at a time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""Plain-text tables and lists, for reports in a terminal or a log."""
+"""Plain-text tables and lists, for messages and for reports in a terminal or a log."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+# Names that a message lists.
+_MOST_NAMES = 4
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -28,6 +31,19 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
         ).rstrip()
         for row in table
     )
+
+
+def listed(names: Iterable[object]) -> str:
+    """Join the first few names in alphabetical order, and count the rest.
+
+    Examples
+    --------
+    >>> listed("edcba")
+    'a, b, c, d and 1 more'
+    """
+    ordered = sorted(map(str, names))
+    rest = len(ordered) - _MOST_NAMES
+    return ", ".join(ordered[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def shortened(items: Iterable[Any], most: int = 3) -> str:

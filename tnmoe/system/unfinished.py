@@ -31,8 +31,8 @@ class UnfinishedFolder:
     ``TARGET.partial`` holds four things:
 
     - a lock;
-    - a journal, whose first line says for what purpose the folder is made, and whose other lines
-      say which steps are done;
+    - a journal: its first line states the purpose of the folder, the lines after it list the
+      steps that are done;
     - the new folder, until it moves to the target;
     - the old folder, while the new one replaces it.
 

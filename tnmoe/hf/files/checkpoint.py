@@ -21,18 +21,16 @@ from tnmoe.hf.files.tensors import TensorLocation, TensorSpec, total_bytes, tota
 from tnmoe.system.changes import file_states, first_changed
 from tnmoe.system.files import read_json, read_safetensors_header
 from tnmoe.system.memory import explain_memory_error
+from tnmoe.system.tables import listed
 
 # Bytes that are read at a time when a tensor is copied.
 _CHUNK_BYTES = 16 * 2**20
-
-# Names of tensors that a message lists.
-_SHOWN = 4
 
 
 class Checkpoint:
     """The tensors of a folder with config.json and safetensors files.
 
-    Making a checkpoint reads the headers of the files. :meth:`load` reads one tensor.
+    The constructor reads the headers of the files. :meth:`load` reads the numbers of a tensor.
 
     Parameters
     ----------
@@ -80,10 +78,9 @@ class Checkpoint:
 
     def _check_index(self, index: Mapping[str, str], weights: Path) -> None:
         """Raise an InputError unless the files hold all tensors of the index, each in its file."""
-        if absent := sorted(set(index) - set(self.specs)):
+        if absent := set(index) - set(self.specs):
             raise InputError(
-                f"{weights} lists {len(absent)} tensors that its files lack: "
-                f"{', '.join(absent[:_SHOWN])}"
+                f"{weights} lists {len(absent)} tensors that its files lack: {listed(absent)}"
             )
         for name, file in index.items():
             if self.locations[name].path != self.folder / file:

@@ -112,8 +112,8 @@ def weights_file(folder: Path, named: Any, variant: str | None) -> Path:
     Raises
     ------
     InputError
-        If there is none, or what is there is not to be read: pickles, and what one process of
-        several saved.
+        If the folder has no such file. Pickles are never read, nor the share of a single process
+        of a distributed checkpoint.
     """
     if shards := distributed_shards(folder):
         raise InputError(

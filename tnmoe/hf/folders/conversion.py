@@ -119,8 +119,8 @@ class Conversion:
         ------
         InputError
             If the target cannot be made or holds files that must be kept; if another process is
-            making it, or an unfinished conversion there is another one; if the source changes
-            during the run.
+            making it; if an unfinished conversion with other settings is there; if the source
+            changes during the run.
         MemoryError, RuntimeError
             If memory runs out, as NumPy and torch raise them. Notes on the error name what the
             memory was for. The same call resumes.

@@ -44,9 +44,7 @@ from tnmoe.hf.record import (
 )
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
-
-# Names of tensors that a message lists.
-_SHOWN = 4
+from tnmoe.system.tables import listed
 
 
 def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -> Conversion:
@@ -191,8 +189,8 @@ def _tensors_beside(skeleton: Skeleton, mixtures: Iterable[_Mixture]) -> list[st
         for path, layer, _ in mixtures
         for name in layer.state_dict()
     }
-    if lost := sorted(used - set(source.specs)):
-        raise InputError(f"{source.folder} lacks {len(lost)} tensors: {', '.join(lost[:_SHOWN])}")
+    if lost := used - set(source.specs):
+        raise InputError(f"{source.folder} lacks {len(lost)} tensors: {listed(lost)}")
     beside = [name for name in source.specs if name not in used]
     routers = [skeleton.rename(f"{path}.router.weight") for path, *_ in mixtures]
     paths = [name.removesuffix(".router.weight") for name in routers]
@@ -268,7 +266,7 @@ def _dense_piece(
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
-        tensors = {name: torch.empty_like(each, device="cpu") for name, each in empty.items()}
+        tensors = {name: torch.empty_like(weight, device="cpu") for name, weight in empty.items()}
         with skeleton.filled(mixture.reads), with_parameters(dense.model, tensors):
             average_into(ffn, mixture.layer)
         return stored(tensors)
@@ -296,7 +294,7 @@ def _to_moe(
 
 
 def _ordinary_piece(skeleton: Skeleton, mixture: _Mixture, moe: Any, target: Target) -> Piece:
-    """Return the piece that makes an ordinary mixture of one with shared cores."""
+    """Return the piece that turns a mixture with shared cores into an ordinary mixture."""
     name, dtype = target.rename(mixture.path), mixture.layer.experts.up.weight().dtype
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -188,11 +188,11 @@ def disk_errors_as_input_errors(partial_folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # The second file name of an error is where to, the first one where from.
+        # If an error names two files, the second is the file that was to be written.
         path = error.filename2 or error.filename or partial_folder
         raise InputError(f"{path}: {reason(error)}; the same call goes on from there") from error
 
 
 def _step(number: int, piece: Piece) -> str:
-    """Return the journal's line for a piece; JSON keeps it one line, whatever the piece's name."""
+    """Return the journal's line for a piece; JSON escapes line breaks in the piece's name."""
     return f"{number} {json.dumps(piece.name)}"

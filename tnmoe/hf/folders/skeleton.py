@@ -21,12 +21,10 @@ from tnmoe.hf.files.tensors import FLOATS
 from tnmoe.hf.find import find_ffns
 from tnmoe.hf.guards import SizeLimits
 from tnmoe.hf.meta import config_from_entries, meta_model, stored_name
+from tnmoe.system.tables import listed
 
 # From a parameter's name in a model to its name in a checkpoint.
 Rename = Callable[[str], str]
-
-# Names of tensors that a message lists.
-_SHOWN = 4
 
 
 class Skeleton:
@@ -85,7 +83,7 @@ class Skeleton:
         Raises
         ------
         InputError
-            If the checkpoint lacks one that is needed or stores it in a dtype other than floats,
+            If the checkpoint lacks a needed parameter or stores it in a dtype other than floats,
             or if any parameter has another shape there.
         """
         needed = list(needed)
@@ -125,7 +123,7 @@ class Skeleton:
             raise InputError(
                 f"{self.source.folder} lacks {len(lost)} of the {len(needed)} tensors that "
                 f"{type(self.model).__name__} needs of it: "
-                f"{', '.join(map(renames[best], lost[:_SHOWN]))}"
+                f"{listed(map(renames[best], lost))}"
             )
         return renames[best]
 
