@@ -275,7 +275,7 @@ class RoutingRecorder:
 class _RouterObserver:
     """An observer that appends the calls of one router to a recorder's routing.
 
-    An object and not a bound method, which compiled code cannot hand to ``call_observers``.
+    An object and not a method: torch.compile cannot rebuild a bound method that a context holds.
     """
 
     recorder: RoutingRecorder
