@@ -19,12 +19,16 @@ from report_parts import (
 )
 
 ROUTES = """\
-tnmoe has several ways from tokens to outputs of experts, and plans one from a model of the
-machine: *shared* (nothing is built; the central core is one product for all tokens of all
-experts), *chain* (tokens through each expert's cores), *dense* (matrices are built, used and
-dropped), *cached* (matrices are kept, at inference). Here one projection is run by every route
-that is not expected to be hopeless, with cold caches, and the planned one is compared with the
-fastest."""
+tnmoe knows four routes from the tokens of a layer to the outputs of its experts, and plans one with
+a model of the machine:
+
+- *joint*: nothing is built; the central core multiplies the tokens of all experts in one product.
+- *per_expert*: the tokens of each expert go through its own chain of cores.
+- *rebuilt*: each expert's matrix is built, used and dropped.
+- *cached*: the matrices are built once and kept, at inference.
+
+The benchmark ran one projection by every route that was predicted to take at most six times as long
+as the fastest, with cold caches, and compared the planned route with the fastest one measured."""
 
 BUILDING_LEGEND = """\
 Building the matrices of 8 experts (3072x768, interleaved legs) from their cores, as a training step
