@@ -138,8 +138,8 @@ class Backend(Protocol):
         """Draw standard normal numbers from ``rng``; complex numbers have variance 1."""
 
     # Where a library has gradients, those of qr, left_svd and eigh stay finite for singular
-    # matrices and for equal singular values. They are right for every function of the result that does not
-    # depend on its arbitrary choices: signs, phases, and bases for equal singular values.
+    # matrices and for equal singular values. They are right for every function of the result
+    # that does not depend on arbitrary choices: signs, phases, bases of equal singular values.
 
     def qr(self, matrix: Array) -> tuple[Array, Array]:
         """Return the reduced QR decomposition."""
