@@ -21,7 +21,7 @@ from matplotlib.patches import Circle, Rectangle
 
 import tnmoe as tn
 from tnmoe import plot
-from tnmoe.plot.style import COLORS, shown, shown_apart
+from tnmoe.plot.style import COLORS, distinct_labels, label_text
 
 matplotlib.use("Agg")
 
@@ -158,11 +158,11 @@ def test_names_are_drawn_as_they_are():
 
 def test_long_names_keep_what_tells_them_apart():
     names = [f"model.layers.{index}.moe.gate.router" for index in (0, 1, 11)]
-    assert shown_apart(names) == (["0", "1", "11"], "model.layers.*.moe.gate.router")
-    assert shown_apart(names[:1]) == (names[:1], None)
-    assert shown_apart(["layer.0", "layer.1"]) == (["layer.0", "layer.1"], None)
-    assert shown_apart(["one that is rather long", "other"])[1] is None
-    assert len(shown("long" * 100)) == 40
+    assert distinct_labels(names) == (["0", "1", "11"], "model.layers.*.moe.gate.router")
+    assert distinct_labels(names[:1]) == (names[:1], None)
+    assert distinct_labels(["layer.0", "layer.1"]) == (["layer.0", "layer.1"], None)
+    assert distinct_labels(["one that is rather long", "other"])[1] is None
+    assert len(label_text("long" * 100)) == 40
     ax = plot.core_drift({name: [1, 2] for name in names}, axes())
     assert legend(ax) == ["0", "1", "11"]
     assert ax.get_legend().get_title().get_text() == "model.layers.*.moe.gate.router"
@@ -170,7 +170,7 @@ def test_long_names_keep_what_tells_them_apart():
 
 @given(st.lists(st.text("ab. ,/", max_size=30), min_size=1, max_size=5, unique=True))
 def test_what_names_have_in_common_and_of_their_own_make_up_the_names(names):
-    own, common = shown_apart(names)
+    own, common = distinct_labels(names)
     if common is None:
         assert own == names
     else:
@@ -401,7 +401,7 @@ def test_entropies_are_those_of_the_operator_below_the_logarithm_of_its_bonds():
     np.testing.assert_allclose(line.get_ydata(), [mpo.entropy(bond) for bond in range(4)])
     np.testing.assert_allclose(most.get_ydata(), np.log(mpo.bond_dims))
     assert (line.get_ydata() <= most.get_ydata()).all()
-    assert most.get_label() == "most possible: log(bond dimension)"
+    assert most.get_label() == "upper limit: log(bond dimension)"
 
 
 def test_entropies_run_along_bonds_or_along_layers():
@@ -602,7 +602,7 @@ def test_load_over_time_is_every_steps_or_means_over_as_many(steps):
         (lambda: plot.entropy({"a": [1]}, bond_dims=(2, 2)), "each of 2 bonds, got 1"),
         (
             lambda: plot.entropy({"a": [1], "b": [1, 2]}, against="layer"),
-            r"operators of as many bonds each, got \{'a': 1, 'b': 2\}",
+            r"equal numbers of bonds, got \{'a': 1, 'b': 2\}",
         ),
         (
             lambda: plot.entropy(tn.MPO.zeros(tn.MPOShape((2,), (2,)))),
@@ -611,7 +611,7 @@ def test_load_over_time_is_every_steps_or_means_over_as_many(steps):
         (lambda: plot.error_against_parameters({}), "truncations must have at least one entry"),
         (
             lambda: plot.error_against_parameters({"a": [(1, 2, 3, 4)]}),
-            r"\(parameters, error, bound\) each, got a table of shape \(1, 4\)",
+            r"\(parameters, error, bound\), got a table of shape \(1, 4\)",
         ),
         (
             lambda: plot.error_against_parameters({"a": [(1, 0.5), (2,)]}),
