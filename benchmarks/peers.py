@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import quimb.tensor as qtn
@@ -34,6 +34,13 @@ with warnings.catch_warnings():
     import torchtt
 
 Cores = Sequence[np.ndarray]
+
+
+class Limits(TypedDict, total=False):
+    """The limits of a truncation; without any, nothing is truncated."""
+
+    max_bond: int
+    rtol: float
 
 
 class Unsupported(Exception):  # noqa: N818 - an answer, not an error
@@ -67,18 +74,10 @@ class Library:
             for core, out, in_ in zip(operator.cores, shape.out_dims, shape.in_dims, strict=True)
         ]
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> Any:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> Any:
         raise Unsupported("no decomposition")
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
         raise Unsupported("no sums or rounding")
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
@@ -118,19 +117,11 @@ class Tnmoe(Library):
     def operator(self, cores: Cores) -> tn.MPO:
         return tn.MPO([self.array(core) for core in cores])
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> tn.MPO:
-        return tn.decompose(matrix, shape, max_bond=max_bond, rtol=rtol)
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> tn.MPO:
+        return tn.decompose(matrix, shape, **limits)
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> tn.MPO:
-        return reduce(add, operators).compress(max_bond=max_bond, rtol=rtol)
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> tn.MPO:
+        return reduce(add, operators).compress(**limits)
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> tn.MPO:
         return (a @ b).compress(max_bond=max_bond)
@@ -160,17 +151,11 @@ class Tensorly(Library):
     def cores(self, operator: Any, shape: tn.MPOShape) -> list[np.ndarray]:
         return list(operator)
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> TTMatrix:
-        if rtol is not None:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> TTMatrix:
+        if "rtol" in limits:
             raise Unsupported("no rtol")
         tensor = matrix.reshape(*shape.out_dims, *shape.in_dims)
-        ranks = (1, *shape.bond_dims(max_bond), 1)
+        ranks = (1, *shape.bond_dims(limits.get("max_bond")), 1)
         return tensor_train_matrix(tensor, rank=ranks, svd=self.svd)
 
     def apply(self, operator: TTMatrix, x: Any) -> Any:
@@ -184,16 +169,9 @@ class TensorlyRandom(Tensorly):
     name, svd = "tensorly random", "randomized_svd"
     only = ("decompose",)
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> TTMatrix:
-        if max_bond is None:
-            raise Unsupported("needs a fixed bond")
-        return super().decompose(matrix, shape, max_bond)
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> TTMatrix:
+        require_bond(limits)
+        return super().decompose(matrix, shape, **limits)
 
 
 class Quimb(Library):
@@ -220,25 +198,19 @@ class Quimb(Library):
         return arrays
 
     def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
+        self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]
     ) -> qtn.MatrixProductState:
         tensor = pair_legs(matrix, shape)
-        if max_bond is None and rtol is None and self.split == "svd":
+        if not limits and self.split == "svd":
             # Without truncation, the cheaper QR decomposition is enough.
             options: dict[str, Any] = {"method": "qr"}
         else:
-            options = {"method": self.split, **_quimb_limits(shape.sites, max_bond, rtol)}
+            options = {"method": self.split, **_quimb_limits(shape.sites, limits)}
         return qtn.MatrixProductState.from_dense(tensor, tensor.shape, **options)
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
         total = reduce(lambda a, b: a.add_MPO(b), operators)
-        total.compress(method=self.split, **_quimb_limits(total.L, max_bond, rtol))
+        total.compress(method=self.split, **_quimb_limits(total.L, limits))
         return total
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
@@ -277,22 +249,14 @@ class QuimbRandom(Quimb):
     only = ("decompose", "round_sum", "round_product")
 
     def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
+        self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]
     ) -> qtn.MatrixProductState:
-        if max_bond is None:
-            raise Unsupported("needs a fixed bond")
-        return super().decompose(matrix, shape, max_bond)
+        require_bond(limits)
+        return super().decompose(matrix, shape, **limits)
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
-        if max_bond is None:
-            raise Unsupported("needs a fixed bond")
-        return super().round_sum(operators, max_bond)
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
+        require_bond(limits)
+        return super().round_sum(operators, **limits)
 
 
 class TorchTT(OnTorch):
@@ -301,23 +265,15 @@ class TorchTT(OnTorch):
     def operator(self, cores: Cores) -> Any:
         return torchtt.TT([self.array(core) for core in cores])
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> Any:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> Any:
         legs = list(zip(shape.out_dims, shape.in_dims, strict=True))
-        return torchtt.TT(matrix, shape=legs, **_torchtt_limits(max_bond, rtol))
+        return torchtt.TT(matrix, shape=legs, **_torchtt_limits(limits))
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
-        return reduce(add, operators).round(**_torchtt_limits(max_bond, rtol))
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
+        return reduce(add, operators).round(**_torchtt_limits(limits))
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
-        return (a @ b).round(**_torchtt_limits(max_bond, None))
+        return (a @ b).round(**_torchtt_limits({"max_bond": max_bond}))
 
     def apply(self, operator: Any, x: Any) -> Any:
         return (operator @ x.reshape(len(x), *operator.N)).reshape(len(x), -1)
@@ -348,27 +304,18 @@ class Tntorch(OnTorch):
             return [core.swapaxes(1, 2) for core in super().cores(operator, swapped)]
         return super().cores(operator, shape)
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> Any:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> Any:
         tensor = pair_legs(matrix, shape)
         result = tntorch.Tensor(tensor)
-        ranks = list(shape.bond_dims(max_bond))
-        eps = 1e-14 if rtol is None else rtol
-        result.round_tt(eps=eps, rmax=ranks, algorithm=self.algorithm)
+        ranks = list(shape.bond_dims(limits.get("max_bond")))
+        result.round_tt(eps=limits.get("rtol", 1e-14), rmax=ranks, algorithm=self.algorithm)
         result.transposed = False
         return result
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
         total = reduce(add, [operator.flatten() for operator in operators])
-        eps = 1e-14 if rtol is None else rtol
-        total.round_tt(eps=eps, rmax=max_bond, algorithm=self.algorithm)
+        eps, bond = limits.get("rtol", 1e-14), limits.get("max_bond")
+        total.round_tt(eps=eps, rmax=bond, algorithm=self.algorithm)
         total.transposed = True
         return total
 
@@ -411,16 +358,22 @@ def pair_legs(matrix: Any, shape: tn.MPOShape) -> Any:
     return permute(axes).reshape(shape.legs)
 
 
-def _quimb_limits(sites: int, max_bond: int | None, rtol: float | None) -> dict[str, Any]:
+def require_bond(limits: Limits) -> None:
+    """Refuse a case without a fixed bond."""
+    if "max_bond" not in limits:
+        raise Unsupported("needs a fixed bond")
+
+
+def _quimb_limits(sites: int, limits: Limits) -> dict[str, Any]:
     """Return quimb's limits: per bond, ``rsum2`` discards ``cutoff`` of the squared norm."""
-    cutoff = 0.0 if rtol is None else rtol**2 / (sites - 1)
-    return {"max_bond": max_bond, "cutoff": cutoff, "cutoff_mode": "rsum2"}
+    cutoff = limits.get("rtol", 0.0) ** 2 / (sites - 1)
+    return {"max_bond": limits.get("max_bond"), "cutoff": cutoff, "cutoff_mode": "rsum2"}
 
 
-def _torchtt_limits(max_bond: int | None, rtol: float | None) -> dict[str, Any]:
+def _torchtt_limits(limits: Limits) -> dict[str, Any]:
     """Return torchTT's limits: ``eps`` bounds the relative error of the whole operator."""
-    limits: dict[str, Any] = {"eps": 0.0 if rtol is None else rtol}
-    return limits if max_bond is None else {**limits, "rmax": max_bond}
+    arguments: dict[str, Any] = {"eps": limits.get("rtol", 0.0)}
+    return arguments | ({"rmax": limits["max_bond"]} if "max_bond" in limits else {})
 
 
 def _as_tensor(operator: Any) -> Any:
