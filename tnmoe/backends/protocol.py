@@ -65,7 +65,7 @@ class Backend(Protocol):
         """Return the name of the dtype as NumPy spells it, or ``bfloat16``."""
 
     def astype(self, array: Array, dtype: str) -> Array:
-        """Return the array in the named dtype; the array itself if it has that dtype already.
+        """Return the array in the dtype named ``dtype``, or itself if it has that dtype already.
 
         Raise a TypeError if the library has no such dtype.
         """
@@ -129,13 +129,13 @@ class Backend(Protocol):
         """Join arrays along ``axis``."""
 
     def zeros(self, shape: Sequence[int], like: Array) -> Array:
-        """Return an array of zeros."""
+        """Return an array of zeros with a ``shape``."""
 
     def eye(self, size: int, like: Array) -> Array:
         """Return the identity matrix with ``size`` rows."""
 
     def normal(self, shape: Sequence[int], rng: np.random.Generator, like: Array) -> Array:
-        """Draw standard normal numbers from ``rng``; complex numbers have variance 1."""
+        """Draw normal numbers of a ``shape`` from ``rng``, complex ones with variance 1."""
 
     # Where a library has gradients, those of qr, left_svd and eigh stay finite for singular
     # matrices and for equal singular values. They are right for every function of the result
