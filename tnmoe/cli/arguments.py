@@ -66,63 +66,65 @@ def size(text: str) -> int:
     return num_bytes
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments from which :func:`config_from_options` makes an MPOEConfig."""
-    group = parser.add_argument_group("the converted model")
-
-    def add(name: str, meaning: str, **details: Any) -> None:
-        group.add_argument(name, help=meaning, default=argparse.SUPPRESS, **details)
-
-    add(
+# The arguments that describe an MPOEConfig: name, help, and settings of argparse.
+_CONFIG: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    (
         "--config",
         "JSON file with entries of an MPOEConfig; the options below override them",
-        type=Path,
-    )
-    add("--experts", "experts per layer (default: 8)", type=int_from_one, dest="num_experts")
-    add("--top-k", "experts per token (default: 1)", type=int_from_one, dest="num_experts_per_tok")
-    add(
+        {"type": Path},
+    ),
+    ("--experts", "experts per layer (default: 8)", {"type": int_from_one, "dest": "num_experts"}),
+    (
+        "--top-k",
+        "experts per token (default: 1)",
+        {"type": int_from_one, "dest": "num_experts_per_tok"},
+    ),
+    (
         "--layout",
         "how a matrix is split over the sites of its MPO; dense makes an ordinary mixture "
         "(default: interleaved)",
-        choices=ANY_LAYOUTS,
-    )
-    add("--sites", "sites of an interleaved MPO (default: 5)", type=int_from_two)
-    add("--max-bond", "largest bond dimension (default: exact)", type=int_from_one)
-    add(
+        {"choices": ANY_LAYOUTS},
+    ),
+    ("--sites", "sites of an interleaved MPO (default: 5)", {"type": int_from_two}),
+    ("--max-bond", "largest bond dimension (default: exact)", {"type": int_from_one}),
+    (
         "--matrices",
         "matrices that become MPOs, separated by commas (default: up,gate,down)",
-        type=lambda text: text.split(","),
-    )
-    add(
+        {"type": lambda text: text.split(",")},
+    ),
+    (
         "--layers",
         "networks to convert: positions, separated by commas, or a regular expression "
         "(default: all)",
-        type=layers,
-    )
-    add(
+        {"type": layers},
+    ),
+    (
         "--every",
         "convert only every N-th of those networks: 2 means the second, the fourth and so on "
         "(default: 1)",
-        type=int_from_one,
-        metavar="N",
-    )
-    add(
-        "--gauge",
-        "initial auxiliary cores at exact bonds (default: identity)",
-        choices=GAUGES,
-    )
-    add(
+        {"type": int_from_one, "metavar": "N"},
+    ),
+    ("--gauge", "initial auxiliary cores at exact bonds (default: identity)", {"choices": GAUGES}),
+    (
         "--expert-noise",
         "relative noise that makes the experts differ at the start (default: 0)",
-        type=weight,
-    )
-    add("--balance-weight", "weight of the load-balancing loss (default: 0.01)", type=weight)
-    add("--z-weight", "weight of the router z-loss (default: 0)", type=weight)
-    add(
+        {"type": weight},
+    ),
+    ("--balance-weight", "weight of the load-balancing loss (default: 0.01)", {"type": weight}),
+    ("--z-weight", "weight of the router z-loss (default: 0)", {"type": weight}),
+    (
         "--mask-probability",
         "fraction of training steps that leave shared cores unchanged (default: 0)",
-        type=fraction,
-    )
+        {"type": fraction},
+    ),
+)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments from which :func:`config_from_options` makes an MPOEConfig."""
+    group = parser.add_argument_group("the converted model")
+    for name, meaning, settings in _CONFIG:
+        group.add_argument(name, help=meaning, default=argparse.SUPPRESS, **settings)
 
 
 def config_from_options(options: argparse.Namespace) -> MPOEConfig:

@@ -21,6 +21,34 @@ from tnmoe.demo import DemoOptions
 from tnmoe.options import LAYOUTS
 from tnmoe.system.extras import require_extra
 
+# The options of the demo: name, help, and settings of argparse.
+_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("--output", "folder for the results", {"type": Path}),
+    ("--overwrite", "replace files that tnmoe wrote there", {"action": "store_true"}),
+    ("--model", "Hugging Face folder instead of the packaged MiniLM", {"type": Path}),
+    (
+        "--data",
+        "CSV file with the columns text and label instead of the packaged reviews",
+        {"type": Path},
+    ),
+    ("--steps", "fine-tuning steps of each model", {"type": int_from_zero}),
+    ("--batch-size", "sentences per step", {"type": int_from_one}),
+    ("--learning-rate", "peak learning rate of all models", {"type": positive_number}),
+    ("--experts", "experts per layer", {"type": int_from_one, "dest": "num_experts"}),
+    ("--top-k", "experts per token", {"type": int_from_one}),
+    ("--layout", "how a matrix is split over the sites of its MPO", {"choices": LAYOUTS}),
+    ("--sites", "sites of an interleaved MPO", {"type": int_from_two}),
+    (
+        "--mask-probability",
+        "fraction of steps that leave the central cores unchanged",
+        {"type": fraction},
+    ),
+    ("--balance-weight", "weight of the load-balancing loss", {"type": weight}),
+    ("--z-weight", "weight of the router z-loss", {"type": weight}),
+    ("--seed", "seed of the split, the new weights and the batches", {"type": seed}),
+    ("--device", "torch device; auto means CUDA if it is available", {}),
+)
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand to the parser."""
@@ -34,37 +62,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
     )
     defaults = DemoOptions()
-
-    def add(name: str, meaning: str, **details: Any) -> None:
-        field = details.setdefault("dest", name.removeprefix("--").replace("-", "_"))
-        if (default := getattr(defaults, field)) not in (None, False):
+    for name, meaning, settings in _OPTIONS:
+        field = settings.get("dest", name.removeprefix("--").replace("-", "_"))
+        default = getattr(defaults, field)
+        if default not in (None, False):
             meaning += f" (default: {default})"
-        parser.add_argument(name, help=meaning, default=default, **details)
-
-    add("--output", "folder for the results", type=Path)
-    add("--overwrite", "replace files that tnmoe wrote there", action="store_true")
-    add("--model", "Hugging Face folder instead of the packaged MiniLM", type=Path)
-    add(
-        "--data",
-        "CSV file with the columns text and label instead of the packaged reviews",
-        type=Path,
-    )
-    add("--steps", "fine-tuning steps of each model", type=int_from_zero)
-    add("--batch-size", "sentences per step", type=int_from_one)
-    add("--learning-rate", "peak learning rate of all models", type=positive_number)
-    add("--experts", "experts per layer", type=int_from_one, dest="num_experts")
-    add("--top-k", "experts per token", type=int_from_one)
-    add("--layout", "how a matrix is split over the sites of its MPO", choices=LAYOUTS)
-    add("--sites", "sites of an interleaved MPO", type=int_from_two)
-    add(
-        "--mask-probability",
-        "fraction of steps that leave the central cores unchanged",
-        type=fraction,
-    )
-    add("--balance-weight", "weight of the load-balancing loss", type=weight)
-    add("--z-weight", "weight of the router z-loss", type=weight)
-    add("--seed", "seed of the split, the new weights and the batches", type=seed)
-    add("--device", "torch device; auto means CUDA if it is available")
+        parser.add_argument(name, help=meaning, default=default, **settings)
     parser.set_defaults(run=_run)
 
 
