@@ -89,7 +89,7 @@ def test_a_terminal_sees_how_far_it_is(dense, tmp_path):
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
-    """A folder that takes a second or two, and what it becomes undisturbed."""
+    """A model that takes a second or two to convert, and the result without an interruption."""
     folder = tmp_path_factory.mktemp("larger")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -51,7 +51,7 @@ def test_schmidt_values_of_zero_have_their_place_below_all_others(values):
     bottom, top = ax.bbox.y0, ax.bbox.y1
     assert all(bottom < place < top for place in [*places, zero])
     for value, place in zip(values, places, strict=True):
-        # What is rounding lies on zero, what is more a tenth of the axis above it.
+        # Values of rounding lie on zero, larger values a tenth of the axis or more above it.
         assert (place - zero > 0.1 * (top - bottom)) == (value >= 1e-15)
 
 

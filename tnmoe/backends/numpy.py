@@ -83,7 +83,7 @@ class NumpyBackend:
         return numbers.astype(like.dtype)
 
     def full_precision(self, like: np.ndarray) -> AbstractContextManager[None]:
-        # A small square that underflows in a sum is no error, whatever the caller set for others.
+        # A small square may underflow in a sum, even where the caller made underflow an error.
         return np.errstate(under="ignore")
 
     def tracked(self, array: np.ndarray) -> bool:
