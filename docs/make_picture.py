@@ -20,17 +20,17 @@ EXPERTS = 8
 SIZE, GROUND = (7.2, 3.3), "white"
 
 
-def main() -> None:
-    """Draw the picture into its file."""
+def draw(target: Path) -> None:
+    """Draw the picture into a file."""
     experts = tn.SharedMPO.replicate(tn.MPO.random(SHAPE, rng=0), EXPERTS)
     figure = Figure(figsize=SIZE, layout="constrained", facecolor=GROUND)
     ax = plot.network(experts, figure.subplots())
     dense = EXPERTS * SHAPE.out_features * SHAPE.in_features
     ax.set_title(f"{ax.get_title()}, where dense experts have {dense:,}", fontsize="medium")
     # Without a salt and without a date, every run would write another file.
-    with matplotlib.rc_context({"svg.hashsalt": TARGET.stem}):
-        figure.savefig(TARGET, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": target.stem}):
+        figure.savefig(target, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    main()
+    draw(TARGET)

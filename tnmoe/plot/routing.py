@@ -175,7 +175,7 @@ def _block_means(load: np.ndarray, block: int) -> np.ndarray:
     return np.add.reduceat(load, starts) / lengths[:, None]
 
 
-def _may_have_axes(values: Any, axes: int) -> bool:
+def _has_axes(values: Any, axes: int) -> bool:
     """Check the number of axes; pass rows of different lengths, which ``check_numbers`` refuses."""
     try:
         return np.ndim(values) == axes
@@ -196,7 +196,7 @@ def _series(
         raise InputError(f"routers {names} were not recorded, only {list(history)}")
     series = {name: check_mapping(f"history[{name!r}]", history[name]) for name in names}
     for values in series.values():
-        known = [key for key, value in values.items() if _may_have_axes(value, axes)]
+        known = [key for key, value in values.items() if _has_axes(value, axes)]
         one_of("statistic", statistic, known)
     return {
         name: check_numbers(f"{statistic} of {name!r}", values[statistic], axes, gaps=gaps)
