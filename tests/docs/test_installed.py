@@ -50,8 +50,7 @@ def test_every_page_with_code_names_what_it_needs_and_no_extra_that_there_is_not
 
 
 def test_sections_of_the_readme_name_what_they_need():
-    numpy, torch = NEEDS.findall(README.read_text(encoding="utf-8"))
-    assert (numpy, torch) == ("", "torch")
+    assert NEEDS.findall(README.read_text(encoding="utf-8")) == ["", "torch", "hf"]
 
 
 # What gloo's threads say of a process that ends: about one plain torch run in six does so here.
@@ -119,7 +118,7 @@ def test_pages_run_with_what_they_name(tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     needs = {name: extras(PAGES[name]) for name in (*NOTEBOOKS, *PROGRAMS)}
-    needs |= {"numpy": frozenset(), "torch": frozenset({"torch"})}
+    needs |= {"numpy": frozenset(), "torch": frozenset({"torch"}), "hf": frozenset({"hf"})}
     made, failed = {}, {}
 
     def run_page(name):
