@@ -65,21 +65,24 @@ nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 # What a notebook's outputs depend on besides its own code.
-_sources = [*sorted(HERE.parent.glob("tnmoe/**/*.py")), HERE / "ipython_kernel_config.py"]
+_sources = [*sorted(HERE.parent.glob("tnmoe/**/*.py")), *sorted(HERE.glob("ipython_*.py"))]
 _state = sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
 nb_execution_cache_path = str(HERE / "_build" / "runs" / _state)
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# For the notebooks: warnings would show paths, and what was measured on this machine other plans.
+# What the notebooks' kernels start with.
 _profile = HERE / "_build" / "ipython" / "profile_default"
-_profile.mkdir(parents=True, exist_ok=True)
+(_profile / "startup").mkdir(parents=True, exist_ok=True)
 copyfile(HERE / "ipython_kernel_config.py", _profile / "ipython_kernel_config.py")
+copyfile(HERE / "ipython_startup.py", _profile / "startup" / "ipython_startup.py")
 os.environ["IPYTHONDIR"] = str(_profile.parent)
-os.environ["PYTHONWARNINGS"] = "ignore"
-os.environ["TNMOE_CACHE"] = str(HERE / "_build" / "measured")
+os.environ["PYTHONWARNINGS"] = "ignore"  # warnings would show paths of this machine
 os.environ["HF_HUB_OFFLINE"] = "1"
+# transformers' hints and progress bars are no part of a page.
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 # Formulas as MathML: they need neither a script nor a font from elsewhere.
 _SPELLINGS = {r"\dots": r"\ldots", r"\Big(": r"\Bigl(", r"\Big)": r"\Bigr)"}
