@@ -19,6 +19,11 @@ PROGRAMS = {
     "howto/demo": ("code.py", r"tnmoe demo --model.*"),
     "howto/distributed": ("train.py", None),
 }
+# What each extra brings besides itself, and how much it installs: larger environments come later.
+BRINGS = {"hf": {"torch"}, "peft": {"hf", "torch"}, "demo": {"hf", "torch", "plot"}}
+WEIGHTS = {"plot": 1, "torch": 10, "hf": 20, "demo": 30, "peft": 40}
+# Threads of gloo print this when a process ends. About one plain torch run in six does so.
+ABORTED = "terminate called without an active exception"
 RUNNER = """
 import json, re, subprocess, sys
 
@@ -52,10 +57,6 @@ def test_every_page_with_code_names_the_extras_that_it_needs():
 def test_sections_of_the_readme_name_what_they_need():
     numpy, torch = NEEDS.findall(README.read_text(encoding="utf-8"))
     assert (numpy, torch) == ("", "torch")
-
-
-# Threads of gloo print this when a process ends. About one plain torch run in six does so.
-ABORTED = "terminate called without an active exception"
 
 
 def run_again_if_torch_aborts(*command, **more):
@@ -113,11 +114,6 @@ def work(name):
         return [(("-c", write), None), (launch, None)]
     lines = [line for line in PAGES[name].splitlines() if re.fullmatch(shell, line)]
     return [(("-c", RUNNER), json.dumps([[first, False], *((line, False) for line in lines)]))]
-
-
-# What each extra brings besides itself, and how much it installs: larger environments come later.
-BRINGS = {"hf": {"torch"}, "peft": {"hf", "torch"}, "demo": {"hf", "torch", "plot"}}
-WEIGHTS = {"plot": 1, "torch": 10, "hf": 20, "demo": 30, "peft": 40}
 
 
 def weight(needed):
