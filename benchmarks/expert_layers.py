@@ -181,7 +181,7 @@ def mpo_experts(
     experts: int, hidden: int, inner: int, gated: bool, route: str | None = None, **details: object
 ) -> MPOExperts:
     """Our layer; ``route`` fixes what is planned otherwise."""
-    layer = MPOExperts(experts, hidden, inner, "silu" if gated else "relu", gated, **details)
+    layer = MPOExperts(experts, hidden, inner, "silu" if gated else "relu", gated=gated, **details)
     for module in layer.modules():
         if isinstance(module, MPOProjection):
             module.route = route

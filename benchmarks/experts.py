@@ -44,7 +44,7 @@ from peers import OnTorch, Unsupported
 import tnmoe as tn
 from tnmoe.nn import MPOProjection, weight_cache
 from tnmoe.nn.compute.calibrate import calibrate
-from tnmoe.nn.compute.grouped import Groups
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.compute.rebuilt import MatrixBuilder, environments
 from tnmoe.system.tables import format_table
 

@@ -7,8 +7,9 @@ from torch.autograd.gradcheck import gradgradcheck
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.compute.grouped import Groups, grouped_linear, grouped_outer, per_row
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer, per_row
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 SHAPES = {
     "interleaved": tn.MPOShape((2, 3, 2), (3, 2, 2)),
@@ -30,7 +31,9 @@ KINDS = {
 
 def make_projection(name, shared_sites="center", bias=True):
     torch.manual_seed(0)
-    made = MPOProjection(3, SHAPES[name], bias, 2, shared_sites, dtype=torch.float64)
+    made = MPOProjection(
+        3, SHAPES[name], bias=bias, max_bond=2, shared_sites=shared_sites, dtype=torch.float64
+    )
     if bias:
         torch.nn.init.normal_(made.bias)
     return made

@@ -21,8 +21,13 @@ from tnmoe.errors import (
     shown,
 )
 from tnmoe.hf.families import check_layers
-from tnmoe.nn.experts import SharedSites, check_matrices, layout_shape, per_projection
-from tnmoe.nn.projection import resolve_shared_sites
+from tnmoe.nn.settings import (
+    SharedSites,
+    check_matrices,
+    layout_shape,
+    per_projection,
+    resolve_shared_sites,
+)
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.routing.router import Router, TopKRouter
 from tnmoe.options import (

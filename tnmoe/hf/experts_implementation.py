@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tnmoe.nn.compute.grouped import Groups, Visits, cleared, grouped_linear, per_row, spread
+from tnmoe.nn.compute.grouped import grouped_linear, per_row
+from tnmoe.nn.compute.slots import DenseDispatch, Groups, combine, dispatch, zero_unrouted
 from tnmoe.nn.transforms import autocast_dtype, is_transformed, values_are_readable
 
 NAME = "tnmoe"
@@ -49,32 +50,28 @@ def experts_forward(
     >>> MixtralModel(config).set_experts_implementation("tnmoe")
     """
     if is_transformed():
-        return _all_on_all(experts, hidden_states, top_k_index, top_k_weights)
-    choices = top_k_index.shape[1]
+        return _run_densely(experts, hidden_states, top_k_index, top_k_weights)
     groups = Groups.of(top_k_index.reshape(-1), experts.num_experts)
-    nowhere = _nowhere(groups, experts.num_experts)
-    if nowhere is not None:
+    unrouted = _unrouted(groups, experts.num_experts)
+    if unrouted is not None:
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
-    rows = cleared(spread(hidden_states, groups.order, groups.inverse, choices), nowhere)
-    into = cleared(_project(experts, _first_of(experts), rows, groups), nowhere)
+    rows = zero_unrouted(dispatch(hidden_states, groups, top_k_index.shape[1]), unrouted)
+    into = zero_unrouted(_project(experts, _first_of(experts), rows, groups), unrouted)
     outputs = _project(experts, "down_proj", _activated(experts, into), groups)
-    outputs = _normed(experts, cleared(outputs, nowhere))
-    outputs = spread(outputs, groups.inverse, groups.order).unflatten(0, top_k_index.shape)
-    return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+    outputs = _normed(experts, zero_unrouted(outputs, unrouted))
+    return combine(outputs, groups, top_k_weights).to(hidden_states.dtype)
 
 
-def _all_on_all(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Every expert on every token, or on zeros where it was not chosen.
+def _run_densely(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Apply every expert to every token, or to zeros where the token did not choose it.
 
-    Under ``torch.func``, where how many tokens an expert gets is not a number that code may
-    depend on.
+    Under ``torch.func``, code may not depend on how many slots an expert has.
     """
-    visits = Visits.of(index, weights, experts.num_experts)
-    into = visits.cleared(_project(experts, _first_of(experts), visits.spread(states), visits))
+    table = DenseDispatch.of(index, weights, experts.num_experts)
+    into = table.mask(_project(experts, _first_of(experts), table.dispatch(states), table))
     inner = _activated(experts, into.flatten(0, 1)).unflatten(0, into.shape[:2])
-    outputs = _project(experts, "down_proj", visits.cleared(inner), visits)
-    outputs = _normed(experts, visits.cleared(outputs))
-    return visits.collect(outputs).to(states.dtype)
+    outputs = _project(experts, "down_proj", table.mask(inner), table)
+    return table.combine(_normed(experts, table.mask(outputs))).to(states.dtype)
 
 
 def _first_of(experts: Any) -> str:
@@ -89,20 +86,20 @@ def _normed(experts: Any, outputs: Tensor) -> Tensor:
     return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
 
 
-def _nowhere(groups: Groups, num_experts: int) -> Tensor | None:
-    """Rows without an expert, (rows,); None where it is known that there are none."""
+def _unrouted(groups: Groups, num_experts: int) -> Tensor | None:
+    """Return which rows have no expert, (rows,); None if all rows are known to have one."""
     if values_are_readable(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
         return None
     return groups.experts >= num_experts
 
 
-def _project(experts: Any, name: str, rows: Tensor, groups: Groups | Visits) -> Tensor:
+def _project(experts: Any, name: str, rows: Tensor, groups: Groups | DenseDispatch) -> Tensor:
     """One projection of all experts, each of its own rows."""
     weight = getattr(experts, name)
     dtype = autocast_dtype(rows) or weight.dtype
     stacked = (weight.mT if experts.is_transposed else weight).to(dtype)
     bias = getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None
-    if isinstance(groups, Visits):
+    if isinstance(groups, DenseDispatch):
         result = torch.einsum("tei,eoi->teo", rows.to(dtype), stacked)
         return result if bias is None else result + bias
     result = grouped_linear(rows.to(dtype), stacked, groups.offsets)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.families import FFN, all_ffns, weight_of
-from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.routing.router import Router
 

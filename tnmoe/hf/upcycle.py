@@ -15,7 +15,8 @@ from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
 from tnmoe.hf.layers import check_in_memory, check_model, expert_settings, new_router
 from tnmoe.hf.record import check_unconverted, mark, own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.routing.router import Router
 from tnmoe.system.memory import memory_for

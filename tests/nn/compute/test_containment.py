@@ -5,7 +5,7 @@ import torch
 
 from tnmoe import nn
 from tnmoe.nn.compute import grouped as grouped_module
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 
 E, H, F = 4, 6, 8
 KINDS = {

@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.compute.grouped import Groups, grouped_linear, grouped_outer
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 E, H, F = 4, 16, 32
 

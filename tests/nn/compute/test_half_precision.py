@@ -5,10 +5,11 @@ import torch
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.compute import rebuilt as rebuilt_module
-from tnmoe.nn.compute.grouped import Groups, grouped_outer
-from tnmoe.nn.compute.half_precision import reused
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute import matrices as matrices_module
+from tnmoe.nn.compute.grouped import grouped_outer
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.compute.half_precision import cast_for_reuse
+from tnmoe.nn.mpo_projection import MPOProjection
 
 HALVES = (torch.bfloat16, torch.float16)
 ROUTES = ("joint", "rebuilt", "per_expert")
@@ -39,7 +40,7 @@ def projections(shape, experts, dtype, shared_sites="center"):
 
     def empty(dtype):
         made = MPOProjection(
-            experts, shape, True, shared_sites=shared_sites, device="meta", dtype=dtype
+            experts, shape, bias=True, shared_sites=shared_sites, device="meta", dtype=dtype
         )
         return made.to_empty(device="cpu")
 
@@ -105,7 +106,7 @@ def test_nor_do_they_grow_with_the_experts(name, route, dtype, shared):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_nor_with_the_pieces_that_a_matrix_is_built_in(dtype, monkeypatch):
-    monkeypatch.setattr(rebuilt_module, "_PIECE", 1)
+    monkeypatch.setattr(matrices_module, "_BLOCK", 1)
     check(tn.MPOShape((128, 16, 2), (1, 16, 4)), "dense", dtype, 16, experts=2)
 
 
@@ -155,7 +156,7 @@ def test_reused_tensors_have_the_derivatives_of_the_tensor_to_any_order():
     core = torch.tensor([0.5, 2.0], dtype=torch.bfloat16, requires_grad=True)
 
     def cubes(core):
-        use = reused(core, torch.bfloat16)
+        use = cast_for_reuse(core, torch.bfloat16)
         return (use() * use() * use()).sum()
 
     (first,) = torch.autograd.grad(cubes(core), core, create_graph=True)

@@ -14,8 +14,8 @@ from tests.nn.compute.test_half_precision import positive as positive_numbers
 from tnmoe import nn
 from tnmoe.contraction import expert_routes
 from tnmoe.contraction import plan as plan_module
-from tnmoe.nn.compute.grouped import Groups
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 ROUTES = ("joint", "rebuilt", "per_expert")
 SHAPES = {
@@ -45,7 +45,7 @@ def limit(monkeypatch):
 
 def projection(shape, route, experts=3, dtype=torch.float64, **details):
     torch.manual_seed(0)
-    made = MPOProjection(experts, shape, True, dtype=dtype, **details)
+    made = MPOProjection(experts, shape, bias=True, dtype=dtype, **details)
     torch.nn.init.normal_(made.bias)
     made.route = route
     return made

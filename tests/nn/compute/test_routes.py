@@ -14,9 +14,10 @@ from tnmoe import nn
 from tnmoe.nn.compute import grouped as grouped_module
 from tnmoe.nn.compute import rebuilt as rebuilt_module
 from tnmoe.nn.compute.cache import weight_cache
-from tnmoe.nn.compute.grouped import Groups, grouped_linear, grouped_outer, spread
+from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer, spread
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.compute.rebuilt import build
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 
 SHAPES_TO_CACHE = tn.MPOShape((4, 4, 4), (4, 4, 4))
 
@@ -34,7 +35,9 @@ SHAPES = {
 
 def projection(name="interleaved", experts=3, max_bond=None, bias=False, dtype=torch.float64):
     torch.manual_seed(0)
-    made = MPOProjection(experts, SHAPES.get(name, name), bias, max_bond, dtype=dtype)
+    made = MPOProjection(
+        experts, SHAPES.get(name, name), bias=bias, max_bond=max_bond, dtype=dtype
+    )
     if bias:
         torch.nn.init.normal_(made.bias)
     return made
@@ -347,7 +350,7 @@ def test_cores_that_gate_and_up_share_are_applied_once_and_get_the_gradients_of_
 
 def experts(route, dtype=torch.float32, gated=True, **details):
     torch.manual_seed(0)
-    layer = nn.MPOExperts(4, 8, 12, "silu", gated, bias=True, sites=3, dtype=dtype, **details)
+    layer = nn.MPOExperts(4, 8, 12, "silu", gated=gated, bias=True, sites=3, dtype=dtype, **details)
     for module in layer.modules():
         if isinstance(module, MPOProjection):
             module.route = route

@@ -10,9 +10,9 @@ import tnmoe as tn
 from tnmoe.contraction import rates as rates_module
 from tnmoe.nn.compute import cache as cache_module
 from tnmoe.nn.compute.cache import weight_cache
-from tnmoe.nn.compute.grouped import Groups
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.compute.rebuilt import build
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 
 THREADS = 8
 ROWS = torch.ones(3, 8)

@@ -20,7 +20,7 @@ from tnmoe.hf.folders.checkpoint import Checkpoint, read_config
 from tnmoe.hf.folders.parallel import results_of
 from tnmoe.hf.folders.skeleton import Skeleton, check_dense, config_from, model_without_numbers
 from tnmoe.hf.report import ParameterReport, parameter_report
-from tnmoe.nn.experts import check_matrices, per_projection
+from tnmoe.nn.settings import check_matrices, per_projection
 from tnmoe.shapes import MPOShape
 from tnmoe.system.memory import memory_for
 from tnmoe.system.tables import format_table

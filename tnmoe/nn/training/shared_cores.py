@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from tnmoe.errors import InputError, index_in, number_in
 from tnmoe.nn.adapters import modules_in_use, warn_of_unsaved
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.options import MATRICES
 
 
@@ -287,7 +287,7 @@ class _GatheredScale:
         cores = [
             core
             for site in projection.shared_sites
-            for core in projection._tensors_at(site)
+            for core in projection.tensors_at(site)
             if core.requires_grad and id(core) not in self._others
         ]
         scaled = partial(_scaled, by=self._by)
