@@ -237,7 +237,7 @@ def test_the_central_core_is_the_operators_own():
         return round(square.get_x() + square.get_width() / 2)
 
     mpo = tn.MPO.random(SHAPE, max_bond=4, rng=0)
-    assert center_of(SHAPE) == center_of(mpo) == SHAPE.center == 2
+    assert center_of(SHAPE) == center_of(mpo) == SHAPE.center_site == 2
     assert center_of(mpo.canonicalize(4)) == 4
     assert center_of(tn.SharedMPO.replicate(mpo.canonicalize(1), 3)) == 1
 

@@ -410,7 +410,7 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
             ),
             "contains NaN or infinity",
         ),
-        (lambda: nn.MPOExperts(E, H, F_, bias="some"), "bias must be one of False, True, shared"),
+        (lambda: nn.MPOExperts(E, H, F_, bias="some"), "bias must be one of False, True, common"),
         (lambda: nn.MPOExperts(E, H, F_, activation=3), "a name or a function of tensors, got 3"),
         (
             lambda: nn.MPOExperts(E, H, F_, "geglu"),

@@ -31,6 +31,7 @@ class TruncationInfo:
 
     Examples
     --------
+    >>> import numpy as np
     >>> from tnmoe import MPOShape, decompose
     >>> shape = MPOShape((2, 2), (2, 2))
     >>> mpo, info = decompose(np.diag([4.0, 3, 2, 1]), shape, max_bond=1, return_info=True)

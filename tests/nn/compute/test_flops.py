@@ -134,7 +134,7 @@ def test_training_through_shared_cores_takes_three_times_the_forward(name):
 @pytest.mark.parametrize("frozen", ["nothing", "cores", "rows"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_backward_that_builds_again_is_counted_as_torch_counts_its_products(name, frozen):
-    made, groups = project(name, "dense")
+    made, groups = project(name, "rebuilt")
     for core in made.parameters():
         core.requires_grad_(frozen != "cores")
     rows = torch.randn(len(groups.experts), made.in_features, requires_grad=frozen != "rows")

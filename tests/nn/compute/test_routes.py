@@ -299,7 +299,7 @@ def test_spreading_tokens_over_slots_is_indexing_and_differentiates_as_it(choice
 
 
 def test_experts_that_take_turns_compute_what_they_do_together(monkeypatch):
-    layer = experts("dense")
+    layer = experts("rebuilt")
     states, index, weights = routing()
     index[index == 2] = 0  # an expert without rows, another chosen twice
     with torch.no_grad():

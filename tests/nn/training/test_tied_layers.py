@@ -133,7 +133,7 @@ def test_a_shared_mpo_becomes_a_projection_and_back(shared):
 @pytest.mark.parametrize("center", range(SITES))
 def test_projections_share_the_site_that_the_cores_are_centred_at(center):
     matrix = torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).double()
-    mpo = tn.decompose(matrix, SHAPES["interleaved"], center=center)
+    mpo = tn.decompose(matrix, SHAPES["interleaved"], center_site=center)
     single = nn.MPOProjection.from_mpo(mpo, E)
     several = nn.MPOProjection.from_shared_mpo(tn.SharedMPO.replicate(mpo, E))
     for made in (single, several):
@@ -286,7 +286,7 @@ def recentred():
     (made,) = layers(1)
     for name in ("up", "gate", "down"):
         each = getattr(made, name)
-        mpo = tn.decompose(each.weight()[0].detach(), each.shape, center=2)
+        mpo = tn.decompose(each.weight()[0].detach(), each.shape, center_site=2)
         setattr(made, name, nn.MPOProjection.from_mpo(mpo, E))
     return made
 
