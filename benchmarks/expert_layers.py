@@ -79,7 +79,7 @@ class _PlainStacked(_Stacked):
 
 
 def grouped_mm(experts: int, hidden: int, inner: int, gated: bool) -> nn.Module:
-    """transformers' grouped_mm function on stacked parameters."""
+    """Make a layer of transformers' grouped_mm function on stacked parameters."""
     config = SimpleNamespace(
         experts=experts, hidden=hidden, inner=inner, gated=gated,
         _experts_implementation="grouped_mm",

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 import tnmoe as tn
+from tests.nn.compute.cases import experts as small_experts
+from tests.nn.compute.cases import routing
 from tnmoe import nn
 from tnmoe.errors import InputError
 from tnmoe.nn.activations import ACTIVATIONS, resolve_activation
+from tnmoe.nn.compute import routes
 
 H, F_, E = 16, 24, 4
 
@@ -435,12 +438,15 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
             lambda: nn.MPOExperts(E, H, F_, matrices="out"),
             "must be some of up, gate, down, got 'out'",
         ),
-        (lambda: nn.MPOExperts(E, H, F_, matrices=["gate"]), "are none of the network's up, down"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, matrices=["gate"]),
+            "names no matrix of the network, which has up, down",
+        ),
         (
             lambda: nn.MPOExperts.from_dense(
                 torch.ones(4, 3), torch.ones(3, 4), matrices=["gate"], sites=2
             ),
-            "are none of the network's up, down",
+            "names no matrix of the network, which has up, down",
         ),
         (lambda: nn.MPOExperts(E, H, F_, matrices=[]), r"must be some of up, gate, down, got \[\]"),
         (
@@ -449,7 +455,7 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
         ),
         (
             lambda: nn.MPOExperts(E, H, F_, sites=3, shared_sites=range(3)),
-            "experts that share all 3 sites would be one",
+            "experts that share all 3 sites would be the same",
         ),
         (
             lambda: nn.DenseExperts.from_dense(
@@ -525,3 +531,45 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
 def test_bad_input_is_named(make, message):
     with pytest.raises(tn.InputError, match=message):
         make()
+
+
+def test_experts_that_take_turns_compute_what_they_do_together(monkeypatch):
+    layer = small_experts("rebuilt")
+    states, index, weights = routing()
+    index[index == 2] = 0  # an expert without rows, another chosen twice
+    with torch.no_grad():
+        together = layer(states, index, weights)
+        monkeypatch.setattr("tnmoe.nn.experts._CACHED", 0)
+        torch.testing.assert_close(layer(states, index, weights), together)
+
+
+def test_experts_that_take_turns_go_the_way_that_is_planned_for_all_of_them(monkeypatch):
+    layer, planned = small_experts(None), []
+    plan = routes.plan
+    monkeypatch.setattr("tnmoe.nn.experts._CACHED", 0)
+    monkeypatch.setattr(
+        routes, "plan", lambda cores, rows, training: planned.append(rows) or
+        plan(cores, rows, training)
+    )  # fmt: skip
+    states, index, weights = routing(tokens=40)
+    with torch.no_grad():
+        layer(states, index, weights)
+    assert set(planned) == {index.numel()}
+
+
+@pytest.mark.parametrize(
+    ("states", "index", "weights", "message"),
+    [
+        ((3, 8), [[0], [5], [1]], (3, 1), r"experts from 0 to 3, or 4 for none, got 0 to 5"),
+        ((3, 8), [[0], [-1], [1]], (3, 1), r"experts from 0 to 3, or 4 for none, got -1 to 1"),
+        ((3, 7), [[0], [1], [1]], (3, 1), r"hidden_states \(3, 7\)"),
+        ((3, 8), [[0], [1]], (2, 1), r"top_k_index \(2, 1\)"),
+        ((3, 8), [[0], [1], [1]], (2, 1), r"top_k_weights \(2, 1\)"),
+        ((3, 8), [0, 1, 1], (3, 1), r"top_k_index \(3,\)"),
+    ],
+)
+def test_routing_that_does_not_fit_is_named_and_never_read_from_elsewhere(
+    states, index, weights, message
+):
+    with pytest.raises(tn.InputError, match=message):
+        small_experts(None)(torch.randn(states), torch.tensor(index), torch.ones(weights))

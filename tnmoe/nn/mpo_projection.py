@@ -85,7 +85,12 @@ class MPOProjection(StoredCores, Projection):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_experts, shape.out_features, shape.in_features, bias=bias, device=device, dtype=dtype
+            num_experts,
+            shape.out_features,
+            shape.in_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
         if shape.sites < 2:
             raise InputError(
@@ -95,8 +100,8 @@ class MPOProjection(StoredCores, Projection):
         shared = resolve_shared_sites(shared_sites, shape.sites, shape.center_site)
         cores = []
         for site, size in enumerate(shape.core_shapes(max_bond)):
-            size = size if site in shared else (self.num_experts, *size)
-            cores.append(torch.empty(size, device=device, dtype=dtype))
+            experts = () if site in shared else (self.num_experts,)
+            cores.append(torch.empty(*experts, *size, device=device, dtype=dtype))
         self._store(cores, shape.center_site)
         self.reset_parameters()
 
@@ -169,7 +174,7 @@ class MPOProjection(StoredCores, Projection):
             self.center_site,
             self.num_experts,
             self._bond_dims,
-            _is_gathered(self),
+            transient=self.is_gathered,
         )
 
     def to_shared_mpo(self) -> SharedMPO:
@@ -311,20 +316,6 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def _is_gathered(module: nn.Module) -> bool:
-    """Whether FSDP gathers the cores, or accelerate loads them, before every use.
-
-    FSDP writes to them in ways that leave no trace, and accelerate makes new ones every time, so
-    nothing built from them can be kept.
-    """
-    attributes = vars(module)
-    hook = attributes.get("_hf_hook")
-    offloaded = hook is not None and any(
-        getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])
-    )
-    return offloaded or attributes.get("_is_fsdp_managed_module", False)
 
 
 def _draw_isometry(core: Tensor, from_left: bool) -> None:

@@ -1,4 +1,4 @@
-"""Settings of experts' matrices: which of them are MPOs, of which shapes, and what experts share."""
+"""Settings of experts' matrices: which are MPOs, their shapes and bonds, and what is shared."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mpo_settings(
     sites: int,
     up_shape: MPOShape | None,
     down_shape: MPOShape | None,
-    max_bond: int | None | Mapping[str, int | None],
+    max_bond: int | Mapping[str, int | None] | None,
     shared_sites: SharedSites | Mapping[str, SharedSites],
     matrices: Iterable[Matrix],
 ) -> dict[str, MPOSettings]:
@@ -135,7 +135,9 @@ def check_matrices(names: Iterable[str], present: Iterable[str] = MATRICES) -> t
     if not chosen or not all(name in MATRICES for name in chosen):
         raise InputError(f"matrices must be some of {', '.join(MATRICES)}, got {names!r}")
     if not set(chosen) & set(present):
-        raise InputError(f"matrices={[*chosen]} are none of the network's {', '.join(present)}")
+        raise InputError(
+            f"matrices={[*chosen]} names no matrix of the network, which has {', '.join(present)}"
+        )
     return chosen
 
 
@@ -177,5 +179,7 @@ def resolve_shared_sites(
         )
     chosen = frozenset(index_in("every shared site", site, sites) for site in shared_sites)
     if len(chosen) == sites:
-        raise InputError(f"experts that share all {sites} sites would be one: leave some out")
+        raise InputError(
+            f"experts that share all {sites} sites would be the same: leave some sites out"
+        )
     return chosen

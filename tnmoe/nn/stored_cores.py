@@ -84,9 +84,8 @@ class StoredCores(nn.Module):
             if isinstance(found := self._parameters.get(stored), nn.Parameter):
                 return [found]
         raise InputError(
-            f"the core {name!r} is no parameter by itself, but part of a larger one, in which it "
-            "cannot be told from others: use FullyShardedDataParallel with use_orig_params=True, "
-            "or fully_shard; and not while a model runs"
+            f"the core {name!r} is only a part of a larger parameter: use FullyShardedDataParallel "
+            "with use_orig_params=True, or fully_shard, and do not call this while a model runs"
         )
 
     def tensors_at(self, site: int) -> list[Tensor]:
@@ -134,3 +133,17 @@ class StoredCores(nn.Module):
             If there is no such site.
         """
         setattr(self, self._names[index_in("site", site, len(self._names))], core)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether FSDP gathers the cores, or accelerate loads them, before every use.
+
+        FSDP writes to them in ways that leave no trace, and accelerate makes new ones every time,
+        so nothing built from them can be kept.
+        """
+        attributes = vars(self)
+        hook = attributes.get("_hf_hook")
+        offloaded = hook is not None and any(
+            getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])
+        )
+        return offloaded or attributes.get("_is_fsdp_managed_module", False)

@@ -81,7 +81,7 @@ def project(name, route):
 def chain(made, rows, groups):
     """Every expert's rows through its own cores, from the right, by torch's own products."""
     results = []
-    for expert, block in groups.spans:
+    for expert, block in groups.blocks:
         state = torch.nn.functional.pad(rows[block], (0, made.shape.padded_in - rows.shape[1]))
         count, rest, outs = len(state), made.shape.padded_in, 1
         for core in reversed(made.expert(expert).cores):
@@ -98,7 +98,7 @@ def chain(made, rows, groups):
 def built(made, rows, groups):
     """Matrices of the experts that have rows, and their products, by torch's own."""
     results = []
-    for expert, block in groups.spans:
+    for expert, block in groups.blocks:
         cores, one = made.expert(expert).cores, torch.ones(1, 1, 1, 1)
         # A side without cores has the environment 1, which is multiplied with all the same.
         left, right = cores[: made.center_site] or [one], cores[made.center_site + 1 :] or [one]
@@ -139,7 +139,7 @@ def test_the_backward_that_builds_again_is_counted_as_torch_counts_its_products(
         core.requires_grad_(frozen != "cores")
     rows = torch.randn(len(groups.experts), made.in_features, requires_grad=frozen != "rows")
     visited, ranks = len(ROWS), sum(ROWS.values())
-    center, legs = made.center.numel(), made.legs
+    center, legs = made.center.numel(), made.cores.legs
     half = 2 * visited * legs.out[0] * legs.in_[0] * center
     entries = legs.out_features * legs.in_features
     whole = 2 * visited * entries * made.center.shape[-1]

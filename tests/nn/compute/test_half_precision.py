@@ -7,8 +7,8 @@ import tnmoe as tn
 from tnmoe import nn
 from tnmoe.nn.compute import matrices as matrices_module
 from tnmoe.nn.compute.grouped import grouped_outer
-from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.compute.half_precision import cast_for_reuse
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.mpo_projection import MPOProjection
 
 HALVES = (torch.bfloat16, torch.float16)

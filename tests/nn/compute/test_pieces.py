@@ -222,13 +222,6 @@ def test_pieces_are_differentiated_by_torch_func_and_checkpointed(route, limit):
     torch.testing.assert_close(leaf.grad, expected)
 
 
-@pytest.fixture
-def compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_pieces_compile_without_a_graph_break(dtype, limit):

@@ -130,6 +130,6 @@ def _pad(rows: Tensor, cores: ExpertCores) -> Tensor:
 
 def _refuse_gradients(cores: ExpertCores, rows: Tensor) -> None:
     if needs_native_operators():
-        raise InputError("route='cached' has no derivatives: set another, or None")
+        raise InputError("route='cached' has no derivatives: set another route, or None")
     if cores.needs_gradients(rows):
         raise InputError("route='cached' has no gradients: use it under torch.no_grad()")

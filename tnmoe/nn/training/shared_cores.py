@@ -114,7 +114,7 @@ def tie_layers(
 
 def _is_elsewhere(module: nn.Module) -> bool:
     """Whether FSDP or accelerate brings a module's cores only when it is called."""
-    return isinstance(module, MPOProjection) and module._is_gathered
+    return isinstance(module, MPOProjection) and module.is_gathered
 
 
 def _check_tie(name: str, first: Any, other: Any, sites: list[int] | None) -> None:
