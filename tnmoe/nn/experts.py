@@ -24,6 +24,7 @@ from tnmoe.nn.compute.slots import (
 )
 from tnmoe.nn.mpo_projection import project_pair
 from tnmoe.nn.projection import Bias, Projection, StackedProjection
+from tnmoe.nn.settings import projection_sizes
 from tnmoe.nn.transforms import (
     autocast_dtype,
     is_transformed,
@@ -370,20 +371,6 @@ class DenseExperts(Experts):
             activation=activation,
             dropout=dropout,
         )
-
-
-def projection_sizes(
-    hidden_size: int, intermediate_size: int, gated: bool
-) -> dict[str, tuple[int, int]]:
-    """Return rows and columns of the matrices of every projection.
-
-    Raises
-    ------
-    InputError
-        If ``gated`` is not a bool.
-    """
-    sizes = {"up": (intermediate_size, hidden_size), "down": (hidden_size, intermediate_size)}
-    return {**sizes, "gate": sizes["up"]} if flag("gated", gated) else sizes
 
 
 def check_ffn(

@@ -13,10 +13,10 @@ from torch import Tensor
 from tnmoe.decompose import decompose
 from tnmoe.errors import generator_of, one_of
 from tnmoe.mpo import MPO
-from tnmoe.nn.experts import Experts, check_ffn, projection_sizes
+from tnmoe.nn.experts import Experts, check_ffn
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Bias, Projection, StackedProjection
-from tnmoe.nn.settings import MPOSettings, SharedSites, mpo_settings
+from tnmoe.nn.settings import MPOSettings, SharedSites, mpo_settings, projection_sizes
 from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix, Method
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation.info import TruncationInfo
@@ -192,13 +192,13 @@ class MPOExperts(Experts):
         rng = generator_of(rng)
         projections: dict[str, Projection] = {}
         for name, matrix in given.items():
-            if name not in settings:
+            if name in settings:
+                report = None if on_matrix is None else partial(on_matrix, name)
+                mpo = _decompose(matrix.detach(), settings[name], gauge, report)
+                shared = settings[name].shared_sites
+                projections[name] = MPOProjection.from_mpo(mpo, num_experts, shared, noise, rng)
+            else:
                 projections[name] = StackedProjection.from_dense(matrix, num_experts, noise, rng)
-                continue
-            report = None if on_matrix is None else partial(on_matrix, name)
-            mpo = _decompose(matrix.detach(), settings[name], gauge, report)
-            shared = settings[name].shared_sites
-            projections[name] = MPOProjection.from_mpo(mpo, num_experts, shared, noise, rng)
         return cls._from_projections(
             projections,
             {"up": up_bias, "down": down_bias, "gate": gate_bias},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from tnmoe.errors import InputError, index_in, one_of
+from tnmoe.errors import InputError, flag, index_in, one_of
 from tnmoe.options import LAYOUTS, MATRICES, Layout, Matrix, NamedSites
 from tnmoe.shapes import MPOShape
 
@@ -35,6 +35,20 @@ class MPOSettings:
     shape: MPOShape
     max_bond: int | None
     shared_sites: SharedSites
+
+
+def projection_sizes(
+    hidden_size: int, intermediate_size: int, gated: bool
+) -> dict[str, tuple[int, int]]:
+    """Return rows and columns of the matrices of every projection.
+
+    Raises
+    ------
+    InputError
+        If ``gated`` is not a bool.
+    """
+    sizes = {"up": (intermediate_size, hidden_size), "down": (hidden_size, intermediate_size)}
+    return {**sizes, "gate": sizes["up"]} if flag("gated", gated) else sizes
 
 
 def mpo_settings(

@@ -226,21 +226,9 @@ register_optimizer_step_post_hook(_forget_stepped)
 def cached_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
     """Multiply rows by their experts' matrices, which the cache has or builds. No gradients.
 
+    Parameters and result are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
     ``torch.compile`` sees one operator: a compiled model, too, takes the matrices that are current
     when it runs.
-
-    Parameters
-    ----------
-    rows : Tensor, shape (T, in)
-        In the order of experts.
-    cores : ExpertCores
-        In any dtype.
-    groups : Groups
-        Which rows belong to which expert.
-
-    Returns
-    -------
-    Tensor, shape (T, out)
     """
     if torch.compiler.is_compiling():
         numbers = [cores.center_site, cores.shape.out_features, cores.shape.in_features]

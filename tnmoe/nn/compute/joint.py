@@ -20,20 +20,9 @@ from tnmoe.nn.compute.slots import Groups
 
 
 def joint_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
-    """Multiply rows by their experts' matrices, core by core from the right.
+    """Multiply padded rows by their experts' matrices, core by core from the right.
 
-    Parameters
-    ----------
-    rows : Tensor, shape (T, padded in)
-        In the order of experts.
-    cores : ExpertCores
-        In any dtype.
-    groups : Groups
-        Which rows belong to which expert.
-
-    Returns
-    -------
-    Tensor, shape (T, padded out)
+    Parameters and result are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
 
     Notes
     -----
@@ -48,7 +37,7 @@ def joint_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
 def tied_joint_linear(
     rows: Tensor, stacks: Sequence[ExpertCores], groups: Groups
 ) -> Sequence[Tensor]:
-    """Multiply the same rows by the matrices of several projections of one shape.
+    """Multiply the same padded rows by the matrices of several projections of one shape.
 
     The last cores, as far as the projections store the same tensors there, are contracted once:
     for instance the input sides of an up and a gate projection, if they are tied.

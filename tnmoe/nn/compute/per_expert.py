@@ -20,20 +20,9 @@ _TORCH = backend_named("torch")
 
 
 def per_expert_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
-    """Contract the rows of each expert with its cores, in the order of fewest operations.
+    """Contract the padded rows of each expert with its cores, in the cheapest order.
 
-    Parameters
-    ----------
-    rows : Tensor, shape (T, padded in)
-        In the order of experts.
-    cores : ExpertCores
-        In any dtype.
-    groups : Groups
-        Which rows belong to which expert.
-
-    Returns
-    -------
-    Tensor, shape (T, padded out)
+    Parameters and result are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
     """
     if not groups.blocks:
         # Without rows, too, cores have gradients: zeros.

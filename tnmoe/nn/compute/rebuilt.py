@@ -22,22 +22,10 @@ from tnmoe.nn.transforms import needs_native_operators
 
 
 def rebuilt_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
-    """Multiply rows by their experts' matrices, which are built on the way.
+    """Multiply padded rows by their experts' matrices, which are built on the way.
 
-    Where experts own their central cores, all matrices are built at once.
-
-    Parameters
-    ----------
-    rows : Tensor, shape (T, padded in)
-        In the order of experts.
-    cores : ExpertCores
-        In any dtype.
-    groups : Groups
-        Which rows belong to which expert.
-
-    Returns
-    -------
-    Tensor, shape (T, padded out)
+    Where experts own their central cores, all matrices are built at once. Parameters and result
+    are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
     """
     cores = cores.to(rows.dtype).mask_unused(groups)
     if cores.owns_center:
