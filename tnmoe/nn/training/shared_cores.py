@@ -236,7 +236,7 @@ class SharedGradientScale:
         self._handles += [
             _GatheredScale(each, self.scale, set(scales))
             for each in shared_projections(model)
-            if each._is_gathered
+            if each.is_gathered
         ]
 
     def __repr__(self) -> str:
