@@ -1,4 +1,4 @@
-"""Second derivatives, forward-mode ones, and what ``torch.func`` makes of experts."""
+"""Second derivatives, forward-mode derivatives, and experts under ``torch.func``."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def routed(tokens=5, experts=4, top_k=2):
 
 
 def loop(experts, states, index, weights):
-    """The definition, in torch's own operators: one token and one choice after the other."""
+    """Apply torch's own operators to one token and choice after the other: the definition."""
     up, down, gate = experts.up, experts.down, experts.gate
 
     def project(projection, expert, state):
@@ -81,7 +81,7 @@ def loop(experts, states, index, weights):
 
 
 class Calling(torch.nn.Module):
-    """A function of experts, so that their parameters can be exchanged."""
+    """Return the experts as a function of their parameters."""
 
     def __init__(self, experts, function):
         super().__init__()

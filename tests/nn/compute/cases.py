@@ -32,7 +32,7 @@ def grouped(index, experts):
 
 
 def one_by_one(projection, rows, index):
-    """The definition: every row times its own expert's dense matrix."""
+    """Multiply every row by its own expert's dense matrix: the definition."""
     matrices = torch.stack(
         [projection.to_shared_mpo().expert(e).to_matrix() for e in range(projection.num_experts)]
     )
@@ -41,7 +41,7 @@ def one_by_one(projection, rows, index):
 
 
 def check_against_dense_matrices(made, rows, index):
-    """Outputs and all gradients."""
+    """Compare outputs and all gradients with those of the dense matrices."""
     results, index = [], torch.tensor(index)
     for way in (lambda x: made(x, grouped(index, 3)), lambda x: one_by_one(made, x, index)):
         made.zero_grad()

@@ -6,7 +6,7 @@ from tnmoe.nn.compute.cache import weight_cache
 
 @pytest.fixture
 def compiler():
-    """A compiler that knows nothing of other tests: it gives up after so many compilations."""
+    """Reset the compiler around a test: it gives up after a number of compilations."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

@@ -76,7 +76,7 @@ def test_cached_matrices_follow_every_change_of_a_core(cache):
             change()
             after = made(rows, grouped(index, 3))
             torch.testing.assert_close(after, one_by_one(made, rows, index))
-    # An optimiser's step is such a change.
+    # An optimiser's step is a change, too.
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
     made.route = "rebuilt"
     made(rows, grouped(index, 3)).sum().backward()
@@ -87,7 +87,7 @@ def test_cached_matrices_follow_every_change_of_a_core(cache):
 
 
 class WritesPastTorch(torch.optim.Optimizer):
-    """As optimisers with kernels of their own do: torch's version counters see nothing."""
+    """An optimiser with its own kernels: torch's version counters do not see its writes."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
@@ -105,7 +105,7 @@ def test_cached_matrices_follow_the_change_of_a_single_number(site, cache):
     rows, index = torch.randn(3, made.in_features), torch.tensor([0, 1, 2])
     with torch.no_grad():
         made(rows, grouped(index, 3))
-        made.core_at(site).view(-1)[1] += 1  # not one of those that are looked at
+        made.core_at(site).view(-1)[1] += 1  # not one of the samples
         torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
 
 
@@ -133,7 +133,7 @@ def test_cached_matrices_follow_changes_that_torch_does_not_count(change, cache)
             torch.testing.assert_close(made(rows, grouped(index, 3)), one_by_one(made, rows, index))
 
 
-def test_the_cache_keeps_to_its_limit_and_lets_go(cache):
+def test_the_cache_keeps_to_its_limit_and_drops_matrices_of_deleted_cores(cache):
     first, second = projection(dtype=torch.float32), projection("split", dtype=torch.float32)
     size = 4 * 3 * 12 * 12
     cache.limit = size
@@ -153,8 +153,8 @@ def test_the_cache_keeps_to_its_limit_and_lets_go(cache):
 
 
 @pytest.mark.parametrize("change", ["in place", "another tensor", "another address"])
-def test_kept_matrices_follow_changes_where_numbers_are_not_looked_at(change, cache, monkeypatch):
-    """As on an accelerator, which would have to be waited for."""
+def test_kept_matrices_follow_changes_where_no_numbers_are_sampled(change, cache, monkeypatch):
+    """On an accelerator, samples would synchronise."""
     monkeypatch.setattr("tnmoe.nn.compute.cache._samples_of", lambda cores: [])
     made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
     made.route = "cached"
@@ -171,7 +171,7 @@ def test_kept_matrices_follow_changes_where_numbers_are_not_looked_at(change, ca
 
 
 @pytest.mark.parametrize("site", range(3))
-def test_matrices_go_with_a_step_on_any_one_of_their_cores(site, cache):
+def test_a_step_on_any_core_drops_the_matrices(site, cache):
     made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
     made.route = "cached"
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_matrices_go_with_a_step_on_any_one_of_their_cores(site, cache):
     assert cache.used == 0
 
 
-def test_matrices_beyond_the_limit_are_built_and_not_kept_and_switching_off_lets_all_go(cache):
+def test_matrices_beyond_the_limit_are_not_kept_and_switching_off_drops_all(cache):
     first, second = projection(dtype=torch.float32), projection("split", dtype=torch.float32)
     cache.limit = 4 * 3 * 12 * 12
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_matrices_beyond_the_limit_are_built_and_not_kept_and_switching_off_lets
     assert cache.used == 0
 
 
-def test_old_matrices_go_before_new_ones_are_built(cache, monkeypatch):
+def test_old_matrices_are_dropped_before_new_ones_are_built(cache, monkeypatch):
     made = projection(SHAPES_TO_CACHE, dtype=torch.float32)
     made.route = "cached"
     used = []
@@ -233,7 +233,7 @@ def test_matrices_may_come_from_another_thread_while_some_are_forgotten(cache):
             each(torch.randn(1, each.in_features), grouped(torch.tensor([0]), 3))
 
     class Interrupted(tuple):
-        """A key that another thread comes in between to look at."""
+        """A key; while it is read, another thread builds matrices."""
 
         def __iter__(self):
             evaluate(other)
@@ -269,7 +269,7 @@ def test_cores_made_in_inference_mode_are_used_and_not_kept(cache):
     assert cache.used == 0
 
 
-def test_nothing_is_cached_while_gradients_are_asked_for(cache):
+def test_nothing_is_cached_while_gradients_are_recorded(cache):
     layer = experts(None)
     states, index, weights = routing()
     layer(states, index, weights).sum().backward()
@@ -277,7 +277,7 @@ def test_nothing_is_cached_while_gradients_are_asked_for(cache):
     assert all(each.grad is not None for each in layer.parameters())
 
 
-def test_kept_matrices_are_refused_where_gradients_are_wanted():
+def test_kept_matrices_are_refused_where_gradients_are_needed():
     layer = experts("cached")
     with pytest.raises(tn.InputError, match="route='cached' has no gradients"):
         layer(*routing())

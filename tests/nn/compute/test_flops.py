@@ -21,14 +21,14 @@ def count(function):
 
 
 def routed(top_k, tokens=24, experts=3):
-    """Tokens that go to the first experts only."""
+    """Route tokens to the first experts only."""
     torch.manual_seed(0)
     weights, index = torch.rand(tokens, experts).topk(top_k)
     return torch.randn(tokens, H), index, weights
 
 
 def loop(experts, states, index, weights):
-    """Every expert's tokens times its own matrices, by torch's own products."""
+    """Multiply every expert's tokens by its own matrices, with torch's own products."""
     total = torch.zeros_like(states)
     for expert in range(experts.num_experts):
         tokens, choice = torch.where(index == expert)
@@ -79,7 +79,7 @@ def project(name, route):
 
 
 def chain(made, rows, groups):
-    """Every expert's rows through its own cores, from the right, by torch's own products."""
+    """Contract every expert's rows with its cores from the right, with torch's own products."""
     results = []
     for expert, block in groups.blocks:
         state = torch.nn.functional.pad(rows[block], (0, made.shape.padded_in - rows.shape[1]))
@@ -96,11 +96,11 @@ def chain(made, rows, groups):
 
 
 def built(made, rows, groups):
-    """Matrices of the experts that have rows, and their products, by torch's own."""
+    """Build the matrices of experts that have rows and multiply, with torch's own products."""
     results = []
     for expert, block in groups.blocks:
         cores, one = made.expert(expert).cores, torch.ones(1, 1, 1, 1)
-        # A side without cores has the environment 1, which is multiplied with all the same.
+        # The environment of a side without cores is 1; the product with it counts.
         left, right = cores[: made.center_site] or [one], cores[made.center_site + 1 :] or [one]
         matrix = cores[made.center_site]
         for core in reversed(left):

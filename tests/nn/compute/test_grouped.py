@@ -8,7 +8,7 @@ from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer
 from tnmoe.nn.compute.slots import Groups
 
 
-def test_kernels_want_rows_of_whole_16_bytes_in_either_order(monkeypatch):
+def test_kernels_take_rows_of_whole_16_bytes_in_either_order(monkeypatch):
     monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
     fits = grouped_module._has_kernel
     rows = torch.zeros(3, 16, dtype=torch.bfloat16)
@@ -41,7 +41,7 @@ def test_grouped_products_are_closed_under_differentiation():
 
 @pytest.mark.parametrize(("depth", "columns"), [(3, 2), (5, 20), (400, 17)])
 def test_grouped_products_of_matrices_multiply_their_columns(depth, columns):
-    # Narrow and wide ones, and matrices too large for several to stay in a cache, differ inside.
+    # The kernel treats narrow, wide and large matrices differently.
     generator = torch.Generator().manual_seed(0)
     index = torch.tensor([0, 0, 2, 2, 2, 3])
     offsets = Groups.of(index, 4).offsets

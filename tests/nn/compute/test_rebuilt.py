@@ -14,10 +14,10 @@ from tnmoe.nn.compute.cores import Legs
 from tnmoe.nn.mpo_projection import MPOProjection
 
 
-@pytest.mark.parametrize("piece", [1, 40, 10**9])
+@pytest.mark.parametrize("numbers", [1, 40, 10**9])
 @pytest.mark.parametrize("name", SHAPES)
-def test_pieces_of_any_size_make_the_same_matrices_and_gradients(name, piece, monkeypatch):
-    monkeypatch.setattr(matrices_module, "_BLOCK", piece)
+def test_blocks_of_any_size_make_the_same_matrices_and_gradients(name, numbers, monkeypatch):
+    monkeypatch.setattr(matrices_module, "_BLOCK", numbers)
     made = projection(name)
     made.route = "rebuilt"
     rows = torch.randn(5, made.in_features, dtype=torch.float64)
@@ -34,24 +34,24 @@ def test_pieces_of_any_size_make_the_same_matrices_and_gradients(name, piece, mo
 @given(
     st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 9)] * 3), st.integers(1, 900)
 )
-def test_pieces_cover_a_matrix_and_hold_no_more_than_they_may_or_one_leg(out, in_, most):
+def test_blocks_cover_a_matrix_and_keep_to_the_limit_or_to_one_leg(out, in_, most):
     legs = Legs(out, in_)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrices_module, "_BLOCK", most)
-        pieces = list(
+        blocks = list(
             matrices_module.MatrixBuilder(torch.ones(2, out[1], in_[1], 2), legs).row_blocks()
         )
-    assert [index for part, _ in pieces for index in range(out[0])[part]] == list(range(out[0]))
+    assert [index for part, _ in blocks for index in range(out[0])[part]] == list(range(out[0]))
     features = range(legs.out_features)
-    assert [row for _, rows in pieces for row in features[rows]] == list(features)
+    assert [row for _, rows in blocks for row in features[rows]] == list(features)
     one = out[1] * out[2] * legs.in_features
-    # All of about the same size, which may be one leg more than would fit.
-    assert all(len(range(out[0])[part]) * one < most + one for part, _ in pieces)
+    # Blocks have about the same size, which may exceed the limit by one leg.
+    assert all(len(range(out[0])[part]) * one < most + one for part, _ in blocks)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_matrices_of_all_experts_at_once_do_as_well_as_one_after_the_other(name, monkeypatch):
-    # What an accelerator does, where nothing may be waited for.
+    # As on an accelerator, where the code must not synchronise.
     monkeypatch.setattr(
         rebuilt_module, "_batches_of_experts", lambda offsets: [(slice(None), slice(None))]
     )
@@ -66,7 +66,7 @@ def test_matrices_of_all_experts_at_once_do_as_well_as_one_after_the_other(name,
     "shape", [tn.MPOShape((4, 4, 4), (4, 4, 4)), tn.MPOShape.split(32, 48, 4, 8)], ids=str
 )
 def test_grouped_kernels_do_as_well_as_loops(shape, route, monkeypatch):
-    # The operators that CUDA uses; torch has them on a CPU, too.
+    # The operators for CUDA; torch has them on a CPU, too.
     monkeypatch.setattr(
         rebuilt_module, "_batches_of_experts", lambda offsets: [(slice(None), slice(None))]
     )

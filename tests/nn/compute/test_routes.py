@@ -49,7 +49,7 @@ def test_gradients_of_a_route_agree_with_finite_differences(route, name, index):
 
 
 @pytest.mark.parametrize("route", ["rebuilt", "joint"])
-def test_gradients_are_those_of_the_dense_matrices_where_only_some_are_wanted(route):
+def test_gradients_are_those_of_the_dense_matrices_where_only_some_are_needed(route):
     for frozen in ("center", "aux_0", "rows"):
         gradients = []
         for way in (route, None):
@@ -127,7 +127,7 @@ def test_function_transforms_see_the_layer_they_transform():
     torch.testing.assert_close(per_batch.view(10, 8), layer(states, index, weights))
 
 
-def test_states_of_another_dtype_are_taken_under_function_transforms_too():
+def test_function_transforms_take_states_of_another_dtype():
     layer = experts(None, torch.float32)
     states, index, weights = routing()
     states = states.double()

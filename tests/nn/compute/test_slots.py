@@ -1,4 +1,4 @@
-"""Slots are sorted by expert, dispatched and found again."""
+"""Slots are sorted by expert, dispatched, and put back into their order."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tnmoe.nn.compute.slots import Groups, dispatch
 
 
 @given(st.lists(st.integers(0, 4), max_size=20))
-def test_groups_sort_slots_stably_and_find_their_way_back(index):
+def test_groups_sort_slots_stably_and_invert_the_order(index):
     slots = torch.tensor(index, dtype=torch.int64)
     groups = Groups.of(slots, 5)
     assert torch.equal(slots[groups.order], slots.sort(stable=True).values)

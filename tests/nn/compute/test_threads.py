@@ -1,4 +1,4 @@
-"""What threads share: kept matrices, rates of devices and backends, at the worst of times."""
+"""Kept matrices and rates of devices, shared by threads that meet at the worst moment."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +36,7 @@ def in_threads(work, arguments):
 
 
 def meet(barrier):
-    """Wait for the other threads, if they can come."""
+    """Wait for the other threads, unless they are blocked."""
     try:
         barrier.wait(timeout=0.2)
     except threading.BrokenBarrierError:
@@ -64,7 +64,7 @@ def test_threads_together_keep_no_more_than_the_limit(cache, monkeypatch):
         torch.testing.assert_close(before, product(each))
 
 
-def test_matrices_that_many_threads_want_are_built_once(cache, monkeypatch):
+def test_matrices_that_many_threads_need_are_built_once(cache, monkeypatch):
     made, built = projection(), []
     barrier = threading.Barrier(THREADS)
 
@@ -110,11 +110,11 @@ def test_matrices_of_cores_that_change_while_they_are_built_are_not_kept(
     torch.testing.assert_close(product(made), 2 * before)
 
 
-def test_a_collection_of_garbage_in_the_midst_of_a_look_up_hangs_nothing(cache, monkeypatch):
+def test_a_garbage_collection_during_a_look_up_does_not_deadlock(cache, monkeypatch):
     made, can_keep = projection(), cache.can_keep
 
     def collecting(*args):
-        cache.forget([made.center])  # as a finaliser might
+        cache.forget([made.center])  # as a finaliser may do
         return can_keep(*args)
 
     monkeypatch.setattr(cache, "can_keep", collecting)
