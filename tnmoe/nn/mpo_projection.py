@@ -293,7 +293,7 @@ def project_pair(
         and isinstance(second, MPOProjection)
         # To contract cores once is not to call the modules, which would skip their hooks.
         and not (_has_hooks(first) or _has_hooks(second))
-        and first.core_at(first.shape.sites - 1) is second.core_at(second.shape.sites - 1)
+        and first.last_core is second.last_core
         and first.shape == second.shape
     ):
         one, two = first.cores, second.cores

@@ -57,6 +57,11 @@ class StoredCores(nn.Module):
         return tuple(self._core_named(name) for name in self._names if name != "center")
 
     @property
+    def last_core(self) -> nn.Parameter:
+        """The stored core of the last site, on the input side."""
+        return self._core_named(self._names[-1])
+
+    @property
     def shared_cores(self) -> list[nn.Parameter]:
         """Cores that all experts share: every token of the layer updates them."""
         return [core for site in sorted(self.shared_sites) for core in self.parameters_at(site)]

@@ -64,9 +64,8 @@ def tied_joint_linear(
         ends = (state.through(chain, groups) for chain in chains)
         return [end.tensor.reshape(len(rows), end.outs) for end in ends]
 
-    cores = stacks[0].sites()[separate:]
-    for stack in stacks:
-        cores += stack.sites()[:separate]
+    chains = [stack.sites() for stack in stacks]
+    cores = [*chains[0][separate:], *(core for chain in chains for core in chain[:separate])]
     step = min(map(_rows_at_once, stacks))
     return apply_in_pieces(through_cores, rows, cores, groups, step)
 
