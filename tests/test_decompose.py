@@ -23,6 +23,7 @@ from tests.matrices import (
 from tnmoe.backends import backend_named
 from tnmoe.chains import unfolding as unfolding_module
 from tnmoe.chains.unfolding import GramMatrix, TriangularFactor
+from tnmoe.options import ADD_METHODS, MATMUL_METHODS
 
 max_bonds = st.one_of(st.none(), st.integers(1, 20))
 rtols = st.one_of(st.none(), st.sampled_from((0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 2.0)))
@@ -450,6 +451,18 @@ def test_a_zero_matrix_needs_no_bond_larger_than_one(library, method, rtol):
     assert mpo.bond_dims == (1, 1)
     assert info.error_bound == 0
     assert error_of(mpo, np.zeros((12, 12))) == 0
+
+
+@pytest.mark.parametrize("method", ["auto", "svd", "eigh", "randomized"])
+def test_a_tolerance_may_be_of_any_size(method):
+    shape = tn.MPOShape((2, 2, 2), (2, 2, 2))
+    mpo = tn.decompose(np.eye(8), shape, rtol=1e300, method=method)
+    assert mpo.bond_dims == (1, 1)
+    assert mpo.compress(rtol=1e300).bond_dims == (1, 1)
+    for sum_method in ADD_METHODS:
+        assert tn.add([mpo, mpo], rtol=1e300, method=sum_method).bond_dims == (1, 1)
+    for product_method in MATMUL_METHODS:
+        assert tn.matmul(mpo, mpo, rtol=1e300, method=product_method).bond_dims == (1, 1)
 
 
 ILL_POSED = {

@@ -1,4 +1,4 @@
-"""MPOShape and factorize: sizes, exact bonds, parameter counts, padding."""
+"""MPOShape: sizes, exact bonds, parameter counts, padding."""
 
 from math import prod
 
@@ -8,28 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnmoe as tn
-import tnmoe.shapes as shapes_module
 from tests.matrices import shapes
-
-
-def brute_force_factors(n: int, sites: int) -> set[tuple[int, ...]]:
-    if sites == 1:
-        return {(n,)}
-    return {
-        tuple(sorted((d, *rest)))
-        for d in range(1, n + 1)
-        if n % d == 0
-        for rest in brute_force_factors(n // d, sites - 1)
-    }
-
-
-@given(st.integers(1, 400), st.integers(1, 5))
-def test_factorize_gives_the_most_even_factors_with_the_largest_in_the_middle(n, sites):
-    factors = tn.factorize(n, sites)
-    assert len(factors) == sites
-    assert prod(factors) == n
-    assert sum(factors) == min(map(sum, brute_force_factors(n, sites)))
-    assert max(factors) == factors[sites // 2]
 
 
 def test_the_shapes_of_the_paper_are_what_the_picker_finds():
@@ -77,41 +56,6 @@ def test_padding_is_small_and_only_where_factors_are_bad(out_features, in_featur
         assert (padded == size) == (max(own) <= 8 * size ** (1 / sites))
 
 
-@pytest.mark.parametrize("sites", [1, 2, 5, 12, 30, 64, 100])
-@pytest.mark.parametrize("size", [10**9 + 7, 2**40 - 87, 2**40, 963761198400])
-def test_the_largest_sizes_split_after_a_bounded_number_of_tries(size, sites, monkeypatch):
-    tried, is_even = [], shapes_module._is_even
-    monkeypatch.setattr(
-        shapes_module, "_is_even", lambda *args: tried.append(args) or is_even(*args)
-    )
-    shape = tn.MPOShape.for_matrix(size, 1, sites=sites)
-    assert shape.out_features == size <= shape.padded_out <= 1.25 * size
-    assert len(tried) <= 2**14 + 20
-
-
-@given(st.integers(1, 10**6))
-def test_where_no_size_near_will_do_one_with_small_factors_is_taken(n):
-    size = rest = shapes_module._smooth(n)
-    for prime in (2, 3, 5, 7):
-        while rest % prime == 0:
-            rest //= prime
-    assert rest == 1
-    assert n <= size < 2 * n
-
-
-@pytest.mark.parametrize(
-    "split", [lambda n: tn.factorize(n, 5), lambda n: tn.MPOShape.for_matrix(2, n)]
-)
-def test_sizes_that_no_matrix_has_are_refused(split):
-    with pytest.raises(tn.InputError, match=rf"must be at most 2\*\*40 .*, got {2**60}"):
-        split(2**60)
-
-
-def test_more_sites_than_factors_have_legs_of_1():
-    assert tn.factorize(12, 100).count(1) == 97
-    assert sorted(tn.factorize(12, 100))[-3:] == [2, 2, 3]
-
-
 def test_shapes_of_any_size_print():
     assert "20001 bits" in repr(tn.MPOShape((2,) * 20_001, (1,) * 20_001, 2**20_000))
 
@@ -141,13 +85,6 @@ def test_numpy_integers_are_integers():
         (lambda: tn.MPOShape((2, 2), (2, 2), out_features=5), "whose product is 4"),
         (lambda: tn.MPOShape.split(100, 64, left=64), "64, which does not divide out_features=100"),
         (lambda: tn.MPOShape.split(64, 100, right=64), "does not divide in_features=100"),
-        (lambda: tn.factorize(0, 2), "n must be a positive integer, got 0"),
-        (lambda: tn.factorize(8, 0), "sites must be a positive integer, got 0"),
-        (lambda: tn.factorize(8, 101), "sites must be at most 100, got 101"),
-        (
-            lambda: tn.factorize(2**40 + 1, 3),
-            r"n must be at most 2\*\*40 to be split into legs, got",
-        ),
         (lambda: tn.MPOShape.for_matrix(768, 768, sites=900), "sites must be at most 100, got 900"),
         (
             lambda: tn.MPOShape.for_matrix(8, 2**50),

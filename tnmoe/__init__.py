@@ -1,13 +1,14 @@
 """tnmoe: tensor-network mixtures of experts."""
 
-from tnmoe.combine import add, matmul
+from tnmoe.combine import add, kron, matmul
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose, decompose_batch
 from tnmoe.errors import InputError, MissingExtraError
+from tnmoe.factors import factorize
 from tnmoe.fit import FitInfo, fit
 from tnmoe.io import load, save
-from tnmoe.mpo import MPO, kron
-from tnmoe.shapes import MPOShape, factorize
+from tnmoe.mpo import MPO
+from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.squeeze import SqueezeResult, SqueezeStep, squeeze
 from tnmoe.truncation.info import TruncationInfo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from math import frexp, isfinite, prod
+from math import prod
 from operator import mul
 from typing import Literal, overload
 
@@ -14,20 +14,22 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
 from tnmoe.chains.canonical import canonicalize
 from tnmoe.chains.precision import check_range, computable, narrowed
-from tnmoe.chains.sweep import Sweep
+from tnmoe.chains.scaling import exponent_of
+from tnmoe.chains.sweep import Sweep, SweepResult
 from tnmoe.errors import InputError, generator_of, one_of
-from tnmoe.mpo import MPO, check_center_site
+from tnmoe.mpo import MPO
 from tnmoe.options import METHODS, Method
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, resolve_center_site
 from tnmoe.system.memory import in_gigabytes, memory_for
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
 
-# Entries between these can be squared and summed in every dtype as they are.
-_SAFE = (2.0**-30, 2.0**30)
+# Entries within this many binary orders of magnitude of 1 can be squared and summed in any dtype.
+_SAFE_EXPONENT = 30
 
-# Measured memory of a decomposition, as multiples of the matrix in the dtype of the computation.
-_LEAST, _MOST = 1.5, 5
+# Measured memory of a decomposition, from least to most, as multiples of the matrix in the dtype of
+# the computation.
+_MEMORY = (1.5, 5)
 
 
 @overload
@@ -77,46 +79,50 @@ def decompose(
 ) -> MPO | tuple[MPO, TruncationInfo]:
     """Decompose a matrix into an MPO, exactly or truncated.
 
-    Cores are split off from both ends, each pushing its singular values inwards, so the centre
-    ends up holding all the weight and every other core is an isometry: TT-SVD (Oseledets, SIAM
-    J. Sci. Comput. 33, 2295 (2011), algorithm 1) met in the middle.
+    Cores are split off from both ends, and each passes its singular values inwards. In the end the
+    centre has the norm of the whole, and every other core is an isometry. This is TT-SVD
+    (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), algorithm 1) from both ends to the middle.
 
     Parameters
     ----------
     matrix : array, shape (out_features, in_features)
-        NumPy array or torch tensor, floating-point or complex. Half precisions are computed in
+        NumPy array or torch tensor, floating-point or complex. Half precision is computed in
         float32.
     shape : MPOShape, optional
         Legs of the MPO; by default ``MPOShape.for_matrix(out_features, in_features)``.
     max_bond : int or sequence of int, optional
         Largest bond dimension, for all bonds or one per bond.
     bonds : sequence of int, optional
-        Exact bond dimensions, one per bond; zeros fill up what the matrix does not need.
+        Exact bond dimensions, one per bond. Zeros fill bonds that the matrix does not need.
     rtol : float, optional
         Guaranteed relative Frobenius error of the whole (up to rounding in the matrix's dtype).
         The error is spent where it saves most parameters; see :func:`tnmoe.select_bonds`.
     max_params : int, optional
-        Most numbers that all cores may hold together; the bonds of least predicted error within
-        it are taken.
+        Largest number of parameters of all cores together. The bonds are those of least predicted
+        error within it.
     center_site : int, optional
         Site of the orthogonality centre; by default ``shape.center_site``.
     method : {"auto", "qr", "eigh", "svd", "randomized"}
-        How isometries are found. ``eigh`` diagonalises the Gram matrix of an unfolding, accumulated
-        in double precision: fast, and for single precision as accurate as ``svd``, which takes the
-        SVD of the unfolding's triangular factor. For double precision it takes Schmidt values below
-        3e-8 of the norm for rounding and cuts none that a tolerance as small forbids: bonds are
-        then larger than those of ``svd``. ``qr`` finds no Schmidt values and only serves
-        where nothing is cut; its isometries are identity matrices as long as the unfolding is wider
-        than tall. ``randomized`` finds the range of an unfolding by random projection with subspace
-        iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011), algorithms 4.3 and 4.4),
-        measures what it missed, and is repeated until that is within the tolerance or no longer
-        shrinks; it knows no ``max_params``. ``auto`` takes, bond by bond, ``qr`` where nothing can
-        be cut, otherwise ``eigh`` for single and half precision and ``svd`` for double.
+        How to find isometries.
+
+        - ``eigh`` diagonalises the Gram matrix of an unfolding, accumulated in double precision.
+          It is fast, and for single precision as accurate as ``svd``. In double precision it takes
+          Schmidt values below 3e-8 of the norm for rounding, and cuts none that a tolerance this
+          small forbids. Its bonds are then larger than those of ``svd``.
+        - ``svd`` takes the SVD of an unfolding's triangular factor.
+        - ``qr`` finds no Schmidt values, and serves only where nothing is cut. Its isometries are
+          identity matrices as long as the unfolding is wider than tall.
+        - ``randomized`` finds the range of an unfolding by random projection with subspace
+          iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011), algorithms 4.3 and 4.4),
+          and measures what it missed. It repeats that until the error is within the tolerance or
+          no longer shrinks. It does not work with ``max_params``.
+        - ``auto`` decides bond by bond: ``qr`` where nothing can be cut, otherwise ``eigh`` for
+          single and half precision, and ``svd`` for double.
     rng : numpy Generator or int
         Source of the randomized method's numbers.
     return_info : bool
-        Also return what was cut. The Schmidt values of bonds at which nothing is cut are then
-        computed as well, which costs time but changes no core.
+        Also return what was cut. It takes time to compute the Schmidt values also of bonds at which
+        nothing is cut; no core changes.
 
     Returns
     -------
@@ -140,11 +146,11 @@ def decompose(
 
     Notes
     -----
-    Limits hold together: where ``rtol`` asks for more than ``max_bond`` or ``max_params`` allow,
-    the latter win.
+    Limits hold together. Where ``rtol`` needs larger bonds than ``max_bond`` or ``max_params``
+    allow, the latter win.
 
-    Beside the matrix it takes memory for one to two copies, three to four with ``rtol`` or the
-    randomized method; half precision is copied to float32 first, and takes twice as many.
+    Beside the matrix it takes memory for one to two copies, and with ``rtol`` or the randomized
+    method for three to four. Half precision is copied to float32 first, which doubles the number.
 
     Examples
     --------
@@ -157,8 +163,8 @@ def decompose(
     True
     """
     shape = _check_matrix(matrix, shape, axes=2)
-    selection = Limits(shape, max_bond, bonds, rtol, max_params)
-    ((mpo, info),) = _decomposed(matrix, selection, center_site, method, rng, return_info)
+    limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
+    ((mpo, info),) = _decompose_all(matrix, limits, center_site, method, rng, return_info)
     return (mpo, info) if return_info else mpo
 
 
@@ -219,7 +225,7 @@ def decompose_batch(
     Returns
     -------
     tuple of B MPO
-        Their bonds are those that the most demanding matrix needs.
+        All have the bonds that the most demanding matrix needs.
     tuple of B TruncationInfo
         Only with ``return_info``.
 
@@ -237,103 +243,110 @@ def decompose_batch(
     [(1, 1), (1, 1)]
     """
     shape = _check_matrix(matrices, shape, axes=3)
-    selection = Limits(shape, max_bond, bonds, rtol, max_params)
-    results = _decomposed(matrices, selection, center_site, method, rng, return_info)
+    limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
+    results = _decompose_all(matrices, limits, center_site, method, rng, return_info)
     mpos, infos = zip(*results, strict=True)
     return (mpos, infos) if return_info else mpos
 
 
-def _decomposed(
+def _decompose_all(
     matrices: Array,
-    selection: Limits,
+    limits: Limits,
     center_site: int | None,
     method: Method,
     rng: np.random.Generator | int,
-    want_spectra: bool,
+    with_spectra: bool,
 ) -> list[tuple[MPO, TruncationInfo]]:
-    """One matrix or a batch of them, checked."""
-    xp, shape = get_backend(matrices), selection.shape
-    center_site = check_center_site(shape, center_site)
+    """Decompose a matrix or a batch of them, whose shape is checked."""
+    xp, shape = get_backend(matrices), limits.shape
+    center_site = resolve_center_site(shape, center_site)
     one_of("method", method, METHODS)
     dtype = xp.dtype_name(matrices)
-    with memory_for(_need(xp, matrices)), xp.full_precision(matrices):
+    with memory_for(_memory_in_words(xp, matrices)), xp.full_precision(matrices):
         sweep_center = _sweep_center(shape, center_site)
-        tensor, scales = _tensor(xp, matrices, shape, sweep_center)
-        rng = generator_of(rng)
-        sweep = Sweep(xp, tensor, shape.legs, sweep_center, selection, method, rng, want_spectra)
+        tensor, scales = _to_tensor(xp, matrices, shape, sweep_center)
+        sweep = Sweep(
+            xp=xp,
+            tensor=tensor,
+            legs=shape.legs,
+            center_site=sweep_center,
+            limits=limits,
+            method=method,
+            rng=generator_of(rng),
+            with_spectra=with_spectra,
+        )
         del tensor  # so that the sweep can let it go when it has a smaller one
-        sweep.run()
+        result = sweep.run()
         return [
-            _result(xp, sweep, index, scale, dtype, center_site)
+            (
+                _mpo_of(result, index, scale, shape, center_site, dtype),
+                _info_of(result, index, scale),
+            )
             for index, scale in enumerate(scales)
         ]
 
 
-def _need(xp: Backend, matrices: Array) -> str:
-    """What memory a decomposition takes, in words."""
+def _memory_in_words(xp: Backend, matrices: Array) -> str:
+    """Say how much memory a decomposition takes."""
     dtype = xp.dtype_name(matrices)
     size = prod(matrices.shape) * np.dtype(COMPUTE_DTYPE.get(dtype, dtype)).itemsize
     *batch, rows, columns = matrices.shape
     what = f"{batch[0]} matrices" if batch else "a matrix"
-    return (
-        f"decomposing {what} ({rows}, {columns}) of {dtype} takes "
-        f"{in_gigabytes(_LEAST * size)} to {in_gigabytes(_MOST * size)}"
-    )
+    least, most = (in_gigabytes(multiple * size) for multiple in _MEMORY)
+    return f"decomposing {what} ({rows}, {columns}) of {dtype} takes {least} to {most}"
 
 
 def _check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
-    """The shape, or the usual one, for a matrix or a batch of them that fits it; or an error."""
-    xp, given = get_backend(matrix), tuple(matrix.shape)
+    """Return the shape, by default a balanced one; raise unless it fits a matrix or a batch."""
+    xp, size = get_backend(matrix), tuple(matrix.shape)
     name, known = xp.dtype_name(matrix), (*REAL_DTYPES, *COMPLEX_DTYPES)
     if shape is not None and not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape, got {type(shape).__qualname__}: {shape!r}")
-    if len(given) != axes or 0 in given:
+    if len(size) != axes or 0 in size:
         expected = {
             2: "a matrix (decompose_batch takes many)",
             3: "a batch of matrices (decompose takes one)",
         }[axes]
-        raise InputError(f"expected {expected}, got an array of shape {given}")
-    shape = MPOShape.for_matrix(*given[-2:]) if shape is None else shape
-    size = (shape.out_features, shape.in_features)
-    if given[-2:] != size:
-        raise InputError(f"{shape} is for a {size} matrix, got one of shape {given[-2:]}")
+        raise InputError(f"expected {expected}, got an array of shape {size}")
+    shape = MPOShape.for_matrix(*size[-2:]) if shape is None else shape
+    expected_size = (shape.out_features, shape.in_features)
+    if size[-2:] != expected_size:
+        raise InputError(f"{shape} is for a {expected_size} matrix, got one of shape {size[-2:]}")
     if name not in known:
         raise InputError(f"the matrix must be of {', '.join(known)}, got dtype {name}")
     return shape
 
 
-def _tensor(
+def _sweep_center(shape: MPOShape, center_site: int) -> int:
+    """Return the site nearest to ``center_site`` where no unfolding is taller than wide."""
+    left = list(accumulate(shape.legs, mul))
+    fits = [
+        site
+        for site in range(shape.sites)
+        if (site == 0 or left[site - 1] ** 2 <= left[-1]) and left[site] ** 2 >= left[-1]
+    ]
+    return min(fits, key=lambda site: abs(site - center_site))
+
+
+def _to_tensor(
     xp: Backend, matrices: Array, shape: MPOShape, center_site: int
 ) -> tuple[Array, list[float]]:
-    """Matrices as a sweep takes them, and the scales that they were divided by."""
+    """Return matrices as a sweep takes them, and the powers of two that they were divided by."""
     computed = computable(xp, matrices)
-    scales = _scales(xp, computed, shape)
-    return _interleave(xp, computed, shape, scales, center_site), scales
+    size = (shape.out_features, shape.in_features)
+    exponents = [
+        exponent_of(xp, matrix, _SAFE_EXPONENT, f"the {size} matrix contains")
+        for matrix in (computed if computed.ndim == 3 else [computed])
+    ]
+    scales = [2.0**exponent for exponent in exponents]
+    if any(exponents):
+        divisors = np.reshape(scales, (-1, 1, 1) if computed.ndim == 3 else ())
+        computed = computed / xp.from_numpy(divisors, like=computed)
+    return _interleave(xp, computed, shape, center_site), scales
 
 
-def _scales(xp: Backend, matrix: Array, shape: MPOShape) -> list[float]:
-    """Per matrix the power of two that brings its largest entry near 1; 1 where it is near.
-
-    Dividing by it is exact, and then no square over- or underflows.
-    """
-    scales = []
-    for one in matrix if matrix.ndim == 3 else [matrix]:
-        largest = xp.max_abs(one)
-        if not isfinite(largest):
-            size = (shape.out_features, shape.in_features)
-            raise InputError(f"the {size} matrix contains NaN or infinity")
-        near_one = not largest or _SAFE[0] < largest < _SAFE[1]
-        scales.append(1.0 if near_one else 2.0 ** (frexp(largest)[1] - 1))
-    return scales
-
-
-def _interleave(
-    xp: Backend, matrix: Array, shape: MPOShape, scales: Sequence[float], center_site: int
-) -> Array:
-    """Divide the matrix by its scale; axes (..., left legs, those of the centre, right legs)."""
-    if any(scale != 1 for scale in scales):
-        divisors = np.reshape(scales, (-1, 1, 1) if matrix.ndim == 3 else ())
-        matrix = matrix / xp.from_numpy(divisors, like=matrix)
+def _interleave(xp: Backend, matrix: Array, shape: MPOShape, center_site: int) -> Array:
+    """Permute a matrix to axes (..., left legs, legs of the centre, right legs)."""
     padded = (shape.padded_out, shape.padded_in)
     if tuple(matrix.shape[-2:]) != padded:
         matrix = xp.pad(matrix, *padded)
@@ -350,44 +363,35 @@ def _interleave(
     return tensor.reshape(*batch, left, shape.legs[center_site], right)
 
 
-def _sweep_center(shape: MPOShape, wanted: int) -> int:
-    """Site to sweep into, so that no unfolding is taller than wide; the nearest to the wanted."""
-    left = list(accumulate(shape.legs, mul))
-    fits = [
-        site
-        for site in range(shape.sites)
-        if (site == 0 or left[site - 1] ** 2 <= left[-1]) and left[site] ** 2 >= left[-1]
-    ]
-    return min(fits, key=lambda site: abs(site - wanted))
-
-
-def _result(
-    xp: Backend, sweep: Sweep, index: int, scale: float, dtype: str, center_site: int
-) -> tuple[MPO, TruncationInfo]:
-    """One matrix of the batch, out of a finished sweep."""
-    shape = sweep.selection.shape
-    cores = {site: _pick(core, index, 3) for site, core in sweep.cores.items()}
-    cores[sweep.center_site] = _pick(sweep.tensor, index, 3)
+def _mpo_of(
+    result: SweepResult, index: int, scale: float, shape: MPOShape, center_site: int, dtype: str
+) -> MPO:
+    """Return one matrix of the batch as an MPO."""
+    xp = get_backend(result.cores[0])
     legs = zip(shape.out_dims, shape.in_dims, strict=True)
-    chain = [
-        cores[site].reshape(cores[site].shape[0], *leg, cores[site].shape[-1])
-        for site, leg in enumerate(legs)
+    cores = [
+        core.reshape(core.shape[0], *leg, core.shape[-1])
+        for core, leg in zip((_pick(core, index, 3) for core in result.cores), legs, strict=True)
     ]
-    moved = list(canonicalize(xp, chain, sweep.center_site, center_site))
+    cores = list(canonicalize(xp, cores, result.center_site, center_site))
     if scale != 1:
-        check_range(xp, moved[center_site], dtype, scale)
+        check_range(xp, cores[center_site], dtype, scale)
     # Also by 1: the core may be a view of the matrix, which its owner may write to.
-    moved[center_site] = moved[center_site] * scale
-    cuts = [sweep.cuts[bond] for bond in sorted(sweep.cuts)]
-    spectra = [_pick(cut.spectrum, index, 1) for cut in cuts if cut.spectrum is not None]
-    info = TruncationInfo(
-        discarded=tuple(float(cut.discarded[index]) * scale for cut in cuts),
+    cores[center_site] = cores[center_site] * scale
+    return MPO(narrowed(xp, cores, dtype), shape, center_site)
+
+
+def _info_of(result: SweepResult, index: int, scale: float) -> TruncationInfo:
+    """Return what was cut of one matrix of the batch."""
+    xp = get_backend(result.cores[0])
+    spectra = [_pick(cut.spectrum, index, 1) for cut in result.cuts if cut.spectrum is not None]
+    return TruncationInfo(
+        discarded=tuple(float(cut.discarded[index]) * scale for cut in result.cuts),
         spectra=tuple(xp.astype(values, "float64") * scale for values in spectra),
-        methods=tuple(cut.method for cut in cuts),
+        methods=tuple(cut.method for cut in result.cuts),
     )
-    return MPO(narrowed(xp, moved, dtype), shape, center_site), info
 
 
 def _pick(array: Array, index: int, ndim: int) -> Array:
-    """One of a batch; an array without a batch axis is common to all."""
+    """Return one of a batch; an array without a batch axis is common to all."""
     return array[index] if array.ndim > ndim else array

@@ -12,22 +12,22 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.chains import algebra
 from tnmoe.chains.canonical import canonicalize, shift_left, shift_right
 from tnmoe.chains.precision import narrowed, widened
-from tnmoe.chains.rounding import near_one, times_power
+from tnmoe.chains.scaling import normalized_chains, times_power
 from tnmoe.contraction.einsum import contract
 from tnmoe.errors import InputError, number_in, positive_int
-from tnmoe.mpo import MPO, check_operands
+from tnmoe.mpo import MPO, check_alike
 from tnmoe.truncation.limits import Limits
 
 
 @dataclass(frozen=True)
 class FitInfo:
-    """How a variational fit went.
+    """Errors of a variational fit, sweep by sweep.
 
     Attributes
     ----------
     errors : tuple of float
-        Relative Frobenius error after every sweep. It never grows, but for rounding: it is a
-        difference of norms in double precision: values below 1e-8 are rounding.
+        Relative Frobenius error after every sweep. It never grows, but for rounding. It is a
+        difference of norms in double precision, so values below 1e-8 are rounding.
     converged : bool
         Whether the last sweep changed the error by less than the tolerance.
 
@@ -89,24 +89,23 @@ def fit(
 ) -> MPO | tuple[MPO, FitInfo]:
     """Fit an operator of given bonds to a target by alternating least squares.
 
-    One core after the other is replaced by the best one, the others held fixed (Schollwöck, Ann.
-    Phys. 326, 96 (2011), section 4.5.2). In canonical form the best core is the target contracted
-    with all other cores, so no system of equations is solved, and a sum of targets is never
-    formed.
+    Each core in turn is replaced by the best one beside the other cores (Schollwöck, Ann. Phys.
+    326, 96 (2011), section 4.5.2). In canonical form the best core is the target contracted with
+    all other cores. No system of equations is solved, and a sum of targets is never formed.
 
     Parameters
     ----------
     target : MPO or sequence of MPO
-        What to fit; of a sequence, the sum.
+        What to fit. Of a sequence, the sum is fitted.
     max_bond : int or sequence of int, optional
         Bond dimension, for all bonds or one per bond.
     bonds : sequence of int, optional
         Exact bond dimensions, one per bond.
     initial : MPO, optional
-        Where to start, with its bonds; by default a random operator. A rounded target is a
-        better start, and the fit then never is worse than it.
+        Operator to start from, whose bonds the fit keeps; by default a random one. A rounded target
+        is a better start, and the fit is then never worse than it.
     max_sweeps : int
-        Most sweeps to the right and back.
+        Largest number of sweeps to the right and back.
     tol : float
         Stop when a sweep changes the relative error by less than this.
     rng : numpy Generator or int
@@ -124,7 +123,7 @@ def fit(
     Raises
     ------
     InputError
-        If the targets do not fit together, no bonds are given, or ``initial`` comes with them.
+        If the targets do not fit together, or unless either bonds or ``initial`` are given.
 
     Examples
     --------
@@ -137,23 +136,20 @@ def fit(
     targets = [target] if isinstance(target, MPO) else list(target)
     if not targets:
         raise InputError("a fit needs at least one target, got none")
-    for other in targets:
-        check_operands(targets[0], other)
-        if other.shape != targets[0].shape:
-            raise InputError(f"targets must have one shape, got {targets[0].shape}, {other.shape}")
+    for mpo in targets:
+        check_alike(targets[0], mpo, "a fit")
     max_sweeps = positive_int("max_sweeps", max_sweeps)
     tol = number_in("tol", tol, "[0, inf)")
     start = _start(targets[0], initial, max_bond, bonds, rng)
     xp = get_backend(start.cores[0])
-    name = xp.dtype_name(start.cores[0])
     # In double precision, since an error is measured as a difference of norms.
-    wide = [[widened(xp, core) for core in mpo.cores] for mpo in targets]
-    chains, exponent = near_one(xp, wide)
-    (first,), _ = near_one(xp, [[widened(xp, core) for core in start.cores]])
+    chains, exponent = normalized_chains(xp, [_widened(xp, mpo) for mpo in targets])
+    (first,), _ = normalized_chains(xp, [_widened(xp, start)])
     with xp.full_precision(start.cores[0]):
         cores, info = _alternate(xp, chains, first, max_sweeps, tol)
         cores[0] = times_power(cores[0], exponent)
-        mpo = MPO(narrowed(xp, cores, name), start.shape, 0)
+        dtype = xp.dtype_name(start.cores[0])
+        mpo = MPO(narrowed(xp, cores, dtype), start.shape, 0)
     return (mpo, info) if return_info else mpo
 
 
@@ -167,14 +163,16 @@ def _start(
     if initial is None:
         if max_bond is None and bonds is None:
             raise InputError("a fit needs max_bond, bonds or an initial operator")
-        caps = Limits(target.shape, max_bond, bonds).caps
+        caps = Limits(target.shape, max_bond=max_bond, bonds=bonds).caps
         return MPO.random(target.shape, caps, rng, like=target.cores[0])
     if max_bond is not None or bonds is not None:
         raise InputError("initial brings its own bonds: give no max_bond or bonds beside it")
-    check_operands(target, initial)
-    if initial.shape != target.shape:
-        raise InputError(f"initial has {initial.shape}, the target {target.shape}")
+    check_alike(target, initial, "a fit")
     return initial
+
+
+def _widened(xp: Backend, mpo: MPO) -> list[Array]:
+    return [widened(xp, core) for core in mpo.cores]
 
 
 def _alternate(
@@ -184,26 +182,28 @@ def _alternate(
     max_sweeps: int,
     tol: float,
 ) -> tuple[list[Array], FitInfo]:
+    """Sweep until the error no longer shrinks; return cores canonical around the first site."""
     cores = list(canonicalize(xp, start, None, 0))
     last = len(cores) - 1
     squared = sum(_number(xp, algebra.inner(xp, a, b).real) for a in chains for b in chains)
     one = xp.eye(1, like=cores[0])
-    # Environments of every target: left[k] (D_target, D) left of site k, right[k] right of it.
+    # Per site k, the environments (D_target, D) of every target: left[k] of the part left of the
+    # site, right[k] of the part right of it.
     left: list[list[Array]] = [[one] * len(chains)] + [[] for _ in range(last)]
     right: list[list[Array]] = [[] for _ in range(last)] + [[one] * len(chains)]
     for site in range(last, 0, -1):
-        right[site - 1] = _grow_right(xp, chains, cores[site], right[site], site)
+        right[site - 1] = _extend_left(xp, chains, cores[site], right[site], site)
     errors: list[float] = []
     for _ in range(max_sweeps):
         for site in range(last):
-            cores[site] = _best(xp, chains, left[site], right[site], site)
+            cores[site] = _best_core(xp, chains, left[site], right[site], site)
             cores[site], cores[site + 1] = shift_right(xp, cores[site], cores[site + 1])
-            left[site + 1] = _grow_left(xp, chains, cores[site], left[site], site)
+            left[site + 1] = _extend_right(xp, chains, cores[site], left[site], site)
         for site in range(last, 0, -1):
-            cores[site] = _best(xp, chains, left[site], right[site], site)
+            cores[site] = _best_core(xp, chains, left[site], right[site], site)
             cores[site - 1], cores[site] = shift_left(xp, cores[site - 1], cores[site])
-            right[site - 1] = _grow_right(xp, chains, cores[site], right[site], site)
-        cores[0] = _best(xp, chains, left[0], right[0], 0)
+            right[site - 1] = _extend_left(xp, chains, cores[site], right[site], site)
+        cores[0] = _best_core(xp, chains, left[0], right[0], 0)
         missed = max(0.0, squared - _number(xp, xp.norm(cores[0])) ** 2)
         errors.append((missed / squared) ** 0.5 if squared else 0.0)
         if len(errors) > 1 and errors[-2] - errors[-1] < tol:
@@ -211,22 +211,22 @@ def _alternate(
     return cores, FitInfo(tuple(errors), last == 0)
 
 
-def _best(
+def _best_core(
     xp: Backend,
     chains: Sequence[Sequence[Array]],
     left: Sequence[Array],
     right: Sequence[Array],
     site: int,
 ) -> Array:
-    """The core that minimises the error, the others being isometries."""
-    parts = [
+    """Return the core that minimises the error, all other cores being isometries."""
+    terms = [
         contract(xp, "ax,aoib,by->xoiy", before, chain[site], after)
         for chain, before, after in zip(chains, left, right, strict=True)
     ]
-    return sum(parts[1:], start=parts[0])
+    return sum(terms[1:], start=terms[0])
 
 
-def _grow_left(
+def _extend_right(
     xp: Backend, chains: Sequence[Sequence[Array]], core: Array, left: Sequence[Array], site: int
 ) -> list[Array]:
     bra = xp.conj(core)
@@ -236,7 +236,7 @@ def _grow_left(
     ]
 
 
-def _grow_right(
+def _extend_left(
     xp: Backend, chains: Sequence[Sequence[Array]], core: Array, right: Sequence[Array], site: int
 ) -> list[Array]:
     bra = xp.conj(core)

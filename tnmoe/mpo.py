@@ -1,4 +1,4 @@
-"""Matrix product operators: immutable chains of cores with a tracked orthogonality centre."""
+"""Matrix product operators: immutable chains of cores with a known orthogonality centre."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
+from tnmoe.backends.protocol import COMPLEX_DTYPES
 from tnmoe.chains import algebra
 from tnmoe.chains.canonical import canonicalize, schmidt_values, vidal
-from tnmoe.chains.precision import computable, in_one_dtype, narrowed, widened
+from tnmoe.chains.checks import check_cores
+from tnmoe.chains.precision import computable, narrowed, widened
 from tnmoe.chains.rounding import round_chain
-from tnmoe.contraction.plan import apply_cores, to_padded_matrix
+from tnmoe.contraction.build import as_numpy, to_padded_matrix
 from tnmoe.errors import InputError, generator_of, index_in, shown
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, resolve_center_site
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
 from tnmoe.truncation.spectra import entanglement_entropy
@@ -37,7 +38,7 @@ class MPO:
     shape : MPOShape, optional
         Legs and matrix size; by default read from the cores, without padding.
     center_site : int, optional
-        Site at which the cores are known to be canonical. It is not verified.
+        Site around which the cores are canonical, if that is known. It is not verified.
 
     Raises
     ------
@@ -96,7 +97,7 @@ class MPO:
 
     @classmethod
     def identity(cls, shape: MPOShape, like: Array | None = None) -> MPO:
-        """The identity matrix; all bonds are 1, or 2 where the shape is padded.
+        """Return the identity matrix; all bonds are 1, or 2 where the shape is padded.
 
         Parameters
         ----------
@@ -108,7 +109,7 @@ class MPO:
         Raises
         ------
         InputError
-            If the shape is not square, site by site.
+            If a site's output leg differs from its input leg.
 
         Examples
         --------
@@ -120,14 +121,11 @@ class MPO:
         """
         _check_square(shape, "the identity")
         like = np.zeros(()) if like is None else like
-        xp = get_backend(like)
-        if shape.padded_out == shape.out_features:
-            return cls(algebra.identity(xp, shape.out_dims, like), shape)
-        return cls(algebra.mask(xp, shape.out_dims, shape.out_features, like), shape)
+        return cls(algebra.identity(get_backend(like), shape, like), shape)
 
     @classmethod
     def zeros(cls, shape: MPOShape, like: Array | None = None) -> MPO:
-        """The zero matrix; all bonds are 1.
+        """Return the zero matrix; all bonds are 1.
 
         Parameters
         ----------
@@ -153,7 +151,7 @@ class MPO:
         rng: np.random.Generator | int | None = None,
         like: Array | None = None,
     ) -> MPO:
-        """Independent normal cores, so scaled that every entry of the matrix has variance 1.
+        """Draw independent normal cores, scaled so that every entry has variance 1.
 
         Parameters
         ----------
@@ -162,7 +160,7 @@ class MPO:
         max_bond : int or sequence of int, optional
             Largest bond dimension; exact bonds by default.
         rng : numpy Generator or int, optional
-            Source of random numbers; one seed gives the same numbers in every library.
+            Source of random numbers. A seed gives the same numbers in every library.
         like : array, optional
             Gives library, dtype and device; by default NumPy's float64.
 
@@ -183,7 +181,7 @@ class MPO:
 
     @property
     def num_params(self) -> int:
-        """Numbers held by all cores together."""
+        """Number of entries of all cores together."""
         return sum(prod(core.shape) for core in self.cores)
 
     @property
@@ -192,24 +190,24 @@ class MPO:
         return self.cores[0].dtype
 
     def to_matrix(self) -> Array:
-        """The dense matrix, shape (out_features, in_features)."""
+        """Return the dense matrix, shape (out_features, in_features)."""
         with self._full_precision():
             matrix = to_padded_matrix(self._backend, self._computable_cores())
             return self._in_own_dtype(matrix)[: self.shape.out_features, : self.shape.in_features]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The dense matrix for ``np.asarray``, without gradients, from any library and device."""
+        """Return the dense matrix as NumPy's, from any library and device, without gradients."""
         return as_numpy(self._backend, self.to_matrix(), dtype, copy)
 
     def apply(self, x: Array) -> Array:
         """Apply to vectors along the last axis: (..., in_features) → (..., out_features).
 
-        The result has the dtype that NumPy would give a product of both, in every library.
-        The vectors are contracted with the cores, or with the built matrix where
+        The result has the dtype that NumPy gives a product of both, in every library. The vectors
+        are contracted with the cores, or with the built matrix where
         :func:`tnmoe.contraction_plan` finds that cheaper for this many vectors.
 
-        Its products are as precise as torch's own: rougher under ``torch.autocast`` and with TF32.
-        Everything else that an MPO computes has full precision there, too.
+        Under ``torch.autocast`` and with TF32, these products are as rough as torch's own. All
+        other methods of an MPO compute in full precision there, too.
 
         Parameters
         ----------
@@ -231,27 +229,17 @@ class MPO:
                 f"x must have {shape.in_features} entries along its last axis, "
                 f"got shape {tuple(x.shape)}"
             )
-        # Sizes are spelled out: -1 is ambiguous for an empty batch.
-        vectors = x.reshape(prod(x.shape[:-1]), shape.in_features)
-        if shape.padded_in != shape.in_features:
-            vectors = xp.pad(vectors, vectors.shape[0], shape.padded_in)
-        vectors, *cores = in_one_dtype(xp, [vectors, *self.cores])
-        same = xp.dtype_name(x) == xp.dtype_name(self.cores[0])
-        dtype = xp.dtype_name(self.cores[0] if same else vectors)
-        result = xp.astype(apply_cores(xp, shape, cores, vectors), dtype)
-        return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)
+        return algebra.apply(xp, shape, self.cores, x)
 
     def __add__(self, other: MPO) -> MPO:
         if not isinstance(other, MPO):
             return NotImplemented
-        check_operands(self, other)
-        if self.shape != other.shape:
-            raise InputError(f"cannot add {self.shape} and {other.shape}: they must be equal")
+        check_alike(self, other, "a sum")
         with self._full_precision():
             return MPO(algebra.add(self._backend, [self.cores, other.cores]), self.shape)
 
     def __radd__(self, other: Any) -> MPO:
-        """What ``sum([a, b])`` begins with: 0 + a."""
+        """Return the operator itself for 0 + a, which ``sum([a, b])`` begins with."""
         return self if type(other) is int and other == 0 else NotImplemented
 
     def __neg__(self) -> MPO:
@@ -298,9 +286,11 @@ class MPO:
         return NotImplemented
 
     def _compose(self, other: MPO) -> MPO:
+        check_operands(self, other)
+        shape, xp = algebra.product_shape(self.shape, other.shape), self._backend
         with self._full_precision():
-            shape, factors = product_factors(self, other)
-            cores = algebra.compose(self._backend, *factors)
+            factors = algebra.product_factors(xp, self.shape, self.cores, other.cores)
+            cores = algebra.compose(xp, *factors)
             return MPO([self._in_own_dtype(core) for core in cores], shape)
 
     @property
@@ -316,30 +306,27 @@ class MPO:
         return self.conj().T
 
     def conj(self) -> MPO:
-        """The complex conjugate; a real MPO itself."""
+        """Return the complex conjugate; a real MPO is its own."""
         cores = [self._backend.conj(core) for core in self.cores]
         return MPO(cores, self.shape, self.center_site)
 
     def trace(self) -> Array:
-        """Sum of the diagonal, a scalar of the cores' library.
+        """Sum the diagonal; a scalar of the cores' library.
 
         Raises
         ------
         InputError
-            If the output legs are not the input legs, site by site.
+            If a site's output leg differs from its input leg.
         """
         _check_square(self.shape, "a trace")
-        xp, cores = self._backend, self._computable_cores()
+        cores = self._computable_cores()
         with self._full_precision():
-            if self.shape.padded_out != self.shape.out_features:
-                legs, size = self.shape.out_dims, self.shape.out_features
-                cores = algebra.compose(xp, algebra.mask(xp, legs, size, cores[0]), cores)
-            return self._in_own_dtype(algebra.trace(xp, cores))
+            return self._in_own_dtype(algebra.trace(self._backend, self.shape, cores))
 
     def inner(self, other: MPO) -> Array:
-        """Frobenius inner product ⟨self, other⟩ = Σ conj(self) · other, a scalar.
+        """Compute the Frobenius inner product ⟨self, other⟩ = Σ conj(self) · other, a scalar.
 
-        Like ``norm``, it is that of the whole chains, padding included.
+        Like ``norm``, it is that of the whole chains, with their padding.
 
         Parameters
         ----------
@@ -351,7 +338,7 @@ class MPO:
         InputError
             If shapes or dtypes differ.
         TypeError
-            If ``other`` is no MPO, or one of another library.
+            If ``other`` is no MPO, or belongs to another library.
 
         Examples
         --------
@@ -359,9 +346,7 @@ class MPO:
         >>> one.inner(3 * one).item()
         12.0
         """
-        check_operands(self, other)
-        if self.shape != other.shape:
-            raise InputError(f"{self.shape} and {other.shape} must be equal for an inner product")
+        check_alike(self, other, "an inner product")
         bra, ket = self._computable_cores(), other._computable_cores()
         with self._full_precision():
             return self._in_own_dtype(algebra.inner(self._backend, bra, ket))
@@ -370,48 +355,48 @@ class MPO:
         return self._backend.astype(array, self._backend.dtype_name(self.cores[0]))
 
     def norm(self) -> Array:
-        """Frobenius norm, a real scalar of the cores' library.
+        """Compute the Frobenius norm, a real scalar of the cores' library.
 
-        It is that of the whole chain: where the shape is padded and bonds were truncated, it
+        It is that of the whole chain. Where the shape is padded and bonds were truncated, it
         includes what the truncation left in the padding, which ``to_matrix`` cuts off.
 
-        With a known centre it is the norm of one core, otherwise the root of ⟨self, self⟩,
+        With a known centre it is the norm of one core. Otherwise it is the root of ⟨self, self⟩,
         computed in double precision.
         """
         xp = self._backend
         if self.center_site is not None:
             return xp.norm(self.cores[self.center_site])
         cores = [widened(xp, core) for core in self.cores]
-        # What overflows is done again below.
+        # Where this overflows, another way is taken below.
         with self._full_precision(), np.errstate(over="ignore", invalid="ignore"):
             squared = algebra.inner(xp, cores, cores).real
         if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
             return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
-        # Squares over- or underflow: a gauge move keeps to the numbers themselves.
+        # Squares over- or underflow: a gauge move works with the numbers themselves.
         center_site = self.shape.center_site
         return xp.norm(self.canonicalize(center_site).cores[center_site])
 
     def canonicalize(self, center_site: int | None = None) -> MPO:
-        """The same operator with its orthogonality centre at a site.
+        """Move the orthogonality centre to a site; the operator stays the same.
 
         Parameters
         ----------
         center_site : int, optional
-            Site to move to; by default the one of the central core, ``shape.center_site``.
+            Site to move to; by default that of the central core, ``shape.center_site``.
 
         Returns
         -------
         MPO
-            Cores left of ``center_site`` are isometries read as (left bond · legs) × right bond,
-            those right of it read as left bond × (legs · right bond). A bond larger than its
-            neighbours can use shrinks.
+            Cores left of ``center_site`` are isometries when read as (left bond · legs) × right
+            bond, and cores right of it when read as left bond × (legs · right bond). A bond larger
+            than its neighbours can use shrinks.
 
         Raises
         ------
         InputError
             If ``center_site`` is not a site.
         """
-        center_site = check_center_site(self.shape, center_site)
+        center_site = resolve_center_site(self.shape, center_site)
         with self._full_precision():
             cores = canonicalize(
                 self._backend, self._computable_cores(), self.center_site, center_site
@@ -420,11 +405,11 @@ class MPO:
             return MPO(narrowed(self._backend, cores, name), self.shape, center_site)
 
     def vidal(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Symmetric (Vidal) form: cores Γ and the Schmidt values λ of the bonds between them.
+        """Return the symmetric (Vidal) form: cores Γ and Schmidt values λ of the bonds between.
 
-        The operator is the chain Γ₁·diag(λ₁)·Γ₂·diag(λ₂)·…·Γₙ; λΓ is a left isometry at every
-        site but the last, Γλ a right one at every site but the first. Schmidt values that are
-        rounding noise are dropped, because the form divides by them.
+        The operator is the chain Γ₁·diag(λ₁)·Γ₂·diag(λ₂)·…·Γₙ. λΓ is a left isometry at every
+        site but the last, and Γλ a right isometry at every site but the first. Schmidt values that
+        are rounding noise are dropped, because the form divides by them.
 
         Returns
         -------
@@ -481,8 +466,8 @@ class MPO:
     ) -> MPO | tuple[MPO, TruncationInfo]:
         """Round to smaller bonds.
 
-        Without arguments nothing is lost but what is rounding noise, so that every bond gets its
-        exact rank. No bond ever grows.
+        Without arguments only rounding noise is lost, so every bond gets its exact rank. No bond
+        ever grows.
 
         Parameters
         ----------
@@ -491,9 +476,9 @@ class MPO:
         bonds : sequence of int, optional
             Exact bond dimensions, one per bond.
         rtol : float, optional
-            Guaranteed relative Frobenius error of the whole chain, padding included.
+            Guaranteed relative Frobenius error of the whole chain, with its padding.
         max_params : int, optional
-            Most numbers that all cores may hold together.
+            Largest number of parameters of all cores together.
         center_site : int, optional
             Site of the orthogonality centre; by default ``shape.center_site``.
         return_info : bool
@@ -510,12 +495,12 @@ class MPO:
         ------
         InputError
             If an argument is out of range or contradicts another, or if ``bonds`` exceed the
-            bonds that are there.
+            present bonds.
 
         Notes
         -----
-        TT-rounding (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), algorithm 2), with the
-        isometries right of a bond never formed.
+        TT-rounding (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), algorithm 2), which here
+        never forms the isometries right of a bond.
 
         Examples
         --------
@@ -524,20 +509,18 @@ class MPO:
         >>> mpo.compress().bond_dims
         (1,)
         """
-        center_site = check_center_site(self.shape, center_site)
-        selection = Limits(self.shape, max_bond, bonds, rtol, max_params)
-        xp, name = self._backend, self._backend.dtype_name(self.cores[0])
-        with self._full_precision():
-            rounded, info = round_chain(xp, self._computable_cores(), selection)
-            cores = canonicalize(xp, rounded, self.shape.sites - 1, center_site)
-            mpo = MPO(narrowed(xp, cores, name), self.shape, center_site)
+        center_site = resolve_center_site(self.shape, center_site)
+        limits = Limits(
+            self.shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params
+        )
+        mpo, info = round_mpo(self, limits, center_site)
         return (mpo, info) if return_info else mpo
 
     def schmidt_values(self, bond: int) -> Array:
-        """Schmidt values across a bond, descending.
+        """Return the Schmidt values across a bond, descending.
 
         They are the singular values of the matrix whose rows are the legs left of the bond and
-        whose columns are those right of it.
+        whose columns are the legs right of it.
 
         Parameters
         ----------
@@ -562,10 +545,10 @@ class MPO:
             return schmidt_values(xp, cores, self.center_site, bond)
 
     def entropy(self, bond: int) -> float:
-        """Entanglement entropy across a bond, in nats.
+        """Return the entanglement entropy across a bond, in nats.
 
         It is −Σ p log p of the normalised squares p of the Schmidt values: 0 for a product of
-        operators, log D where all D values are equal.
+        operators, and log D where all D values are equal.
 
         Parameters
         ----------
@@ -595,40 +578,6 @@ class MPO:
         )
 
 
-def kron(a: MPO, b: MPO) -> MPO:
-    """Kronecker product: the sites of ``a`` followed by those of ``b``.
-
-    Parameters
-    ----------
-    a, b : MPO
-        Of one library and dtype.
-
-    Raises
-    ------
-    InputError
-        If dtypes differ, or the shape of ``b`` is padded: its padding would end up inside.
-    TypeError
-        If ``b`` is no MPO, or one of another library.
-
-    Examples
-    --------
-    >>> one = MPO.identity(MPOShape((2,), (2,)))
-    >>> kron(one, 3 * one).to_matrix().diagonal()
-    array([3., 3., 3., 3.])
-    """
-    check_operands(a, b)
-    left, right = a.shape, b.shape
-    if (right.padded_out, right.padded_in) != (right.out_features, right.in_features):
-        raise InputError(f"the second factor of kron must not be padded, got {right}")
-    shape = MPOShape(
-        left.out_dims + right.out_dims,
-        left.in_dims + right.in_dims,
-        left.out_features * right.out_features,
-        left.in_features * right.in_features,
-    )
-    return MPO(a.cores + b.cores, shape)
-
-
 def _check_square(shape: MPOShape, what: str) -> None:
     if shape.out_dims != shape.in_dims or shape.out_features != shape.in_features:
         raise InputError(f"{what} needs equal output and input legs at every site, got {shape}")
@@ -642,68 +591,27 @@ def check_operands(a: MPO, b: MPO) -> None:
     """Raise unless two operators are of one library and one dtype."""
     if not isinstance(b, MPO):
         raise TypeError(f"expected an MPO, got {type(b).__qualname__}")
-    one, other = get_backend(a.cores[0]), get_backend(b.cores[0])
-    if one is not other:
-        raise TypeError(f"both operands need one library, got {one.name} and {other.name}")
+    left, right = get_backend(a.cores[0]), get_backend(b.cores[0])
+    if left is not right:
+        raise TypeError(f"both operands need one library, got {left.name} and {right.name}")
     if a.dtype != b.dtype:
         raise InputError(f"both operands need one dtype, got {a.dtype} and {b.dtype}")
 
 
-def product_factors(a: MPO, b: MPO) -> tuple[MPOShape, tuple[Sequence[Array], Sequence[Array]]]:
-    """Shape of the product ``a @ b``, and the two chains to multiply for it."""
+def check_alike(a: MPO, b: MPO, purpose: str) -> None:
+    """Raise unless two operators are of one library, dtype and shape, as a purpose needs them."""
     check_operands(a, b)
-    left, right = a.shape, b.shape
-    if left.in_dims != right.out_dims or left.in_features != right.out_features:
-        raise InputError(
-            f"cannot compose: the input legs of {left} are not the output legs of {right}"
-        )
-    xp = get_backend(a.cores[0])
-    first, second = ([computable(xp, core) for core in mpo.cores] for mpo in (a, b))
-    if left.padded_in != left.in_features:
-        # What truncations left in the padding must not meet.
-        inside = algebra.mask(xp, left.in_dims, left.in_features, second[0])
-        second = list(algebra.compose(xp, inside, second))
-    shape = MPOShape(left.out_dims, right.in_dims, left.out_features, right.in_features)
-    return shape, (first, second)
+    if a.shape != b.shape:
+        raise InputError(f"{purpose} needs operators of one shape, got {a.shape} and {b.shape}")
 
 
-def as_numpy(xp: Backend, matrix: Array, dtype: Any, copy: bool | None) -> np.ndarray:
-    """A matrix that was built for NumPy's ``__array__`` protocol."""
-    if copy is False:
-        raise ValueError("the cores of an operator are no dense matrix: a copy is needed")
-    # Of one site it is a view of the core, which a caller who asks for a copy may write into.
-    return np.array(xp.to_numpy(matrix), dtype=dtype, copy=True if copy else None)
-
-
-def check_center_site(shape: MPOShape, center_site: int | None) -> int:
-    """``center_site``, or the shape's own where it is None; an InputError unless it is a site."""
-    return (
-        shape.center_site
-        if center_site is None
-        else index_in("center_site", center_site, shape.sites)
-    )
-
-
-def check_cores(cores: tuple[Array, ...]) -> Backend:
-    """Backend of cores that chain, share a library and a dtype; otherwise an InputError."""
-    if not cores:
-        raise InputError("an MPO needs at least one core, got none")
-    xp = get_backend(cores[0])
-    names = {xp.dtype_name(core) for core in cores if get_backend(core) is xp}
-    if any(get_backend(core) is not xp for core in cores) or len(names) > 1:
-        kinds = [f"{type(core).__module__}.{core.dtype}" for core in cores]
-        raise InputError(f"all cores need one library and one dtype, got {kinds}")
-    shapes = [tuple(core.shape) for core in cores]
-    if any(len(core) != 4 for core in shapes):
-        raise InputError(f"every core needs axes (left bond, out, in, right bond), got {shapes}")
-    lefts = [core[0] for core in shapes] + [1]
-    rights = [1] + [core[3] for core in shapes]
-    if lefts != rights:
-        raise InputError(
-            f"neighbouring cores need equal bonds and the outermost bonds must be 1, got {shapes}"
-        )
-    if 0 in lefts:
-        raise InputError(f"bonds must be at least 1, got {shapes}")
-    if not names <= {*REAL_DTYPES, *COMPLEX_DTYPES}:
-        raise InputError(f"cores must be floating-point or complex, got dtype {names.pop()}")
-    return xp
+def round_mpo(
+    mpo: MPO, limits: Limits, center_site: int | None = None
+) -> tuple[MPO, TruncationInfo]:
+    """Round an operator to limits that are checked; see :meth:`MPO.compress`."""
+    center_site = resolve_center_site(mpo.shape, center_site)
+    xp, dtype = get_backend(mpo.cores[0]), get_backend(mpo.cores[0]).dtype_name(mpo.cores[0])
+    with xp.full_precision(mpo.cores[0]):
+        rounded, info = round_chain(xp, [computable(xp, core) for core in mpo.cores], limits)
+        cores = canonicalize(xp, rounded, mpo.shape.sites - 1, center_site)
+        return MPO(narrowed(xp, cores, dtype), mpo.shape, center_site), info

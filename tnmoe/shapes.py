@@ -4,148 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
 from tnmoe.errors import InputError, index_in, positive_int, shown
-
-# A size is padded when its largest factor exceeds the geometric mean of its factors by more than
-# this: 8 keeps 43 · 4⁴ (Llama's 11008) as it is and sends primes such as 50257 to a neighbour.
-_MAX_IMBALANCE = 8
-
-
-# Sizes up to here are split into factors; the largest prime factors are then found in milliseconds.
-_LARGEST_SIZE = 2**40
-# No size up to there has as many prime factors.
-_MOST_SITES = 100
-# The number of sizes that padding tries. With many sites, sizes that fit are rare.
-_TRIES = 2**14
-
-
-@lru_cache(maxsize=100_000)
-def _primes(n: int) -> tuple[int, ...]:
-    """Prime factors of n, ascending."""
-    found, divisor = [], 2
-    while divisor * divisor <= n:
-        while n % divisor == 0:
-            found.append(divisor)
-            n //= divisor
-        divisor += 1 if divisor == 2 else 2
-    return (*found, n) if n > 1 else tuple(found)
-
-
-@lru_cache(maxsize=100_000)
-def _divisors(n: int) -> tuple[int, ...]:
-    divisors = {1}
-    for prime in _primes(n):
-        divisors |= {prime * divisor for divisor in divisors}
-    return tuple(sorted(divisors))
-
-
-@lru_cache(maxsize=100_000)
-def _most_balanced(n: int, parts: int) -> tuple[int, ...]:
-    """Ascending factors of n with the smallest sum; for a fixed product that is the most even."""
-    if parts == 1:
-        return (n,)
-    primes = _primes(n)
-    if parts >= len(primes):
-        return (*(1,) * (parts - len(primes)), *primes)
-    candidates = (
-        tuple(sorted((smallest, *_most_balanced(n // smallest, parts - 1))))
-        for smallest in _divisors(n)
-        if smallest**parts <= n
-    )
-    return min(candidates, key=lambda factors: (sum(factors), factors[-1], factors))
-
-
-def factorize(n: int, sites: int) -> tuple[int, ...]:
-    """Split ``n`` into ``sites`` factors, as even as they can be, the largest in the middle.
-
-    Even factors spread the freedom of an MPO over its sites; a large middle factor puts the
-    parameters into the central core, which experts share.
-
-    Parameters
-    ----------
-    n : int
-        Size to split, at least 1.
-    sites : int
-        Number of factors, at least 1.
-
-    Returns
-    -------
-    tuple of int
-        ``sites`` positive factors whose product is ``n``.
-
-    Raises
-    ------
-    InputError
-        If ``n`` is not an integer from 1 to 2⁴⁰, or ``sites`` none from 1 to 100.
-
-    Examples
-    --------
-    >>> factorize(3072, 5), factorize(768, 5)
-    ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))
-    """
-    n, sites = _size_to_split("n", n), _number_of_sites(sites)
-    descending = _most_balanced(n, sites)[::-1]
-    middle = sites // 2
-    # The largest goes to the middle, the next ones alternately to its right and left.
-    places = sorted(range(sites), key=lambda site: (abs(site - middle), site < middle))
-    arranged = [0] * sites
-    for site, factor in zip(places, descending, strict=True):
-        arranged[site] = factor
-    return tuple(arranged)
-
-
-def _padded_size(n: int, sites: int) -> int:
-    """Smallest size from ``n`` up that splits into ``sites`` reasonably even factors.
-
-    Where none is near, the next product of 2, 3, 5 and 7 that does.
-    """
-    for size in range(n, n + _TRIES):
-        if _is_even(size, sites):
-            return size
-    size = _smooth(n)
-    while not _is_even(size, sites):
-        size = _smooth(size + 1)
-    return size
-
-
-def _is_even(size: int, sites: int) -> bool:
-    """Whether a size splits into factors that are not much larger than their geometric mean."""
-    largest = _MAX_IMBALANCE * size ** (1 / sites)
-    rest, divisor = size, 2
-    # No prime factor may be larger than that: found out sooner than what the factors are.
-    while divisor <= largest and divisor * divisor <= rest:
-        while rest % divisor == 0:
-            rest //= divisor
-        divisor += 1 if divisor == 2 else 2
-    return rest <= largest and max(_most_balanced(size, sites)) <= largest
-
-
-def _smooth(n: int) -> int:
-    """Smallest product of 2, 3, 5 and 7 that is at least n."""
-    best = 1 << (n - 1).bit_length()
-    odd = {1}
-    for prime in (3, 5, 7):
-        fresh = odd
-        while fresh := {prime * product for product in fresh if prime * product < best}:
-            odd = odd | fresh
-    return min((product << (-(-n // product) - 1).bit_length()) for product in odd)
+from tnmoe.factors import factorize, number_of_sites, padded_size, size_to_split
 
 
 @dataclass(frozen=True)
 class MPOShape:
-    """How an (out_features × in_features) matrix splits over the sites of an MPO.
+    """The split of an (out_features × in_features) matrix over the sites of an MPO.
 
-    Site k carries an output leg of size ``out_dims[k]`` and an input leg of size ``in_dims[k]``.
-    Where the product of the legs exceeds the matrix, the matrix is padded with zeros.
+    Site k has an output leg of size ``out_dims[k]`` and an input leg of size ``in_dims[k]``.
+    Where the product of the legs exceeds the size of the matrix, zeros pad the matrix.
 
     Parameters
     ----------
     out_dims, in_dims : sequence of int
-        Leg sizes, one per site, each at least 1.
+        Leg sizes, one per site; all at least 1.
     out_features, in_features : int, optional
         Size of the matrix; by default the products of the legs.
 
@@ -187,26 +63,26 @@ class MPOShape:
         set_field = object.__setattr__
         set_field(self, "out_dims", out_dims)
         set_field(self, "in_dims", in_dims)
-        set_field(self, "out_features", _check_size("out", out_features, out_dims))
-        set_field(self, "in_features", _check_size("in", in_features, in_dims))
+        set_field(self, "out_features", _features("out", out_features, out_dims))
+        set_field(self, "in_features", _features("in", in_features, in_dims))
 
     @classmethod
     def for_matrix(cls, out_features: int, in_features: int, sites: int = 5) -> MPOShape:
-        """Balanced, interleaved shape: every site has an output and an input leg.
+        """Split a matrix evenly: every site has an output and an input leg.
 
         Parameters
         ----------
         out_features, in_features : int
-            Size of the matrix. A size whose largest factor would exceed 8 times the geometric
-            mean of its factors (a large prime, say) is padded to the next size that does not. Where
-            that is none of the next 2¹⁴, it is the next product of 2, 3, 5 and 7.
+            Size of the matrix. A size with a factor of more than 8 times the geometric mean of its
+            factors (a large prime, say) is padded to the next size without one. If none of the
+            next 2¹⁴ sizes will do, it is padded to a product of 2, 3, 5 and 7.
         sites : int
             Number of sites.
 
         Raises
         ------
         InputError
-            If a size is not an integer from 1 to 2⁴⁰, or ``sites`` none from 1 to 100.
+            If a size is not an integer from 1 to 2⁴⁰, or ``sites`` is not one from 1 to 100.
 
         Examples
         --------
@@ -215,31 +91,15 @@ class MPOShape:
         >>> MPOShape.for_matrix(50257, 768, sites=3)
         MPOShape(out_dims=(8, 103, 61), in_dims=(8, 12, 8), out_features=50257)
         """
-        out_features = _size_to_split("out_features", out_features)
-        in_features = _size_to_split("in_features", in_features)
-        sites = _number_of_sites(sites)
+        out_features = size_to_split("out_features", out_features)
+        in_features = size_to_split("in_features", in_features)
+        sites = number_of_sites(sites)
         return cls(
-            factorize(_padded_size(out_features, sites), sites),
-            factorize(_padded_size(in_features, sites), sites),
+            factorize(padded_size(out_features, sites), sites),
+            factorize(padded_size(in_features, sites), sites),
             out_features,
             in_features,
         )
-
-    def is_split(self, center_site: int) -> bool:
-        """Whether no output leg lies right of a site and no input leg left of it.
-
-        Raises
-        ------
-        InputError
-            If ``center_site`` is not a site.
-
-        Examples
-        --------
-        >>> MPOShape.split(3072, 768, left=64, right=64).is_split(1)
-        True
-        """
-        (_, _, out_right), (in_left, _, _) = self.legs_around(center_site)
-        return out_right == 1 == in_left
 
     @classmethod
     def split(
@@ -249,18 +109,18 @@ class MPOShape:
         left: int | Sequence[int] = 64,
         right: int | Sequence[int] = 64,
     ) -> MPOShape:
-        """Output legs left of the centre, input legs right of it.
+        """Split a matrix into output legs left of the centre and input legs right of it.
 
-        Experts of this shape never have to be built: the central core is one dense product for
-        the tokens of all experts.
+        Experts of this shape never have to be built: the central core is one dense product for the
+        tokens of all experts.
 
         Parameters
         ----------
         out_features, in_features : int
             Size of the matrix.
         left, right : int or sequence of int
-            Output legs of the sites left of the centre, input legs of those right of it. Their
-            products must divide ``out_features`` and ``in_features``.
+            Output legs of the sites left of the centre, and input legs of the sites right of it.
+            Their products must divide ``out_features`` and ``in_features``.
 
         Raises
         ------
@@ -297,7 +157,7 @@ class MPOShape:
 
     @property
     def legs(self) -> tuple[int, ...]:
-        """Size of every site: its output leg times its input leg."""
+        """Sizes of all sites: output leg times input leg."""
         return tuple(out * in_ for out, in_ in zip(self.out_dims, self.in_dims, strict=True))
 
     @property
@@ -312,10 +172,26 @@ class MPOShape:
 
     @property
     def center_site(self) -> int:
-        """Site of the central core: the largest at exact bonds; of equals, the middle-most."""
+        """Site of the central core: the largest core at exact bonds, of equal ones the middle."""
         sizes = [prod(core) for core in self.core_shapes()]
         middle = (self.sites - 1) / 2
         return min(range(self.sites), key=lambda site: (-sizes[site], abs(site - middle), -site))
+
+    def is_split(self, center_site: int) -> bool:
+        """Tell whether no output leg lies right of a site and no input leg left of it.
+
+        Raises
+        ------
+        InputError
+            If ``center_site`` is not a site.
+
+        Examples
+        --------
+        >>> MPOShape.split(3072, 768, left=64, right=64).is_split(1)
+        True
+        """
+        (_, _, out_right), (in_left, _, _) = self.legs_around(center_site)
+        return out_right == 1 == in_left
 
     def legs_around(self, center_site: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Return the legs left of a site, of the site and right of it: outputs, then inputs.
@@ -348,21 +224,21 @@ class MPOShape:
         return outs, ins
 
     def bond_dims(self, max_bond: int | Sequence[int] | None = None) -> tuple[int, ...]:
-        """Inner bond dimensions, exact or limited.
+        """Return the inner bond dimensions, exact or limited.
 
         Parameters
         ----------
         max_bond : int or sequence of int, optional
             Largest bond dimension, for all bonds or one per bond. Without it the bonds are exact:
-            every matrix of this shape fits.
+            they can hold every matrix of this shape.
 
         Returns
         -------
         tuple of int
-            ``sites - 1`` dimensions; no bond is larger than its neighbours can use.
+            ``sites - 1`` dimensions. No bond is larger than its neighbours can use.
         """
         legs = self.legs
-        caps = self._caps(max_bond)
+        caps = self._cap_per_bond(max_bond)
         bonds = [1]
         for cap, leg in zip(caps, legs[:-1], strict=True):
             bonds.append(min(cap, bonds[-1] * leg))
@@ -374,23 +250,17 @@ class MPOShape:
     def core_shapes(
         self, max_bond: int | Sequence[int] | None = None
     ) -> tuple[tuple[int, int, int, int], ...]:
-        """Shapes (left bond, out, in, right bond) of all cores.
+        """Return the shapes (left bond, out, in, right bond) of all cores.
 
         Parameters
         ----------
         max_bond : int or sequence of int, optional
             As for :meth:`bond_dims`; exact bonds by default.
         """
-        bonds = (1, *self.bond_dims(max_bond), 1)
-        return tuple(
-            (left, out, in_, right)
-            for (left, right), out, in_ in zip(
-                pairwise(bonds), self.out_dims, self.in_dims, strict=True
-            )
-        )
+        return chain_shapes(self, self.bond_dims(max_bond))
 
     def num_params(self, max_bond: int | Sequence[int] | None = None) -> int:
-        """Numbers held by all cores together.
+        """Count the parameters of all cores together.
 
         Parameters
         ----------
@@ -399,7 +269,7 @@ class MPOShape:
         """
         return sum(prod(core) for core in self.core_shapes(max_bond))
 
-    def _caps(self, max_bond: int | Sequence[int] | None) -> tuple[int, ...]:
+    def _cap_per_bond(self, max_bond: int | Sequence[int] | None) -> tuple[int, ...]:
         bonds = self.sites - 1
         if max_bond is None:
             return (self.padded_out * self.padded_in,) * bonds
@@ -420,18 +290,24 @@ class MPOShape:
         return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
 
 
-def _size_to_split(name: str, size: int) -> int:
-    size = positive_int(name, size)
-    if size > _LARGEST_SIZE:
-        raise InputError(f"{name} must be at most 2**40 to be split into legs, got {shown(size)}")
-    return size
+def chain_shapes(shape: MPOShape, bonds: tuple[int, ...]) -> tuple[tuple[int, int, int, int], ...]:
+    """Return the shapes (left bond, out, in, right bond) of the cores of a chain.
+
+    Unlike :meth:`MPOShape.core_shapes` it takes bonds larger than their neighbours can use.
+    """
+    return tuple(
+        (left, out, in_, right)
+        for (left, right), out, in_ in zip(
+            pairwise((1, *bonds, 1)), shape.out_dims, shape.in_dims, strict=True
+        )
+    )
 
 
-def _number_of_sites(sites: int) -> int:
-    sites = positive_int("sites", sites)
-    if sites > _MOST_SITES:
-        raise InputError(f"sites must be at most {_MOST_SITES}, got {shown(sites)}")
-    return sites
+def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:
+    """Return ``center_site``, checked, or by default the site of the shape's central core."""
+    if center_site is None:
+        return shape.center_site
+    return index_in("center_site", center_site, shape.sites)
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:
@@ -443,11 +319,11 @@ def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:
         ) from None
     if not dims:
         raise InputError(f"{name} needs at least one site, got {dims}")
-    each = f"every leg of {name}={shown(dims)}"
-    return tuple(positive_int(each, dim) for dim in dims)
+    subject = f"every leg of {name}={shown(dims)}"
+    return tuple(positive_int(subject, dim) for dim in dims)
 
 
-def _check_size(side: str, size: int | None, dims: tuple[int, ...]) -> int:
+def _features(side: str, size: int | None, dims: tuple[int, ...]) -> int:
     if size is None:
         return prod(dims)
     size = positive_int(f"{side}_features", size)

@@ -1,4 +1,4 @@
-"""Many matrices that share one central core: the weights of a mixture of experts."""
+"""Matrices that share one central core: the weights of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains.precision import computable
-from tnmoe.contraction.plan import stacked_to_padded_matrices
+from tnmoe.contraction.build import as_numpy, stacked_to_padded_matrices
 from tnmoe.errors import InputError, generator_of, index_in, number_in, positive_int, shown
-from tnmoe.mpo import MPO, as_numpy, check_center_site
-from tnmoe.shapes import MPOShape
+from tnmoe.mpo import MPO
+from tnmoe.shapes import MPOShape, resolve_center_site
 
 
 class SharedMPO:
-    """E matrices of one shape, each an MPO, that share the central core.
+    """E matrices of one shape, every one an MPO, that share the central core.
 
-    The central core holds nearly all the parameters and is stored once; each expert owns only its
+    The central core has nearly all the parameters and is stored once. An expert owns only its
     auxiliary cores (MPOE: Gao et al., COLING 2022, arXiv:2203.01104, section 3.2).
 
     Parameters
@@ -31,7 +31,7 @@ class SharedMPO:
     shape : MPOShape
         Legs and size of the matrices; at least two sites.
     center_site : int, optional
-        Site that is shared; by default ``shape.center_site``.
+        Site of the shared core; by default ``shape.center_site``.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class SharedMPO:
         center_site: int | None = None,
     ) -> None:
         aux = tuple(aux)
-        center_site = check_center_site(shape, center_site)
+        center_site = resolve_center_site(shape, center_site)
         if not aux or any(core.ndim != 5 for core in aux):
             shapes = [tuple(core.shape) for core in aux]
             raise InputError(
@@ -98,7 +98,7 @@ class SharedMPO:
         noise: float = 0.0,
         rng: np.random.Generator | int | None = None,
     ) -> SharedMPO:
-        """Experts that all start as one MPO: sparse upcycling of a pretrained matrix.
+        """Start all experts as one MPO: sparse upcycling of a pretrained matrix.
 
         Parameters
         ----------
@@ -108,7 +108,7 @@ class SharedMPO:
             Number of experts.
         noise : float
             Standard deviation of Gaussian noise on every auxiliary core, as a fraction of that
-            core's root mean square. 0 keeps every expert's function exactly.
+            core's root mean square. At 0 every expert has the function of the MPO.
         rng : numpy Generator or int, optional
             Source of the noise.
 
@@ -140,11 +140,11 @@ class SharedMPO:
 
     @property
     def num_params(self) -> int:
-        """Numbers stored: the central core once, the auxiliary cores of every expert."""
+        """Number of stored parameters: the central core once, auxiliary cores per expert."""
         return prod(self.center.shape) + sum(prod(core.shape) for core in self.aux)
 
     def expert(self, index: int) -> MPO:
-        """One expert as an MPO that shares memory with this object.
+        """Return one expert as an MPO that shares memory with this object.
 
         Parameters
         ----------
@@ -162,7 +162,7 @@ class SharedMPO:
         return MPO(cores, self.shape)
 
     def to_matrices(self) -> Array:
-        """All dense matrices, shape (E, out_features, in_features)."""
+        """Return all dense matrices, shape (E, out_features, in_features)."""
         xp = get_backend(self.center)
         center, *aux = (computable(xp, core) for core in (self.center, *self.aux))
         left, right = aux[: self.center_site], aux[self.center_site :]
@@ -172,7 +172,7 @@ class SharedMPO:
         return matrices[:, : self.shape.out_features, : self.shape.in_features]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The dense matrices for ``np.asarray``, without gradients, from any library and device."""
+        """Return the dense matrices as NumPy's, from any library and device, without gradients."""
         return as_numpy(get_backend(self.center), self.to_matrices(), dtype, copy)
 
     def __repr__(self) -> str:
@@ -185,7 +185,7 @@ class SharedMPO:
 
 
 def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Generator) -> Array:
-    """Copies (E, …) of an array, with Gaussian noise relative to its root mean square."""
+    """Copy an array to (E, …), with Gaussian noise relative to its root mean square."""
     noise = number_in("noise", noise, "[0, inf)")
     xp = get_backend(array)
     with xp.full_precision(array):

@@ -1,9 +1,10 @@
-"""Dimension squeezing: bonds shrunk one after the other for as long as a model stands it."""
+"""Dimension squeezing: bonds shrink one after the other as long as a model's score permits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import floor, isfinite
 
 import numpy as np
@@ -16,20 +17,20 @@ from tnmoe.truncation.spectra import squared_tails
 
 @dataclass(frozen=True)
 class SqueezeStep:
-    """One bond that was shrunk.
+    """One shrinking of a bond.
 
     Attributes
     ----------
     name : str
-        Of the operator.
+        Name of the operator.
     bond : int
-        Which of its bonds.
+        Number of the bond.
     before, after : int
-        Its dimension.
+        Dimension of the bond.
     error : float
         Relative Frobenius error of this step, on this operator.
     score : float
-        Of all operators after it.
+        Score of all operators after this step.
 
     Examples
     --------
@@ -48,16 +49,16 @@ class SqueezeStep:
 
 @dataclass(frozen=True)
 class SqueezeResult:
-    """What squeezing arrived at.
+    """The operators that squeezing ended with, and its steps.
 
     Attributes
     ----------
     mpos : dict of str to MPO
-        The operators after the last step whose score was not below the threshold.
+        Operators after the last step whose score was not below the threshold.
     score : float
         Their score.
     steps : tuple of SqueezeStep
-        Steps that were kept, in order.
+        Steps up to there, in order.
 
     Examples
     --------
@@ -86,23 +87,23 @@ def squeeze(
     min_bond: int = 1,
     max_steps: int | None = None,
 ) -> SqueezeResult:
-    """Shrink bonds, always the one that costs least, until the score falls below a threshold.
+    """Shrink bonds, the one of least error first, until the score falls below a threshold.
 
     Parameters
     ----------
     mpos : mapping of str to MPO
         The matrices of a model, by name.
     score : callable
-        Scores a dict of operators, larger being better: held-out accuracy, say. It may fine-tune
-        the model it builds from them first, as the source does.
+        Score of a dict of operators, such as held-out accuracy; larger is better. The callable may
+        first fine-tune the model that it builds from them, as the source does.
     threshold : float
         Least score to accept.
     factor : float
-        A bond D shrinks to floor(factor · D), and at least by 1.
+        A bond D shrinks to floor(factor · D), but by 1 at least.
     min_bond : int
         No bond shrinks below this.
     max_steps : int, optional
-        Most steps to take.
+        Largest number of steps.
 
     Returns
     -------
@@ -116,8 +117,8 @@ def squeeze(
 
     Notes
     -----
-    Dimension squeezing of MPOP (Liu et al., ACL 2021, arXiv:2106.02205, section 4.2): the error
-    that each shrinking would make is read off the Schmidt values, without building a matrix.
+    Dimension squeezing of MPOP (Liu et al., ACL 2021, arXiv:2106.02205, section 4.2). The Schmidt
+    values tell the error of every possible step, without building a matrix.
 
     Examples
     --------
@@ -135,32 +136,34 @@ def squeeze(
     max_steps = None if max_steps is None else integer_from_zero("max_steps", max_steps)
     min_bond = positive_int("min_bond", min_bond)
     current = {name: mpo.compress() for name, mpo in mpos.items()}
-    best = _scored(score, current)
+    best = _finite_score(score, current)
     if best < threshold:
         raise InputError(f"the operators score {best} from the start, below threshold={threshold}")
-    costs = {name: _costs(name, mpo, factor, min_bond) for name, mpo in current.items()}
+    possible = {name: _possible_steps(name, mpo, factor, min_bond) for name, mpo in current.items()}
     steps: list[SqueezeStep] = []
     while max_steps is None or len(steps) < max_steps:
-        candidates = [cost for costs_of_one in costs.values() for cost in costs_of_one]
-        if not candidates:
+        cheapest = min(chain.from_iterable(possible.values()), default=None)
+        if cheapest is None:
             break
-        error, name, bond, after = min(candidates)
+        error, name, bond, after = cheapest
         bonds = list(current[name].bond_dims)
         before, bonds[bond] = bonds[bond], after
         smaller = current | {name: current[name].compress(max_bond=bonds)}
-        reached = _scored(score, smaller)
-        if reached < threshold:
+        new_score = _finite_score(score, smaller)
+        if new_score < threshold:
             break
-        current, best = smaller, reached
-        costs[name] = _costs(name, current[name], factor, min_bond)
-        steps.append(SqueezeStep(name, bond, before, after, error, reached))
+        current, best = smaller, new_score
+        possible[name] = _possible_steps(name, current[name], factor, min_bond)
+        steps.append(SqueezeStep(name, bond, before, after, error, new_score))
     return SqueezeResult(current, best, tuple(steps))
 
 
-def _costs(name: str, mpo: MPO, factor: float, min_bond: int) -> list[tuple[float, str, int, int]]:
-    """What shrinking each bond would cost: (relative error, name, bond, its new dimension)."""
-    costs = []
-    # The Schmidt values of all bonds from one pass over the chain.
+def _possible_steps(
+    name: str, mpo: MPO, factor: float, min_bond: int
+) -> list[tuple[float, str, int, int]]:
+    """List the possible steps: (relative error, name, bond, its new dimension)."""
+    steps = []
+    # One pass over the chain finds the Schmidt values of all bonds.
     _, info = mpo.compress(return_info=True)
     for bond, (dim, values) in enumerate(zip(mpo.bond_dims, info.spectra, strict=True)):
         after = max(min_bond, min(dim - 1, floor(factor * dim)))
@@ -170,11 +173,11 @@ def _costs(name: str, mpo: MPO, factor: float, min_bond: int) -> list[tuple[floa
         with np.errstate(under="ignore"):
             tails = squared_tails(spectrum / (spectrum[0] or 1.0))
         error = float(np.sqrt(tails[after] / tails[0])) if tails[0] else 0.0
-        costs.append((error, name, bond, after))
-    return costs
+        steps.append((error, name, bond, after))
+    return steps
 
 
-def _scored(score: Callable[[dict[str, MPO]], float], mpos: dict[str, MPO]) -> float:
+def _finite_score(score: Callable[[dict[str, MPO]], float], mpos: dict[str, MPO]) -> float:
     value = float(score(dict(mpos)))
     if not isfinite(value):
         raise InputError(f"score must return a finite number, got {value}")

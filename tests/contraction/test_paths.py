@@ -32,13 +32,15 @@ def counted_by_opt_einsum(cores, batch, optimize):
 
 
 def searched(cores, batch):
-    return paths._counted(paths.Network.of(cores, batch is not None), paths._searched(cores, batch))
+    return paths._with_costs(
+        paths.Network.of(cores, batch is not None), paths._path_among_neighbours(cores, batch)
+    )
 
 
 @given(chains(), st.booleans())
 def test_costs_are_those_that_opt_einsum_counts_for_the_same_path(chain, few):
     cores, batch = chain
-    found = paths._path(cores, batch) if few or len(cores) == 1 else searched(cores, batch)
+    found = paths._find_path(cores, batch) if few or len(cores) == 1 else searched(cores, batch)
     expected = counted_by_opt_einsum(cores, batch, list(found.path))
     assert found.flops(batch or 0) == expected.opt_cost
     assert found.peak(batch or 0) == expected.largest_intermediate
@@ -93,8 +95,8 @@ def long_shape(sites, unit):
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("sites", [11, 20, 64, 1000])
 def test_the_work_to_plan_is_bounded_for_any_number_of_sites(sites, unit, searches, monkeypatch):
-    ways, ways_to = [], paths._ways_to
-    monkeypatch.setattr(paths, "_ways_to", lambda *arc: ways.append(arc) or ways_to(*arc))
+    arcs, predecessors = [], paths._predecessors
+    monkeypatch.setattr(paths, "_predecessors", lambda *arc: arcs.append(arc) or predecessors(*arc))
     shape = long_shape(sites, unit)
     if shape.out_features >= 2**63:
         with pytest.raises(tn.InputError, match="less than 2\\*\\*63 each"):
@@ -103,7 +105,7 @@ def test_the_work_to_plan_is_bounded_for_any_number_of_sites(sites, unit, search
     plan = tn.contraction_plan(shape, (4,) * (sites - 1), batch=8)
     assert plan.flops > 0
     assert max(searches, default=0) <= 9
-    assert len(ways) <= 32**2
+    assert len(arcs) <= 32**2
 
 
 def test_batches_of_many_sizes_share_their_plans(searches):

@@ -1,1 +1,1 @@
-"""Chains of cores as plain sequences of arrays: the engine rooms below ``MPO``."""
+"""Chains of cores as plain sequences of arrays: the algorithms below ``MPO``."""

@@ -1,26 +1,31 @@
 """Algebra of chains of cores, without forming the matrix.
 
-Sums put cores side by side as blocks and products multiply bonds (Oseledets, SIAM J. Sci. Comput.
-33, 2295 (2011), section 4); scalars come from sweeps that contract one site after the other.
-Cores have shapes (D, out, in, D'), the outermost bonds being 1.
+Sums put cores side by side as blocks, and products multiply bonds (Oseledets, SIAM J. Sci. Comput.
+33, 2295 (2011), section 4). Scalars come from sweeps that contract one site after the other.
+Cores have shapes (D, out, in, D'), with outermost bonds of 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 from operator import add as add_arrays
 
 import numpy as np
 
 from tnmoe.backends import Array, Backend
+from tnmoe.chains.precision import computable, in_one_dtype
+from tnmoe.contraction.apply import apply_cores
 from tnmoe.contraction.einsum import contract
+from tnmoe.errors import InputError
+from tnmoe.shapes import MPOShape
 
 Cores = Sequence[Array]
 
 
 def add(xp: Backend, chains: Sequence[Cores]) -> list[Array]:
-    """Sum of chains with the same legs; their bonds add up."""
+    """Add chains with the same legs; their bonds add up."""
     if len(chains) == 1:
         return list(chains[0])
     sites = len(chains[0])
@@ -34,7 +39,7 @@ def add(xp: Backend, chains: Sequence[Cores]) -> list[Array]:
 
 
 def _block_diagonal(xp: Backend, blocks: Sequence[Array]) -> Array:
-    """Cores (D, out, in, D') as blocks along both bonds."""
+    """Join cores (D, out, in, D') as blocks along both bonds."""
     columns = sum(block.shape[3] for block in blocks)
     rows, start = [], 0
     for block in blocks:
@@ -47,7 +52,7 @@ def _block_diagonal(xp: Backend, blocks: Sequence[Array]) -> Array:
 
 
 def compose(xp: Backend, left: Cores, right: Cores) -> tuple[Array, ...]:
-    """Product of two operators, (left · right); their bonds multiply."""
+    """Multiply two operators, left · right; their bonds multiply."""
     cores = []
     for a, b in zip(left, right, strict=True):
         product = contract(xp, "aoxb,cxid->acoibd", a, b)
@@ -55,13 +60,49 @@ def compose(xp: Backend, left: Cores, right: Cores) -> tuple[Array, ...]:
     return tuple(cores)
 
 
+def product_shape(left: MPOShape, right: MPOShape) -> MPOShape:
+    """Return the shape of a product; raise an InputError unless the inner legs agree."""
+    if left.in_dims != right.out_dims or left.in_features != right.out_features:
+        raise InputError(
+            f"cannot compose: the input legs of {left} are not the output legs of {right}"
+        )
+    return MPOShape(left.out_dims, right.in_dims, left.out_features, right.in_features)
+
+
+def product_factors(
+    xp: Backend, left_shape: MPOShape, left: Cores, right: Cores
+) -> tuple[Cores, Cores]:
+    """Return two chains as factors of a product: with linear algebra, and without padding between.
+
+    Truncations may have left something in the padding of both, which must not be multiplied.
+    """
+    left, right = ([computable(xp, core) for core in cores] for cores in (left, right))
+    if left_shape.padded_in != left_shape.in_features:
+        projector = mask(xp, left_shape.in_dims, left_shape.in_features, right[0])
+        right = compose(xp, projector, right)
+    return left, right
+
+
+def apply(xp: Backend, shape: MPOShape, cores: Cores, x: Array) -> Array:
+    """Apply an operator to vectors along the last axis: (..., in) → (..., out)."""
+    # Sizes are spelled out: -1 is ambiguous for an empty batch.
+    vectors = x.reshape(prod(x.shape[:-1]), shape.in_features)
+    if shape.padded_in != shape.in_features:
+        vectors = xp.pad(vectors, vectors.shape[0], shape.padded_in)
+    vectors, *computed = in_one_dtype(xp, [vectors, *cores])
+    same = xp.dtype_name(x) == xp.dtype_name(cores[0])
+    dtype = xp.dtype_name(cores[0] if same else vectors)
+    result = xp.astype(apply_cores(xp, shape, computed, vectors), dtype)
+    return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)
+
+
 def transpose(xp: Backend, cores: Cores) -> list[Array]:
-    """Output and input legs swapped."""
+    """Swap output and input legs."""
     return [xp.permute(core, (0, 2, 1, 3)) for core in cores]
 
 
 def inner(xp: Backend, bra: Cores, ket: Cores) -> Array:
-    """Σ conj(bra) · ket over all entries, a scalar array."""
+    """Sum conj(bra) · ket over all entries; a scalar array."""
     environment = xp.eye(1, like=bra[0])
     for a, b in zip(bra, ket, strict=True):
         # Two products of matrices as they lie in memory, without a permutation.
@@ -71,24 +112,28 @@ def inner(xp: Backend, bra: Cores, ket: Cores) -> Array:
     return environment.reshape(())
 
 
-def trace(xp: Backend, cores: Cores) -> Array:
-    """Σ of the entries whose output legs equal their input legs, a scalar array."""
+def trace(xp: Backend, shape: MPOShape, cores: Cores) -> Array:
+    """Sum the diagonal of the matrix; a scalar array."""
+    if shape.padded_out != shape.out_features:
+        cores = compose(xp, mask(xp, shape.out_dims, shape.out_features, cores[0]), cores)
     product = xp.eye(1, like=cores[0])
     for core in cores:
         product = product @ xp.trace(core, 1, 2)
     return product.reshape(())
 
 
-def identity(xp: Backend, legs: Sequence[int], like: Array) -> list[Array]:
-    """The identity with square legs; all bonds are 1."""
-    return [xp.eye(leg, like=like)[None, :, :, None] for leg in legs]
+def identity(xp: Backend, shape: MPOShape, like: Array) -> list[Array]:
+    """Return the identity of a square shape; all bonds are 1, or 2 with padding."""
+    if shape.padded_out != shape.out_features:
+        return mask(xp, shape.out_dims, shape.out_features, like)
+    return [xp.eye(leg, like=like)[None, :, :, None] for leg in shape.out_dims]
 
 
 def mask(xp: Backend, legs: Sequence[int], size: int, like: Array) -> list[Array]:
-    """The projector onto the first ``size`` of Π legs indices; all bonds are 2.
+    """Return the projector onto the first ``size`` of Π legs indices; all bonds are 2.
 
-    An index is below ``size`` when, at the first leg where their digits differ, its digit is the
-    smaller one: state 0 of a bond means "equal so far", state 1 "smaller already".
+    An index is below ``size`` if its digit is the smaller one at the first leg where their digits
+    differ. State 0 of a bond means "equal so far", state 1 "smaller already".
     """
     digits = []
     for leg in reversed(legs):
@@ -102,7 +147,7 @@ def mask(xp: Backend, legs: Sequence[int], size: int, like: Array) -> list[Array
             if index <= digit:
                 core[0, index, index, int(index < digit)] = 1
         core = core[:1] if site == 0 else core
-        # Both states end as "below": the last index that counts is size − 1 itself.
+        # Both states end as "below": the last index of the range is size − 1 itself.
         core = core.sum(axis=3, keepdims=True) if site == len(legs) - 1 else core
         cores.append(xp.from_numpy(core, like=like))
     return cores
@@ -114,5 +159,5 @@ def random(
     rng: np.random.Generator,
     like: Array,
 ) -> list[Array]:
-    """Normal cores, scaled so that every entry of the operator has variance 1."""
+    """Draw normal cores, scaled so that every entry of the operator has variance 1."""
     return [xp.normal(shape, rng, like=like) * (shape[3] ** -0.5) for shape in core_shapes]

@@ -1,17 +1,16 @@
 """Gauge moves: orthogonality centres of a chain of cores.
 
-A core left of the centre is an isometry read as (left bond · legs) × right bond; one right of it
-read as left bond × (legs · right bond). All the weight is then in the central core (Schollwöck,
-Ann. Phys. 326, 96 (2011), section 4.4).
+A core left of the centre is an isometry when it is read as (left bond · legs) × right bond, and a
+core right of it when it is read as left bond × (legs · right bond). The central core then has the
+norm of the whole (Schollwöck, Ann. Phys. 326, 96 (2011), section 4.4).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 
 from tnmoe.backends import Array, Backend
-from tnmoe.errors import InputError
+from tnmoe.chains.scaling import finite_max_abs
 
 
 def canonicalize(
@@ -26,8 +25,8 @@ def canonicalize(
     cores : sequence of array
         Shapes (D, out, in, D'), in a dtype with linear algebra (not a half precision).
     current : int or None
-        Present centre: only the sites between it and ``center_site`` are touched. None: no gauge is
-        known, and both ends are swept.
+        Present centre; only the cores between it and ``center_site`` change. With None no gauge is
+        known, and the sweep starts at both ends.
     center_site : int
         Site to move to.
 
@@ -47,7 +46,7 @@ def canonicalize(
 
 
 def vidal(xp: Backend, cores: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-    """Symmetric form Γ₁ λ₁ Γ₂ … λ Γₙ: cores Γ and the Schmidt values λ between them.
+    """Return the symmetric form Γ₁ λ₁ Γ₂ … λ Γₙ: cores Γ and Schmidt values λ between them.
 
     The chain is Γ₁·diag(λ₁)·Γ₂·…; λΓ is a left isometry at every site, and Γλ a right one (Vidal,
     Phys. Rev. Lett. 91, 147902 (2003)).
@@ -57,8 +56,8 @@ def vidal(xp: Backend, cores: Sequence[Array]) -> tuple[list[Array], list[Array]
     xp : Backend
         Library of the cores.
     cores : sequence of array
-        Canonical around the first site, with bonds of their exact rank: the form divides by the
-        Schmidt values.
+        Canonical around the first site. Bonds must have their exact rank, because the form divides
+        by the Schmidt values.
     """
     gammas: list[Array] = []
     spectra: list[Array] = []
@@ -80,12 +79,12 @@ def vidal(xp: Backend, cores: Sequence[Array]) -> tuple[list[Array], list[Array]
 
 
 def _divisors(values: Array) -> Array:
-    """Schmidt values to divide cores by on the left; 1 for the 0 of the zero operator."""
+    """Return Schmidt values to divide cores by on the left, and 1 for the zero operator's 0."""
     return (values + (values == 0)).reshape(-1, 1, 1, 1)
 
 
 def shift_right(xp: Backend, core: Array, following: Array) -> tuple[Array, Array]:
-    """Make ``core`` a left isometry and push the rest into the core that follows."""
+    """Make ``core`` a left isometry and move the triangular factor into the next core."""
     bond = core.shape[-1]
     isometry, rest = xp.qr(core.reshape(-1, bond))
     moved = rest @ following.reshape(bond, -1)
@@ -96,7 +95,7 @@ def shift_right(xp: Backend, core: Array, following: Array) -> tuple[Array, Arra
 
 
 def shift_left(xp: Backend, preceding: Array, core: Array) -> tuple[Array, Array]:
-    """Make ``core`` a right isometry and push the rest into the core that precedes."""
+    """Make ``core`` a right isometry and move the triangular factor into the previous core."""
     bond = core.shape[0]
     isometry, rest = xp.qr(xp.permute(core.reshape(bond, -1), (1, 0)))
     moved = preceding.reshape(-1, bond) @ xp.permute(rest, (1, 0))
@@ -107,12 +106,11 @@ def shift_left(xp: Backend, preceding: Array, core: Array) -> tuple[Array, Array
 
 
 def schmidt_values(xp: Backend, cores: Sequence[Array], current: int | None, bond: int) -> Array:
-    """Schmidt values across a bond, descending.
+    """Return the Schmidt values across a bond, descending.
 
-    They are the singular values of the operator with the legs left of the bond as rows and those
-    right of it as columns.
+    They are the singular values of the operator with the legs left of the bond as rows and the
+    legs right of it as columns.
     """
     centered = canonicalize(xp, cores, current, bond)[bond]
-    if not isfinite(xp.max_abs(centered)):
-        raise InputError("the cores of an operator contain NaN or infinity")
+    finite_max_abs(xp, centered)
     return xp.left_svd(centered.reshape(-1, centered.shape[-1]))[1]

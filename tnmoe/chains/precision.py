@@ -1,4 +1,4 @@
-"""In which precision things are computed, and back to that of the caller without overflow."""
+"""The precision of a computation, and the way back to the caller's without overflow."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from tnmoe.errors import InputError
 
 
 def computable(xp: Backend, array: Array) -> Array:
-    """The array in a dtype that has linear algebra: half precision becomes single."""
+    """Return the array in a dtype that has linear algebra: half precision becomes single."""
     name = xp.dtype_name(array)
     return xp.astype(array, COMPUTE_DTYPE.get(name, name))
 
 
 def in_one_dtype(xp: Backend, arrays: Iterable[Array]) -> list[Array]:
-    """Arrays in a dtype that holds them all and has linear algebra, as NumPy would choose it."""
+    """Return arrays in NumPy's common dtype for them, or in single precision at least."""
     arrays = [computable(xp, array) for array in arrays]
     common = np.result_type(*{xp.dtype_name(array) for array in arrays}).name
     return [xp.astype(array, common) for array in arrays]
 
 
 def widened(xp: Backend, array: Array) -> Array:
-    """The array in double precision."""
+    """Return the array in double precision."""
     name = xp.dtype_name(array)
     name = COMPUTE_DTYPE.get(name, name)
     return xp.astype(array, WIDE_DTYPE.get(name, name))
 
 
 def narrowed(xp: Backend, cores: Iterable[Array], dtype: str) -> list[Array]:
-    """Computed cores in the dtype that was asked for.
+    """Return computed cores in the caller's dtype.
 
     Raises
     ------
     InputError
-        If an entry is too large for it. A core in canonical form may hold the norm of the whole
-        operator, which can be too large where no entry of the matrix is.
+        If an entry is too large for it. A core in canonical form may have the norm of the whole
+        operator, which can be too large although every entry of the matrix fits.
     """
     cores = list(cores)
     for core in cores:

@@ -1,4 +1,4 @@
-"""The weights of an unfolding: all that its left singular vectors depend on, in a small matrix.
+"""Reductions of an unfolding: all that its left singular vectors depend on, in a small matrix.
 
 An unfolding A of R rows and very many columns enters a truncated decomposition only through its
 left singular vectors and its Schmidt values. Both are those of a small R × R matrix: of the Gram
@@ -10,10 +10,12 @@ Matrices lie along the last two axes; leading axes are a batch.
 
 from __future__ import annotations
 
+import numpy as np
+
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON, WIDE_DTYPE
 
-# Columns of an unfolding are widened to double precision this many numbers at a time.
+# Numbers of an unfolding that are widened to double precision, or factored, at a time.
 _BLOCK = 1 << 21
 
 # Eigenvalues of a Gram matrix are wrong by less than this many units in the last place of its
@@ -22,17 +24,17 @@ _ROUNDING = 4.0
 
 # A matrix this many times wider than tall is first reduced to a small square one.
 _WIDE = 2
-# What it is reduced by at a time is at least this many times wider.
+# A large one is reduced by blocks that are at least this many times wider than tall.
 _WIDEST = 4
 
 
 class GramMatrix:
-    """A Aᴴ, accumulated in double precision.
+    """The Gram matrix A Aᴴ, accumulated in double precision.
 
-    Squaring halves the digits. In double precision enough are left for a single-precision result;
-    in single precision a value 10⁻⁴ of the largest would be 40 % wrong. For a result in double
-    precision the rounding counts: it is added to the squares of Schmidt values, so that what they
-    promise to be small is.
+    Squaring halves the digits. Double precision leaves enough of them for a single-precision
+    result; in single precision a value 10⁻⁴ of the largest would be 40 % wrong. For a result in
+    double precision the rounding matters: it is added to the squares of Schmidt values, so that
+    none of them looks smaller than it is.
 
     Parameters
     ----------
@@ -41,19 +43,19 @@ class GramMatrix:
     gram : array, shape (..., R, R)
         The Gram matrix.
     dtype : str
-        Dtype that singular vectors are returned in.
+        Dtype of the singular vectors to return.
     last : bool
         Whether the rows to split off next come last among the R, not first.
     """
 
-    name = "eigh"
+    method = "eigh"
 
     def __init__(self, xp: Backend, gram: Array, dtype: str, last: bool) -> None:
         self._xp, self._gram, self._dtype, self._last = xp, gram, dtype, last
 
     @classmethod
     def of(cls, xp: Backend, unfolding: Array, last: bool = False) -> GramMatrix:
-        """Weights of an unfolding (..., R, columns)."""
+        """Reduce an unfolding (..., R, columns)."""
         dtype = xp.dtype_name(unfolding)
         rows, columns = unfolding.shape[-2:]
         step = max(1, _BLOCK // rows)
@@ -65,45 +67,45 @@ class GramMatrix:
             gram = product if gram is None else gram + product
         return cls(xp, gram, dtype, last)
 
-    def split(self, rows: int) -> tuple[Array, Array]:
-        """Left singular vectors (..., rows, rows) of the next rows, and Schmidt values."""
+    def singular_vectors(self, rows: int) -> tuple[Array, Array]:
+        """Return left singular vectors (..., rows, rows) of the next rows, and Schmidt values."""
         marginal = self._marginal(rows)
         values, vectors = self._xp.eigh(marginal)
-        return self._xp.astype(vectors, self._dtype), self._schmidt(values, marginal)
+        return self._xp.astype(vectors, self._dtype), self._from_squares(values, marginal)
 
-    def values(self, rows: int) -> Array:
-        """Only the Schmidt values."""
+    def schmidt_values(self, rows: int) -> Array:
+        """Return only the Schmidt values."""
         marginal = self._marginal(rows)
-        return self._schmidt(self._xp.eigvalsh(marginal), marginal)
+        return self._from_squares(self._xp.eigvalsh(marginal), marginal)
 
     def project(self, isometry: Array) -> GramMatrix:
-        """Weights after the next rows are projected onto the columns of an isometry."""
+        """Return the reduction after the next rows are projected onto an isometry's columns."""
         xp = self._xp
         adjoint = xp.adjoint(xp.astype(isometry, xp.dtype_name(self._gram)))
         half = xp.adjoint(_project_rows(adjoint, self._gram, self._last))
         return GramMatrix(xp, _project_rows(adjoint, half, self._last), self._dtype, self._last)
 
-    def _schmidt(self, values: Array, gram: Array) -> Array:
-        """Square roots of eigenvalues, whose rounding may take them below 0."""
-        squares = values.clip(0)
+    def _from_squares(self, eigenvalues: Array, gram: Array) -> Array:
+        """Take the square roots of eigenvalues, some of which rounding may have made negative."""
+        squares = eigenvalues.clip(0)
         if self._dtype not in WIDE_DTYPE:
             total = self._xp.trace(gram, -2, -1).real
             squares = squares + _ROUNDING * EPSILON[self._dtype] * total[..., None]
         return squares**0.5
 
     def _marginal(self, rows: int) -> Array:
-        """Gram matrix of the next rows alone: the trace over the others."""
+        """Return the Gram matrix of the next rows alone: the trace over the other rows."""
         *batch, size, _ = self._gram.shape
         if rows == size:
             return self._gram
-        others = size // rows
-        sizes = (others, rows) if self._last else (rows, others)
+        rest = size // rows
+        sizes = (rest, rows) if self._last else (rows, rest)
         axes = (-4, -2) if self._last else (-3, -1)
         return self._xp.trace(self._gram.reshape(*batch, *sizes, *sizes), *axes)
 
 
 class TriangularFactor:
-    """The triangular factor T in A = T Q: as accurate as A itself.
+    """The triangular factor T in A = T Q, as accurate as A itself.
 
     Parameters
     ----------
@@ -115,26 +117,26 @@ class TriangularFactor:
         Whether the rows to split off next come last among the R, not first.
     """
 
-    name = "svd"
+    method = "svd"
 
     def __init__(self, xp: Backend, factor: Array, last: bool) -> None:
         self._xp, self._factor, self._last = xp, factor, last
 
     @classmethod
     def of(cls, xp: Backend, unfolding: Array, last: bool = False) -> TriangularFactor:
-        """Weights of an unfolding (..., R, columns)."""
+        """Reduce an unfolding (..., R, columns)."""
         return cls(xp, _square(xp, unfolding), last)
 
-    def split(self, rows: int) -> tuple[Array, Array]:
-        """Left singular vectors (..., rows, rows) of the next rows, and Schmidt values."""
+    def singular_vectors(self, rows: int) -> tuple[Array, Array]:
+        """Return left singular vectors (..., rows, rows) of the next rows, and Schmidt values."""
         return self._xp.left_svd(self._unfolding(rows))
 
-    def values(self, rows: int) -> Array:
-        """Only the Schmidt values."""
-        return self.split(rows)[1]
+    def schmidt_values(self, rows: int) -> Array:
+        """Return only the Schmidt values."""
+        return self.singular_vectors(rows)[1]
 
     def project(self, isometry: Array) -> TriangularFactor:
-        """Weights after the next rows are projected onto the columns of an isometry."""
+        """Return the reduction after the next rows are projected onto an isometry's columns."""
         adjoint = self._xp.adjoint(isometry)
         return TriangularFactor(
             self._xp, _project_rows(adjoint, self._factor, self._last), self._last
@@ -144,34 +146,82 @@ class TriangularFactor:
         *batch, size, columns = self._factor.shape
         if rows == size:
             return self._factor
-        others = size // rows
+        rest = size // rows
         factor = self._factor
         if self._last:
-            factor = factor.reshape(*batch, others, rows, columns)
+            factor = factor.reshape(*batch, rest, rows, columns)
             axes = range(factor.ndim)
             factor = self._xp.permute(factor, [*axes[:-3], axes[-2], axes[-3], axes[-1]])
-        return _square(self._xp, factor.reshape(*batch, rows, others * columns))
+        return _square(self._xp, factor.reshape(*batch, rows, rest * columns))
+
+
+class RangeBasis:
+    """The leading left singular vectors of an unfolding that a random projection found.
+
+    Parameters
+    ----------
+    vectors : array, shape (..., R, size)
+        Singular vectors.
+    values : array, shape (..., size)
+        Their Schmidt values.
+    missed : array, shape (batch,)
+        Measured norm of the part of the unfolding outside their span.
+    """
+
+    method = "randomized"
+
+    def __init__(self, vectors: Array, values: Array, missed: np.ndarray) -> None:
+        self._vectors, self._values, self.missed = vectors, values, missed
+
+    def singular_vectors(self, rows: int) -> tuple[Array, Array]:
+        """Return the vectors and Schmidt values; ``rows`` are all rows of the unfolding."""
+        return self._vectors, self._values
+
+
+Reduction = GramMatrix | TriangularFactor | RangeBasis
+
+
+def reduction_method(xp: Backend, array: Array) -> str:
+    """Choose the method for an array's dtype: "eigh" or "svd".
+
+    A Gram matrix is the faster reduction. It is accurate enough where its dtype has a wider one to
+    accumulate it in.
+    """
+    name = xp.dtype_name(array)
+    return GramMatrix.method if name in WIDE_DTYPE else TriangularFactor.method
+
+
+def reduce_unfolding(
+    xp: Backend, unfolding: Array, method: str | None = None, last: bool = False
+) -> GramMatrix | TriangularFactor:
+    """Reduce an unfolding (..., R, columns) by a method, or by the one for its dtype.
+
+    ``last`` says whether the rows to split off first come last among the R.
+    """
+    method = reduction_method(xp, unfolding) if method is None else method
+    kind = GramMatrix if method == GramMatrix.method else TriangularFactor
+    return kind.of(xp, unfolding, last)
 
 
 def _project_rows(adjoint: Array, matrix: Array, last: bool) -> Array:
-    """A matrix (..., R, columns) whose first or last rows are multiplied by (..., rank, rows)."""
+    """Multiply the first or last rows of a matrix (..., R, columns) by (..., rank, rows)."""
     rank, rows = adjoint.shape[-2:]
     *batch, size, columns = matrix.shape
-    others = size // rows
+    rest = size // rows
     if last:
-        blocks = adjoint[..., None, :, :] @ matrix.reshape(*batch, others, rows, columns)
+        blocks = adjoint[..., None, :, :] @ matrix.reshape(*batch, rest, rows, columns)
     else:
-        blocks = adjoint @ matrix.reshape(*batch, rows, others * columns)
-    return blocks.reshape(*batch, rank * others, columns)
+        blocks = adjoint @ matrix.reshape(*batch, rows, rest * columns)
+    return blocks.reshape(*batch, rank * rest, columns)
 
 
 def _square(xp: Backend, matrix: Array) -> Array:
-    """At least as wide as tall, and not much wider, with the same A Aᴴ."""
+    """Return a matrix with the same A Aᴴ, at least as wide as tall and not much wider."""
     rows, columns = matrix.shape[-2:]
     if columns < _WIDE * rows:
         return matrix if columns >= rows else xp.pad(matrix, rows, rows)
-    # Libraries copy a matrix to find its factor, some twice and in double precision. So the factor
-    # of a large one grows block by block; but not where derivatives would keep all blocks.
+    # Libraries copy a matrix to find its factor, some twice and in double precision. The factor of
+    # a large one therefore grows block by block, unless derivatives would keep all blocks.
     step = max(_WIDEST * rows, _BLOCK // rows)
     if xp.tracked(matrix) or columns <= step:
         return xp.triangle(matrix)

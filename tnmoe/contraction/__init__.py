@@ -1,1 +1,1 @@
-"""Contraction: orders, costs and routes from vectors to results."""
+"""Contractions of chains: their order, their cost, and carrying them out."""

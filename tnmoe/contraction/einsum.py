@@ -1,7 +1,7 @@
-"""Contractions of tensor networks: the order from opt_einsum, every step one product of matrices.
+"""Contractions of tensor networks: opt_einsum's order, every step one product of matrices.
 
-A step permutes and reshapes two arrays to matrices, which copies nothing where their axes lie so
-already, and multiplies them: what every array library can do.
+A step permutes and reshapes two arrays to matrices and multiplies these, which every array
+library can do. Nothing is copied where the axes lie as needed already.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def contract(xp: Backend, equation: str, *arrays: Array) -> Array:
     xp : Backend
         Library of the arrays.
     equation : str
-        As ``numpy.einsum`` has it. Every index belongs to two arrays, or to one and the result.
+        As for ``numpy.einsum``. Every index belongs to two arrays, or to one and the result.
     *arrays : array
         One per term of the equation.
 
     Returns
     -------
     array
-        The result; it need not be contiguous.
+        The result, which need not be contiguous.
     """
     shapes = tuple(tuple(array.shape) for array in arrays)
-    return _best(equation, shapes)(xp, arrays)
+    return _best_contraction(equation, shapes)(xp, arrays)
 
 
 @lru_cache(maxsize=4096)
-def _best(equation: str, shapes: Shapes) -> Contraction:
+def _best_contraction(equation: str, shapes: Shapes) -> Contraction:
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
     return Contraction(equation, shapes, path)
 
@@ -51,16 +51,18 @@ class Contraction:
 
     Parameters
     ----------
-    equation, shapes : str, tuple of tuple of int
-        What :func:`contract` is called with.
+    equation : str
+        As for :func:`contract`.
+    shapes : tuple of tuple of int
+        Of the arrays.
     path : sequence of sequence of int
         Pairs of arrays to multiply, in opt_einsum's form: both leave the list of arrays, and
         their product is appended to it.
     """
 
     def __init__(self, equation: str, shapes: Shapes, path: Sequence[Sequence[int]]) -> None:
-        given, result = equation.split("->")
-        terms = given.split(",")
+        inputs, result = equation.split("->")
+        terms = inputs.split(",")
         sizes = {
             index: size
             for term, shape in zip(terms, shapes, strict=True)
@@ -68,13 +70,13 @@ class Contraction:
         }
         self._steps: list[tuple[int, int, _Product]] = []
         for pair in path:
-            if len(pair) == 2:  # a lone array has the path of one step that leaves it alone
+            if len(pair) == 2:  # the path of a single array has one step, which changes nothing
                 first, second = sorted(pair)
                 right, left = terms.pop(second), terms.pop(first)
                 term, product = _product(left, right, sizes, None if terms else result)
                 self._steps.append((first, second, product))
                 terms.append(term)
-        self._last = _order(terms[0], result)
+        self._last_axes = _permutation(terms[0], result)
 
     def __call__(self, xp: Backend, arrays: Sequence[Array]) -> Array:
         """Contract arrays of the library ``xp``."""
@@ -82,12 +84,13 @@ class Contraction:
         for first, second, product in self._steps:
             right, left = remaining.pop(second), remaining.pop(first)
             remaining.append(product(xp, left, right))
-        return remaining[0] if self._last is None else xp.permute(remaining[0], self._last)
+        (result,) = remaining
+        return result if self._last_axes is None else xp.permute(result, self._last_axes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """The product of two arrays over the axes they share: how to make matrices of them."""
+    """A product of two arrays over their common axes: how to make matrices of the arrays."""
 
     swapped: bool
     left_axes: Axes | None
@@ -111,30 +114,34 @@ class _Product:
 def _product(
     left: str, right: str, sizes: dict[str, int], result: str | None
 ) -> tuple[str, _Product]:
-    """The indices of a product and how to form it; the last product is to look like the result."""
+    """Return the indices of a product, and the product itself.
+
+    ``result`` is given for the last product, which then begins with the result's first indices
+    where it can.
+    """
     swapped = result is not None and result.startswith(tuple(right))
     if swapped:
         left, right = right, left
     rows = "".join(index for index in left if index not in right)
     columns = "".join(index for index in right if index not in left)
-    # Summed indices come as they lie in the larger array, which is then less often copied.
-    larger, other = (left, right) if _size(left, sizes) >= _size(right, sizes) else (right, left)
-    depth = "".join(index for index in larger if index in other)
+    # Summed indices keep their order in the larger array, which is then less often copied.
+    larger, smaller = (left, right) if _size(left, sizes) >= _size(right, sizes) else (right, left)
+    depth = "".join(index for index in larger if index in smaller)
     product = _Product(
-        swapped,
-        _order(left, rows + depth),
-        _order(right, depth + columns),
-        _size(rows, sizes),
-        _size(depth, sizes),
-        _size(columns, sizes),
-        tuple(sizes[index] for index in rows + columns),
+        swapped=swapped,
+        left_axes=_permutation(left, rows + depth),
+        right_axes=_permutation(right, depth + columns),
+        rows=_size(rows, sizes),
+        depth=_size(depth, sizes),
+        columns=_size(columns, sizes),
+        shape=tuple(sizes[index] for index in rows + columns),
     )
     return rows + columns, product
 
 
-def _order(term: str, wanted: str) -> Axes | None:
-    """The permutation that brings indices in another order; None where they are in it."""
-    return None if term == wanted else tuple(map(term.index, wanted))
+def _permutation(term: str, target: str) -> Axes | None:
+    """Return the axes that bring indices into the order of ``target``; None if they are in it."""
+    return None if term == target else tuple(map(term.index, target))
 
 
 def _size(term: str, sizes: dict[str, int]) -> int:

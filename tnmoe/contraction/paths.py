@@ -1,7 +1,7 @@
-"""The order in which a chain of cores is contracted, with vectors where there are any.
+"""Orders in which a chain of cores is contracted, alone or with vectors.
 
-Orders have opt_einsum's form: pairs of positions in the list of operands (vectors first), both of
-which leave the list, while their product is appended to it.
+Orders have opt_einsum's form: pairs of positions in the list of operands, vectors first. Both
+operands of a pair leave the list, and their product is appended to it.
 """
 
 from __future__ import annotations
@@ -9,31 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain, repeat
+from itertools import accumulate
 from math import prod
 from operator import mul
 
 import opt_einsum
 from opt_einsum.paths import ssa_to_linear
 
+from tnmoe.backends import Array
+
 Path = tuple[tuple[int, ...], ...]
 # Shapes (D, out, in, D') of a chain.
 CoreShapes = tuple[tuple[int, ...], ...]
-# Neighbouring segments of a chain, from the first to the one that follows the last.
-_Run = tuple[int, int]
-# The first of some neighbours on a ring, and how many they are.
+# Neighbouring segments of a chain: the first, and the one after the last.
+_Subchain = tuple[int, int]
+# Neighbouring segments on a ring: the first, and how many they are.
 _Arc = tuple[int, int]
 
-# Beside vectors any subset of the cores may be contracted first, so that finding the best order
-# takes a time that is exponential in their number: for as many as this 25 ms at worst.
-_EXHAUSTIVE = 8
-# A search among neighbours takes the third power: for as many as this 30 ms.
-_SEARCHED = 32
+# The search among all pairwise contractions takes a time exponential in the number of cores,
+# because any subset of them may be contracted before it meets the vectors. With 8 cores it takes
+# 25 ms at most.
+_MAX_EXHAUSTIVE = 8
+# The search among neighbours alone takes a time that grows with the third power: 30 ms for 32.
+_MAX_SEARCHED = 32
 
 
 @dataclass(frozen=True)
 class ChainPath:
-    """An order of contractions, and what it costs for any number of vectors.
+    """An order of contractions, and its cost for any number of vectors.
 
     Attributes
     ----------
@@ -42,7 +45,7 @@ class ChainPath:
     fixed_flops, flops_per_vector : int
         Operations: a multiply-add counts as two, a multiplication as one.
     fixed_peak, peak_per_vector : int
-        Numbers in the largest products of cores alone, and of vectors.
+        Entries of the largest product of cores alone, and of the largest one with vectors.
     """
 
     path: Path
@@ -52,27 +55,27 @@ class ChainPath:
     peak_per_vector: int
 
     def flops(self, batch: int) -> int:
-        """Operations for ``batch`` vectors."""
+        """Count the operations for ``batch`` vectors."""
         return self.fixed_flops + batch * self.flops_per_vector
 
     def peak(self, batch: int) -> int:
-        """Numbers in the largest intermediate array for ``batch`` vectors."""
+        """Return the entries of the largest intermediate array for ``batch`` vectors."""
         return max(self.fixed_peak, batch * self.peak_per_vector)
 
 
 @dataclass(frozen=True)
 class Network:
-    """Indices of the operands of a chain, the outermost bonds left out: they join nothing.
+    """Indices of the operands of a chain, without the outermost bonds, which join nothing.
 
     Attributes
     ----------
     terms : tuple of str
-        Of the vectors, where there are any, and of every core.
+        Indices of the vectors, if any, and of every core.
     result : str
     sizes : dict of str to int
-        Without ``vector``.
+        Sizes of all indices but ``vector``.
     vector : str
-        The index that counts vectors; empty where there are none.
+        Index that counts vectors; empty without vectors.
     """
 
     terms: tuple[str, ...]
@@ -82,6 +85,7 @@ class Network:
 
     @classmethod
     def of(cls, cores: CoreShapes, has_vectors: bool) -> Network:
+        """Give every leg and bond of a chain an index."""
         sites = len(cores)
         symbols = list(map(opt_einsum.get_symbol, range(3 * sites)))
         outs, ins = symbols[:sites], symbols[sites : 2 * sites]
@@ -96,7 +100,7 @@ class Network:
         return cls(("".join([vector, *ins]), *terms), "".join([vector, *outs]), sizes, vector)
 
     def without_units(self) -> Network:
-        """The same without indices of size 1: arrays have no more axes than they need."""
+        """Leave out indices of size 1, so that arrays have no more axes than they need."""
 
         def shorter(term: str) -> str:
             return "".join(index for index in term if self.sizes.get(index) != 1)
@@ -106,55 +110,62 @@ class Network:
         )
 
     def equation(self) -> str:
-        """As ``numpy.einsum`` has it."""
+        """Write the contraction as ``numpy.einsum`` does."""
         return f"{','.join(self.terms)}->{self.result}"
 
     def shapes(self, batch: int | None) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the operands for a number of vectors."""
+        """Return the shapes of the operands for a number of vectors."""
         sizes = self.sizes if batch is None else self.sizes | {self.vector: batch}
         return tuple(tuple(sizes[index] for index in term) for term in self.terms)
 
 
+def shapes_of(cores: Sequence[Array]) -> CoreShapes:
+    """Return the shapes of cores."""
+    return tuple(tuple(core.shape) for core in cores)
+
+
 def building_path(cores: CoreShapes) -> ChainPath:
-    """An order in which to contract a chain alone: the best for up to 32 cores."""
-    return _path(cores, None)
+    """Find an order in which to contract a chain alone: the best one for up to 32 cores."""
+    return _find_path(cores, None)
 
 
 def applying_path(cores: CoreShapes, batch: int) -> ChainPath:
-    """An order in which to contract a chain with vectors: the best at most batches of a few cores.
+    """Find an order in which to contract a chain with vectors.
 
-    The search is for powers of two, which batches of all sizes have in common. Operations grow
-    linearly with the batch, so what is the best at the powers below and above it is the best for a
-    batch, too; where these differ, the cheaper one is taken.
+    The search runs for powers of two alone, so that batches of many sizes share its results. The
+    operations of an order grow linearly with the batch. An order that is the best at the powers
+    of two below and above a batch is therefore the best for the batch, too. Where the two best
+    orders differ, the cheaper one is taken.
     """
     below = 1 << (max(1, batch).bit_length() - 1)
-    ends = (below,) if batch <= below else (below, 2 * below)
-    return min((_path(cores, end) for end in ends), key=lambda found: found.flops(batch))
+    powers = (below,) if batch <= below else (below, 2 * below)
+    return min((_find_path(cores, power) for power in powers), key=lambda path: path.flops(batch))
 
 
 @lru_cache(maxsize=4096)
-def _path(cores: CoreShapes, batch: int | None) -> ChainPath:
+def _find_path(cores: CoreShapes, batch: int | None) -> ChainPath:
     network = Network.of(cores, batch is not None)
-    if len(cores) > _EXHAUSTIVE:
-        return _counted(network, _searched(cores, batch))
-    found, _ = opt_einsum.contract_path(
+    if len(cores) > _MAX_EXHAUSTIVE:
+        return _with_costs(network, _path_among_neighbours(cores, batch))
+    path, _ = opt_einsum.contract_path(
         network.equation(), *network.shapes(batch), shapes=True, optimize="dp"
     )
-    return _counted(network, tuple(map(tuple, found)))
+    return _with_costs(network, tuple(map(tuple, path)))
 
 
-def _counted(network: Network, path: Path) -> ChainPath:
-    """A path with its costs, counted as opt_einsum counts them."""
+def _with_costs(network: Network, path: Path) -> ChainPath:
+    """Count the operations and entries of a path as opt_einsum counts them."""
+    # By whether vectors take part.
     flops, peaks = {False: 0, True: 0}, {False: 1, True: 0}
     terms = [frozenset(term) for term in network.terms]
     for step in path:
-        joined = [terms.pop(position) for position in sorted(step, reverse=True)]
-        every = frozenset().union(*joined)
-        product = frozenset.symmetric_difference(*joined) if len(joined) == 2 else every
+        operands = [terms.pop(position) for position in sorted(step, reverse=True)]
+        indices = frozenset().union(*operands)
+        product = frozenset.symmetric_difference(*operands) if len(operands) == 2 else indices
         terms.append(product)
-        per_vector = network.vector in every
-        size = prod(network.sizes.get(index, 1) for index in every)
-        flops[per_vector] += size * (1 if product == every else 2)
+        per_vector = network.vector in indices
+        size = prod(network.sizes.get(index, 1) for index in indices)
+        flops[per_vector] += size * (1 if product == indices else 2)
         size = prod(network.sizes.get(index, 1) for index in product)
         peaks[per_vector] = max(peaks[per_vector], size)
     return ChainPath(path, flops[False], flops[True], peaks[False], peaks[True])
@@ -162,7 +173,7 @@ def _counted(network: Network, path: Path) -> ChainPath:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Neighbouring cores, or their product: who it is among all operands, and its sizes."""
+    """A core or the product of neighbouring cores: its number as an operand, and its sizes."""
 
     operand: int
     left: int
@@ -171,153 +182,166 @@ class _Segment:
     right: int
 
     @property
-    def numbers(self) -> int:
+    def size(self) -> int:
         return self.left * self.out * self.in_ * self.right
 
-    def joined(self, other: _Segment, operand: int) -> _Segment:
-        """The product with the segment on its right."""
-        out, in_ = self.out * other.out, self.in_ * other.in_
-        return _Segment(operand, self.left, out, in_, other.right)
+    def times(self, following: _Segment, operand: int) -> _Segment:
+        """Return the product with the segment on the right, which becomes operand ``operand``."""
+        out, in_ = self.out * following.out, self.in_ * following.in_
+        return _Segment(operand, self.left, out, in_, following.right)
 
 
-class _Steps:
-    """Contractions in the order they are done in; an operand keeps its number, products get new."""
+class _PathBuilder:
+    """Products in the order of their computation, in static single assignment form.
+
+    Operands keep their numbers, and every product gets a new one.
+    """
 
     def __init__(self, operands: int) -> None:
         self._pairs: list[tuple[int, int]] = []
         self._next = operands
 
-    def product(self, first: int, second: int) -> int:
+    def multiply(self, first: int, second: int) -> int:
+        """Add the product of two operands; return its number."""
         self._pairs.append((first, second))
         self._next += 1
         return self._next - 1
 
-    def joined(self, left: _Segment, right: _Segment) -> _Segment:
-        return left.joined(right, self.product(left.operand, right.operand))
+    def multiply_segments(self, left: _Segment, right: _Segment) -> _Segment:
+        """Add the product of neighbouring segments; return it."""
+        return left.times(right, self.multiply(left.operand, right.operand))
 
     def path(self) -> Path:
+        """Return the products in opt_einsum's form."""
         return tuple(map(tuple, ssa_to_linear(self._pairs)))
 
 
-def _searched(cores: CoreShapes, batch: int | None) -> Path:
-    """A path for a chain of many cores, in a time that is bounded by a power of their number.
+def _path_among_neighbours(cores: CoreShapes, batch: int | None) -> Path:
+    """Find a path for a chain of many cores, in polynomial time.
 
-    Only neighbours are multiplied with each other. What the vectors have been multiplied with is
-    always a run of neighbours, or all but a run.
+    Only neighbours are multiplied with each other. What the vectors have met so far is always one
+    subchain, or all cores but one subchain.
     """
     first = 0 if batch is None else 1
-    steps = _Steps(len(cores) + first)
+    builder = _PathBuilder(len(cores) + first)
     segments = [_Segment(first + site, *core) for site, core in enumerate(cores)]
-    if len(segments) > _SEARCHED:
-        segments = _shrunk(segments, steps)
-    if len(segments) > _SEARCHED:
-        # Far more numbers than any machine holds: any order will do.
-        parts = [segments] if batch is None else [[each] for each in reversed(segments)]
-        merged = [_in_order(part, steps) for part in parts]
+    if len(segments) > _MAX_SEARCHED:
+        segments = _merge_without_growth(segments, builder)
+    if len(segments) > _MAX_SEARCHED:
+        # The matrix has far more entries than any machine holds: any order will do.
+        parts = [segments] if batch is None else [[segment] for segment in reversed(segments)]
+        factors = [_multiply_left_to_right(part, builder) for part in parts]
     else:
-        merges = _Merges(segments)
-        runs = [(0, len(segments))] if batch is None else _order(segments, merges, batch)
-        merged = [merges.done(start, stop, steps) for start, stop in runs]
+        order = _MatrixChainOrder(segments)
+        subchains = (
+            [(0, len(segments))] if batch is None else _order_of_subchains(segments, order, batch)
+        )
+        factors = [order.multiply(start, stop, builder) for start, stop in subchains]
     vectors = 0
-    for segment in merged if batch is not None else ():
-        vectors = steps.product(vectors, segment.operand)
-    return steps.path()
+    for factor in factors if batch is not None else ():
+        vectors = builder.multiply(vectors, factor.operand)
+    return builder.path()
 
 
-def _shrunk(segments: Sequence[_Segment], steps: _Steps) -> list[_Segment]:
-    """Neighbours merged wherever their product holds no more numbers than they do."""
-    kept: list[_Segment] = []
+def _merge_without_growth(segments: Sequence[_Segment], builder: _PathBuilder) -> list[_Segment]:
+    """Multiply neighbours wherever their product has no more entries than they have together."""
+    merged: list[_Segment] = []
     for segment in segments:
-        kept.append(segment)
-        while len(kept) > 1:
-            left, right = kept[-2:]
-            if left.joined(right, 0).numbers > left.numbers + right.numbers:
+        merged.append(segment)
+        while len(merged) > 1:
+            left, right = merged[-2:]
+            if left.times(right, 0).size > left.size + right.size:
                 break
-            kept[-2:] = [steps.joined(left, right)]
-    return kept
+            merged[-2:] = [builder.multiply_segments(left, right)]
+    return merged
 
 
-def _in_order(segments: Sequence[_Segment], steps: _Steps) -> _Segment:
+def _multiply_left_to_right(segments: Sequence[_Segment], builder: _PathBuilder) -> _Segment:
     product = segments[0]
     for segment in segments[1:]:
-        product = steps.joined(product, segment)
+        product = builder.multiply_segments(product, segment)
     return product
 
 
-class _Merges:
-    """The cheapest way to multiply any run of segments: matrix-chain multiplication."""
+class _MatrixChainOrder:
+    """The cheapest way to multiply the segments of any subchain: matrix-chain multiplication."""
 
     def __init__(self, segments: Sequence[_Segment]) -> None:
         self._segments = segments
         count = len(segments)
-        legs = list(accumulate((each.out * each.in_ for each in segments), mul, initial=1))
-        bonds = [*(each.left for each in segments), segments[-1].right]
-        self.flops = {(start, start + 1): 0 for start in range(count)}
-        self._cuts: dict[_Run, int] = {}
+        legs = list(accumulate((seg.out * seg.in_ for seg in segments), mul, initial=1))
+        bonds = [*(seg.left for seg in segments), segments[-1].right]
+        self.flops: dict[_Subchain, int] = {(start, start + 1): 0 for start in range(count)}
+        self._cuts: dict[_Subchain, int] = {}
         for length in range(2, count + 1):
             for start in range(count - length + 1):
                 stop = start + length
-                # Both ends and all legs are in every last product, whichever bond it is over.
+                # The last product contains both ends and all legs, whichever bond it is over.
                 common = 2 * bonds[start] * bonds[stop] * (legs[stop] // legs[start])
                 self.flops[start, stop], self._cuts[start, stop] = min(
                     (self.flops[start, cut] + self.flops[cut, stop] + common * bonds[cut], cut)
                     for cut in range(start + 1, stop)
                 )
 
-    def done(self, start: int, stop: int, steps: _Steps) -> _Segment:
-        """The product of a run, with the steps to it."""
+    def multiply(self, start: int, stop: int, builder: _PathBuilder) -> _Segment:
+        """Add the products of a subchain to a path; return the last one."""
         if stop == start + 1:
             return self._segments[start]
         cut = self._cuts[start, stop]
-        return steps.joined(self.done(start, cut, steps), self.done(cut, stop, steps))
+        return builder.multiply_segments(
+            self.multiply(start, cut, builder), self.multiply(cut, stop, builder)
+        )
 
 
-def _order(segments: Sequence[_Segment], merges: _Merges, batch: int) -> list[_Run]:
-    """Runs of segments, each to be merged first and then multiplied with the vectors, in order.
+def _order_of_subchains(
+    segments: Sequence[_Segment], order: _MatrixChainOrder, batch: int
+) -> list[_Subchain]:
+    """Find the subchains that the vectors are multiplied with, in order, each merged beforehand.
 
-    On a ring, where the last segment is the neighbour of the first over a bond of 1, what has been
-    multiplied is always one arc (start, length), and what is left is another.
+    The chain is seen as a ring, where the last segment is the neighbour of the first over a bond
+    of 1. What the vectors have met so far is then always an arc of the ring, and the rest is
+    another. This is a dynamic programme over arcs.
     """
     count = len(segments)
-    bonds = [each.left for each in segments]
-    # Twice around the ring: every arc is a range of the products.
-    outs, ins = (
-        list(accumulate(chain(*repeat(sizes, 2)), mul, initial=1))
-        for sizes in ([each.out for each in segments], [each.in_ for each in segments])
-    )
-    flops = {(start, 0): 0 for start in range(count)}
-    last: dict[_Arc, tuple[_Arc, _Run]] = {}
+    bonds = [segment.left for segment in segments]
+    # Twice around the ring, so that every arc is a range of the cumulated products.
+    outs = list(accumulate([segment.out for segment in segments] * 2, mul, initial=1))
+    ins = list(accumulate([segment.in_ for segment in segments] * 2, mul, initial=1))
+    flops: dict[_Arc, int] = {(start, 0): 0 for start in range(count)}
+    last_step: dict[_Arc, tuple[_Arc, _Subchain]] = {}
     for length in range(1, count + 1):
         for start in range(count):
             stop = start + length
             ends = {start, stop % count}
-            # What every last product has in common: all legs but inputs that are contracted, ends.
+            # Every last product contains all outputs of the arc, all other inputs, and its ends.
             common = 2 * batch * (outs[stop] // outs[start]) * (ins[start + count] // ins[stop])
             for end in ends:
                 common *= bonds[end]
-            flops[start, length], before, run = min(
+            flops[start, length], before, subchain = min(
                 (
                     flops[before]
-                    + merges.flops[run]
-                    + common * (ins[run[1]] // ins[run[0]]) * (1 if cut in ends else bonds[cut]),
+                    + order.flops[subchain]
+                    + common
+                    * (ins[subchain[1]] // ins[subchain[0]])
+                    * (1 if cut in ends else bonds[cut]),
                     before,
-                    run,
+                    subchain,
                 )
-                for before, run, cut in _ways_to(start, length, count)
+                for before, subchain, cut in _predecessors(start, length, count)
             )
-            last[start, length] = before, run
+            last_step[start, length] = before, subchain
     arc = min(((start, count) for start in range(count)), key=flops.__getitem__)
-    runs = []
+    subchains = []
     while arc[1]:
-        arc, run = last[arc]
-        runs.append(run)
-    return runs[::-1]
+        arc, subchain = last_step[arc]
+        subchains.append(subchain)
+    return subchains[::-1]
 
 
-def _ways_to(start: int, length: int, count: int) -> Iterator[tuple[_Arc, _Run, int]]:
-    """What an arc may have been, the run that then came at one of its ends, the bond between."""
+def _predecessors(start: int, length: int, count: int) -> Iterator[tuple[_Arc, _Subchain, int]]:
+    """Yield the arcs that an arc may come from, the subchain each lacks, and the bond between."""
     for size in range(1, length + 1):
-        # No run lies across the joint of the ring.
+        # A subchain never lies across the joint of the ring.
         if start + size <= count:
             cut = (start + size) % count
             yield (cut, length - size), (start, start + size), cut

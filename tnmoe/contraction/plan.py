@@ -1,33 +1,70 @@
-"""Contracting chains of cores: the best order, a cost model, and the product for experts."""
+"""Contraction plans: how to apply a chain or experts to vectors, and what that costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import prod
 
-from tnmoe.backends import Array, Backend
-from tnmoe.contraction.einsum import Contraction, Shapes
-from tnmoe.contraction.expert_routes import (
-    CORE_BY_CORE,
-    ContractionPlan,
-    Workload,
-    core_by_core_width,
-    peak_in_pieces,
-    plan_for_experts,
-    rows_per_piece,
-)
-from tnmoe.contraction.paths import CoreShapes, Network, applying_path, building_path
+from tnmoe.contraction.expert_routes import ChainCost, Workload, flops_and_peak, predict_seconds
+from tnmoe.contraction.paths import Path, applying_path, building_path
+from tnmoe.contraction.pieces import peak_in_pieces
 from tnmoe.contraction.rates import Rates, get_rates
-from tnmoe.errors import InputError, index_in, integer_from_zero, positive_int
-from tnmoe.shapes import MPOShape
+from tnmoe.errors import InputError, integer_from_zero, positive_int
+from tnmoe.options import OperatorRoute, Route
+from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site
+from tnmoe.system.tables import format_table
 
-# A segment of a chain with this many times fewer numbers than the matrix is small.
-_SMALL_SEGMENT = 8
-
-# What no library can count the entries of an axis to.
+# Array libraries count the entries along an axis in 64-bit integers with a sign.
 _TOO_LARGE = 2**63
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """A way to apply an MPO, or experts that share a core, to vectors, and its cost.
+
+    Attributes
+    ----------
+    route : {"chain", "rebuilt"}, or for experts {"joint", "per_expert", "rebuilt", "cached"}
+        ``chain`` contracts the vectors with the cores. ``rebuilt`` builds the matrix first.
+        ``joint`` takes the vectors of all experts together through the cores, from the right.
+        ``per_expert`` takes each expert's own vectors through its cores. ``cached`` multiplies
+        with matrices that are in memory.
+    flops : int
+        Floating-point operations of a forward pass; a multiply-add counts as two.
+    peak_elements : int
+        Entries of the largest intermediate array. Where vectors go through in pieces, of a piece.
+    path : tuple of tuple of int
+        Pairwise contractions in opt_einsum's form. The operands are (vectors, cores…) on the
+        routes ``chain`` and ``per_expert``, and (cores…) on ``rebuilt`` for one MPO. Empty on the
+        other routes.
+    seconds : dict
+        For experts: predicted seconds of every possible route.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape, contraction_plan
+    >>> plan = contraction_plan(MPOShape((4, 4, 4), (4, 4, 4)), (2, 2), batch=8)
+    >>> plan.route, plan.path
+    ('chain', ((0, 3), (1, 2), (0, 1)))
+    """
+
+    route: Route | OperatorRoute
+    flops: int
+    peak_elements: int
+    path: Path
+    seconds: dict[Route, float] = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        text = (
+            f"route {self.route}: {self.flops:.3g} flops, "
+            f"largest intermediate {self.peak_elements:.3g} numbers"
+        )
+        if not self.seconds:
+            steps = " ".join("·".join(map(str, step)) for step in self.path)
+            return f"{text}, path {steps or 'none'}"
+        ranking = sorted(self.seconds.items(), key=lambda item: item[1])
+        rows = [[name, f"{1e3 * seconds:.3f}"] for name, seconds in ranking]
+        return f"{text}\n{format_table(['route', 'predicted ms'], rows)}"
 
 
 def contraction_plan(
@@ -42,42 +79,42 @@ def contraction_plan(
     device: str = "cpu",
     itemsize: int = 4,
 ) -> ContractionPlan:
-    """Cheapest way to apply an MPO, or experts that share its centre, to ``batch`` vectors.
+    """Find the cheapest way to apply an MPO, or experts that share its centre, to vectors.
 
-    For one MPO that is the way of fewest operations. For experts it is the one that a model of
-    operations, bytes and launches expects to be fastest on a device.
+    For one MPO the plan has the fewest operations. For experts it is the fastest according to a
+    model of operations, bytes and launches on a device.
 
     Parameters
     ----------
     shape : MPOShape
         Legs of the MPO.
     bond_dims : tuple of int, optional
-        Inner bond dimensions, also larger than a matrix needs; exact ones by default.
+        Inner bond dimensions; they may be larger than a matrix needs. Exact bonds by default.
     batch : int
         Number of vectors; of all experts together.
     experts : int, optional
-        Number of experts that share the central core; without it the plan is for one MPO.
+        Number of experts that share the central core. Without it the plan is for one MPO.
     center_site : int, optional
-        Site that they share; ``shape.center_site`` by default.
+        Site of the shared core; ``shape.center_site`` by default.
     training : bool
-        Whether gradients will be asked for.
+        Whether a backward pass will follow.
     cached : bool
-        Whether the experts' matrices are at hand, or may be kept once they are built.
+        Whether the experts' matrices are in memory, or may stay there once they are built.
     device : str
-        Kind of device, ``"cpu"`` or ``"cuda"``; one without rates of its own is taken for the
-        latter.
+        Kind of device, ``"cpu"`` or ``"cuda"``. Any other kind counts as ``"cuda"`` unless it has
+        rates of its own.
     itemsize : int
         Bytes of a number.
 
     Returns
     -------
     ContractionPlan
-        For up to 8 sites its path is the best among pairwise contractions without outer products
+        For up to 8 sites its path is the best of all pairwise contractions without outer products
         (opt_einsum's dynamic programming; Pfeifer, Haegeman, Verstraete, Phys. Rev. E 90, 033315
-        (2014)) at batches of powers of two, and the cheaper of its neighbours' between them. For
-        more sites it is the best of those in which what has been contracted is always a run of
-        neighbours, or all but a run; from 33 sites on, neighbours whose product is no larger than
-        they are come first.
+        (2014)) at batches of powers of two. Between two powers it is the cheaper of their paths.
+        For more sites it is the best of those paths that always have contracted either one run of
+        neighbouring sites or all sites but one such run. From 33 sites on, neighbours whose
+        product is no larger than themselves are multiplied first.
 
     Raises
     ------
@@ -107,245 +144,42 @@ def contraction_plan(
     itemsize = positive_int("itemsize", itemsize)
     if max(shape.padded_out, shape.padded_in, batch, *bonds) >= _TOO_LARGE:
         raise InputError("a plan is for a matrix, bonds and a batch of less than 2**63 each")
-    center_site = (
-        shape.center_site
-        if center_site is None
-        else index_in("center_site", center_site, shape.sites)
-    )
+    center_site = resolve_center_site(shape, center_site)
     if experts is None:
-        plan = _plan_of_one(shape, bonds, batch)
+        plan = plan_for_chain(shape, bonds, batch)
         return replace(plan, peak_elements=peak_in_pieces(plan.peak_elements, batch, shape))
-    rates = get_rates(device)
-    return _plan_of_experts(
-        shape, bonds, center_site, batch, experts, training, itemsize, cached, rates
+    workload = Workload(
+        shape=shape,
+        bond_dims=bonds,
+        center_site=center_site,
+        rows=batch,
+        experts=positive_int("experts", experts),
+        training=training,
+        itemsize=itemsize,
     )
+    return _plan_for_experts(workload, get_rates(device), cached)
 
 
 @lru_cache(maxsize=4096)
-def _plan_of_experts(
-    shape: MPOShape,
-    bonds: tuple[int, ...],
-    center_site: int,
-    batch: int,
-    experts: int,
-    training: bool,
-    itemsize: int,
-    cached: bool,
-    rates: Rates,
-) -> ContractionPlan:
-    positive_int("experts", experts)
-    workload = Workload(shape, bonds, center_site, batch, experts, training, itemsize)
-    chain = _plan_of_one(shape, bonds, max(1, round(batch / workload.active)))
-    return plan_for_experts(workload, rates, chain, cached)
+def _plan_for_experts(workload: Workload, rates: Rates, cached: bool) -> ContractionPlan:
+    """Choose the route that the cost model expects to be the fastest."""
+    rows_of_expert = max(1, round(workload.rows / workload.active_experts))
+    chain = plan_for_chain(workload.shape, workload.bond_dims, rows_of_expert)
+    cost = ChainCost(chain.flops, chain.peak_elements) if chain.route == "chain" else None
+    seconds = predict_seconds(workload, rates, cost, cached)
+    route = min(seconds, key=lambda name: seconds[name])
+    flops, peak = flops_and_peak(workload, route, cost)
+    return ContractionPlan(route, flops, peak, chain.path if route == "per_expert" else (), seconds)
 
 
 @lru_cache(maxsize=4096)
-def _plan_of_one(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> ContractionPlan:
-    padded = (1, *bonds, 1)
-    cores = tuple(zip(padded[:-1], shape.out_dims, shape.in_dims, padded[1:], strict=True))
-    best, build = applying_path(cores, batch), building_path(cores)
-    direct = ContractionPlan("chain", best.flops(batch), best.peak(batch), best.path)
-    flops = build.flops(0) + 2 * batch * shape.padded_out * shape.padded_in
-    dense = ContractionPlan("rebuilt", flops, build.peak(0), build.path)
-    # The best chain path may itself build the matrix first; then it is called what it is.
-    return min(dense, direct, key=lambda plan: plan.flops)
-
-
-def to_padded_matrix(xp: Backend, cores: Sequence[Array]) -> Array:
-    """Product of all cores as a (padded out, padded in) matrix."""
-    segments = [(core, [core.shape[1:3]]) for core in cores]
-    rows, columns = (prod(core.shape[axis] for core in cores) for axis in (1, 2))
-    for site in _merges(_shapes(cores)):
-        (left, left_legs), (right, right_legs) = segments[site : site + 2]
-        product = left.reshape(-1, left.shape[-1]) @ right.reshape(right.shape[0], -1)
-        ends = (left.shape[0], right.shape[-1])
-        merged = product.reshape(ends[0], -1, ends[1]), [*left_legs, *right_legs]
-        # Putting legs in order is cheap as long as a segment is small, and makes the last
-        # permutation, the one of the whole matrix, move larger pieces.
-        if prod(product.shape) * _SMALL_SEGMENT <= rows * columns:
-            merged = _gather_legs(xp, *merged)
-        segments[site : site + 2] = [merged]
-    return _gather_legs(xp, *segments[0])[0].reshape(rows, columns)
-
-
-def _gather_legs(
-    xp: Backend, segment: Array, legs: Sequence[tuple[int, int]]
-) -> tuple[Array, list[tuple[int, int]]]:
-    """A segment (D, out · in · out · in …, D') with its outputs before its inputs."""
-    left, right = segment.shape[0], segment.shape[-1]
-    # Legs of size 1 are left out: libraries limit the number of axes.
-    sizes = [size for leg in legs for size in leg if size > 1]
-    sides = [side for leg in legs for side, size in enumerate(leg) if size > 1]
-    axes = sorted(range(len(sizes)), key=sides.__getitem__)
-    ordered = xp.permute(
-        segment.reshape(left, *sizes, right), [0, *(1 + axis for axis in axes), 1 + len(sizes)]
-    )
-    out, in_ = (prod(leg[axis] for leg in legs) for axis in (0, 1))
-    return ordered.reshape(left, out * in_, right), [(out, in_)]
-
-
-@lru_cache(maxsize=4096)
-def _merges(cores: CoreShapes) -> tuple[int, ...]:
-    """The best order to merge a chain in: which segment is merged with its right neighbour."""
-    segments = [(site, site + 1) for site in range(len(cores))]
-    merges, remaining = [], list(segments)
-    for step in building_path(cores).path:
-        merged = [remaining.pop(term) for term in sorted(step, reverse=True)]
-        start, stop = min(merged)[0], max(merged)[1]
-        remaining.append((start, stop))
-        if len(merged) == 2:  # a lone core has a path of one step that leaves it alone
-            site = segments.index(min(merged))
-            segments[site : site + 2] = [(start, stop)]
-            merges.append(site)
-    return tuple(merges)
-
-
-def apply_cores(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Array:
-    """Apply a chain of cores to vectors (batch, padded in) → (batch, padded out).
-
-    In pieces of the batch, where a state would have more numbers than ``routes.STATE_LIMIT``.
-    """
-    batch, bonds = vectors.shape[0], tuple(core.shape[0] for core in cores[1:])
-    step = rows_per_piece(state_width(shape, bonds, batch), max(shape.padded_in, shape.padded_out))
-    if batch <= step:
-        return _apply_at_once(xp, shape, cores, vectors)
-    starts = range(0, batch, step)
-    pieces = [_apply_at_once(xp, shape, cores, vectors[at : at + step]) for at in starts]
-    return xp.concatenate(pieces, 0)
-
-
-@lru_cache(maxsize=4096)
-def state_width(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> float:
-    """Numbers that the largest state of :func:`apply_cores` has for a vector."""
-    plan = _plan_of_one(shape, bonds, batch)
-    padded = (1, *bonds, 1)
-    cores = tuple(zip(padded[:-1], shape.out_dims, shape.in_dims, padded[1:], strict=True))
-    if plan.route == "chain" and _core_by_core_flops(cores, batch) <= CORE_BY_CORE * plan.flops:
-        return core_by_core_width(shape, bonds)
-    # Products of cores alone are no larger than the matrix.
-    of_vectors = plan.peak_elements > shape.padded_out * shape.padded_in
-    return plan.peak_elements / batch if plan.route == "chain" and of_vectors else 0
-
-
-def _apply_at_once(xp: Backend, shape: MPOShape, cores: Sequence[Array], vectors: Array) -> Array:
-    batch = vectors.shape[0]
-    plan = _plan_of_one(shape, tuple(core.shape[0] for core in cores[1:]), batch)
-    if plan.route == "rebuilt":
-        return vectors @ xp.transpose(to_padded_matrix(xp, cores))
-    if _core_by_core_flops(_shapes(cores), batch) <= CORE_BY_CORE * plan.flops:
-        return _apply_core_by_core(xp, cores, vectors)
-    contraction, shapes = _contraction(_shapes(cores), batch)
-    operands = [array.reshape(size) for array, size in zip([vectors, *cores], shapes, strict=True)]
-    return contraction(xp, operands).reshape(batch, shape.padded_out)
-
-
-@lru_cache(maxsize=4096)
-def _contraction(cores: CoreShapes, batch: int) -> tuple[Contraction, Shapes]:
-    """Contraction of cores with vectors, and the shapes that it takes them in."""
-    network = Network.of(cores, has_vectors=True).without_units()
-    shapes = network.shapes(batch)
-    return Contraction(network.equation(), shapes, applying_path(cores, batch).path), shapes
-
-
-def _apply_core_by_core(xp: Backend, cores: Sequence[Array], vectors: Array) -> Array:
-    """Contract vectors (batch, padded in) with one core after the other, right to left.
-
-    A core is the matrix (left bond · output, input · right bond) as it lies. The state has axes
-    (bond, last output, inputs to come, outputs before), batch among the inputs, so that every
-    step is one large product and one copy of the state, which is much smaller than the cores.
-    """
-    batch, rest = vectors.shape
-    rest *= batch
-    state, last, outs = vectors.reshape(1, 1, rest, 1), 1, 1
-    for core in reversed(cores):
-        bond, out, in_, following = core.shape
-        rest //= in_
-        # (bond, last, rest, in, outs) -> (in · bond, rest · last · outs)
-        columns = xp.permute(state.reshape(following, last, rest, in_, outs), (3, 0, 2, 1, 4))
-        columns = columns.reshape(in_ * following, rest * last * outs)
-        outs *= last
-        state, last = core.reshape(bond * out, in_ * following) @ columns, out
-    return xp.permute(state.reshape(last, batch, outs), (1, 0, 2)).reshape(batch, last * outs)
-
-
-@lru_cache(maxsize=4096)
-def _core_by_core_flops(cores: CoreShapes, batch: int) -> int:
-    """Operations of :func:`_apply_core_by_core`."""
-    states, outs, flops = batch * prod(core[2] for core in cores), 1, 0
-    for bond, out, in_, following in reversed(cores):
-        states //= in_
-        flops += 2 * states * bond * out * in_ * following * outs
-        outs *= out
-    return flops
-
-
-def stacked_to_padded_matrices(
-    xp: Backend, center: Array, left: Sequence[Array], right: Sequence[Array]
-) -> Array:
-    """Matrices of E experts, from the central core and the stacked cores around it.
-
-    Parameters
-    ----------
-    xp : Backend
-        Library of the arrays.
-    center : array, shape (D, out, in, D') or (E, D, out, in, D')
-        Central core: one that all share, or every expert's own.
-    left, right : sequence of array, shapes (E, D, out, in, D')
-        Stacked cores left and right of it, at least one in all.
-
-    Returns
-    -------
-    array, shape (E, padded out, padded in)
-        A shared central core takes one product for all experts together, then a batched one.
-    """
-    experts = (*left, *right)[0].shape[0]
-    *own, bond_l, out_c, in_c, bond_r = center.shape
-    env_l, out_l, in_l = left_environment(xp, left)
-    env_r, out_r, in_r = right_environment(xp, right)
-    # A side without auxiliary cores has the environment 1, the same for all experts.
-    product = center.reshape(*(own or [1]), -1, bond_r)
-    if env_l is not None:
-        rows = env_l if own else env_l.reshape(-1, bond_l)
-        product = rows @ center.reshape(*own, bond_l, -1)
-        product = product.reshape(experts, -1, bond_r)
-    if env_r is not None:
-        product = product @ env_r
-    # (E, Ol, Il, Oc, Ic, Or, Ir) -> (E, Ol, Oc, Or, Il, Ic, Ir)
-    legs = product.reshape(experts, out_l, in_l, out_c, in_c, out_r, in_r)
-    return xp.permute(legs, (0, 1, 3, 5, 2, 4, 6)).reshape(
-        experts, out_l * out_c * out_r, in_l * in_c * in_r
-    )
-
-
-def left_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None, int, int]:
-    """Product of stacked cores left of the centre, (E, out·in, D), and its legs."""
-    if not cores:
-        return None, 1, 1
-    experts, _, out, in_, bond = cores[0].shape
-    env = cores[0].reshape(experts, out * in_, bond)
-    for core in cores[1:]:
-        _, _, o, i, following = core.shape
-        env = env @ core.reshape(experts, bond, o * i * following)
-        env = xp.permute(env.reshape(experts, out, in_, o, i, following), (0, 1, 3, 2, 4, 5))
-        out, in_, bond = out * o, in_ * i, following
-        env = env.reshape(experts, out * in_, bond)
-    return env, out, in_
-
-
-def right_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None, int, int]:
-    """Product of stacked cores right of the centre, (E, D, out·in), and its legs."""
-    if not cores:
-        return None, 1, 1
-    experts, bond, out, in_, _ = cores[-1].shape
-    env = cores[-1].reshape(experts, bond, out * in_)
-    for core in reversed(cores[:-1]):
-        _, preceding, o, i, _ = core.shape
-        env = core.reshape(experts, preceding * o * i, bond) @ env
-        env = xp.permute(env.reshape(experts, preceding, o, i, out, in_), (0, 1, 2, 4, 3, 5))
-        out, in_, bond = o * out, i * in_, preceding
-        env = env.reshape(experts, bond, out * in_)
-    return env, out, in_
-
-
-def _shapes(cores: Sequence[Array]) -> CoreShapes:
-    return tuple(tuple(core.shape) for core in cores)
+def plan_for_chain(shape: MPOShape, bonds: tuple[int, ...], batch: int) -> ContractionPlan:
+    """Choose the way of fewest operations for one MPO, all vectors going through at once."""
+    cores = chain_shapes(shape, bonds)
+    applying, building = applying_path(cores, batch), building_path(cores)
+    chain = ContractionPlan("chain", applying.flops(batch), applying.peak(batch), applying.path)
+    flops = building.flops(0) + 2 * batch * shape.padded_out * shape.padded_in
+    rebuilt = ContractionPlan("rebuilt", flops, building.peak(0), building.path)
+    # The best path with vectors may itself build the matrix first. The tie then goes to the name
+    # that says so.
+    return min(rebuilt, chain, key=lambda plan: plan.flops)

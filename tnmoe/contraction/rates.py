@@ -1,4 +1,4 @@
-"""How long products take on a device: a model of four numbers, and what is known of devices."""
+"""Rates of a device: a model of four numbers, and what is known of this machine's devices."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from tnmoe.errors import number_in
 from tnmoe.system.files import read_json
 from tnmoe.system.folders import write_whole
 
+# Rates in use, by kind of device.
 _RATES: dict[str, Rates] = {}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does per second.
+    """Speed of a device.
 
     Attributes
     ----------
@@ -28,12 +29,12 @@ class Rates:
     bandwidth : float
         Bytes per second, read or written, of arrays that are in no cache.
     launch : float
-        Seconds that an operation takes at least.
+        Least seconds that an operation takes.
 
     Raises
     ------
     InputError
-        If one is not positive; ``half_depth`` may be 0.
+        If a rate is not positive; ``half_depth`` may be 0.
 
     Examples
     --------
@@ -52,7 +53,7 @@ class Rates:
             number_in(name, value, "[0, inf)" if name == "half_depth" else "(0, inf)")
 
     def product(self, rows: float, depth: float, columns: float, itemsize: int) -> float:
-        """Seconds of a product (``rows``, ``depth``) · (``depth``, ``columns``).
+        """Predict the seconds of a product (``rows``, ``depth``) · (``depth``, ``columns``).
 
         ``itemsize`` is the bytes of a number.
         """
@@ -60,15 +61,18 @@ class Rates:
             return 0.0
         moved = (rows * depth + depth * columns + rows * columns) * itemsize / self.bandwidth
         compute = 2 * rows * depth * columns * (1 + self.half_depth / depth) / self.flops
-        # Matrices are packed before they are multiplied, so the two do not overlap.
+        # Libraries pack matrices before they multiply them, so the two do not overlap.
         return compute + moved + self.launch
 
     def move(self, numbers: float, itemsize: int) -> float:
-        """Seconds to read and write ``numbers`` of ``itemsize`` bytes once, in another order."""
+        """Predict the seconds to read ``numbers`` once and write them in another order.
+
+        ``itemsize`` is the bytes of a number.
+        """
         return 2 * numbers * itemsize / self.bandwidth + self.launch
 
 
-# Of the order of a present-day machine: routes differ by factors, so that does for a start.
+# Of the order of a present-day machine. Routes differ by factors, so this does for a start.
 _TYPICAL = {
     "cpu": Rates(flops=2e11, half_depth=8, bandwidth=1e10, launch=3e-6),
     "cuda": Rates(flops=3e14, half_depth=128, bandwidth=2e12, launch=8e-6),
@@ -76,7 +80,7 @@ _TYPICAL = {
 
 
 def get_rates(device: str) -> Rates:
-    """Rates of a device kind: those set, else those stored by a measurement, else typical ones."""
+    """Return the rates of a kind of device: set ones, else stored ones, else typical ones."""
     if device not in _RATES:
         # Another thread may have set them meanwhile.
         _RATES.setdefault(device, _stored(device) or _TYPICAL.get(device, _TYPICAL["cuda"]))
@@ -84,7 +88,7 @@ def get_rates(device: str) -> Rates:
 
 
 def set_rates(device: str, rates: Rates, store: bool = False) -> None:
-    """Plan with these rates from now on, and in later processes too if they are stored."""
+    """Plan with these rates from now on; if they are stored, later processes do so, too."""
     _RATES[device] = rates
     if store:
         path = rates_path(device)
@@ -93,16 +97,17 @@ def set_rates(device: str, rates: Rates, store: bool = False) -> None:
 
 
 def rates_path(device: str) -> Path:
-    """Where the rates of a device kind are stored: in ``$TNMOE_CACHE``, or the user's cache folder.
+    """Return the file that stores the rates of a kind of device.
 
-    Each has a file of its own, so that measurements at the same time do not undo each other.
+    It lies in the folder ``$TNMOE_CACHE``, or else in the user's cache folder. Every kind has a
+    file of its own, so that two measurements at the same time do not undo each other.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TNMOE_CACHE") or Path(cache) / "tnmoe") / f"rates-{device}.json"
 
 
 def _stored(device: str) -> Rates | None:
-    # A missing or broken file is the same as no measurement.
+    # A missing or broken file counts as no measurement.
     with suppress(OSError, ValueError, TypeError):
         return Rates(**read_json(rates_path(device)))
     return None

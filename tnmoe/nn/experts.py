@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.contraction.expert_routes import rows_per_piece
+from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.errors import InputError, flag, generator_of, number_in
 from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.compute.pieces import apply_in_pieces

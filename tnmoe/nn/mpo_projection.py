@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnmoe.contraction.expert_routes import ContractionPlan
+from tnmoe.contraction.plan import ContractionPlan
 from tnmoe.errors import InputError, generator_of, index_in
 from tnmoe.mpo import MPO
 from tnmoe.nn.compute import routes

@@ -1,1 +1,1 @@
-"""Truncation: what may be cut, how it is chosen, what was cut."""
+"""Truncation: what it may cut, how bonds are chosen, what it reports."""

@@ -1,4 +1,4 @@
-"""What a caller may ask of a truncation, and what a truncation reports."""
+"""What a truncation reports."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from dataclasses import dataclass, field
 from math import hypot
 
 from tnmoe.backends import Array
-from tnmoe.errors import InputError, number_in, shown
 
 
 @dataclass(frozen=True)
 class TruncationInfo:
-    """What a truncation saw and cut, bond by bond.
+    """Schmidt values of a truncated operator and what was cut of them, bond by bond.
 
     Attributes
     ----------
     discarded : tuple of float
-        Per bond: 2-norm of the Schmidt values cut there. Where ``"eigh"`` cut a matrix in double
-        precision it is measured, for bonds that were cut together as a share of the whole.
+        Per bond: 2-norm of the Schmidt values that were cut there. Where ``"eigh"`` cut a matrix
+        in double precision the norm is measured instead; bonds that were cut together then share
+        one measurement.
     spectra : tuple of array
-        Per bond: the Schmidt values seen when the bond was cut, descending, before cutting; arrays
-        of the cores' library in double precision, whatever the dtype of the cores. ``"eigh"`` sees
-        squares: in double precision its values are no smaller than 3e-8 of the norm, which is the
+        Per bond: the Schmidt values just before the cut, descending. They are arrays of the cores'
+        library in double precision, whatever the dtype of the cores. ``"eigh"`` computes their
+        squares: in double precision none of its values is below 3e-8 of the norm, which is the
         rounding of these squares.
     methods : tuple of str
-        Per bond: the algorithm used (``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``).
+        Per bond: the algorithm, ``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``.
     earlier_error : float
-        Bound on the error made before these cuts, where what was cut was itself an approximation:
-        a sum or product that was never formed exactly. 0 otherwise.
+        Bound on the error made before these cuts, for a sum or product that was never formed
+        exactly. 0 otherwise.
 
     Examples
     --------
@@ -50,17 +50,9 @@ class TruncationInfo:
     def error_bound(self) -> float:
         """Bound on ‖W − MPO‖ in the Frobenius norm: earlier_error + sqrt(Σ discarded²).
 
-        Every cut is an orthogonal projection inside the range of the ones before it, so the
+        Every cut is an orthogonal projection inside the range of the cuts before it, so the
         errors add up as squares (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), theorem 2.2).
-        The bound is reached, except where the shape is padded: what was cut may lie in the
-        padding. Rounding comes on top: a few units in the last place of ‖W‖.
+        The error reaches the bound unless the shape is padded, where part of what was cut may lie
+        in the padding. Rounding adds a few units in the last place of ‖W‖.
         """
         return self.earlier_error + hypot(*self.discarded)
-
-
-def check_rtol(rtol: float | None) -> float | None:
-    """``rtol`` as a float or None; an InputError unless it is a finite number of at least 0."""
-    try:
-        return None if rtol is None else number_in("rtol", rtol, "[0, inf)")
-    except InputError:
-        raise InputError(f"rtol must be a finite number of at least 0, got {shown(rtol)}") from None

@@ -1,24 +1,23 @@
-"""From what a caller asks of a truncation to how much is cut at each bond."""
+"""What a caller allows a truncation, and the bonds that follow from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from operator import gt
 
 import numpy as np
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, number_in, positive_int, shown
 from tnmoe.shapes import MPOShape
-from tnmoe.truncation.info import check_rtol
+from tnmoe.truncation.budget import ErrorBudget
 from tnmoe.truncation.search import choose_bonds
-from tnmoe.truncation.select import check_limits
 from tnmoe.truncation.spectra import squared_tails
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The bond dimensions a caller asks for, checked against a shape.
+    """What a caller allows a truncation, checked against a shape.
 
     Parameters
     ----------
@@ -31,7 +30,7 @@ class Limits:
     rtol : float, optional
         Largest relative Frobenius error of the whole.
     max_params : int, optional
-        Most numbers that all cores may hold together.
+        Largest number of parameters of all cores together.
 
     Raises
     ------
@@ -40,14 +39,29 @@ class Limits:
     """
 
     shape: MPOShape
+    _: KW_ONLY
     max_bond: int | Sequence[int] | None = None
     bonds: Sequence[int] | None = None
     rtol: float | None = None
     max_params: int | None = None
 
     def __post_init__(self) -> None:
-        check_limits(self.shape, self.max_bond, self.bonds, self.rtol, self.max_params)
-        object.__setattr__(self, "rtol", check_rtol(self.rtol))
+        set_field = object.__setattr__
+        set_field(self, "rtol", _check_rtol(self.rtol, self.shape))
+        caps = self.shape.bond_dims(self.max_bond)
+        if self.max_params is not None:
+            set_field(self, "max_params", _check_max_params(self.max_params, self.shape))
+        if self.bonds is None:
+            return
+        bonds = _check_bonds(self.bonds, self.shape)
+        set_field(self, "bonds", bonds)
+        if any(map(gt, bonds, caps)):
+            raise InputError(f"bonds={bonds} exceed max_bond={self.max_bond}")
+        params = self.shape.num_params(bonds)
+        if self.max_params is not None and params > self.max_params:
+            raise InputError(
+                f"bonds={bonds} have {params} parameters, more than max_params={self.max_params}"
+            )
 
     @property
     def caps(self) -> tuple[int, ...]:
@@ -61,89 +75,114 @@ class Limits:
             return True
         return self.max_params is not None and self.shape.num_params(self.caps) > self.max_params
 
-    def plan(
+    def choose_bonds(
+        self, tails: Sequence[np.ndarray], caps: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """Choose the bonds within the limits from the losses at every bond.
+
+        Parameters
+        ----------
+        tails : sequence of array
+            Per bond: the squared error of keeping r = 0, 1, … Schmidt values. At r = 0 it is the
+            squared norm.
+        caps : sequence of int, optional
+            Largest bonds; by default those that the limits leave.
+
+        Raises
+        ------
+        InputError
+            If ``bonds`` were given that lose more than ``rtol`` allows.
+        """
+        # The largest, since Schmidt values below rounding may be missing at a bond.
+        squared_norm = max((float(tail[0]) for tail in tails), default=0.0)
+        allowed = None if self.rtol is None else self.rtol**2 * squared_norm
+        if self.bonds is None:
+            caps = self.caps if caps is None else caps
+            return choose_bonds(tails, self.shape, caps, allowed, self.max_params)
+        bonds = self.caps
+        lost = sum(
+            float(tail[min(bond, len(tail) - 1)]) for bond, tail in zip(bonds, tails, strict=True)
+        )
+        if allowed is not None and lost > allowed:
+            error = (lost / squared_norm) ** 0.5
+            raise InputError(
+                f"bonds={bonds} may leave a relative error of {error:.3g}, "
+                f"more than rtol={self.rtol}"
+            )
+        return bonds
+
+    def budget(
         self,
         spectra: Sequence[np.ndarray] | None = None,
-        limits: Sequence[int] | None = None,
+        present_bonds: Sequence[int] | None = None,
     ) -> ErrorBudget:
-        """Decide from the Schmidt values (batch, D) of all bonds, where they are needed.
+        """Share out the error that may be made among the bonds.
 
-        ``limits`` are the bonds that are there, where they may be smaller than what would fit.
+        Parameters
+        ----------
+        spectra : sequence of array, shapes (batch, D), optional
+            Per bond: Schmidt values of each matrix, where ``needs_spectra`` says so.
+        present_bonds : sequence of int, optional
+            Bonds of the chain that is cut; by default as large as the shape permits.
+
+        Raises
+        ------
+        InputError
+            If ``bonds`` were given that exceed the present ones, or lose more than ``rtol`` allows.
         """
-        caps = self.caps
-        if limits is not None:
-            if self.bonds is not None and any(map(gt, self.bonds, limits)):
-                raise InputError(
-                    f"bonds={tuple(self.bonds)} exceed the bonds that are there: {tuple(limits)}"
-                )
-            caps = self.shape.bond_dims([min(pair) for pair in zip(caps, limits, strict=True)])
-        if not self.needs_spectra or spectra is None or not spectra:
+        caps = self.caps if present_bonds is None else self._caps_within(present_bonds)
+        if not self.needs_spectra or not spectra:
             return ErrorBudget(caps)
         tails = [squared_tails(values) for values in spectra]
         squared_norms = np.max([tail[:, 0] for tail in tails], axis=0)
-        # One set of bonds for the whole batch: good enough for its worst matrix at every bond.
+        # A batch has one set of bonds, good enough for its worst matrix at every bond.
         relative = [
             (tail / np.where(squared_norms > 0, squared_norms, 1.0)[:, None]).max(axis=0)
             for tail in tails
         ]
-        if self.bonds is not None:
-            return self._checked(relative)
-        allowed = None if self.rtol is None else self.rtol**2
-        ranks = choose_bonds(relative, self.shape, caps, allowed, self.max_params)
-        if allowed is None:
+        ranks = self.choose_bonds(relative, caps)
+        if self.rtol is None or self.bonds is not None:
             return ErrorBudget(ranks)
         planned = [tail[:, rank] for tail, rank in zip(tails, ranks, strict=True)]
-        spare = np.maximum(0.0, allowed * squared_norms - np.sum(planned, axis=0))
+        spare = np.maximum(0.0, self.rtol**2 * squared_norms - np.sum(planned, axis=0))
         return ErrorBudget(ranks, planned, spare)
 
-    def _checked(self, relative: Sequence[np.ndarray]) -> ErrorBudget:
-        ranks = self.caps
-        error = sum(float(tail[rank]) for tail, rank in zip(relative, ranks, strict=True)) ** 0.5
-        if self.rtol is not None and error > self.rtol:
+    def _caps_within(self, present_bonds: Sequence[int]) -> tuple[int, ...]:
+        if self.bonds is not None and any(map(gt, self.bonds, present_bonds)):
             raise InputError(
-                f"bonds={ranks} may leave a relative error of {error:.3g}, "
-                f"more than rtol={self.rtol}"
+                f"bonds={self.bonds} exceed the bonds that are there: {tuple(present_bonds)}"
             )
-        return ErrorBudget(ranks)
+        return self.shape.bond_dims(list(map(min, self.caps, present_bonds)))
 
 
-class ErrorBudget:
-    """How many Schmidt values to keep at each bond, decided while the bonds are being cut.
+def _check_rtol(rtol: float | None, shape: MPOShape) -> float | None:
+    if rtol is None:
+        return None
+    try:
+        rtol = number_in("rtol", rtol, "[0, inf)")
+    except InputError:
+        raise InputError(f"rtol must be a finite number of at least 0, got {shown(rtol)}") from None
+    # A bond loses the norm of the whole at most, so this allows everything. Squares of larger
+    # tolerances may overflow.
+    return min(rtol, float(shape.sites))
 
-    Parameters
-    ----------
-    ranks : sequence of int
-        Most that is kept, per bond.
-    allowed : sequence of array, shape (batch,), optional
-        Squared weight that each matrix may lose at each bond. What one bond does not need is
-        left to those after it. Without it exactly ``ranks`` values are kept.
-    spare : array, shape (batch,), optional
-        Squared weight that may be lost on top, wherever it saves something first.
-    """
 
-    def __init__(
-        self,
-        ranks: Sequence[int],
-        allowed: Sequence[np.ndarray] | None = None,
-        spare: np.ndarray | float = 0.0,
-    ) -> None:
-        self.ranks = tuple(ranks)
-        self.adaptive = allowed is not None
-        self._allowed = allowed
-        self._spare = spare
+def _check_max_params(max_params: int, shape: MPOShape) -> int:
+    max_params, fewest = positive_int("max_params", max_params), shape.num_params(1)
+    if max_params < fewest:
+        raise InputError(
+            f"max_params={max_params} is too few for {shape}: "
+            f"with all bonds 1 it has {fewest} parameters"
+        )
+    return max_params
 
-    def budget(self, bond: int) -> np.ndarray | None:
-        """Squared weight that may be lost at the bond that is cut next; None if that is fixed."""
-        return None if self._allowed is None else self._allowed[bond] + self._spare
 
-    def choose(self, bond: int, spectra: np.ndarray, limit: int) -> tuple[int, np.ndarray]:
-        """Values to keep of spectra (batch, D), at most ``limit``; the 2-norm each loses."""
-        rank = min(self.ranks[bond], limit)
-        tails = squared_tails(spectra)
-        budget = self.budget(bond)
-        if budget is not None:
-            fits = np.all(tails <= budget[:, None], axis=0)
-            if fits[: rank + 1].any():
-                rank = max(1, int(np.argmax(fits)))
-            self._spare = np.maximum(0.0, budget - tails[:, rank])
-        return rank, np.sqrt(tails[:, rank])
+def _check_bonds(bonds: Sequence[int], shape: MPOShape) -> tuple[int, ...]:
+    """Return the bonds as a tuple; raise unless every bond can be used as a whole."""
+    if not isinstance(bonds, Sequence) or len(bonds) != shape.sites - 1:
+        raise InputError(f"bonds need one value per bond: got {bonds} for {shape.sites - 1} bonds")
+    checked = tuple(positive_int("every bond", bond) for bond in bonds)
+    largest = shape.bond_dims(checked)
+    if largest != checked:
+        raise InputError(f"bonds={checked} do not fit {shape}: the largest that fit are {largest}")
+    return checked

@@ -1,4 +1,4 @@
-"""Choosing the bond dimensions of a whole MPO at once, from the Schmidt spectra of its bonds."""
+"""Bond dimensions of a whole MPO, chosen from the Schmidt spectra of all its bonds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.backends.protocol import EPSILON, REAL_DTYPES
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError
 from tnmoe.shapes import MPOShape
-from tnmoe.truncation.info import check_rtol
-from tnmoe.truncation.search import choose_bonds
+from tnmoe.truncation.limits import Limits
 from tnmoe.truncation.spectra import entanglement_entropy, squared_tails
 
 
@@ -25,26 +24,26 @@ def select_bonds(
     rtol: float | None = None,
     max_params: int | None = None,
 ) -> tuple[int, ...]:
-    """Bond dimensions with the fewest parameters for an error, or the least error for a size.
+    """Choose the bonds with the fewest parameters for an error, or the least error for a size.
 
-    The squares of what the bonds cut add up to a bound on the squared error of the whole
-    (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), theorem 2.2). This prediction and the number
-    of parameters are traded against each other over all bonds together, so an error is spent
-    where it saves most. Where the spectra have few enough values the choice is the best there is;
-    beyond (more than 2¹⁷ combinations of all bonds but the largest) it comes from a local search,
-    and is never worse than cutting all bonds at one common error.
+    The squares of what the bonds lose add up to a bound on the squared error of the whole
+    (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), theorem 2.2). The search weighs this
+    prediction against the number of parameters over all bonds together, so it spends an error
+    where that saves most. With few enough Schmidt values the choice is the best there is. With
+    more than 2¹⁷ combinations of ranks at all bonds but the largest it comes from a local search;
+    it is then never worse than cutting all bonds at one common error.
 
     Parameters
     ----------
     spectra : sequence of array
-        Per bond: Schmidt values, descending, in any array library, as in
+        Per bond: Schmidt values, descending, of any array library, as in
         ``spectra`` of :class:`TruncationInfo`.
     shape : MPOShape
-        What the bonds belong to.
+        Legs of the operator.
     max_bond : int or sequence of int, optional
         Largest bond dimension, for all bonds or one per bond. It wins over ``rtol``.
     bonds : sequence of int, optional
-        Exactly these bonds: they are checked, against the other arguments too, and returned.
+        Exactly these bonds. They are checked, also against the other arguments, and returned.
     rtol : float, optional
         Largest relative Frobenius error predicted for the whole.
     max_params : int, optional
@@ -53,7 +52,7 @@ def select_bonds(
     Returns
     -------
     tuple of int
-        One dimension per bond, every one of which can be used: ``shape.bond_dims`` keeps them.
+        One dimension per bond. All can be used as a whole: ``shape.bond_dims`` keeps them.
 
     Raises
     ------
@@ -71,51 +70,9 @@ def select_bonds(
     >>> select_bonds(spectra, shape, max_params=500)
     (7, 3)
     """
-    caps = check_limits(shape, max_bond, bonds, rtol, max_params)
+    limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
     values = _scaled(_check_spectra(spectra, shape))
-    tails = [squared_tails(spectrum) for spectrum in values]
-    allowed = None if rtol is None else _allowed_square(rtol, tails)
-    if bonds is None:
-        return choose_bonds(tails, shape, caps, allowed, max_params)
-    cut = sum(tail[min(bond, len(tail) - 1)] for bond, tail in zip(caps, tails, strict=True))
-    if allowed is not None and cut > allowed:
-        raise InputError(f"bonds={caps} cut more than rtol={rtol} allows")
-    return caps
-
-
-def check_limits(
-    shape: MPOShape,
-    max_bond: int | Sequence[int] | None,
-    bonds: Sequence[int] | None,
-    rtol: float | None,
-    max_params: int | None,
-) -> tuple[int, ...]:
-    """The largest dimension that each bond may have; ``bonds`` themselves where they are given.
-
-    Raises
-    ------
-    InputError
-        If an argument is out of range, or two of them contradict each other whatever the spectra.
-    """
-    check_rtol(rtol)
-    caps = shape.bond_dims(max_bond)
-    fewest = shape.num_params(1)
-    if max_params is not None and positive_int("max_params", max_params) < fewest:
-        raise InputError(
-            f"max_params={max_params} is too few for {shape}: "
-            f"with all bonds 1 it has {fewest} parameters"
-        )
-    if bonds is None:
-        return caps
-    chosen = _check_bonds(bonds, shape)
-    if any(bond > cap for bond, cap in zip(chosen, caps, strict=True)):
-        raise InputError(f"bonds={chosen} exceed max_bond={max_bond}")
-    if max_params is not None and shape.num_params(chosen) > max_params:
-        raise InputError(
-            f"bonds={chosen} have {shape.num_params(chosen)} parameters, "
-            f"more than max_params={max_params}"
-        )
-    return chosen
+    return limits.choose_bonds([squared_tails(spectrum) for spectrum in values])
 
 
 def bonds_by_entropy(
@@ -125,28 +82,28 @@ def bonds_by_entropy(
     scale: float = 1.0,
     max_bond: int | Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """Bond dimensions in proportion to the effective number of Schmidt values at each bond.
+    """Choose bonds in proportion to the effective number of Schmidt values at each bond.
 
-    The exponential of the entanglement entropy counts Schmidt values by weight: m equal values
-    count as m, and values of no weight count nothing. It asks for no error, so it compares how
-    much the bonds carry rather than how well they are approximated.
+    The exponential of the entanglement entropy counts Schmidt values by their size: m equal
+    values count as m, and zeros count nothing. It compares how much the bonds carry, and does not
+    promise an error.
 
     Parameters
     ----------
     spectra : sequence of array
-        Per bond: Schmidt values, descending, in any array library.
+        Per bond: Schmidt values, descending, of any array library.
     shape : MPOShape
-        What the bonds belong to.
+        Legs of the operator.
     scale : float
-        What the effective numbers are multiplied by, positive.
+        Positive factor for the effective numbers.
     max_bond : int or sequence of int, optional
         Largest bond dimension, for all bonds or one per bond.
 
     Returns
     -------
     tuple of int
-        Per bond: ``scale`` · exp(entropy), rounded up, at most the number of Schmidt values, and
-        no more than ``max_bond`` and the neighbours can use.
+        Per bond: ``scale`` · exp(entropy), rounded up. No dimension exceeds the number of Schmidt
+        values, ``max_bond``, or what its neighbours can use.
 
     Raises
     ------
@@ -163,16 +120,16 @@ def bonds_by_entropy(
     if not isinstance(scale, (int, float, np.floating)) or not isfinite(scale) or scale <= 0:
         raise InputError(f"scale must be a finite number above 0, got {scale!r}")
     caps = shape.bond_dims(max_bond)
-    wanted = []
+    ranks = []
     for values, cap in zip(_check_spectra(spectra, shape), caps, strict=True):
         effective = min(scale * exp(entanglement_entropy(values)), cap, len(values))
         # exp(log m) may come out a little above m, and must not count as m + 1.
-        wanted.append(max(1, ceil(effective * (1 - 1e-9))))
-    return shape.bond_dims(wanted)
+        ranks.append(max(1, ceil(effective * (1 - 1e-9))))
+    return shape.bond_dims(ranks)
 
 
 def _check_spectra(spectra: Sequence[Array], shape: MPOShape) -> list[np.ndarray]:
-    """The spectra as NumPy arrays, refused unless they are one spectrum per bond."""
+    """Return the spectra as NumPy arrays; raise unless there is one per bond."""
     if len(spectra) != shape.sites - 1:
         raise InputError(
             f"spectra need one array per bond: got {len(spectra)} for {shape.sites - 1} bonds"
@@ -198,26 +155,7 @@ def _check_spectrum(bond: int, spectrum: Array) -> np.ndarray:
 
 
 def _scaled(spectra: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The spectra divided by their largest value, so that squares neither over- nor underflow."""
+    """Divide the spectra by their largest value, so that squares neither over- nor underflow."""
     largest = max((values.max() for values in spectra), default=0.0)
     with np.errstate(under="ignore"):
         return [values / largest if largest > 0 else values for values in spectra]
-
-
-def _allowed_square(rtol: float, tails: Sequence[np.ndarray]) -> float:
-    """Squared absolute error that ``rtol`` allows; a tail of nothing kept is a squared norm."""
-    square = max((float(tail[0]) for tail in tails), default=0.0)
-    # Every bond together can lose one norm each; more cannot be allowed, and might overflow.
-    return min(float(rtol), 1.0 + len(tails)) ** 2 * square
-
-
-def _check_bonds(bonds: Sequence[int], shape: MPOShape) -> tuple[int, ...]:
-    """The bonds as a tuple, refused unless all of every bond can be used."""
-    if not isinstance(bonds, Sequence) or len(bonds) != shape.sites - 1:
-        raise InputError(f"bonds need one value per bond: got {bonds} for {shape.sites - 1} bonds")
-    chosen = tuple(positive_int("every bond", bond) for bond in bonds)
-    if shape.bond_dims(chosen) != chosen:
-        raise InputError(
-            f"bonds={chosen} do not fit {shape}: the largest that fit are {shape.bond_dims(chosen)}"
-        )
-    return chosen

@@ -1,4 +1,4 @@
-"""Schmidt spectra: the weight in their tails, and their entropy."""
+"""Schmidt spectra: the error of cutting their tails, and their entropy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def squared_tails(spectra: np.ndarray) -> np.ndarray:
-    """Squared weight lost by keeping r = 0, 1, … of descending values along the last axis."""
+    """Return the squared error of keeping r = 0, 1, … of descending values along the last axis."""
     with np.errstate(under="ignore"):
         squares = np.asarray(spectra, dtype=np.float64) ** 2
     tails = np.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
@@ -14,7 +14,7 @@ def squared_tails(spectra: np.ndarray) -> np.ndarray:
 
 
 def entanglement_entropy(values: np.ndarray) -> float:
-    """Entropy −Σ p log p, in nats, of the normalised squares p of Schmidt values.
+    """Return the entropy −Σ p log p, in nats, of the normalised squares p of Schmidt values.
 
     It runs from 0 (a product operator, or the zero operator) to the logarithm of the bond
     dimension (all values equal).
@@ -24,5 +24,5 @@ def entanglement_entropy(values: np.ndarray) -> float:
         return 0.0
     with np.errstate(under="ignore"):
         squares = (values / largest).astype(np.float64) ** 2
-        weights = squares[squares > 0] / squares.sum()
-    return abs(float(-(weights * np.log(weights)).sum()))
+        probabilities = squares[squares > 0] / squares.sum()
+    return abs(float(-(probabilities * np.log(probabilities)).sum()))

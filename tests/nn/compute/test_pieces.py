@@ -12,7 +12,9 @@ import tnmoe as tn
 from tests.nn.compute.test_half_precision import EPSILONS, HALVES, gradients, projections, relative
 from tests.nn.compute.test_half_precision import positive as positive_numbers
 from tnmoe import nn
+from tnmoe.contraction import apply as apply_module
 from tnmoe.contraction import expert_routes
+from tnmoe.contraction import pieces as pieces_module
 from tnmoe.contraction import plan as plan_module
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.mpo_projection import MPOProjection
@@ -33,10 +35,10 @@ def limit(monkeypatch):
     """Return a function that sets how many numbers a state may have."""
 
     def forget():
-        plan_module._plan_of_experts.cache_clear()
+        plan_module._plan_for_experts.cache_clear()
 
     def set_limit(numbers):
-        monkeypatch.setattr(expert_routes, "STATE_LIMIT", numbers)
+        monkeypatch.setattr(pieces_module, "STATE_LIMIT", numbers)
         forget()
 
     yield set_limit
@@ -91,7 +93,7 @@ def test_layers_with_tied_cores_and_slots_without_an_expert_do_as_well(route, la
     states, weights = torch.randn(10, 8).double(), torch.rand(10, 2).double()
     index = torch.randint(0, 5, (10, 2))
     found = []
-    for numbers in (expert_routes.STATE_LIMIT, 1):
+    for numbers in (pieces_module.STATE_LIMIT, 1):
         limit(numbers)
         layer.zero_grad()
         out = layer(states, index, weights)
@@ -268,9 +270,9 @@ def test_operators_are_applied_in_pieces_of_a_batch(library, limit, monkeypatch)
         batch = torch.from_numpy(batch)
     expected, sizes = operator.apply(batch), []
     limit(1 << 15)
-    at_once = plan_module._apply_at_once
+    at_once = apply_module._apply_at_once
     monkeypatch.setattr(
-        plan_module,
+        apply_module,
         "_apply_at_once",
         lambda *inputs: sizes.append(len(inputs[3])) or at_once(*inputs),
     )

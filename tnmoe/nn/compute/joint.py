@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnmoe.contraction.expert_routes import core_by_core_width, rows_per_piece
+from tnmoe.contraction.core_by_core import core_by_core_width
+from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import grouped_linear
 from tnmoe.nn.compute.pieces import apply_in_pieces

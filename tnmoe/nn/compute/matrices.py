@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction.plan import (
+from tnmoe.contraction.build import (
     left_environment,
     right_environment,
     stacked_to_padded_matrices,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction.expert_routes import rows_per_piece
-from tnmoe.contraction.plan import apply_cores, state_width
+from tnmoe.contraction.apply import apply_cores, state_width
+from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.half_precision import cast_for_reuse
 from tnmoe.nn.compute.pieces import apply_in_pieces

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnmoe.contraction.expert_routes import ContractionPlan
-from tnmoe.contraction.plan import contraction_plan
+from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.errors import InputError
 from tnmoe.nn.compute.cache import cached_linear, weight_cache
 from tnmoe.nn.compute.cores import ExpertCores
