@@ -1,4 +1,4 @@
-"""Experiments behind the claim that experts with a shared core match ordinary mixtures.
+"""Experiments on the claim that experts with a shared core match ordinary mixtures.
 
-``python -m experiments`` runs them; README.md in this folder says how and what they are.
+``python -m experiments`` runs them; README.md in this folder describes them.
 """

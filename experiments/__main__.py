@@ -20,7 +20,7 @@ from tnmoe.system.locks import locked
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Run the command; return the exit status."""
     options = _options()
     texts = [Text(path) for path in options.text] if options.text else default_texts()
     settings = all_settings(options.scale, *texts)
@@ -47,7 +47,7 @@ def main() -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("\nexperiments: interrupted; the same command goes on from there", file=sys.stderr)
+        print("\nexperiments: interrupted; the same command continues from there", file=sys.stderr)
         return 130
 
 
@@ -73,18 +73,18 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--scale", choices=SCALES, default="full", help="sizes and steps (default: %(default)s)")
     add("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
-    add("--settings", nargs="+", metavar="NAME", help="only these; mpnet is run only if named")
-    add("--seeds", type=from_one, help="so many instead of each setting's own number")
+    add("--settings", nargs="+", metavar="NAME", help="settings to run (default: all but mpnet)")
+    add("--seeds", type=from_one, help="number of seeds (default: each setting's own)")
     add(
         "--text",
         nargs=2,
         type=Path,
         metavar="FILE",
-        help="texts to pretrain on, and of the new domain, instead of Python's help topics",
+        help="text to pretrain on and text of the new domain (default: Python's help topics)",
     )
     add("--output", type=Path, help="(default: reproduce-output/SCALE)")
     add("--report", type=Path, help="folder of tables, pictures, JSON (default: OUTPUT/report)")
-    add("--report-only", action="store_true", help="of the results there are; run nothing")
+    add("--report-only", action="store_true", help="report on existing results; run nothing")
     add("--device", default="cpu", help="torch device (default: %(default)s)")
     add(
         "--jobs", type=from_one, default=os.cpu_count() or 1, help="runs at a time (default: cores)"
@@ -93,7 +93,7 @@ def _options() -> argparse.Namespace:
     add(
         "--tensorboard",
         action="store_true",
-        help="keep the loss of every step under OUTPUT for TensorBoard, which must be installed",
+        help="write the loss of every step under OUTPUT for TensorBoard, which must be installed",
     )
     return parser.parse_args()
 

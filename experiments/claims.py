@@ -1,4 +1,4 @@
-"""What MPOE's papers claim, beside what the results say."""
+"""The claims of MPOE's papers, and verdicts on them from the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PAPER_RATIO = "MPOE has 27.2 times fewer parameters than a mixture as good (arX
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim in a setting.
+    """The verdict on a claim in one setting.
 
     Attributes
     ----------
@@ -47,8 +47,8 @@ class Comparison:
         A sentence.
     method, other : str
     margin : float
-        The method's loss may be so much higher; the claim is confirmed if it is lower than that
-        without doubt. 0: the method is better.
+        How much higher, in nats, the method's loss may be. The claim is confirmed if the whole
+        interval of the difference is below the margin. With 0 the method must be better.
     """
 
     claim: str
@@ -57,7 +57,7 @@ class Comparison:
     margin: float = 0.0
 
     def judge(self, results: Mapping[str, list[Result]]) -> list[Verdict]:
-        """A verdict for every setting that has both methods; one that says so if none has."""
+        """Return a verdict for every setting with both methods; a single one if none has both."""
         found = {name: difference(some, self.method, self.other, "loss")
                  for name, some in results.items()}  # fmt: skip
         verdicts = [
@@ -70,7 +70,7 @@ class Comparison:
 
 
 def _judged(found: Difference, margin: float) -> tuple[str, str]:
-    """Verdict and figures."""
+    """Return the verdict and its figures."""
     if found.half_width is None:
         return NOT_TESTABLE, f"loss {found.mean:+.4f} nats with one seed: too few"
     figures = f"loss {found} nats, {len(found.each)} seeds"
@@ -84,7 +84,7 @@ def _judged(found: Difference, margin: float) -> tuple[str, str]:
 
 
 def _sweep(claim: str, pairs: Mapping[str, tuple[str, str]], margin: float) -> list[Comparison]:
-    """One claim under several conditions."""
+    """Return one claim under several conditions."""
     return [Comparison(f"{claim}, {each}", *pair, margin) for each, pair in pairs.items()]
 
 
@@ -131,11 +131,12 @@ COMPARISONS = (
 
 
 def judge(results: Mapping[str, list[Result]]) -> list[Verdict]:
-    """All claims.
+    """Judge all claims.
 
     Parameters
     ----------
-    results : mapping from name of a setting to its results
+    results : mapping from str to list of dict
+        The results of every setting, by the setting's name.
     """
     compared = [each for comparison in COMPARISONS for each in comparison.judge(results)]
     ratios = [ratio_at_equal_quality(setting, some) for setting, some in results.items()]
@@ -143,9 +144,9 @@ def judge(results: Mapping[str, list[Result]]) -> list[Verdict]:
 
 
 def ratio_at_equal_quality(setting: str, results: list[Result]) -> Verdict | None:
-    """How many times smaller the smallest MPOE is that is as good as the best ordinary mixture.
+    """Find the smallest MPOE that is as good as the best ordinary mixture; return their ratio.
 
-    None where there are no ordinary mixtures or no MPOE.
+    None if the results lack ordinary mixtures or MPOE.
     """
     sizes = {
         each["method"]: each["parameters"] for each in results if chosen(results, each["method"])
@@ -158,25 +159,29 @@ def ratio_at_equal_quality(setting: str, results: list[Result]) -> Verdict | Non
     best = min(ordinary, key=losses.__getitem__)
     against = {name: difference(results, name, best, "loss") for name in ours}
     known = {name: each for name, each in against.items() if each and each.half_width is not None}
-    told = f"{best}: {sizes[best]:,} parameters, loss {losses[best]:.4f}"
+    best_text = f"{best}: {sizes[best]:,} parameters, loss {losses[best]:.4f}"
     if not known:
-        return Verdict(_RATIO, setting, NOT_TESTABLE, f"one seed; {told}")
+        return Verdict(_RATIO, setting, NOT_TESTABLE, f"one seed; {best_text}")
     as_good = [name for name, each in known.items() if each.high < EQUAL]
     if not as_good:
         closest = min(known, key=lambda name: known[name].mean)
-        closest_told = f"the closest, {closest}, has loss {known[closest]} of it"
-        return Verdict(_RATIO, setting, NOT_CONFIRMED, f"none is as good as {told}; {closest_told}")
+        figures = (
+            f"none is as good as {best_text}; "
+            f"the closest, {closest}, has loss {known[closest]} relative to it"
+        )
+        return Verdict(_RATIO, setting, NOT_CONFIRMED, figures)
     smallest = min(as_good, key=sizes.__getitem__)
     ratio = sizes[best] / sizes[smallest]
     figures = (
-        f"{smallest}: {sizes[smallest]:,} parameters, loss {known[smallest]} of {told}; "
+        f"{smallest}: {sizes[smallest]:,} parameters, loss {known[smallest]} relative to "
+        f"{best_text}; "
         f"{ratio:.2f} times fewer"
     )
     return Verdict(_RATIO, setting, CONFIRMED if ratio > 1 else NOT_CONFIRMED, figures)
 
 
 def ratio_of_the_paper() -> Verdict:
-    """Parameters of T5-base with 128 experts in every second layer; counted, nothing is built."""
+    """Count the parameters of T5-base with 128 experts in every second layer, building nothing."""
     base = T5Config(
         vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12,
         architectures=["T5ForConditionalGeneration"],
@@ -187,14 +192,14 @@ def ratio_of_the_paper() -> Verdict:
         ).total
         for layout in ("split", "interleaved")
     }
-    told = (
+    by_layout = (
         f"{layout} {count.mpoe / 1e6:,.0f} million, {count.moe / count.mpoe:.1f} times fewer"
         for layout, count in counts.items()
     )
     figures = (
         f"parameters of T5-base with 128 experts in every second layer: ordinary mixture "
-        f"{counts['split'].moe / 1e6:,.0f} million; {'; '.join(told)}. No machine here trains the "
-        "ordinary one, so whether quality holds is open; the rows above with 32 experts are the "
-        "nearest"
+        f"{counts['split'].moe / 1e6:,.0f} million; {'; '.join(by_layout)}. No machine here trains "
+        "the ordinary one, so whether the quality is equal is open; the rows above with 32 experts "
+        "come closest"
     )
     return Verdict(_PAPER_RATIO, "T5-base, counted", NOT_TESTABLE, figures)

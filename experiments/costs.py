@@ -1,4 +1,4 @@
-"""What a training step of a method costs, beside the dense model's, on the same batches in turn."""
+"""The cost of a method's training step relative to a dense step on the same batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from transformers import PreTrainedModel
 from experiments.methods import METHODS
 from experiments.training import Run, batch_of, make_step
 
-# Turns that warm up; others count.
+# Turns before the measured ones.
 WARM_UP = 2
 
 
 def step_cost(run: Run, turns: int, on_step: Callable[[], None]) -> dict[str, Any]:
-    """Median time of a method's step over that of a dense step, measured side by side.
+    """Measure the median time of a method's step relative to a dense step, taken in turn.
 
     Parameters
     ----------
     run : Run
         Its method is compared with ``"dense"``.
     turns : int
-        How many count.
+        Measured steps of each model.
     on_step : callable
         Called after every turn.
     """
@@ -43,7 +43,7 @@ def step_cost(run: Run, turns: int, on_step: Callable[[], None]) -> dict[str, An
 
 
 def _stepper(run: Run, method: str, stack: ExitStack) -> Callable[[int], None]:
-    """One training step of a method, as :func:`experiments.training.train` makes it."""
+    """Return a function that makes one training step of a method, as ``training.train`` does."""
     torch.manual_seed(run.seed)
     dense: PreTrainedModel = run.stage.task.dense(run.data, run.seed)
     model = METHODS[method].model(dense, **run.mixture).train()

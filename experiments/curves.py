@@ -1,4 +1,4 @@
-"""The loss of every step, for TensorBoard where that is wanted. Nothing else needs it."""
+"""The loss of every step for TensorBoard, which nothing else needs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tnmoe.errors import InputError
 
 
 class Curve:
-    """Losses of a run as TensorBoard reads them.
+    """A writer of a run's losses in TensorBoard's format.
 
     Parameters
     ----------
     folder : Path or None
-        Of this run alone; without it nothing is written.
+        Folder for this run only; with None nothing is written.
     begin : int
-        The step that comes first: later ones, of a run that was killed, are made again.
+        First step to write. Later steps of a run that was killed are discarded and made again.
     """
 
     def __init__(self, folder: Path | None, begin: int) -> None:
@@ -30,7 +30,7 @@ class Curve:
             self._writer = SummaryWriter(str(folder), purge_step=begin)
 
     def add(self, step: int, loss: Tensor) -> None:
-        """The training loss of a step."""
+        """Write the training loss of a step."""
         if self._writer is not None:
             self._writer.add_scalar("loss", loss.item(), step)
 

@@ -1,4 +1,4 @@
-"""What a reproduction keeps on disk: data, pretrained models, results; all-or-nothing files."""
+"""The files of a reproduction, each written whole or not at all: data, models, results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from experiments.settings import Setting
 from experiments.statistics import best_rate
 from tnmoe.errors import InputError
-from tnmoe.system.folders import write_whole
+from tnmoe.system.durable import write_atomically
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class SettingFolder:
     Attributes
     ----------
     root : Path
-        Of all settings.
+        Folder of all settings.
     setting : Setting
     has_curves : bool
-        Whether runs leave the losses of their steps here, too.
+        Whether runs also write the losses of their steps here.
     """
 
     root: Path
@@ -33,47 +33,47 @@ class SettingFolder:
 
     @property
     def path(self) -> Path:
-        """Where they are."""
+        """Folder of the setting."""
         return self.root / self.setting.name
 
     def data(self, stage: str) -> Path:
-        """Prepared data of a stage: ``pretraining`` or ``main``."""
+        """Return the folder of a stage's prepared data; stages are ``pretraining`` and ``main``."""
         return self.path / stage
 
     def pretrained(self, seed: int) -> Path:
-        """The dense model that pretraining makes for a seed; its results are beside it."""
+        """Return the folder of the dense model of a seed; its results are beside it."""
         return self.path / "pretrained" / f"seed{seed}"
 
     def is_pretrained(self, seed: int) -> bool:
-        """Whether the dense model of a seed is there, or none is needed."""
+        """Return whether the dense model of a seed exists or none is needed."""
         done = self.pretrained(seed).with_suffix(".json")
         return self.setting.pretraining is None or done.exists()
 
     def result(self, method: str, learning_rate: float, seed: int) -> Path:
-        """Results of a run."""
+        """Return the file of a run's results."""
         return self.path / "runs" / method / f"lr{learning_rate:g}-seed{seed}.json"
 
     def curve(self, method: str, learning_rate: float, seed: int) -> Path | None:
-        """Folder for the losses of a run's steps, where they are wanted."""
+        """Return the folder for the losses of a run's steps; None without ``has_curves``."""
         path = self.path / "curves" / method / f"lr{learning_rate:g}-seed{seed}"
         return path if self.has_curves else None
 
     def cost(self, method: str) -> Path:
-        """What a step of a method costs."""
+        """Return the file with the cost of a method's step."""
         return self.path / "costs" / f"{method}.json"
 
     def results(self) -> list[dict[str, Any]]:
-        """All there are, of those of the setting's methods whose learning rate is known."""
+        """Read the existing results of all methods whose learning rate is known."""
         ready = {each for each in self.setting.methods if self.best_rate(each) is not None}
         return [read(path) for path in self.run_files() if path.parent.name in ready]
 
     def run_files(self) -> list[Path]:
-        """Files of all results there are."""
+        """Return the files of all existing results."""
         runs = self.path / "runs"
         return sorted(path for each in self.setting.methods for path in runs.glob(f"{each}/*.json"))
 
     def best_rate(self, method: str) -> float | None:
-        """The method's learning rate, once all were tried with the seeds that choose it."""
+        """Return a method's best learning rate; None until all were tried with the tuning seeds."""
         paths = [
             self.result(method, rate, seed)
             for rate in self.setting.stage.learning_rates
@@ -82,12 +82,12 @@ class SettingFolder:
         return best_rate([read(path) for path in paths]) if all(p.exists() for p in paths) else None
 
     def prepare(self) -> None:
-        """Prepare the data, unless they are there.
+        """Prepare the data unless they exist.
 
         Raises
         ------
         InputError
-            If the folder is of other data, steps or learning rates.
+            If the folder holds results of other data, steps or learning rates.
         """
         made_for = self.path / "setting.json"
         setting = self.setting
@@ -108,20 +108,20 @@ class SettingFolder:
                 write(description, stage.task.prepare(self.data(name)))
 
     def describe_data(self) -> dict[str, Any]:
-        """What the stages' data are."""
+        """Read the description of every stage's data."""
         names = ["main"] if self.setting.pretraining is None else ["pretraining", "main"]
         return {name: read(self.data(name) / "data.json") for name in names}
 
 
 def read(path: Path) -> Any:
-    """Data from JSON."""
+    """Read data from JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(path: Path, data: Any) -> None:
-    """Data as JSON, all or nothing; what is not finite becomes null."""
+    """Write data as JSON, the whole file or nothing; numbers that are not finite become null."""
     text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(path, f"{text}\n".encode())
+    write_atomically(path, f"{text}\n".encode())
 
 
 def _finite(data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is known of a model beside its losses: parameters, drift, router load."""
+"""Measures of a model beside its losses: parameters, drift, router load."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tnmoe.nn import RoutingCall, record_routing
 
 
 def total_parameters(model: nn.Module) -> int:
-    """All of them; tied ones once."""
+    """Count all parameters, tied ones once."""
     return sum(each.numel() for each in model.parameters())
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Those that one token meets: all but what experts that it is not sent to own."""
+    """Count the parameters that one token uses: all but those of the experts that it skips."""
     idle = 0
     for layer in mixtures(model):
         experts: Any = layer.experts
@@ -29,7 +29,7 @@ def active_parameters(model: nn.Module) -> int:
 
 
 class Drift:
-    """How far the cores of shared projections move, relative to their size at the start."""
+    """The distance that cores of experts move, relative to their norm at the start."""
 
     def __init__(self, model: nn.Module) -> None:
         self._start = {
@@ -38,7 +38,7 @@ class Drift:
         }
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Root mean square over cores, of those that are shared and those that are owned."""
+        """Return the root mean square over shared cores, and over cores that experts own."""
         drift = {}
         for kind, cores in cores_of(model).items():
             if cores:
@@ -48,14 +48,15 @@ class Drift:
 
 
 def _moved(old: Tensor, new: Tensor) -> Tensor:
-    """Square of the relative change."""
+    """Return the square of the relative change."""
     return ((new.detach() - old).norm() / old.norm()).double() ** 2
 
 
 def router_load(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
-    """Shares of tokens per layer and expert, and what they amount to; empty for dense models.
+    """Measure every expert's share of the slots per layer, and how even the shares are.
 
-    ``evenness`` is the entropy of a layer's shares over that of equal ones, averaged over layers.
+    ``evenness`` is the entropy of a layer's shares divided by that of equal shares, averaged over
+    layers. The result is empty for dense models.
     """
     if not mixtures(model):
         return {}
@@ -80,10 +81,8 @@ def router_load(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
 
 
 def _counts(call: RoutingCall, batch: Batch) -> Tensor:
-    """Tokens per expert in a call, padding left out where the batch says which tokens are."""
+    """Count the slots per expert in a call, without padding where the batch has its mask."""
     mask = batch.get("attention_mask")
-    # A decoder's tokens are others than those of the mask.
-    counted = call.counted(mask if mask is not None and mask.numel() == len(call.index) else None)
-    chosen = call.index if counted is None else call.index[counted]
-    experts = call.logits.shape[1]
-    return torch.bincount(chosen.flatten(), minlength=experts + 1)[:experts].double()
+    # In an encoder-decoder the mask covers the encoder's tokens, not the decoder's.
+    fits = mask is not None and mask.numel() == len(call.index)
+    return call.slots_per_expert(mask if fits else None).double()

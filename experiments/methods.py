@@ -1,4 +1,4 @@
-"""What is compared: each method makes a model of the same dense one, and says how it trains."""
+"""The methods that are compared: each makes a model from the same dense one, and trains it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.variants import owned_parameters
 from tnmoe import hf
 from tnmoe.nn import GradientMask, SharedGradientScale, freeze_shared, shared_parameters
 
-# (dense model, configuration) -> the configuration, or a model that needs no conversion.
+# Functions of (dense model, configuration): Adapt returns a configuration, Build a model.
 Adapt = Callable[[PreTrainedModel, hf.MPOEConfig], hf.MPOEConfig]
 Build = Callable[[PreTrainedModel, hf.MPOEConfig], PreTrainedModel]
 
@@ -29,23 +29,24 @@ class Method:
     Attributes
     ----------
     meaning : str
-        In words, for the tables.
+        Description for the tables.
     settings : mapping
-        Of :class:`tnmoe.hf.MPOEConfig`, beside those of the setting.
+        Settings of :class:`tnmoe.hf.MPOEConfig`, in addition to the setting's own.
     adapt : callable, optional
-        Settings that depend on the model's sizes.
+        Changes settings that depend on the model's sizes.
     build : callable
-        Makes the model; :func:`tnmoe.hf.upcycle` unless it is none of its mixtures.
+        Makes the model; by default :func:`tnmoe.hf.upcycle`.
     mask : float
         Probability of the gradient mask.
     shared_rate : float
-        Learning rate of the cores that experts share, relative to the others'; 0 freezes them.
+        Learning rate of the cores that experts share, relative to the rate of all other
+        parameters; 0 freezes them.
     owned_rate : float
-        The same of what each expert owns.
+        Relative learning rate of the parameters that each expert owns.
     shared_gradient_scale : bool
-        Divide gradients of what experts share by their number.
+        Divide the gradients of shared cores by the number of experts.
     fresh : bool
-        Draw all feed-forward weights anew instead of keeping the pretrained ones.
+        Draw all feed-forward weights at random instead of keeping the pretrained ones.
     """
 
     meaning: str
@@ -59,7 +60,7 @@ class Method:
     fresh: bool = False
 
     def model(self, dense: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-        """The model to train; routers and noise come from torch's global generator."""
+        """Make the model to train; torch's global generator draws routers and noise."""
         config = hf.MPOEConfig(**{**settings, **self.settings})
         if self.adapt is not None:
             config = self.adapt(dense, config)
@@ -69,7 +70,7 @@ class Method:
         return model
 
     def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-        """AdamW on what the method trains, with its learning rates."""
+        """Make an AdamW for the parameters that the method trains, with its learning rates."""
         if self.shared_rate == 0:
             freeze_shared(model)
         rates = {id(core): self.shared_rate for core in shared_parameters(model)}
@@ -86,11 +87,11 @@ class Method:
     def attach(
         self, stack: ExitStack, model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int
     ) -> GradientMask | None:
-        """The method's hooks into training, until the stack closes; the mask, if it has one."""
+        """Attach the method's hooks until the stack closes; return its mask, if it has one."""
         if self.shared_gradient_scale:
             stack.enter_context(SharedGradientScale(model))
         if self.mask:
-            return stack.enter_context(GradientMask(optimizer, model, self.mask, seed))
+            return stack.enter_context(GradientMask(optimizer, model, self.mask, seed=seed))
         return None
 
 
@@ -99,7 +100,7 @@ def _dense(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
 
 
 def _split(group: int) -> Adapt:
-    """Split shapes with groups of a size, or the largest that divides."""
+    """Return a function that sets split shapes with groups of a size, or the largest that fits."""
 
     def adapt(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
         return replace(config, shapes=variants.split_shapes(model, config, group))
@@ -108,7 +109,7 @@ def _split(group: int) -> Adapt:
 
 
 def _half_bond(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
-    """The largest bond cut in half."""
+    """Halve the largest bond."""
     largest = max(
         max(config.shape_for(*size).bond_dims()) for size in variants.matrix_sizes(model, config)
     )
@@ -145,7 +146,7 @@ METHODS: dict[str, Method] = {
     "mpoe-mask-0.9": Method("MPOE, gradient mask 0.9", mask=0.9),
     "mpoe-frozen": Method("MPOE, central cores frozen", shared_rate=0),
     "mpoe-slow-0.1": Method("MPOE, central learning rate × 0.1", shared_rate=0.1),
-    # An expert sees 1/E of the tokens; what suits Adam's noise is then a rate of about 1/√E.
+    # An expert sees 1/E of the tokens; with the noise of Adam's steps a rate of 1/√E may suit it.
     "moe-owned-0.35": Method("ordinary mixture, experts' rate × 0.35", MOE, owned_rate=0.35),
     "mpoe-owned-0.35": Method("MPOE, auxiliary learning rate × 0.35", owned_rate=0.35),
     "mpoe-owned-0.1": Method("MPOE, auxiliary learning rate × 0.1", owned_rate=0.1),

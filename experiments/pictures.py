@@ -22,11 +22,11 @@ _EXPERTS = (2, 4, 8, 16, 32)
 
 
 def _by_experts(method: str) -> tuple[str, ...]:
-    """A method with all numbers of experts; 8 is the settings' own."""
+    """Return a method's names for all numbers of experts; 8, the default, has no suffix."""
     return tuple(method if count == 8 else f"{method}-e{count}" for count in _EXPERTS)
 
 
-# Kinds of methods, which are the first words of their names.
+# Kinds of methods, by the first word of their names.
 _KINDS = {
     "dense": "dense model",
     "moe": "ordinary mixture",
@@ -37,7 +37,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     kind: {"color": color, "marker": marker}
     for kind, color, marker in zip(_KINDS, ("black", *COLORS), MARKERS, strict=False)
 }
-# Of every kind the methods of one line, the smallest first, and the one of two experts per token.
+# The methods of every kind that one line connects, smallest first; then those with top-2.
 _LINES = {
     "dense": ("dense", "dense-wide"),
     "moe": _by_experts("moe"),
@@ -47,26 +47,26 @@ _LINES = {
 _TWO_PER_TOKEN = {"moe": "moe-top2", "mpoe": "mpoe-top2", "split": "split-64-top2"}
 _MASKS = {0.0: "mpoe", 0.25: "mpoe-mask-0.25", 0.5: "mpoe-mask-0.5", 0.9: "mpoe-mask-0.9",
           1.0: "mpoe-frozen"}  # fmt: skip
-# Inches: width of pictures, height of most and least height, what is around methods, and a row.
+# Inches: width; usual and least height; margins around a list of methods, and height of its row.
 _WIDTH, _HEIGHT, _LOWEST, _AROUND, _ROW = 7.0, 5.2, 2.4, 1.2, 0.19
-# From this ratio of the largest to the smallest on, numbers of parameters have a logarithmic axis.
+# The axis is logarithmic if the largest number of parameters exceeds the smallest by this factor.
 _FAR_APART = 5
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file, and what it shows in words."""
+    """A picture's file, and its description in words."""
 
     path: Path
     alt: str
 
 
 def draw(setting: Setting, data: dict[str, Any], target: Path) -> list[Picture]:
-    """Write the pictures for which there are results, as SVG that depends on nothing else."""
+    """Write the pictures for which there are results, as self-contained SVG."""
     drawings: dict[str, Callable[[Setting, list], tuple[Figure, str] | None]] = {
         "methods": _methods,
         "parameters": _against("parameters", "parameters in total"),
-        "active": _against("active_parameters", "parameters that a token meets"),
+        "active": _against("active_parameters", "active parameters per token"),
         "mask": _mask,
         "load": _load,
     }
@@ -88,7 +88,7 @@ def _new(height: float = _HEIGHT) -> tuple[Figure, Axes]:
 
 
 def _methods(setting: Setting, results: list) -> tuple[Figure, str] | None:
-    """All methods in rows, the best at the top, with their sizes."""
+    """Draw all methods in rows, the best at the top, with their sizes."""
     points = {method: _point(setting, results, method, "parameters") for method in setting.methods}
     found = {method: point for method, point in points.items() if point and isfinite(point[1])}
     if not found:
@@ -113,12 +113,12 @@ def _methods(setting: Setting, results: list) -> tuple[Figure, str] | None:
     ends = " to ".join(f"{found[each][1]:.3f} ({each})" for each in (order[0], order[-1]))
     return figure, (
         f"Held-out {setting.metric} of {len(order)} methods with its spread over seeds, best "
-        f"first, from {ends}; all figures are in the table."
+        f"first, from {ends}; the table has all figures."
     )
 
 
 def _against(size: str, label: str) -> Callable[[Setting, list], tuple[Figure, str] | None]:
-    """Results against a number of parameters: lines over E, and all other methods as points."""
+    """Return a drawing of results against size: a line per kind, points for all other methods."""
 
     def drawing(setting: Setting, results: list) -> tuple[Figure, str] | None:
         points = {method: _point(setting, results, method, size) for method in setting.methods}
@@ -144,8 +144,8 @@ def _against(size: str, label: str) -> Callable[[Setting, list], tuple[Figure, s
         ax.set(xlabel=label, ylabel=f"held-out {setting.metric}", title=setting.title)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         return figure, (
-            f"Held-out {setting.metric} against {label}, with its spread over seeds, of "
-            f"{', '.join(drawn)}; all figures are in the table."
+            f"Held-out {setting.metric} against {label}, with its spread over seeds. Lines: "
+            f"{'; '.join(drawn)}. The table has all figures."
         )
 
     return drawing
@@ -157,7 +157,7 @@ def _draw(ax: Axes, points: Sequence[tuple[float, float, float]], **look: Any) -
 
 
 def _scale(ax: Axes, sizes: Sequence[float]) -> None:
-    """Readable numbers of parameters, no more than have room."""
+    """Choose few enough ticks that their labels stay readable."""
     if max(sizes) > _FAR_APART * min(sizes):
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -170,7 +170,7 @@ def _scale(ax: Axes, sizes: Sequence[float]) -> None:
 def _point(
     setting: Setting, results: list, method: str, size: str
 ) -> tuple[float, float, float] | None:
-    """Size, mean and spread."""
+    """Return size, mean result and its spread."""
     runs = chosen(results, method)
     if not runs:
         return None
@@ -179,7 +179,7 @@ def _point(
 
 
 def _mask(setting: Setting, results: list) -> tuple[Figure, str] | None:
-    """Results against the mask's probability."""
+    """Draw results against the mask's probability."""
     points = {
         probability: _point(setting, results, method, "parameters")
         for probability, method in _MASKS.items()
@@ -194,14 +194,14 @@ def _mask(setting: Setting, results: list) -> tuple[Figure, str] | None:
         xlabel="mask probability (1: frozen)", ylabel=f"held-out {setting.metric}",
         title=setting.title,
     )  # fmt: skip
-    told = ", ".join(
+    figures = ", ".join(
         f"{mean:.3f} at {probability:g}" for probability, mean in zip(found, means, strict=True)
     )
-    return figure, f"Held-out {setting.metric} against the mask's probability: {told}."
+    return figure, f"Held-out {setting.metric} against the mask's probability: {figures}."
 
 
 def _load(setting: Setting, results: list) -> tuple[Figure, str] | None:
-    """Shares of tokens per layer and expert of MPOE."""
+    """Draw the shares of tokens of every layer and expert of MPOE."""
     runs: Sequence[Any] = chosen(results, "mpoe")
     if not runs:
         return None
@@ -212,5 +212,5 @@ def _load(setting: Setting, results: list) -> tuple[Figure, str] | None:
     every = [share for row in shares for share in row]
     return figure, (
         f"Share of tokens of every expert in {len(shares)} layers of MPOE, from {min(every):.0%} "
-        f"to {max(every):.0%}; balanced would be {1 / len(shares[0]):.1%}."
+        f"to {max(every):.0%}; balanced shares are {1 / len(shares[0]):.1%}."
     )

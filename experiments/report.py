@@ -1,4 +1,4 @@
-"""Tables, pictures and JSON from the results that are there."""
+"""Tables, pictures and JSON made from the existing results."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ def write_report(folders: Sequence[SettingFolder], target: Path, device: str) ->
     Parameters
     ----------
     folders : sequence of SettingFolder
-        Those without results are left out.
+        Folders without results are skipped.
     target : Path
-        Folder; made if it is not there.
+        Folder of the report; made if it does not exist.
     device : str
+        Torch device of the runs, which the pages name.
 
     Returns
     -------
     list of Path
-        What was written.
+        The files that were written.
     """
     target.mkdir(parents=True, exist_ok=True)
     written, results = [], {}
@@ -64,7 +65,7 @@ def write_report(folders: Sequence[SettingFolder], target: Path, device: str) ->
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a reader must know of where it ran."""
+    """Describe the machine and the versions that produced the results."""
     cuda = torch.device(device).type == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -114,7 +115,7 @@ def _data(folder: SettingFolder, results: list[dict], device: str) -> dict[str, 
 
 
 def rows(setting: Setting, data: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per method that was run, in the setting's order."""
+    """Return a row for every method with results, in the setting's order."""
     results, costs = data["results"], data["costs"]
     dense = chosen(results, "dense")
     table = []
@@ -150,7 +151,7 @@ def _mean(numbers: Sequence[float | None]) -> float | None:
 
 
 def page(setting: Setting, data: dict[str, Any], drawn: Sequence[pictures.Picture]) -> str:
-    """A setting's page, in Markdown."""
+    """Return a setting's page in Markdown."""
     pictures_ = "\n\n".join(f"![{each.alt}]({each.path.name})" for each in drawn)
     return (
         "\n\n".join(
@@ -175,18 +176,27 @@ def _about(setting: Setting, data: dict[str, Any]) -> str:
             f"- {stage}: {source['title']} ({source['licence']}, "
             f"{source['bytes']:,} bytes); {sizes}"
         )
-    place = data["environment"]
+    machine = data["environment"]
     lines = [
-        f"{data['steps']} steps for every method; learning rates tried for every method with the "
-        f"first {setting.tuning_seeds} of {setting.seeds} seeds: "
-        f"{', '.join(f'{rate:g}' for rate in data['learning_rates'])}; the best by validation "
-        f"loss is taken for all seeds. {place['device']}, torch {place['torch']}, "
-        f"transformers {place['transformers']}, tnmoe {place['tnmoe']}, {place['date'][:10]}.",
+        f"Every method trains for {data['steps']} steps and tries the learning rates "
+        f"{', '.join(f'{rate:g}' for rate in data['learning_rates'])} "
+        f"with {_tuning_seeds(setting)}. "
+        "The rate with the lowest validation loss is used for all seeds. "
+        f"{machine['device']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, tnmoe {machine['tnmoe']}, "
+        f"{machine['date'][:10]}.",
         "\n".join(texts),
     ]
     if data["mixture"]:
-        lines.append(f"Every mixture: {data['mixture']}.")
+        settings = ", ".join(f"`{name}={value!r}`" for name, value in data["mixture"].items())
+        lines.append(f"Settings of every mixture: {settings}.")
     return "\n\n".join(lines)
+
+
+def _tuning_seeds(setting: Setting) -> str:
+    if setting.tuning_seeds == 1:
+        return f"the first of {setting.seeds} seeds"
+    return f"the first {setting.tuning_seeds} of {setting.seeds} seeds"
 
 
 def _sizes(description: dict[str, Any]) -> dict[str, str]:
@@ -234,12 +244,13 @@ def _legend(setting: Setting) -> str:
     return (
         f"*{setting.metric}* is the held-out test result, mean ± standard deviation over seeds. "
         "The next column is the difference from the dense model seed by seed: mean ± half-width "
-        "of the 95 % interval of Student's t. *active* are the parameters that one token meets. "
-        "*step / dense* is the ratio of medians of training steps in turn with the dense model "
-        "in one process; *memory / dense* the ratio of peaks of whole runs. *evenness* is the "
-        "entropy of the experts' shares of tokens over that of equal shares, and *largest share* "
-        "the largest share that an expert had in any layer. *drift* is how far cores moved, "
-        "relative to their size: those that experts share, and those they own."
+        "of the 95 % interval of Student's t. *active* counts the parameters that one token uses. "
+        "*step / dense* compares the median times of a training step, measured in turn with the "
+        "dense model in one process. *memory / dense* compares the peak memory of whole runs. "
+        "*evenness* is the entropy of the experts' shares of tokens divided by that of equal "
+        "shares. *largest share* is the largest share of any expert in any layer. *drift* is how "
+        "far cores moved relative to their norm, first for the cores that experts share and then "
+        "for the cores that each expert owns."
     )
 
 

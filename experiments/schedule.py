@@ -1,4 +1,4 @@
-"""All runs of some settings, each in a process of its own, several at a time."""
+"""All runs of the chosen settings: each in a process of its own, several at a time."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from experiments.costs import WARM_UP, step_cost
 from experiments.folder import SettingFolder, write
 from experiments.settings import Setting
 from experiments.training import Run, train
-from tnmoe.system.progress import bar
+from tnmoe.system.progress import progress_bar
 
-# Loaded once, and inherited by every run.
+# The fork server loads these once, and every run inherits them.
 _PRELOADED = ["experiments.schedule", "experiments.settings"]
 _POLL_SECONDS = 0.2
 
-# What makes the results of a file, given what to call after every step.
+# Makes the results of a file; its argument is a function to call after every step.
 Make = Callable[[Callable[[], None]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work.
+    """The work of one process.
 
     Attributes
     ----------
     path : Path
-        File of the results; nothing is to do once it is there.
+        File of the results. Once it exists, the job is done.
     make : callable
-        Picklable.
+        Makes the results; picklable.
     steps : int
-        How often it calls what it is given.
+        How often ``make`` calls its argument.
     name : str
-        For people.
+        Name to show to people.
     """
 
     path: Path
@@ -56,15 +56,15 @@ class Job:
 
 
 def training_jobs(folders: Sequence[SettingFolder], device: str) -> Iterator[Job]:
-    """Runs that can be made now and are not: of all settings the first methods first.
+    """Iterate over the runs that can start now, the first methods of all settings first.
 
-    What is to be done is read from the files that are there, and so is known again after a crash.
+    The existing files say which runs are done, so that a crash loses nothing.
     """
     for folder in folders:
         yield from _pretraining_jobs(folder, device)
-    for place in range(max(len(folder.setting.methods) for folder in folders)):
+    for position in range(max(len(folder.setting.methods) for folder in folders)):
         for folder in folders:
-            for method in folder.setting.methods[place : place + 1]:
+            for method in folder.setting.methods[position : position + 1]:
                 yield from _method_jobs(folder, method, device)
 
 
@@ -82,7 +82,7 @@ def _pretraining_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
 
 
 def _method_jobs(folder: SettingFolder, method: str, device: str) -> Iterator[Job]:
-    """All learning rates with the first seeds; the best with the others, once it is known."""
+    """Iterate over runs of all learning rates with the tuning seeds, then of the best rate."""
     setting = folder.setting
     best = folder.best_rate(method)
     first = range(setting.tuning_seeds)
@@ -96,7 +96,7 @@ def _method_jobs(folder: SettingFolder, method: str, device: str) -> Iterator[Jo
 
 
 def cost_jobs(folder: SettingFolder, device: str) -> Iterator[Job]:
-    """Measurements of what a step costs that are not made."""
+    """Iterate over the missing measurements of what a step costs."""
     rate = folder.setting.stage.learning_rates[0]
     for method in folder.setting.methods:
         path = folder.cost(method)
@@ -120,7 +120,7 @@ def _training_job(path: Path, run: Run, name: str) -> Job:
 
 
 def total_steps(setting: Setting) -> int:
-    """Steps of all runs, made or not."""
+    """Count the steps of all runs of a setting."""
     tried = len(setting.stage.learning_rates) * setting.tuning_seeds
     runs = len(setting.methods) * (tried + setting.seeds - setting.tuning_seeds)
     before = setting.pretraining.steps * setting.seeds if setting.pretraining else 0
@@ -128,7 +128,7 @@ def total_steps(setting: Setting) -> int:
 
 
 def steps_made(folder: SettingFolder) -> int:
-    """Steps of the runs that are there."""
+    """Count the steps of the runs that have results."""
     setting = folder.setting
     before = setting.pretraining.steps if setting.pretraining else 0
     pretrained = sum(folder.is_pretrained(seed) for seed in range(setting.seeds))
@@ -136,15 +136,15 @@ def steps_made(folder: SettingFolder) -> int:
 
 
 def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: int) -> list[str]:
-    """Make all runs; then, one at a time, measure what steps cost.
+    """Make all runs; then measure the costs of steps, one method at a time.
 
     Returns
     -------
     list of str
-        What went wrong with runs that failed; the others were made nevertheless.
+        The errors of the runs that failed. They do not stop the remaining runs.
     """
-    transformers.logging.disable_progress_bar()  # of files loaded and saved; settings are counted
-    for folder in bar(folders, desc="preparing data", unit="setting"):
+    transformers.logging.disable_progress_bar()  # of loading and saving; our bars count settings
+    for folder in progress_bar(folders, desc="preparing data", unit="setting"):
         folder.prepare()
 
     def training() -> Iterator[Job]:
@@ -157,43 +157,43 @@ def run_all(folders: Sequence[SettingFolder], device: str, jobs: int, threads: i
     processes = _Processes(device, threads)
     made = sum(steps_made(folder) for folder in folders)
     total = sum(total_steps(folder.setting) for folder in folders)
-    steps = partial(bar, unit="step", smoothing=0.05)
+    steps = partial(progress_bar, unit="step", smoothing=0.05)
     with steps(desc="training", total=total, initial=made) as trained:
-        _work_off(training, processes, jobs, trained)
+        _run_jobs(training, processes, jobs, trained)
     with steps(desc="measuring steps", total=sum(job.steps for job in costs())) as measured:
-        _work_off(costs, processes, 1, measured)
+        _run_jobs(costs, processes, 1, measured)
     return processes.failures
 
 
-def _work_off(
-    left: Callable[[], Iterator[Job]], processes: _Processes, limit: int, shown: tqdm
+def _run_jobs(
+    remaining: Callable[[], Iterator[Job]], processes: _Processes, limit: int, progress: tqdm
 ) -> None:
-    """Start what is left until nothing is, a limited number at a time."""
-    before = shown.n - processes.steps()
+    """Run all remaining jobs, a limited number at a time."""
+    before = progress.n - processes.steps()
     try:
         while True:
             processes.collect()
-            free = (job for job in left() if job.path not in processes.known)
-            while len(processes.running) < limit and (job := next(free, None)) is not None:
+            new = (job for job in remaining() if job.path not in processes.known)
+            while len(processes.running) < limit and (job := next(new, None)) is not None:
                 processes.start(job)
-            shown.update(before + processes.steps() - shown.n)
+            progress.update(before + processes.steps() - progress.n)
             if not processes.running:
                 return
-            shown.set_postfix_str(processes.names())
+            progress.set_postfix_str(processes.names())
             time.sleep(_POLL_SECONDS)
     finally:
         processes.stop()
 
 
 class _Processes:
-    """Processes under way."""
+    """The running processes."""
 
     def __init__(self, device: str, threads: int) -> None:
         self.threads = threads
         self.running: dict[Path, BaseProcess] = {}
         self.known: set[Path] = set()
         self.failures: list[str] = []
-        # CUDA does not survive a fork; elsewhere loading the libraries once saves seconds a run.
+        # CUDA does not survive a fork. Without CUDA a fork server saves seconds of loading per run.
         method = "forkserver" if sys.platform != "win32" and device == "cpu" else "spawn"
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -204,13 +204,13 @@ class _Processes:
         path = job.path
         path.parent.mkdir(parents=True, exist_ok=True)
         arguments = (job, self._done, self.threads)
-        process = self._context.Process(target=_do, args=arguments, name=job.name)
+        process = self._context.Process(target=_run_job, args=arguments, name=job.name)
         process.start()
         self.running[path] = process
         self.known.add(path)
 
     def collect(self) -> None:
-        """Forget what has ended."""
+        """Drop the processes that ended, and note their errors."""
         for path, process in list(self.running.items()):
             if process.exitcode is None:
                 continue
@@ -233,9 +233,9 @@ class _Processes:
             process.join()
 
 
-def _do(job: Job, done: Any, threads: int) -> None:
-    """A job, in a new process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's to handle
+def _run_job(job: Job, done: Any, threads: int) -> None:
+    """Run a job in a new process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles it
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -243,7 +243,7 @@ def _do(job: Job, done: Any, threads: int) -> None:
 
     def on_step() -> None:
         if parent is not None and not parent.is_alive():
-            os._exit(1)  # killed: nobody waits for this process any more
+            os._exit(1)  # the command was killed, and this run must not outlive it
         with done.get_lock():
             done.value += 1
 

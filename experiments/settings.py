@@ -1,4 +1,4 @@
-"""What is run: data, models, sizes and methods of each setting, at three scales."""
+"""The settings: data, models, sizes and methods of every experiment, at three scales."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SCALES = ("quick", "full", "large")
 
 @dataclass(frozen=True)
 class Stage:
-    """Training of one kind.
+    """A stage of training.
 
     Attributes
     ----------
     task : Task
     steps : int
     learning_rates : tuple of float
-        Peaks of the schedule. All are tried with the first seeds; the others take the one of the
-        lowest validation loss.
+        Peaks of the schedule. The tuning seeds try all of them; the remaining seeds use the rate
+        with the lowest validation loss.
     """
 
     task: Task
@@ -37,27 +37,27 @@ class Stage:
 
 @dataclass(frozen=True)
 class Setting:
-    """An experiment: every method from the same dense models, on the same batches.
+    """An experiment in which every method starts from the same models and sees the same batches.
 
     Attributes
     ----------
     name, title : str
     stage : Stage
-        What is compared.
+        The training that is compared.
     methods : tuple of str
-        The most important first: that is the order in which they are run.
+        Names of the methods in the order of their runs, the most important first.
     seeds, tuning_seeds : int
-        How many, and with how many of them all learning rates are tried.
+        Number of seeds, and number of seeds that try all learning rates.
     pretraining : Stage, optional
-        Makes the dense model of every seed; without it the task has real weights.
+        Makes the dense model of every seed; without it the task loads real weights.
     metric : str
-        Of the held-out results, the one in tables and pictures; claims are about the loss.
+        The held-out result in tables and pictures. Claims use the loss.
     mixture : mapping
         Settings of :class:`tnmoe.hf.MPOEConfig` for all methods.
     cost_turns : int
-        Of how many steps the median is what a step costs.
+        Number of steps whose median time is the cost of a step.
     by_name : bool
-        Run only if it is named, since it needs more than the environment has.
+        Whether to run only if the command names it, because it needs further packages.
     """
 
     name: str
@@ -73,16 +73,16 @@ class Setting:
     by_name: bool = False
 
     def with_seeds(self, seeds: int) -> Setting:
-        """The same with another number of seeds."""
+        """Return the setting with another number of seeds."""
         return replace(self, seeds=seeds, tuning_seeds=min(self.tuning_seeds, seeds))
 
 
 MAIN = ("dense", "dense-wide", "moe", "mpoe", "split-64", "mpoe-mask-0.5", "moe-top2", "mpoe-top2")
 
-# For real weights, of which a step takes seconds.
+# For real weights, where a step takes seconds.
 _REAL = ("dense", "moe", "mpoe", "split-64", "mpoe-mask-0.5")
 
-# Every method once, the first ones above first.
+# Every method once, those above first.
 GRID = (
     *MAIN, "split-64-top2", "mpoe-owned-0.35", "split-64-owned-0.35", "moe-owned-0.35",
     "mpoe-top2-owned-0.35", "split-64-top2-owned-0.35",
@@ -97,14 +97,14 @@ GRID = (
 
 
 def all_settings(scale: str, old: Text, new: Text) -> dict[str, Setting]:
-    """The settings by name.
+    """Return all settings by name.
 
     Parameters
     ----------
     scale : str
         One of :data:`SCALES`.
     old, new : Text
-        What is pretrained on, and the new domain.
+        Text of the pretraining, and text of the new domain.
     """
     settings = [
         decoder(scale, old, new), smollm2(scale, new), t5(scale, old, new), flan_t5(scale),
@@ -116,9 +116,9 @@ def all_settings(scale: str, old: Text, new: Text) -> dict[str, Setting]:
 
 
 def decoder(scale: str, old: Text, new: Text) -> Setting:
-    """Setting A (i): a small GPT-2, pretrained on one text, continued on another."""
-    # Batches are large: an expert sees an eighth of one, and what it learns from fewer tokens is
-    # mostly noise. With batches of 8 windows no mixture was better than the dense model.
+    """Return setting A (i): a small GPT-2, pretrained on one text, continued on another."""
+    # Batches are large because an expert sees an eighth of one, and what it learns from fewer
+    # tokens is mostly noise. With batches of 8 windows no mixture was better than the dense model.
     sizes: dict[str, Any] = {
         "quick": {"width": 64, "layers": 2, "vocabulary": 512, "window": 64, "windows": 8},
         "full": {"width": 64, "layers": 2, "vocabulary": 512, "windows": 32},
@@ -138,7 +138,7 @@ def decoder(scale: str, old: Text, new: Text) -> Setting:
 
 
 def smollm2(scale: str, new: Text) -> Setting:
-    """Setting A (ii): the real SmolLM2-135M, continued on a text."""
+    """Return setting A (ii): the real SmolLM2-135M, continued on a text."""
     steps = {"quick": 2, "full": 20, "large": 600}[scale]
     windows = {"quick": 1, "full": 4, "large": 32}[scale]
     task = SmolLM2(new, windows=windows, held_out_tokens=1024 if scale == "quick" else 4096)
@@ -153,7 +153,7 @@ def smollm2(scale: str, new: Text) -> Setting:
 
 
 def t5(scale: str, old: Text, new: Text) -> Setting:
-    """Setting B (i): a small T5, pretrained on spans of one text, continued on another's."""
+    """Return setting B (i): a small T5, pretrained on spans of one text, continued on another's."""
     sizes: dict[str, Any] = {
         "quick": {"width": 64, "hidden": 128, "layers": 1},
         "full": {},
@@ -165,7 +165,8 @@ def t5(scale: str, old: Text, new: Text) -> Setting:
         "large": {"window": 256, "examples": 64},
     }[scale]
     before, steps = {"quick": (60, 30), "full": (1800, 300), "large": (20000, 1500)}[scale]
-    # In so few steps only a small vocabulary's neighbours are learned: T5 sees few targets.
+    # T5 sees few targets. In so few steps it learns only which tokens of a small vocabulary are
+    # neighbours.
     begin = SmallT5(old, **{"vocabulary": 512, **sizes})
     continued = replace(begin, pretrained="pretrained")
     return Setting(
@@ -179,7 +180,7 @@ def t5(scale: str, old: Text, new: Text) -> Setting:
 
 
 def flan_t5(scale: str) -> Setting:
-    """Setting B (ii): the real flan-t5-small, on sentiment of sentences as text."""
+    """Return setting B (ii): the real flan-t5-small, on sentiment of sentences as text."""
     examples, steps = {"quick": (2, 2), "full": (8, 30), "large": (32, 400)}[scale]
     held_out = {"quick": 8, "full": 300, "large": None}[scale]
     task = Sentiment(model=FlanT5(), examples=examples, held_out_examples=held_out)
@@ -197,7 +198,7 @@ _REVIEWS = (*_REAL, "moe-top2", "mpoe-top2", "dense-wide", "mpoe-frozen")
 
 
 def minilm(scale: str) -> Setting:
-    """Setting C (i): the real MiniLM, fine-tuned on sentiment of sentences."""
+    """Return setting C (i): the real MiniLM, fine-tuned on sentiment of sentences."""
     batch_size, length, steps = {
         "quick": (4, 32, 4), "full": (16, 40, 64), "large": (64, 64, 640)
     }[scale]  # fmt: skip
@@ -217,7 +218,7 @@ def minilm(scale: str) -> Setting:
 
 
 def mpnet(scale: str) -> Setting:
-    """Setting C (ii): the real MPNet base, 768 × 3072."""
+    """Return setting C (ii): the real MPNet base, 768 × 3072."""
     batch_size, steps = {"quick": (2, 2), "full": (16, 40), "large": (64, 640)}[scale]
     held_out = {"quick": 16, "full": 200, "large": None}[scale]
     return Setting(

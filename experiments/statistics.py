@@ -1,4 +1,4 @@
-"""What results of several seeds say: means, spreads, and differences seed by seed."""
+"""Statistics over seeds: means, spreads, and differences seed by seed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """One method minus another on the same seeds.
+    """The difference of two methods on the same seeds.
 
     Attributes
     ----------
     mean : float
     half_width : float or None
-        Of the 95 % interval of Student's t over seeds; none with one seed, infinite where
-        training diverged.
+        Half the width of the 95 % interval of Student's t over seeds; None with one seed, infinite
+        if training diverged.
     each : tuple of float
-        Seed by seed.
+        The differences, seed by seed.
     """
 
     mean: float
@@ -47,9 +47,9 @@ class Difference:
 
 
 def best_rate(results: Sequence[Result]) -> float | None:
-    """Learning rate of the lowest validation loss of one method, None without results.
+    """Return the learning rate with a method's lowest validation loss; None without results.
 
-    Losses are means over the seeds with which all rates were tried.
+    Losses are means over the seeds that tried all rates.
     """
     losses: dict[float, dict[int, float]] = {}
     for each in results:
@@ -62,7 +62,7 @@ def best_rate(results: Sequence[Result]) -> float | None:
 
 
 def chosen(results: Sequence[Result], method: str) -> list[Result]:
-    """A method's results at its learning rate (:func:`best_rate`), by seed."""
+    """Return a method's results at its :func:`best_rate`, in the order of the seeds."""
     own = [each for each in results if each["method"] == method]
     best = best_rate(own)
     return sorted(
@@ -71,14 +71,14 @@ def chosen(results: Sequence[Result], method: str) -> list[Result]:
 
 
 def values(results: Sequence[Result], method: str, metric: str) -> dict[int, float]:
-    """Held-out test results of a method, by seed; infinite where training diverged."""
+    """Return a method's held-out test results by seed; infinite where training diverged."""
     return {each["seed"]: _or_infinite(each["test"][metric]) for each in chosen(results, method)}
 
 
 def difference(
     results: Sequence[Result], method: str, other: str, metric: str
 ) -> Difference | None:
-    """Method minus other, over the seeds that both have; None where there are none."""
+    """Compute method minus other over their common seeds; None without any."""
     mine, theirs = values(results, method, metric), values(results, other, metric)
     each = tuple(mine[seed] - theirs[seed] for seed in sorted(set(mine) & set(theirs)))
     if not each:
@@ -87,7 +87,7 @@ def difference(
 
 
 def _half_width(numbers: Sequence[float]) -> float | None:
-    """Of the 95 % interval of Student's t for the mean."""
+    """Return half the width of the 95 % interval of Student's t for the mean."""
     count = len(numbers)
     if count < 2:
         return None
@@ -97,7 +97,7 @@ def _half_width(numbers: Sequence[float]) -> float | None:
 
 
 def mean_and_spread(numbers: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation where there are several."""
+    """Return the mean, and the standard deviation of several numbers."""
     if len(numbers) < 2:
         return fmean(numbers), None
     return fmean(numbers), stdev(numbers) if all(map(isfinite, numbers)) else inf

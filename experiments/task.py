@@ -1,4 +1,4 @@
-"""What a setting trains on, and where its dense model comes from."""
+"""Tasks: the data of a setting, and the source of its dense model."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# What a model is called with, its labels included.
+# Arguments of a model's call, labels included.
 Batch = dict[str, Tensor]
 
-# Held-out data: the first chooses learning rates, only the second is reported.
+# Held-out data: validation chooses learning rates, and reports use only the test.
 SPLITS = ("validation", "test")
 
 
 class Task(ABC):
-    """Data and a dense model. Tasks are small and picklable: files are read on use."""
+    """A source of data and of a dense model.
+
+    Tasks are small and picklable: they read their files on use.
+    """
 
     @abstractmethod
     def prepare(self, folder: Path) -> dict[str, Any]:
-        """Write into a folder what all runs need, once; say what the data are, for the report."""
+        """Write into a folder what all runs need; return a description of the data for reports."""
 
     @abstractmethod
     def dense(self, folder: Path, seed: int) -> PreTrainedModel:
-        """The model that all methods start from. Whatever it draws is drawn with the seed."""
+        """Make the model that all methods start from; the seed determines its random numbers."""
 
     @abstractmethod
     def batch(self, folder: Path, step: int, seed: int) -> Batch:
-        """What a training step sees: a function of step and seed alone, so that runs resume."""
+        """Return the batch of a training step, a function of step and seed, so that runs resume."""
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, folder: Path, split: str) -> dict[str, float]:
-        """Held-out results; ``loss`` is one of them, in nats."""
+        """Return held-out results; ``loss`` is one of them, in nats."""
 
 
-def draws(*key: int) -> np.random.Generator:
-    """A generator that is a function of numbers: seed, step and so on."""
+def random_generator(*key: int) -> np.random.Generator:
+    """Return a random generator that is a function of numbers: seed, step and so on."""
     return np.random.default_rng(key)
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout and gradients."""
+    """Run a block without dropout and gradients."""
     training = model.training
     model.eval()
     try:

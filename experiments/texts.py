@@ -1,4 +1,4 @@
-"""Plain texts: which one, what may be done with it, and its byte-pair tokens."""
+"""Plain texts: their licence, and their byte-pair tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KNOWN = {
     "fe282a57094ed62e": ("Herman Melville, Moby-Dick", "public domain"),
 }
 
-# A window and a held-out part have to fit into it.
+# A text must hold a window and the held-out parts.
 _MIN_CHARACTERS = 50_000
 
 
@@ -31,7 +31,7 @@ class Text:
     ----------
     path : Path
     start, end : float
-        Which part of its characters, as shares of all.
+        The part to use, as shares of the file's characters.
     """
 
     path: Path
@@ -39,12 +39,12 @@ class Text:
     end: float = 1.0
 
     def read(self) -> str:
-        """Its characters.
+        """Read the characters.
 
         Raises
         ------
         InputError
-            If it is no UTF-8 text, or too short to learn from.
+            If the file is not UTF-8 text, or too short to learn from.
         """
         try:
             whole = self.path.read_text(encoding="utf-8-sig")
@@ -60,7 +60,7 @@ class Text:
         return part
 
     def describe(self) -> dict[str, Any]:
-        """Which text, its size and licence."""
+        """Return title, size and licence."""
         file = fingerprint(self.path)
         title, licence = _KNOWN.get(file["sha256"][:16], (self.path.name, "not known"))
         if self.path == Path(topics.__file__):
@@ -69,19 +69,19 @@ class Text:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Compute size and SHA-256 of a file."""
     data = path.read_bytes()
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def default_texts() -> tuple[Text, Text]:
-    """Two parts of the help topics that come with Python."""
+    """Return two parts of the help topics that come with Python."""
     path = Path(topics.__file__)
     return Text(path, 0.0, 0.7), Text(path, 0.7, 1.0)
 
 
 def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
-    """Byte-level byte-pair encoding learned from a text; token 0 is the end of a text."""
+    """Learn a byte-level byte-pair encoding from a text; token 0 is the end of a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -96,11 +96,11 @@ def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Tokens of a long text, piece by piece."""
+    """Encode a long text piece by piece."""
     encodings = tokenizer.encode_batch(_pieces(text), add_special_tokens=False)
     return np.concatenate([np.asarray(each.ids, dtype=np.int32) for each in encodings])
 
 
 def _pieces(text: str) -> list[str]:
-    """Lines, with their ends."""
+    """Split a text into lines, which keep their ends."""
     return text.splitlines(keepends=True)

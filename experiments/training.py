@@ -1,4 +1,4 @@
-"""One run: build a model, train it, evaluate it. Killed at any time, it goes on where it was."""
+"""One run: build a model, train it, evaluate it. After a crash it continues where it was."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from experiments.measures import Drift, active_parameters, router_load, total_pa
 from experiments.methods import METHODS
 from experiments.settings import Stage
 from experiments.task import SPLITS, Batch
-from tnmoe.system.folders import sync
+from tnmoe.system.durable import sync
 
-# Share of the steps over which the learning rate rises; it then falls to zero in a line.
+# Share of the steps in which the learning rate rises; afterwards it falls linearly to zero.
 _WARMUP = 0.1
 _CLIP = 1.0
-# Losing more than this to a crash would hurt.
+# A crash loses at most this much work.
 _CHECKPOINT_SECONDS = 60.0
-# Batches beyond those of training, on which the routers' load is looked at.
-_LOOKED_AT = 4
+# Number of batches, beyond those of training, that measure the routers' load.
+_LOAD_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a run depends on.
+    """The inputs of a run.
 
     Attributes
     ----------
@@ -43,12 +43,12 @@ class Run:
     learning_rate : float
     seed : int
     mixture : dict
-        Settings that the methods of a setting have in common.
+        Settings of :class:`tnmoe.hf.MPOEConfig` for all methods.
     data : Path
         Folder of the prepared data.
     device : str
     model_folder : Path, optional
-        Where to save the model.
+        Folder to save the model in.
     curve : Path, optional
         Folder for the losses of all steps.
     """
@@ -65,15 +65,15 @@ class Run:
 
 
 def train(run: Run, checkpoint: Path, on_step: Callable[[], None]) -> dict[str, Any]:
-    """Results of a run.
+    """Train and evaluate a model; return the results.
 
     Parameters
     ----------
     run : Run
     checkpoint : Path
-        Where the state of an unfinished run is kept.
+        File for the state of an unfinished run.
     on_step : callable
-        Called after every step, also for those that a checkpoint has already made.
+        Called after every step, and once for every step that the checkpoint contains.
     """
     task, method = run.stage.task, METHODS[run.method]
     at_start = _peak_bytes(run.device)
@@ -88,7 +88,7 @@ def train(run: Run, checkpoint: Path, on_step: Callable[[], None]) -> dict[str, 
         seconds = _steps(run, model, optimizer, mask, checkpoint, on_step)
     if run.model_folder is not None:
         model.save_pretrained(run.model_folder)
-    looked_at = [batch_of(run, run.stage.steps + index) for index in range(_LOOKED_AT)]
+    load_batches = [batch_of(run, run.stage.steps + index) for index in range(_LOAD_BATCHES)]
     return {
         "method": run.method,
         "learning_rate": run.learning_rate,
@@ -99,7 +99,7 @@ def train(run: Run, checkpoint: Path, on_step: Callable[[], None]) -> dict[str, 
         "before": before,
         **{split: task.evaluate(model, run.data, split) for split in SPLITS},
         "drift": drift.measure(model),
-        "load": router_load(model, looked_at),
+        "load": router_load(model, load_batches),
         "masked_steps": mask.masked_steps if mask else 0,
         "seconds_per_step": median(seconds),
         "peak_bytes": _peak_bytes(run.device) - at_start,
@@ -114,7 +114,7 @@ def _steps(
     checkpoint: Path,
     on_step: Callable[[], None],
 ) -> list[float]:
-    """Train; seconds of every step."""
+    """Train; return the seconds of every step."""
     for group in optimizer.param_groups:
         group["peak"] = group["lr"]
     parts = {"model": model, "optimizer": optimizer} | ({"mask": mask} if mask else {})
@@ -126,7 +126,7 @@ def _steps(
     with Curve(run.curve, len(seconds)) as curve:
         for step in range(len(seconds), run.stage.steps):
             start = time.perf_counter()
-            # Dropout and the routers' noise, too, are functions of seed and step.
+            # Dropout and the routers' noise are functions of seed and step as well.
             torch.manual_seed(run.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, run.stage.steps)
@@ -141,7 +141,7 @@ def _steps(
 
 
 def make_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
-    """One step of training: forward, backward, clipped, updated; the loss before it."""
+    """Make one step of training with clipped gradients; return the loss before it."""
     loss = model(**batch).loss
     optimizer.zero_grad()
     loss.backward()
@@ -151,19 +151,19 @@ def make_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: B
 
 
 def _schedule(step: int, steps: int) -> float:
-    """The learning rate as a share of its peak; above zero at every step."""
+    """Return the learning rate as a share of its peak; it is positive at every step."""
     warmup = max(1, round(_WARMUP * steps))
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
 def batch_of(run: Run, step: int) -> Batch:
-    """What a step of a run sees, on its device."""
+    """Return the batch of a run's step, on the run's device."""
     batch = run.stage.task.batch(run.data, step, run.seed)
     return {name: tensor.to(run.device) for name, tensor in batch.items()}
 
 
 def _save(path: Path, parts: dict[str, Any], seconds: list[float]) -> None:
-    """All or nothing: a half-written checkpoint never has the name of a whole one."""
+    """Write a checkpoint under another name first, so that no partial one has its name."""
     state = {name: part.state_dict() for name, part in parts.items()} | {"seconds": seconds}
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -173,7 +173,7 @@ def _save(path: Path, parts: dict[str, Any], seconds: list[float]) -> None:
 
 
 def _restore(path: Path, parts: dict[str, Any]) -> list[float]:
-    """Seconds of the steps already made."""
+    """Load a checkpoint, if there is one; return the seconds of its steps."""
     if not path.exists():
         return []
     state = torch.load(path, weights_only=True)
@@ -183,7 +183,7 @@ def _restore(path: Path, parts: dict[str, Any]) -> list[float]:
 
 
 def _peak_bytes(device: str) -> int:
-    """Largest memory so far: of the device where it has its own, else of this process."""
+    """Return the peak memory so far: of a CUDA device, or of this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

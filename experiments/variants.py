@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnmoe import hf
-from tnmoe.hf.families import weight_of
+from tnmoe.hf.ffn import weight_of
 from tnmoe.nn import MPOMoE, MPOProjection, Projection, StackedProjection, shared_parameters
 from tnmoe.nn.compute.grouped import grouped_linear
 from tnmoe.nn.compute.slots import Groups
@@ -22,19 +22,19 @@ Size = tuple[int, int]
 
 
 def first_sizes(model: PreTrainedModel, config: hf.MPOEConfig) -> dict[str, Size]:
-    """(out, in) of the first converted network's matrices, by name."""
+    """Return the sizes (out, in) of the first converted network's matrices, by name."""
     ffn = hf.find_ffns(model, config.layers, config.every)[0]
     return {name: _size(matrix) for name, matrix in ffn.matrices.items()}
 
 
 def matrix_sizes(model: PreTrainedModel, config: hf.MPOEConfig) -> set[Size]:
-    """(out, in) of all matrices to convert."""
+    """Return the sizes (out, in) of all matrices to convert."""
     ffns = hf.find_ffns(model, config.layers, config.every)
     return {_size(matrix) for ffn in ffns for matrix in ffn.matrices.values()}
 
 
 def split_shapes(model: PreTrainedModel, config: hf.MPOEConfig, group: int) -> dict[Size, MPOShape]:
-    """Split shapes of a model's matrices, with groups of a size or the largest that divides."""
+    """Return split shapes of a model's matrices with groups of a size, or the largest that fits."""
     return {
         (out, into): MPOShape.split(out, into, gcd(out, group), gcd(into, group))
         for out, into in matrix_sizes(model, config)
@@ -42,7 +42,7 @@ def split_shapes(model: PreTrainedModel, config: hf.MPOEConfig, group: int) -> d
 
 
 def bonds_for_equal_parameters(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
-    """The largest bonds with which experts that share nothing have no more parameters than MPOE."""
+    """Set the largest bonds with which experts that share nothing stay within MPOE's parameters."""
     budget = mpoe_parameters(model, config)
     low, high = 1, max(first_sizes(model, config)["up"])
     while low < high:
@@ -53,7 +53,7 @@ def bonds_for_equal_parameters(model: PreTrainedModel, config: hf.MPOEConfig) ->
 
 
 def mpoe_parameters(model: PreTrainedModel, config: hf.MPOEConfig) -> int:
-    """Parameters of interleaved MPOE with exact bonds and as many experts."""
+    """Count the parameters of interleaved MPOE with exact bonds and the same number of experts."""
     plain = hf.MPOEConfig(
         num_experts=config.num_experts, sites=config.sites, layers=config.layers, every=config.every
     )
@@ -61,9 +61,9 @@ def mpoe_parameters(model: PreTrainedModel, config: hf.MPOEConfig) -> int:
 
 
 def widened(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
-    """The dense model with hidden units added to its networks, up to MPOE's parameters.
+    """Add hidden units to the networks of a dense model, up to MPOE's parameters.
 
-    What comes out of the new units starts at zero: the function is preserved.
+    The output weights of the new units start at zero, so the model computes the same function.
     """
     ffns = hf.find_ffns(model, config.layers, config.every)
     missing = mpoe_parameters(model, config) - model.num_parameters()
@@ -90,7 +90,7 @@ def _size(matrix: Any) -> Size:
 
 @torch.no_grad()
 def _widen(matrix: Any, more: int, outputs: bool) -> None:
-    """Add rows as large as the old ones, or columns of zeros; in place."""
+    """Add random rows of the old rows' deviation, or columns of zeros; in place."""
     weight = weight_of(matrix)
     if outputs:
         new = torch.randn(more, weight.shape[1]) * weight.std()
@@ -108,12 +108,13 @@ def _widen(matrix: Any, more: int, outputs: bool) -> None:
 
 
 class LowRankProjection(Projection):
-    """One matrix for all experts, and a low-rank term for each: W + Bₑ Aₑ.
+    """A projection with one matrix for all experts and a low-rank term per expert: W + Bₑ Aₑ.
 
     Parameters
     ----------
     weight : Tensor, shape (out, in)
-        The experts' common start; the terms start at zero, as LoRA's do (arXiv:2106.09685).
+        Matrix of all experts at the start. The terms start at zero, as in LoRA
+        (arXiv:2106.09685).
     num_experts, rank : int
     """
 
@@ -133,7 +134,7 @@ class LowRankProjection(Projection):
         return rows @ self.common.T + grouped_linear(inner, self.out_of, groups.offsets)
 
     def reset_terms(self) -> None:
-        """Draw what goes in with the variance of ``torch.nn.Linear``'s."""
+        """Draw the factors on the input side with the variance of ``torch.nn.Linear``."""
         bound = self.in_features**-0.5
         nn.init.uniform_(self.into, -bound, bound)
 
@@ -145,15 +146,15 @@ class LowRankProjection(Projection):
 
 
 def low_rank(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
-    """Experts of :class:`LowRankProjection`, with the rank that gives MPOE's parameters."""
+    """Give a model experts of :class:`LowRankProjection` with MPOE's number of parameters."""
     budget = mpoe_parameters(model, config)
     ffns = hf.find_ffns(model, config.layers, config.every)
     sizes = [_size(matrix) for ffn in ffns for matrix in ffn.matrices.values()]
-    # An ordinary mixture is made first; one copy of each of its matrices is kept.
+    # Make an ordinary mixture first, then keep one copy of each of its matrices.
     hf.upcycle(model, replace(config, layout="dense"))
     copies = (config.num_experts - 1) * sum(out * into for out, into in sizes)
-    room = budget - (model.num_parameters() - copies)
-    rank = max(1, room // (config.num_experts * sum(map(sum, sizes))))
+    left = budget - (model.num_parameters() - copies)
+    rank = max(1, left // (config.num_experts * sum(map(sum, sizes))))
     for layer in mixtures(model):
         for name, old in layer.experts.named_children():
             if isinstance(old, StackedProjection):
@@ -164,12 +165,12 @@ def low_rank(model: PreTrainedModel, config: hf.MPOEConfig) -> PreTrainedModel:
 
 
 def mixtures(model: nn.Module) -> list[MPOMoE]:
-    """A model's mixture layers."""
+    """Return a model's mixture layers."""
     return [each for each in model.modules() if isinstance(each, MPOMoE)]
 
 
 def cores_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Cores of a model's shared projections: those that experts share, and those they own."""
+    """Return the cores of a model's MPO projections: shared ones, and those that experts own."""
     shared = shared_parameters(model)
     common = {id(core) for core in shared}
     cores = [
@@ -182,9 +183,9 @@ def cores_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def draw_feed_forward_anew(model: PreTrainedModel, config: hf.MPOEConfig) -> None:
-    """Forget what the chosen feed-forward networks learned; the rest stays pretrained.
+    """Draw the weights of the converted networks at random; the rest stays pretrained.
 
-    The variance of what is drawn is that of ``torch.nn.Linear``'s own start.
+    The weights have the variance of a new ``torch.nn.Linear``.
     """
     for layer in mixtures(model):
         for projection in layer.experts.children():
@@ -200,7 +201,7 @@ def draw_feed_forward_anew(model: PreTrainedModel, config: hf.MPOEConfig) -> Non
 
 
 def owned_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What experts own: auxiliary cores, or whole matrices, and biases."""
+    """Return the parameters that experts own: auxiliary cores or whole matrices, and biases."""
     shared = {id(core) for core in shared_parameters(model)}
     return [
         parameter

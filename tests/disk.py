@@ -1,8 +1,8 @@
-"""A disk that may lose its power: what is left of a folder, at every moment of some work on it.
+"""A simulated disk: what a power cut could leave of a folder, at every moment of some work on it.
 
-A file's bytes are safe once the file is synced, and a name once its folder is. Of what is not safe,
-anything may be lost, in any order; a file may keep its size and have zeros for bytes, as after
-delayed allocation. A rename, which changes two names, happens or does not.
+The bytes of a file are safe once the file is synced. A name is safe once its folder is synced.
+Everything else may be lost, in any order. A file may also keep its size and have zeros for bytes,
+as after delayed allocation. A rename changes two names, both or neither.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -21,61 +21,70 @@ from typing import Any
 
 import pytest
 
-# What a power cut leaves: bytes and time of every file, and None for a folder, by relative path.
+# What a power cut leaves: by relative path, bytes and time of a file, or None for a folder.
 State = frozenset[tuple[str, tuple[bytes, int] | None]]
 
-# Functions of the module os that work on names or end what is being written.
+# Functions of the module os that change names or contents.
 _CALLS = ("open", "close", "mkdir", "rmdir", "rename", "replace", "unlink", "remove", "truncate",
           "utime", "link", "symlink")  # fmt: skip
 
-_Names = dict[tuple[int, str], int]  # from a folder and a name there to a file or folder
+# From a folder's number and a name in it to the number of a file or folder.
+_Names = dict[tuple[int, str], int]
 
 
 @dataclass
 class _Step:
-    """Names that went and came in one operation, and the folders whose syncing is still due."""
+    """A change of names by one operation.
 
-    gone: _Names
-    come: _Names
-    due: set[int]
+    Attributes
+    ----------
+    removed, added : dict
+    unsynced : set of int
+        Folders that have to be synced before the change is safe.
+    """
+
+    removed: _Names
+    added: _Names
+    unsynced: set[int]
 
     def apply(self, names: _Names) -> None:
-        for place, number in self.gone.items():
+        """Change names as the operation did."""
+        for place, number in self.removed.items():
             if names.get(place) == number:
                 del names[place]
-        names |= self.come
+        names |= self.added
 
 
 class Disk:
-    """Watches a folder while a block of :meth:`watched` runs.
+    """A watcher of a folder, which collects what power cuts could leave of it.
 
     Parameters
     ----------
     root : Path
-        The folder; all that it holds at first is safe.
+        The folder. Its contents at first are safe.
 
     Attributes
     ----------
     left : dict from State to int
-        All that power cuts could leave, and after how many operations.
+        Everything that power cuts could leave, with the number of operations before the cut.
     syncs : int
-        How often a file or a folder was synced.
+        Number of syncs of files and folders.
     """
 
     def __init__(self, root: Path) -> None:
         self.left: dict[State, int] = {}
         self.syncs = 0
         self._root, self._operations, self._busy = root, 0, False
-        self._held: dict[int, int] = {}
+        self._descriptors: dict[int, int] = {}
         self._open, self._close = os.open, os.close
-        self._number = self._hold(root, root.stat())
+        self._number = self._keep_open(root, root.stat())
         self._start = self._now = self._names()
         self._steps: list[_Step] = []
         self._safe = {number: self._content(number) for number in self._files()}
 
     @contextmanager
     def watched(self) -> Iterator[Disk]:
-        """Count operations on files, and note what a power cut before or after each would leave."""
+        """Collect what power cuts before and after each operation of a block could leave."""
         with pytest.MonkeyPatch.context() as patch:
             for name in _CALLS:
                 patch.setattr(os, name, self._between(getattr(os, name)))
@@ -84,13 +93,13 @@ class Disk:
             patch.setattr(io, "open", opened)
             yield self
         self._observe()
-        for descriptor in self._held.values():
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
 
     def states(self) -> set[State]:
-        """What a power cut at this moment could leave."""
+        """Return what a power cut at this moment could leave."""
         dirty = {n for n in self._files() if self._content(n) != self._safe.get(n)}
-        contents = [self._contents(dirty, *each) for each in _choices(dirty)]
+        contents = [self._contents(*choice) for choice in _choices(dirty)]
         return {
             self._state(names, content)
             for names, content in product(self._possible_names(), contents)
@@ -112,10 +121,11 @@ class Disk:
         self._busy = True
         try:
             before, self._now = self._now, self._names()
-            gone = {place: n for place, n in before.items() if self._now.get(place) != n}
-            come = {place: n for place, n in self._now.items() if before.get(place) != n}
-            if gone or come:
-                self._steps.append(_Step(gone, come, {folder for folder, _ in (*gone, *come)}))
+            removed = {place: n for place, n in before.items() if self._now.get(place) != n}
+            added = {place: n for place, n in self._now.items() if before.get(place) != n}
+            if removed or added:
+                folders = {folder for folder, _ in (*removed, *added)}
+                self._steps.append(_Step(removed, added, folders))
             self._operations += 1
             for state in self.states():
                 self.left.setdefault(state, self._operations)
@@ -130,31 +140,35 @@ class Disk:
             self._safe[number] = self._content(number)
         else:
             for step in self._steps:
-                step.due.discard(number)
-            self._forget_what_is_out_of_reach()
+                step.unsynced.discard(number)
+            self._forget_removed_folders()
         self._observe()
 
-    def _forget_what_is_out_of_reach(self) -> None:
-        """Names in folders that are gone for good make no difference."""
-        due = [step for step in self._steps if step.due]
-        near = {self._number, *self._now.values()} | {n for s in due for n in s.gone.values()}
-        for step in due:
-            step.due &= near
+    def _forget_removed_folders(self) -> None:
+        """Count folders as synced if no power cut can bring them back."""
+        unsafe = [step for step in self._steps if step.unsynced]
+        possible = {n for step in unsafe for n in step.removed.values()}
+        possible |= {self._number, *self._now.values()}
+        for step in unsafe:
+            step.unsynced &= possible
 
     def _possible_names(self) -> Iterator[_Names]:
-        due = [index for index, step in enumerate(self._steps) if step.due]
-        lost = [set(), *({each} for each in due), *(set(due[end:]) for end in range(len(due))),
-                *(set(due) - {each} for each in due)]  # fmt: skip
-        for each in {frozenset(one) for one in lost}:
+        """Yield the names after a power cut that loses a choice of unsafe steps.
+
+        It loses none, one, all from one on, or all but one.
+        """
+        unsafe = [index for index, step in enumerate(self._steps) if step.unsynced]
+        choices = [set(), *({index} for index in unsafe),
+                   *(set(unsafe[end:]) for end in range(len(unsafe))),
+                   *(set(unsafe) - {index} for index in unsafe)]  # fmt: skip
+        for lost in set(map(frozenset, choices)):
             names = dict(self._start)
             for index, step in enumerate(self._steps):
-                if index not in each:
+                if index not in lost:
                     step.apply(names)
             yield names
 
-    def _contents(
-        self, dirty: Iterable[int], how: Callable, which: set[int]
-    ) -> dict[int, tuple[bytes, int]]:
+    def _contents(self, how: Callable, which: set[int]) -> dict[int, tuple[bytes, int]]:
         changed = {n: how(self._safe.get(n, (b"", 0)), self._content(n)) for n in which}
         return {n: self._content(n) for n in self._files()} | changed
 
@@ -179,29 +193,31 @@ class Disk:
             with os.scandir(path) as entries:
                 for entry in entries:
                     status = entry.stat(follow_symlinks=False)
-                    names[folder, entry.name] = number = self._hold(Path(entry.path), status)
+                    names[folder, entry.name] = number = self._keep_open(Path(entry.path), status)
                     if entry.is_dir(follow_symlinks=False):
                         walk(entry.path, number)
 
         walk(str(self._root), self._number)
         return names
 
-    def _hold(self, path: Path, status: os.stat_result) -> int:
-        """Keep a file open, so that its number is not given to another one."""
-        if status.st_ino not in self._held:
-            self._held[status.st_ino] = self._open(path, os.O_RDONLY)
+    def _keep_open(self, path: Path, status: os.stat_result) -> int:
+        """Return a file's number, and keep the file open so that no other file gets it."""
+        if status.st_ino not in self._descriptors:
+            self._descriptors[status.st_ino] = self._open(path, os.O_RDONLY)
         return status.st_ino
 
     def _files(self) -> list[int]:
-        return [n for n, held in self._held.items() if stat.S_ISREG(os.fstat(held).st_mode)]
+        return [
+            n for n, opened in self._descriptors.items() if stat.S_ISREG(os.fstat(opened).st_mode)
+        ]
 
     def _content(self, number: int) -> tuple[bytes, int]:
-        status = os.fstat(self._held[number])
-        return os.pread(self._held[number], status.st_size, 0), status.st_mtime_ns
+        status = os.fstat(self._descriptors[number])
+        return os.pread(self._descriptors[number], status.st_size, 0), status.st_mtime_ns
 
 
 def _choices(dirty: set[int]) -> Iterator[tuple[Callable, set[int]]]:
-    """How unsynced bytes may be lost, and of which files."""
+    """Yield how unsynced bytes may be lost, and of which files."""
     yield _kept, set()
     for which in (dirty, *({each} for each in dirty)):
         for how in (_lost, _zeros, _torn):
@@ -230,16 +246,16 @@ def _torn(safe: tuple[bytes, int], now: tuple[bytes, int]) -> tuple[bytes, int]:
 
 
 def all_left(disk: Disk, scratch: Path) -> Iterator[Path]:
-    """A folder for each thing that power cuts may leave; only one at a time is there."""
+    """Make a folder of each state that power cuts may leave, and remove it after its use."""
     scratch.mkdir()
     for number, state in enumerate(disk.left):
         folder = scratch / str(number)
-        _put_down(state, folder)
+        _write_state(state, folder)
         yield folder
         shutil.rmtree(folder)
 
 
-def _put_down(state: State, folder: Path) -> None:
+def _write_state(state: State, folder: Path) -> None:
     folder.mkdir()
     for path, content in sorted(state, key=lambda each: each[0]):
         if content is None:

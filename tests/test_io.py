@@ -186,7 +186,7 @@ def test_a_saved_file_may_be_read_by_whom_other_files_may(tmp_path):
 def test_what_is_no_ordinary_file_is_refused_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(tn.InputError, match="is no ordinary file"):
+        with pytest.raises(tn.InputError, match="is not a regular file"):
             tn.load(path)
 
 

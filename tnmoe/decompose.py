@@ -20,7 +20,7 @@ from tnmoe.errors import InputError, generator_of, one_of
 from tnmoe.mpo import MPO
 from tnmoe.options import METHODS, Method
 from tnmoe.shapes import MPOShape, resolve_center_site
-from tnmoe.system.memory import in_gigabytes, memory_for
+from tnmoe.system.memory import explain_memory_error, in_gigabytes
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
 
@@ -262,7 +262,7 @@ def _decompose_all(
     center_site = resolve_center_site(shape, center_site)
     one_of("method", method, METHODS)
     dtype = xp.dtype_name(matrices)
-    with memory_for(_memory_in_words(xp, matrices)), xp.full_precision(matrices):
+    with explain_memory_error(_memory_in_words(xp, matrices)), xp.full_precision(matrices):
         sweep_center = _sweep_center(shape, center_site)
         tensor, scales = _to_tensor(xp, matrices, shape, sweep_center)
         sweep = Sweep(

@@ -17,9 +17,9 @@ from tnmoe.errors import InputError, index_in, one_of, shown
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
-from tnmoe.system.files import parsed, read_header
-from tnmoe.system.folders import write_whole
-from tnmoe.system.memory import memory_for
+from tnmoe.system.durable import write_atomically
+from tnmoe.system.files import parse_json, read_safetensors_header
+from tnmoe.system.memory import explain_memory_error
 
 _FORMAT = 1
 
@@ -77,7 +77,7 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     stored = {name: _as_stored(xp, array) for name, array in arrays.items()}
     # One entry, since safetensors writes several in an order that changes from call to call.
     contents = safetensors.numpy.save(stored, {"tnmoe": json.dumps(description)})
-    write_whole(Path(path), contents)
+    write_atomically(Path(path), contents)
 
 
 def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO:
@@ -116,7 +116,7 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
             f"{path} is a folder: this reads a file that tnmoe.save wrote, and "
             "tnmoe.hf.from_pretrained a converted model"
         )
-    read_header(path)
+    read_safetensors_header(path)
     try:
         description, arrays = _read(path, library)
         return _object(path, description, arrays)
@@ -127,9 +127,9 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
 
 
 def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str, Array]]:
-    with memory_for(f"reading {path}"), safe_open(path, framework="np") as file:
+    with explain_memory_error(f"reading {path}"), safe_open(path, framework="np") as file:
         told = (file.metadata() or {}).get("tnmoe", "{}")
-        description = parsed(told, f"the description in {path}")
+        description = parse_json(told, f"the description in {path}")
         if description.get("format") != _FORMAT:
             raise InputError(
                 f"{path} was not written by this version of tnmoe.save: expected format {_FORMAT}, "

@@ -1,1 +1,1 @@
-"""What the settings train on: language, text to text, and reviews."""
+"""The tasks of the settings: language, text to text, and reviews."""

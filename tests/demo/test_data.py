@@ -50,7 +50,7 @@ def test_duplicates_are_dropped_and_parts_do_not_overlap(tmp_path):
     [
         (lambda p: p / "none.csv", "cannot read .*none.csv: No such file"),
         (lambda p: p, "is a folder"),
-        (lambda p: Path("/dev/zero"), "zero is no ordinary file"),
+        (lambda p: Path("/dev/zero"), "zero is not a regular file"),
         (
             lambda p: write_csv(p / "d", ROWS, "sentence,label"),
             "text missing, found sentence, label",

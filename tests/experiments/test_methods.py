@@ -1,4 +1,4 @@
-"""Every method starts where it says, with the parameters it says, and trains what it says."""
+"""Every method starts, counts parameters and trains as its description says."""
 
 from contextlib import ExitStack
 

@@ -1,4 +1,4 @@
-"""Pictures of the experiments can be read; those stored are what the stored results give."""
+"""Pictures of the experiments are readable; the stored ones match the stored results."""
 
 from itertools import combinations
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_a_picture_is_the_same_whenever_it_is_drawn(settings, tmp_path):
 
 
 def visible(figure):
-    """All texts of a figure with where they are, ticks beyond the axes aside."""
+    """Return all texts of a figure with their places, except ticks beyond the axes."""
     FigureCanvasAgg(figure).draw()
     for ax in figure.axes + [child for each in figure.axes for child in each.child_axes]:
         for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):

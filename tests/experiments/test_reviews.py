@@ -1,4 +1,4 @@
-"""Reviews: the same batches and parts for everyone, and losses that padding does not change."""
+"""Reviews: all methods see the same batches and parts, and padding does not change losses."""
 
 import pickle
 import random
@@ -28,7 +28,7 @@ WORDS = ["the", "of", "in", "film", "story", "actor", "scene", "is", "was", "has
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny(Reviews):
-    """An encoder in a folder."""
+    """A task whose encoder is in a folder."""
 
     pretrained: Path
 
@@ -64,7 +64,7 @@ def pretrained(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    """Sentences of very different lengths that say whether they are good."""
+    """Sentences of very different lengths that contain their labels."""
     generator = random.Random(0)
     rows = ["text,label"]
     for number in range(100):
@@ -90,7 +90,7 @@ def folder(task, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(task, folder):
-    """Random, and with opinions: the labels' probabilities differ."""
+    """A random model whose probabilities of the labels differ."""
     made = task.dense(folder, 0)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -99,7 +99,7 @@ def model(task, folder):
 
 
 def held_out(folder, part):
-    """Token ids of each sentence without padding, and its label."""
+    """Return the token ids of every sentence without padding, and its label."""
     data = np.load(folder / f"{part}.npz")
     rows = zip(data["ids"], data["lengths"], data["labels"], strict=True)
     return [(ids[:length], int(label)) for ids, length, label in rows]
@@ -206,7 +206,7 @@ def test_results_are_those_of_one_sentence_after_the_other(method, part, task, f
 
 
 class Reader(nn.Module):
-    """Knows which words make a sentence good, or says the opposite."""
+    """A model that knows which words make a sentence good, or says the opposite."""
 
     device = torch.device("cpu")
 
@@ -304,7 +304,7 @@ def test_missing_mpnet_is_told_with_what_to_install(tmp_path, monkeypatch):
 
 
 def test_mpnet_is_put_together_from_its_parts_once(tmp_path, monkeypatch, pretrained):
-    """From parts of a zip archive as large as a test wants them."""
+    """Its packages hold parts of a zip archive; here the parts are small."""
     with ZipFile(tmp_path / "whole.zip", "w") as archive:
         for path in pretrained.iterdir():
             archive.write(path, f"all-mpnet-base-v2/{path.name}")

@@ -1,4 +1,4 @@
-"""Settings are run whole, resume after any end, and are reported as they are."""
+"""Settings run completely, resume after any end, and appear in reports."""
 
 import contextlib
 import io
@@ -173,11 +173,11 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(texts, tmp_path):
 
 
 class StoppedError(Exception):
-    """A run was stopped."""
+    """An error that stops a run."""
 
 
 def stop_after(steps):
-    """What a run is to call after every step."""
+    """Return a function to call after every step of a run."""
 
     def on_step():
         nonlocal steps

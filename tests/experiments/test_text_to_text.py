@@ -1,4 +1,4 @@
-"""Corrupted spans and sentiment as text: what goes in, what is counted, what counts as right."""
+"""Corrupted spans and sentiment as text: inputs, counted tokens, right answers."""
 
 import pickle
 import random
@@ -39,7 +39,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    """Sentences of very different lengths that say whether they are good."""
+    """Sentences of very different lengths that contain their labels."""
     generator = random.Random(0)
     rows = ["text,label"]
     for number in range(100):
@@ -75,7 +75,7 @@ def folder(task, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(task, folder):
-    """Random, and with opinions: the words' probabilities differ."""
+    """A random model whose probabilities of the words differ."""
     made = task.dense(folder, 0)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -84,7 +84,7 @@ def model(task, folder):
 
 
 def held_out(folder, split):
-    """Inputs and targets of held-out examples without padding, as lists."""
+    """Return inputs and targets of held-out examples without padding, as lists."""
     inputs = np.load(folder / f"{split}-inputs.npy")
     if (folder / "words.npy").exists():
         targets = np.load(folder / "words.npy")[np.load(folder / f"{split}-answers.npy")]
@@ -98,7 +98,7 @@ def held_out(folder, split):
 
 
 def filled(inputs, targets, sentinels, end):
-    """The tokens before their corruption, from lists."""
+    """Return the tokens before their corruption, from lists."""
     assert inputs.pop() == targets.pop() == end
     spans, current = {}, None
     for token in targets:
@@ -203,7 +203,7 @@ def test_accuracy_is_how_often_the_right_word_is_likelier(task, folder, model):
 
 
 class Reader(nn.Module):
-    """Answers by what a sentence says of itself, or the opposite."""
+    """A model that reads the label in a sentence, or says the opposite."""
 
     device = torch.device("cpu")
 

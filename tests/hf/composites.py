@@ -1,4 +1,4 @@
-"""Models that hold models of other classes, and what transformers loads of each by itself."""
+"""Models that contain models of other classes, and the parts that transformers loads alone."""
 
 import torch
 import transformers as tf

@@ -157,7 +157,7 @@ GENERATORS = (
 
 
 def make(name: str) -> tf.PreTrainedModel:
-    """The model in evaluation mode; nothing of it is zero, where mistakes would not show."""
+    """Make the model, in evaluation mode, without parameters of zeros: they would hide mistakes."""
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()
     for parameter in model.parameters():
@@ -166,7 +166,7 @@ def make(name: str) -> tf.PreTrainedModel:
 
 
 def inputs(name: str) -> dict[str, torch.Tensor]:
-    """A batch, with padding on the right where the model takes tokens."""
+    """Return a batch; for models that take tokens, with padding on the right."""
     generator = torch.Generator().manual_seed(1)
     if name in ("vit", "clip vision"):
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
@@ -181,7 +181,7 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def outputs(model: tf.PreTrainedModel, name: str) -> torch.Tensor:
-    """Logits, or hidden states where there is no head."""
+    """Return logits, or hidden states of a model without a head."""
     return model(**inputs(name))[0]
 
 

@@ -1,4 +1,4 @@
-"""Real weights, and something to call them with."""
+"""Models with real weights, and inputs for them."""
 
 import torch
 import transformers

@@ -1,4 +1,4 @@
-"""What an MPOEConfig refuses, above all as data that somebody wrote by hand."""
+"""An MPOEConfig refuses wrong data, such as a file written by hand, and survives JSON."""
 
 import json
 
@@ -78,3 +78,16 @@ def test_shapes_are_shapes():
 def test_a_stored_configuration_is_equal_to_the_one_that_was_stored(entries):
     config = hf.MPOEConfig(**entries)
     assert hf.MPOEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_configurations_survive_json():
+    config = hf.MPOEConfig(
+        num_experts=4,
+        layers=(0, 2),
+        max_bond=7,
+        shapes={(40, 24): tn.MPOShape((10, 4), (4, 7), in_features=24)},
+        mask_probability=0.5,
+    )
+    again = hf.MPOEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.shapes == config.shapes

@@ -1,4 +1,4 @@
-"""Mixtures of transformers, computed by tnmoe, against their own loop over experts."""
+"""transformers' mixtures computed by tnmoe, compared with their own loop over experts."""
 
 from types import SimpleNamespace
 
@@ -80,7 +80,7 @@ def make_experts(kind):
 
 
 def routed(tokens=9, dtype=torch.float32):
-    """Tokens, their experts and weights."""
+    """Make tokens, their experts and weights."""
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(tokens, 8, generator=generator, dtype=dtype)
     weights, index = torch.rand(tokens, E, generator=generator, dtype=dtype).topk(2)
@@ -88,7 +88,7 @@ def routed(tokens=9, dtype=torch.float32):
 
 
 def run(experts, implementation, states, index, weights):
-    """The output, and the gradients of states, weights and parameters."""
+    """Return the output, and the gradients of states, weights and parameters."""
     experts.config._experts_implementation = implementation
     states, weights = (each.clone().requires_grad_() for each in (states, weights))
     output = experts(states, index, weights)
@@ -98,7 +98,7 @@ def run(experts, implementation, states, index, weights):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Numbers of tokens of the calls of tnmoe's implementation."""
+    """Count the tokens in every call of tnmoe's implementation."""
     seen, forward = [], ALL_EXPERTS_FUNCTIONS["tnmoe"]
 
     def count(experts, states, *args):

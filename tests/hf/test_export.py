@@ -1,4 +1,4 @@
-"""Exports run as what they claim to be: by logits, against the model they came from."""
+"""Exported models compute the same logits as the model that they came from."""
 
 import copy
 from itertools import combinations
@@ -26,7 +26,7 @@ MIXTURES = {
 
 
 def trained(model, **settings):
-    """A converted model whose experts have gone their own ways."""
+    """Make a converted model whose experts differ, as after training."""
     model = make(model) if isinstance(model, str) else model
     model = hf.upcycle(model, hf.MPOEConfig(**CONFIG | settings))
     torch.manual_seed(1)
@@ -37,7 +37,7 @@ def trained(model, **settings):
 
 
 def exported(model, folder):
-    """What another program finds in the folder of an export."""
+    """Load an exported folder as another program would."""
     hf.to_moe(model).save_pretrained(folder)
     both = model.config.is_encoder_decoder
     auto = transformers.AutoModelForSeq2SeqLM if both else transformers.AutoModelForCausalLM
@@ -294,7 +294,7 @@ def test_averaging_needs_a_converted_model():
 
 def test_switch_is_told_the_distance_of_its_layers_with_experts_wherever_there_is_one():
     def layers(step, total):
-        """Those that the class gives experts: see SwitchTransformersStack."""
+        """Return the layers that the class gives experts: see SwitchTransformersStack."""
         return {each for each in range(total) if step == 1 or (step and each % step == 1)}
 
     for total in range(1, 8):

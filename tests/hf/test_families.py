@@ -1,9 +1,8 @@
-"""Every family is found, converted without a change of function, and trained and saved as one."""
+"""Every family is found, keeps its function when converted, trains, saves and loads."""
 
 import pytest
 import torch
 import transformers as tf
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tnmoe as tn
 from tests.hf.families import GENERATORS, IDS, MASK, MODELS, inputs, make, outputs, relative
@@ -94,36 +93,6 @@ def test_dropout_of_other_kinds_of_networks_stays_as_well():
     assert {ffn.dropout for ffn in hf.find_ffns(make("t5gemma"))} == {0.1}
 
 
-@pytest.mark.parametrize("name", ["phi3", "modernbert"])
-def test_halves_of_a_fused_matrix_are_the_gates_and_the_others_in_place(name):
-    model = make(name)
-    ffn = hf.find_ffns(model)[1]
-    fused = ffn.network.gate_up_proj if name == "phi3" else ffn.network.Wi
-    rows = torch.randn(5, 24)
-    gate, up = fused(rows).chunk(2, -1)
-    for half, expected in ((ffn.gate, gate), (ffn.up, up)):
-        torch.testing.assert_close(
-            torch.nn.functional.linear(rows, half.weight, half.bias), expected
-        )
-    with torch.no_grad():
-        ffn.up.weight.zero_()
-        if fused.bias is not None:
-            ffn.up.bias.zero_()
-    torch.testing.assert_close(fused(rows), torch.cat([gate, torch.zeros_like(up)], -1))
-    assert ffn.num_params == sum(p.numel() for p in ffn.network.parameters())
-
-
-@pytest.mark.parametrize("name", ["phi3", "modernbert", "albert", "bloom", "bamba"])
-@pytest.mark.parametrize("layout", ["interleaved", "dense"])
-def test_the_report_counts_fused_and_repeated_networks_once(name, layout):
-    config = hf.MPOEConfig(num_experts=3, sites=3, layout=layout)
-    model = make(name)
-    report = hf.parameter_report(model, config)
-    assert len(report.ffns) == MODELS[name][1]
-    assert report.total.dense == sum(p.numel() for p in model.parameters())
-    assert report.total.mpoe == sum(p.numel() for p in hf.upcycle(model, config).parameters())
-
-
 def test_layers_that_share_a_network_share_its_experts_and_count_in_every_call():
     model = hf.upcycle(make("albert"), CONFIG)
     assert len(model(**inputs("albert"), output_router_logits=True)["router_logits"]) == 5
@@ -132,21 +101,9 @@ def test_layers_that_share_a_network_share_its_experts_and_count_in_every_call()
     assert len({call.name for call in routing.calls}) == 2
 
 
-def test_a_network_in_two_places_becomes_one_mixture_in_both():
-    model = make("llama")
-    layers = model.model.layers
-    layers[2].mlp = layers[0].mlp
-    expected = outputs(model, "llama")
-    assert [ffn.name for ffn in hf.find_ffns(model)] == ["model.layers.0", "model.layers.1"]
-    hf.upcycle(model, CONFIG)
-    assert layers[2].mlp is layers[0].mlp
-    assert isinstance(layers[2].mlp, nn.MPOMoE)
-    assert relative(outputs(model, "llama"), expected) < 1e-5
-
-
 def test_a_network_that_two_families_know_is_converted_once(monkeypatch):
     model, families = make("distilbert"), dict(hf.families._FAMILIES)
-    families["parts"] = hf.in_place("lin1", "lin2", "activation")
+    families["parts"] = hf.in_place("lin1", "lin2", activation="activation")
     monkeypatch.setattr(hf.families, "_FAMILIES", families)
     expected = outputs(model, "distilbert")
     hf.upcycle(model, CONFIG)
@@ -161,62 +118,6 @@ _TINY = {
 _HYBRID = {
     "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
 }  # fmt: skip
-
-
-class Clamped(LlamaMLP):
-    """Nothing but its forward tells that it holds back large values."""
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-7, 7))
-
-
-def clamped():
-    model = tf.LlamaModel(tf.LlamaConfig(**_TINY))
-    model.layers[0].mlp = Clamped(model.config)
-    return model
-
-
-@pytest.mark.parametrize(
-    "make_model",
-    [
-        lambda: tf.BitNetModel(tf.BitNetConfig(**_TINY)),  # a norm before the last matrix
-        lambda: tf.FalconH1Model(  # fixed factors
-            tf.FalconH1Config(**_TINY, mlp_multipliers=[0.5, 2.0], mamba_d_ssm=16, mamba_n_heads=2)
-        ),
-        lambda: tf.SegformerModel(tf.SegformerConfig()),  # a convolution, of the image's size
-        clamped,
-    ],
-)
-def test_a_network_that_does_more_than_its_family_is_refused(make_model):
-    model = make_model()
-    before = {name: type(each) for name, each in model.named_modules()}
-    with pytest.raises(tn.InputError, match=r"feed-forward network of .* does more than its matr"):
-        hf.upcycle(model, CONFIG)
-    assert before == {name: type(each) for name, each in model.named_modules()}
-
-
-@pytest.mark.parametrize(
-    ("layers", "every", "expected"),
-    [
-        (None, 2, ["encoder.block.1", "decoder.block.0", "decoder.block.2"]),
-        ("encoder", 1, ["encoder.block.0", "encoder.block.1", "encoder.block.2"]),
-        ("decoder", 3, ["decoder.block.2"]),
-        (r"block\.(0|2)\.", 1, [f"{s}coder.block.{n}" for s in ("en", "de") for n in (0, 2)]),
-        ([5, 0], 1, ["encoder.block.0", "decoder.block.2"]),
-    ],
-)
-def test_layers_are_chosen_by_name_number_and_distance(layers, every, expected, tmp_path):
-    model = make("t5")
-    dense = outputs(model, "t5")
-    config = hf.MPOEConfig(num_experts=2, sites=3, layers=layers, every=every)
-    report = hf.parameter_report(model.config, config)
-    hf.upcycle(model, config)
-    assert [name.split(".layer")[0] for name in moes(model)] == expected
-    assert [each.name.split(".layer")[0] for each in report.ffns] == expected
-    assert report.total.mpoe == sum(p.numel() for p in model.parameters())
-    assert relative(outputs(model, "t5"), dense) < 1e-5
-    model.save_pretrained(tmp_path)
-    assert list(moes(hf.from_pretrained(tmp_path))) == list(moes(model))
 
 
 def test_settings_of_routers_and_sharing_reach_every_layer_and_its_checkpoint(tmp_path):
@@ -262,6 +163,29 @@ def test_a_family_of_ones_own_is_one_line():
         from tnmoe.hf import families
 
         del families._FAMILIES["mine"]
+
+
+def test_a_family_of_ones_own_can_be_registered(monkeypatch):
+    monkeypatch.setattr("tnmoe.hf.families._FAMILIES", {})
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+            self.ffn = None
+
+        def forward(self, x):
+            return self.ffn(x) if self.ffn else self.narrow(torch.relu(self.wide(x)))
+
+    @hf.register_family("mine")
+    def find(module):
+        if isinstance(module, Block):
+            return hf.FFN(
+                module.wide, module.narrow, None, torch.relu, lambda m: setattr(module, "ffn", m)
+            )
+
+    block = torch.nn.Sequential(Block())
+    assert [ffn.name for ffn in hf.find_ffns(block)] == ["0"]
 
 
 @pytest.mark.parametrize(

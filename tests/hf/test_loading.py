@@ -1,12 +1,10 @@
-"""A converted folder loads as what it is, by whatever class, or not at all."""
+"""A converted folder loads as the saved model with every class, or is refused."""
 
 import copy
 import json
 import pickle
-import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
 
 
 def converted(name, config=CONFIG):
-    """A converted model whose experts differ, as after training."""
+    """Make a converted model whose experts differ, as after training."""
     model = hf.upcycle(make(name), config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,7 +32,7 @@ def converted(name, config=CONFIG):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A converted Llama, and the folder that it is saved in."""
+    """Return a converted Llama and the folder that holds it."""
     model, folder = converted("llama"), tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
     return model, folder
@@ -42,7 +40,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of that folder to change."""
+    """Return a copy of that folder, for a test to change."""
     for path in saved[1].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
@@ -293,7 +291,7 @@ def test_layers_that_a_configuration_no_longer_has_are_named(folder):
 
 
 def test_tensors_under_two_names_are_refused(folder):
-    """transformers takes either for the model's, whichever comes last."""
+    """transformers alone would take the one that comes last."""
     tensors = load_file(folder / "model.safetensors")
     router = "layers.0.mlp.router.weight"
     twice = tensors | {router: torch.zeros_like(tensors[f"model.{router}"])}
@@ -367,7 +365,7 @@ def test_what_has_another_size_is_drawn_anew_if_the_caller_allows_it(folder):
 def test_a_converted_models_configuration_builds_a_converted_model(build, saved, tmp_path):
     model = build(AutoConfig.from_pretrained(saved[1])).eval()
     assert len(mixtures(model)) == 3
-    assert not hf.families.all_ffns(model)
+    assert not hf.find.all_ffns(model)
     assert torch.isfinite(outputs(model, "llama")).all()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -389,7 +387,7 @@ def test_a_configuration_survives_saving_by_itself(saved, tmp_path):
     again = AutoConfig.from_pretrained(tmp_path)
     assert again.tnmoe == config.tnmoe == saved[0].config.tnmoe
     assert type(again) is transformers.LlamaConfig
-    assert "stopped" not in again.tnmoe
+    assert "replaced" not in again.tnmoe
     assert entries_of(tmp_path)["tnmoe"] == entries_of(saved[1])["tnmoe"]
 
 
@@ -402,7 +400,7 @@ def test_labels_are_kept(tmp_path):
     assert loaded.config.num_labels == 3
 
 
-def test_what_is_written_over_a_stop_is_meant(folder):
+def test_what_a_user_writes_over_a_replaced_entry_is_kept(folder):
     rewrite(folder, lambda entries: entries.update(id2label={"0": "mine", "1": "yours"}))
     assert AutoConfig.from_pretrained(folder).id2label == {0: "mine", 1: "yours"}
 
@@ -416,106 +414,6 @@ def test_folders_of_dense_models_are_written_as_transformers_alone_writes_them(t
     call = [sys.executable, "-c", code, str(tmp_path / "with"), str(tmp_path / "without")]
     subprocess.run(call, check=True, capture_output=True)
     assert entries_of(tmp_path / "with") == entries_of(tmp_path / "without")
-
-
-def in_old_form(folder):
-    """What an older tnmoe wrote of the same model."""
-
-    def change(entries):
-        record = entries.pop("tnmoe")
-        entries.update({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, **record["stopped"]})
-        entries["quantization_config"] = {
-            "quant_method": "tnmoe", "layout_version": 1, "mpoe": record["config"],
-        }  # fmt: skip
-        for value in entries.values():
-            if isinstance(value, dict) and "tnmoe" in value and "stopped" in value["tnmoe"]:
-                stopped = value.pop("tnmoe")["stopped"]
-                del value["id2label"]
-                value.update(stopped)
-
-    rewrite(folder, change)
-    tensors = load_file(folder / "model.safetensors")
-    former = {re.sub(r"aux_(\d+)$", r"aux.\1", name): each for name, each in tensors.items()}
-    assert former.keys() != tensors.keys()
-    save_file(former, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_a_folder_of_an_older_tnmoe_loads_with_a_hint_and_is_renewed_by_saving(
-    saved, folder, tmp_path_factory
-):
-    tmp_path = tmp_path_factory.mktemp("renewed")
-    in_old_form(folder)
-    for load in (hf.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        with pytest.warns(FutureWarning, match="older tnmoe.* save_pretrained"):
-            loaded = load(folder).eval()
-        assert relative(outputs(loaded, "llama"), outputs(saved[0], "llama")) < 1e-6
-    assert not hasattr(loaded.config, "quantization_config")
-    loaded.save_pretrained(tmp_path / "new")
-    assert entries_of(tmp_path / "new")["tnmoe"] == entries_of(saved[1])["tnmoe"]
-    names = [set(load_file(each / "model.safetensors")) for each in (tmp_path / "new", saved[1])]
-    assert names[0] == names[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        hf.from_pretrained(tmp_path / "new")
-    with pytest.warns(FutureWarning):
-        hf.prepare_export(folder, to="moe").run(tmp_path / "moe")
-    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
-    assert relative(outputs(moe, "llama"), outputs(saved[0], "llama")) < 1e-5
-
-
-def test_positions_of_an_older_folder_are_those_of_the_class_that_it_names(tmp_path):
-    whole, inputs = next((each[0], each[3]) for each in PARTS if each[2] is transformers.T5Model)
-    model = hf.upcycle(whole().eval(), hf.MPOEConfig(num_experts=2, sites=3, layers=[1, 4]))
-    model.save_pretrained(tmp_path)
-    in_old_form(tmp_path)
-    with pytest.warns(FutureWarning):
-        encoder = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
-    assert len(mixtures(encoder)) == 1
-    with torch.no_grad():
-        expected = model.encoder(input_ids=inputs["input_ids"])[0]
-        assert relative(encoder(input_ids=inputs["input_ids"])[0], expected) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("pattern", "fits"),
-    [
-        (r"layers\.(0|1|2)$", True),
-        (r"layers\.\d+", True),
-        ("layer", True),
-        ("(l|a)+$", False),
-        ("l+a+y+e+r+", False),
-        ("(l|.)(a|.)(y|.)", False),
-        ("l?a?y?e?r?", False),
-        ("layer|" * 100, False),
-    ],
-)
-def test_an_older_folder_is_not_searched_with_what_may_take_for_ever(pattern, fits, folder):
-    in_old_form(folder)
-
-    def change(entries):
-        entries["quantization_config"]["mpoe"]["layers"] = pattern
-
-    rewrite(folder, change)
-    with (
-        pytest.warns(FutureWarning, match="older tnmoe")
-        if fits
-        else pytest.raises(tn.InputError, match="not looked for")
-    ):
-        hf.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layout_version": 7}, "layout version 7, which is unknown"),
-        ({"mpoe": [1]}, r"must hold mpoe, an object, got \[1\]"),
-    ],
-)
-def test_a_damaged_folder_of_an_older_tnmoe_is_refused(folder, change, message):
-    in_old_form(folder)
-    rewrite(folder, lambda entries: entries["quantization_config"].update(change))
-    with pytest.raises(tn.InputError, match=message):
-        hf.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -556,7 +454,7 @@ def test_the_configuration_of_a_dense_model_is_refused(saved):
     with pytest.raises(tn.InputError, match="config, a LlamaConfig, is of no converted model"):
         hf.from_pretrained(saved[1], config=dense)
     for cls in (LlamaForCausalLM, AutoModelForCausalLM):
-        with pytest.raises(tn.InputError, match="is of a converted model, but the LlamaConfig"):
+        with pytest.raises(tn.InputError, match="holds a converted model, but the LlamaConfig"):
             cls.from_pretrained(saved[1], config=dense)
 
 
@@ -624,7 +522,7 @@ def test_layers_that_moved_are_named_before_they_are_saved(change, tmp_path):
 
 
 class Halved(tnn.Linear):
-    """A stand-in for a layer of quantized numbers: in half precision, whatever the model is in."""
+    """A stand-in for a quantized layer: it computes in half precision in any model."""
 
     def forward(self, rows):
         return tnn.functional.linear(rows.half(), self.weight.half(), None).to(rows.dtype)
@@ -632,7 +530,7 @@ class Halved(tnn.Linear):
 
 @pytest.fixture
 def halving():
-    """A quantizer of one's own: attention's linear layers in half precision."""
+    """Register a quantizer that puts attention's linear layers in half precision."""
     from transformers.quantizers import HfQuantizer, auto
     from transformers.utils.quantization_config import QuantizationConfigMixin
 

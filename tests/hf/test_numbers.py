@@ -1,4 +1,4 @@
-"""A number means the same in a configuration, however it is spelled."""
+"""A number means the same in a configuration, whatever its type."""
 
 import json
 from decimal import Decimal
@@ -128,7 +128,7 @@ SETTINGS = {
 
 
 def spelled(entries, integer, float_, flag):
-    """The same settings in other words."""
+    """Make the same settings with values of other types."""
     spell = {int: integer, float: float_, bool: flag}
     return {
         name: spelled(value, integer, float_, flag)
@@ -180,8 +180,9 @@ def test_a_setting_that_the_other_class_refuses_is_named():
 NUMBERS_OF_LAYERS = {
     "router": (
         lambda n, x, flag: nn.TopKRouter(
-            n(6), n(4), n(2), "softmax", flag(True), x(0), x(1), eval_capacity_factor=x(2),
-            noisy=flag(False), bias=flag(True), scale=x(1), num_groups=n(2), top_groups=n(1),
+            n(6), n(4), n(2), score_function="softmax", normalize=flag(True), jitter_noise=x(0),
+            capacity_factor=x(1), eval_capacity_factor=x(2), noisy=flag(False), bias=flag(True),
+            scale=x(1), num_groups=n(2), top_groups=n(1),
             group_score=n(1), second_threshold=x(0), load_bias=flag(True),
         ),
         ("hidden_size", "num_experts", "top_k", "normalize", "jitter_noise", "capacity_factor",

@@ -1,4 +1,4 @@
-"""Models whose tensors are on disk or elsewhere between calls compute what they do in memory."""
+"""Models with offloaded tensors compute the same as in memory."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The sizes that the benchmarks state: counted again, and beside transformers' own classes."""
+"""The sizes that the benchmarks state, counted again and compared with transformers' classes."""
 
 import json
 from pathlib import Path

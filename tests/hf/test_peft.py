@@ -1,4 +1,4 @@
-"""What is trained beside PEFT's adapters is saved with them, or else warned about."""
+"""Parameters trained beside PEFT's adapters are saved with them, or a warning says so."""
 
 import warnings
 
@@ -11,7 +11,7 @@ import tnmoe as tn
 from tests.hf.families import IDS, make
 from tnmoe import hf, nn
 
-WARNING = "PEFT does not save what is trained of {}: name them in modules_to_save"
+WARNING = "PEFT does not save the trained parameters of {}: name them in modules_to_save"
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 PROMPT = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 CONFIGS = {
@@ -23,7 +23,7 @@ CONFIGS = {
 
 @pytest.fixture
 def base(tmp_path):
-    """A converted model, and its folder."""
+    """Return a converted model and its folder."""
     torch.manual_seed(0)
     config = hf.MPOEConfig(num_experts=3, sites=3, num_experts_per_tok=2, expert_noise=0.1)
     model = hf.upcycle(make("llama"), config)

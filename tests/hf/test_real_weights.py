@@ -1,4 +1,4 @@
-"""End to end on real weights: convert from folder to folder, load, compute, generate, go back."""
+"""Real weights from end to end: convert folders, load, compute, generate, export."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ LARGE = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=["minilm", pytest.param("smollm2", marks=LARGE), "flan_t5"])
 def case(request, tmp_path_factory):
-    """Name, folder, inputs, outputs and generated tokens of the dense model."""
+    """Return name, folder, inputs, outputs and generated tokens of the dense model."""
     folder = tmp_path_factory.mktemp("real") / request.param
     model, inputs = getattr(pretrained, request.param)()
     model.save_pretrained(folder)
@@ -40,7 +40,7 @@ def generated(model, inputs):
 
 
 def check(folder, case, limit):
-    """A folder loads by its Auto class and computes, and generates, what the dense one did."""
+    """Check that a folder loads with its Auto class, and computes and generates the same."""
     name, _, inputs, expected, tokens = case
     model = CASES[name][0].from_pretrained(folder).eval()
     assert relative(outputs(model, inputs), expected) < limit

@@ -1,4 +1,4 @@
-"""A converted model's loss holds those of its routers, and its output shows their logits."""
+"""A converted model's loss includes those of its routers, and its output shows their logits."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ import tnmoe as tn
 from tests.hf.families import GENERATORS, IDS, MASK, inputs, make
 from tests.nn.replicas import replicate
 from tnmoe import hf, nn
-from tnmoe.nn.routing.router import recorders
+from tnmoe.nn.routing.router import call_observers
 
 PLAIN_TUPLE = {"return_dict": False}
 MIXTRAL = {
@@ -32,7 +32,7 @@ def causal(**settings):
 
 
 def task_loss(model, **batch):
-    """The loss without the routers', which are silent in evaluation; there is no dropout."""
+    """Return the loss without the routers' losses, which evaluation leaves out."""
     model.eval()
     with torch.no_grad():
         loss = model(**batch).loss
@@ -341,7 +341,9 @@ def test_what_interrupts_a_call_leaves_the_next_one_right(error):
 
 
 def nothing_records(model):
-    return not any(recorders.of(each) for each in model.modules() if isinstance(each, nn.Router))
+    return not any(
+        call_observers.values_for(each) for each in model.modules() if isinstance(each, nn.Router)
+    )
 
 
 def test_hooks_of_others_that_fail_first_leave_a_call_around_theirs_alone():

@@ -1,4 +1,4 @@
-"""Conversions compute the same whatever is switched on around them."""
+"""Conversions compute the same whatever modes of torch are on around them."""
 
 import copy
 import functools
@@ -38,7 +38,7 @@ CONVERSIONS = {
 
 
 def experts_of(model):
-    """Everything but routers, which are drawn."""
+    """Return all tensors except those of routers, which are random."""
     return {name: each for name, each in model.state_dict().items() if "router" not in name}
 
 

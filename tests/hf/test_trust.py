@@ -1,4 +1,4 @@
-"""What a folder cannot bring about, by whatever way it is read: code, pickles, files elsewhere."""
+"""No way of reading a folder runs its code, reads pickles, or follows links out of it."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of a dense model and of a converted one, by kind."""
+    """Make folders of dense and converted models, by kind."""
     made = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     model = make("llama").eval()
@@ -52,7 +52,7 @@ OF_CHECKPOINTS = ("from_pretrained", "export", "upcycle", "inspect")
 
 @pytest.fixture
 def copy_of(folders, tmp_path):
-    """Makes a copy of a folder to change."""
+    """Return a function that copies a folder, for a test to change."""
     return lambda kind: shutil.copytree(folders / kind, tmp_path / "model")
 
 
@@ -64,7 +64,7 @@ def rewrite(folder, change):
 
 
 def named_code(folder):
-    """Entries of a configuration that ask for a module of the folder."""
+    """Return entries of a configuration that name a module in the folder."""
     classes = (
         "AutoConfig",
         "AutoModel",
@@ -83,7 +83,7 @@ def of_unknown_type(entries, code):
 
 
 def of_a_type_without_a_model(entries, code):
-    """There is a configuration of this type in transformers, and no model of it alone."""
+    """transformers has a configuration of this type, but no model of it alone."""
     for key in ("architectures", "id2label"):
         entries.pop(key, None)
     entries.update(code, model_type="clipseg_text_model")
@@ -163,7 +163,7 @@ def test_code_runs_where_the_caller_trusts_it(copy_of, tmp_path, monkeypatch):
 
 
 def moved_out(folder, name):
-    """Moves a file out of the folder."""
+    """Move a file out of the folder, and return its new path."""
     target = folder.parent / "elsewhere"
     target.mkdir(exist_ok=True)
     return (folder / name).rename(target / name)
@@ -208,7 +208,7 @@ def named_and_linked(folder):
 
 
 def linked_blob(folder):
-    """As in the Hub's cache, but in another folder's."""
+    """Link to a folder of blobs as the Hub's cache does, outside of such a cache."""
     blobs = folder.parent.parent / "blobs"
     blobs.mkdir(exist_ok=True)
     (folder / SINGLE).rename(blobs / SINGLE)
@@ -302,7 +302,7 @@ def test_an_index_of_files_that_are_gone_does_not_matter_beside_the_weights(copy
 
 
 def in_the_hubs_cache(folder):
-    """The same files as the cache of the Hub lays them out; the folder of the snapshot."""
+    """Lay files out as the Hub's cache does, and return the snapshot's folder."""
     repository = folder.parent / "models--someone--something"
     snapshot = repository / "snapshots" / "abc"
     (repository / "blobs").mkdir(parents=True)
@@ -344,7 +344,7 @@ def test_links_within_a_folder_are_followed(way, copy_of):
 
 
 def test_a_folder_of_links_is_read_once_it_is_copied_with_what_they_lead_to(copy_of):
-    """As caches of data under version control are."""
+    """Caches of data under version control are laid out so."""
     folder = copy_of("converted")
     links = folder.parent / "links"
     links.mkdir()
@@ -433,9 +433,11 @@ def test_adapters_beside_a_model_are_not_left_out_without_a_word(way, copy_of):
 
 
 def test_a_part_of_a_distributed_checkpoint_beside_a_whole_one_is_refused(copy_of):
-    """transformers would take it, and the command line would not."""
+    """transformers would load it, and the command line would refuse it."""
     folder = copy_of("converted")
     shutil.copy(folder / SINGLE, folder / "shard-00001-model-00001-of-00001.safetensors")
     for way in ("from_pretrained", "export"):
-        with pytest.raises(tn.InputError, match=r"shard-00001.* is what one process of several"):
+        with pytest.raises(
+            tn.InputError, match=r"shard-00001.* holds the share of one process of several"
+        ):
             WAYS[way][1](folder)

@@ -1,4 +1,4 @@
-"""upcycle and its checkpoints on real transformers classes built from small configurations."""
+"""upcycle and its checkpoints, on small models of real transformers classes."""
 
 import json
 import subprocess
@@ -113,53 +113,6 @@ def test_a_loaded_model_is_not_taken_for_a_quantized_one(tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_configurations_survive_json():
-    config = hf.MPOEConfig(
-        num_experts=4,
-        layers=(0, 2),
-        max_bond=7,
-        shapes={(40, 24): tn.MPOShape((10, 4), (4, 7), in_features=24)},
-        mask_probability=0.5,
-    )
-    again = hf.MPOEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again.to_dict() == config.to_dict()
-    assert again.shapes == config.shapes
-
-
-@pytest.mark.parametrize("name", ["bert", "llama with biases"])
-@pytest.mark.parametrize("options", [{}, {"layout": "split"}, {"max_bond": 3}, {"layers": [1]}])
-def test_the_report_counts_what_really_built_models_hold(name, options):
-    config = hf.MPOEConfig(num_experts=3, sites=3, **options)
-    report = hf.parameter_report(make(name).config, config)
-    from_model = hf.parameter_report(make(name), config)
-    # The configuration alone is laid out as the bare model, whose layers have shorter names.
-    assert [(c.dense, c.moe, c.mpoe) for c in report.ffns] == [
-        (c.dense, c.moe, c.mpoe) for c in from_model.ffns
-    ]
-    assert from_model.total.dense == sum(p.numel() for p in make(name).parameters())
-    mpoe = hf.upcycle(make(name), config)
-    assert from_model.total.mpoe == sum(p.numel() for p in mpoe.parameters())
-    moe = hf.upcycle(
-        make(name), hf.MPOEConfig(**{**config.to_dict(), "layout": "dense", "shapes": {}})
-    )
-    assert from_model.total.moe == sum(p.numel() for p in moe.parameters())
-    layers = [m for m in mpoe.modules() if isinstance(m, nn.MPOMoE)]
-    assert [c.mpoe for c in from_model.ffns] == [
-        sum(p.numel() for p in layer.parameters()) for layer in layers
-    ]
-    assert json.loads(json.dumps(from_model.to_dict()))["total"]["mpoe"] == from_model.total.mpoe
-    assert f"{from_model.total.mpoe:,}" in str(from_model)
-
-
-def test_the_report_of_a_huge_configuration_takes_no_memory():
-    config = transformers.LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=2, architectures=["LlamaModel"]
-    )
-    report = hf.parameter_report(config, hf.MPOEConfig(num_experts=64))
-    assert report.ffns[0].dense == 3 * 8192 * 28672
-    assert report.ffns[0].moe == 64 * report.ffns[0].dense + 64 * 8192
-
-
 def test_the_real_minilm_keeps_its_outputs_and_trains(tmp_path):
     folder = packaged_model()
     with warnings.catch_warnings():
@@ -211,29 +164,6 @@ def test_models_made_of_one_configuration_are_converted_each_by_itself(name):
         held = {id(each.config) for each in model.modules() if hasattr(each, "config")}
         assert id(config) not in held
         assert id(model.config) in held
-
-
-def test_a_family_of_ones_own_can_be_registered(monkeypatch):
-    monkeypatch.setattr("tnmoe.hf.families._FAMILIES", {})
-
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wide, self.narrow = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
-            self.ffn = None
-
-        def forward(self, x):
-            return self.ffn(x) if self.ffn else self.narrow(torch.relu(self.wide(x)))
-
-    @hf.register_family("mine")
-    def find(module):
-        if isinstance(module, Block):
-            return hf.FFN(
-                module.wide, module.narrow, None, torch.relu, lambda m: setattr(module, "ffn", m)
-            )
-
-    block = torch.nn.Sequential(Block())
-    assert [ffn.name for ffn in hf.find_ffns(block)] == ["0"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Values that nobody expects, and JSON that is spoilt with them."""
+"""Unexpected values, and JSON that is corrupted with them."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 Keys = tuple[str | int, ...]
 
-# What stands for something else once the text is there: JSON has no other way to say it.
+# Placeholders in JSON, replaced in its text by what the module json does not write.
 _HUGE, _DEEP, _TWICE = "@huge@", "@deep@", "@twice@"
 
 EXTREMES = (
@@ -19,23 +19,23 @@ EXTREMES = (
 
 
 def paths_in(data: Any, keys: Keys = ()) -> Iterator[Keys]:
-    """Where in some JSON there are values."""
+    """Yield the path to every value in JSON data."""
     if keys:
         yield keys
     for key in _keys(data) if isinstance(data, dict | list) else ():
         yield from paths_in(data[key], (*keys, key))
 
 
-def spoilt(data: Any, rng: Random) -> str:
-    """The text of some JSON with one or two values dropped, replaced, moved or repeated."""
+def corrupted_json(data: Any, rng: Random) -> str:
+    """Return the text of JSON data with one or two values dropped, replaced, moved or repeated."""
     data = json.loads(json.dumps(data))
     for _ in range(rng.choice((1, 1, 1, 2))):
         if places := list(paths_in(data)):
-            _spoil(data, rng.choice(places), rng)
+            _corrupt(data, rng.choice(places), rng)
     return _text(data)
 
 
-def _spoil(data: Any, keys: Keys, rng: Random) -> None:
+def _corrupt(data: Any, keys: Keys, rng: Random) -> None:
     *path, last = keys
     for key in path:
         data = data[key]
@@ -45,7 +45,7 @@ def _spoil(data: Any, keys: Keys, rng: Random) -> None:
         del data[last]
     elif change == "extreme":
         data[last] = rng.choice(EXTREMES)
-    elif change == "other":  # of the same text, so that its kind often fits
+    elif change == "other":  # a value of the same object or list, whose type often fits
         data[last] = rng.choice([data[key] for key in _keys(data)])
     elif change == "wrap":
         data[last] = rng.choice(([value], {"x": value}, str(value), [value] * 3))

@@ -1,7 +1,7 @@
-"""Spoilt files, one after another, in a process of its own: ``python -m tests.hostile.worker``.
+"""Cases of corrupted files, one after another: ``python -m tests.hostile.worker``.
 
-Prints a line of JSON per case. The last line of a process that hangs or crashes is the case that
-made it so.
+The process prints a line of JSON before and after each case. If it hangs or crashes, its last line
+names the case that did it.
 """
 
 import argparse
@@ -20,44 +20,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as the command line has it
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as in the command line
 
 import torch
 import transformers
 
-from tests.hostile.files import spoil_file, spoil_folder
-from tests.hostile.sound import copy_of, make_sound
-from tests.hostile.ways_in import WAYS, WrongError, check_told
+from tests.hostile.corruption import corrupt_file, corrupt_folder
+from tests.hostile.entry_points import ENTRY_POINTS, WrongError, check_refusal
+from tests.hostile.intact import copy_with_times, make_intact
 
-# Seconds for a case, and bytes for all; generous, since machines differ.
-_LIMIT, _MEMORY = 30, 6 * 2**30
+# Seconds for a case, and bytes for the process; generous, since machines differ.
+_SECONDS, _MEMORY = 30, 6 * 2**30
 
 
 class TooLong(BaseException):
     """A case took too long."""
 
 
-def case(sound: Path, place: Path, seed: str) -> tuple[str, str, Callable[[], str]]:
-    """What is spoilt and how, the way in, and a call that takes it."""
+def make_case(intact: Path, place: Path, seed: str) -> tuple[str, str, Callable[[], str]]:
+    """Corrupt a file; return a description, the entry point's name and a call of that."""
     rng = Random(seed)
-    original = rng.choice(sorted(sound.iterdir()))
+    original = rng.choice(sorted(intact.iterdir()))
     kind, *_ = re.split("[-.]", original.name)
     place = place.with_suffix(".partial") if kind == "begun" else place
-    copy_of(original, place)
-    told = spoil_folder(place, rng) if original.is_dir() else spoil_file(place, rng)
-    way = rng.choice(WAYS[kind])
-    return f"{original.name}: {told}", way.__name__, lambda: way(place, sound)
+    copy_with_times(original, place)
+    corrupt = corrupt_folder if original.is_dir() else corrupt_file
+    description = f"{original.name}: {corrupt(place, rng)}"
+    entry_point = rng.choice(ENTRY_POINTS[kind])
+    return description, entry_point.__name__, lambda: entry_point(place, intact)
 
 
-def verdict(call: Callable[[], str], output: Path) -> str:
-    """How it went, "done" or "refused"; anything else is a finding."""
+def outcome_of(call: Callable[[], str], output: Path) -> str:
+    """Call an entry point and return "done" or "refused"; anything else is a finding."""
     try:
-        with _limited(), _captured(output):
-            found = call()
-        if found == "status 2":
-            check_told(output.read_text(errors="replace"))
+        with _time_limit(), _captured(output):
+            outcome = call()
+        if outcome == "status 2":
+            check_refusal(output.read_text(errors="replace"))
             return "refused"
-        return found
+        return outcome
     except TooLong:
         return f"too long: {traceback.format_exc()[-1500:]}"
     except WrongError as error:
@@ -67,14 +68,16 @@ def verdict(call: Callable[[], str], output: Path) -> str:
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def _time_limit() -> Iterator[None]:
+    """Raise TooLong in a block that takes too long; end the process if that does not help."""
+
     def stop(*_: object) -> None:
         raise TooLong
 
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(_LIMIT)
-    # For what no signal interrupts.
-    faulthandler.dump_traceback_later(2 * _LIMIT, exit=True)
+    signal.alarm(_SECONDS)
+    # Some calls cannot be interrupted by a signal.
+    faulthandler.dump_traceback_later(2 * _SECONDS, exit=True)
     try:
         yield
     finally:
@@ -84,7 +87,7 @@ def _limited() -> Iterator[None]:
 
 @contextmanager
 def _captured(path: Path) -> Iterator[None]:
-    """A block whose standard error goes to a file, and its standard output nowhere."""
+    """Send the standard error of a block to a file, and its standard output nowhere."""
     kept = os.dup(1), os.dup(2)
     with open(path, "wb") as file, open(os.devnull, "wb") as nowhere:
         sys.stdout.flush()
@@ -110,16 +113,17 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_sound(folder / "sound")
+        make_intact(folder / "intact")
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
         for number in range(options.first, options.last):
-            place = folder / f"spoilt-{number}"
-            told, way, call = case(folder / "sound", place, f"{options.seed}:{number}")
-            print(json.dumps([number, way, told]), flush=True)
-            found = verdict(call, folder / "output")
-            print(json.dumps([number, found]), flush=True)
-            for left in folder.glob("spoilt-*"):
+            place = folder / f"corrupted-{number}"
+            seed = f"{options.seed}:{number}"
+            description, entry_point, call = make_case(folder / "intact", place, seed)
+            print(json.dumps([number, entry_point, description]), flush=True)
+            outcome = outcome_of(call, folder / "output")
+            print(json.dumps([number, outcome]), flush=True)
+            for left in folder.glob("corrupted-*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

@@ -9,10 +9,10 @@ from torch import distributed
 
 
 def on_two_ranks(function):
-    """What a function of its rank returns in each of two processes of a distributed run.
+    """Run a function of the rank in two processes of a distributed run; return both results.
 
-    The ranks meet in a file: a port found free may be taken before they listen.  A rank that
-    fails stops the other, and its own traceback is raised here.
+    The ranks meet in a file: another process could take a free port before they listen. A rank
+    that fails stops the other one, and its own traceback is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_run_rank, (function, Path(folder)), nprocs=2)

@@ -1,8 +1,8 @@
-"""Replicas of modules, which DataParallel makes on accelerators alone."""
+"""Replicas of modules as DataParallel makes them, which runs only on accelerators."""
 
 
 def replicate(module):
-    """What DataParallel makes of a module, on one device."""
+    """Return a replica of a module, as DataParallel makes it, on one device."""
     replica = module._replicate_for_data_parallel()
     for name, parameter in module._parameters.items():
         object.__setattr__(replica, name, parameter)

@@ -146,7 +146,7 @@ def deepseek(kind):
     )  # fmt: skip
     block = draw(DeepseekV3MoE(config))
     router = nn.TopKRouter(
-        H, E, 2, "sigmoid", load_bias=True, num_groups=2, top_groups=1, scale=2.5
+        H, E, 2, score_function="sigmoid", load_bias=True, num_groups=2, top_groups=1, scale=2.5
     )
     router.load_bias.value.copy_(block.gate.e_score_correction_bias)
     experts = experts_of(halves(block), kind, "silu")
@@ -234,9 +234,9 @@ def run_dense(ffn, x):
 def routers(dtype=torch.float64):
     return {
         **{f"top-{k}": nn.TopKRouter(H, E, k, dtype=dtype) for k in range(1, E + 1)},
-        "sigmoid": nn.TopKRouter(H, E, 2, "sigmoid", dtype=dtype),
+        "sigmoid": nn.TopKRouter(H, E, 2, score_function="sigmoid", dtype=dtype),
         "groups": nn.TopKRouter(H, E, 2, num_groups=2, top_groups=1, dtype=dtype),
-        "load bias": nn.TopKRouter(H, E, 1, "sigmoid", load_bias=True, dtype=dtype),
+        "load bias": nn.TopKRouter(H, E, 1, score_function="sigmoid", load_bias=True, dtype=dtype),
         "noisy, jitter": nn.TopKRouter(H, E, 2, noisy=True, jitter_noise=0.3, dtype=dtype),
         **{
             f"second expert {policy}": nn.TopKRouter(H, E, 2, second_expert=policy, dtype=dtype)
@@ -276,7 +276,7 @@ def test_an_upcycled_layer_starts_as_the_dense_network_whatever_the_router(name,
     [
         nn.TopKRouter(H, E, 2, normalize=False, dtype=torch.float64),
         nn.TopKRouter(H, E, 1, normalize=False, dtype=torch.float64),
-        nn.TopKRouter(H, E, 2, "sigmoid", scale=2.5, dtype=torch.float64),
+        nn.TopKRouter(H, E, 2, score_function="sigmoid", scale=2.5, dtype=torch.float64),
     ],
 )
 def test_what_breaks_the_start_scales_by_the_sum_of_the_weights(router):
@@ -484,7 +484,7 @@ def test_layers_survive_copies_pickles_state_dicts_and_compilers(gated):
             E, H, F, "silu", gated=gated, bias="common", sites=3, shared_sites={"up": {0, 1}}
         )
         return nn.MPOMoE(
-            nn.TopKRouter(H, E, 2, load_bias=True), experts, torch.nn.Linear(H, H), True
+            nn.TopKRouter(H, E, 2, load_bias=True), experts, torch.nn.Linear(H, H), shared_gate=True
         ).eval()
 
     layer, twin, x = make(), make(), torch.randn(3, 5, H)

@@ -1,4 +1,4 @@
-"""What a block of code sets, recordings and masks of padding, holds there and nowhere else."""
+"""Recordings and masks of padding that a block sets apply in that block only."""
 
 import asyncio
 import contextvars
@@ -196,7 +196,7 @@ def test_a_backward_pass_in_a_thread_of_its_own_sees_the_block_around_it(reentra
     assert (x.grad != 0).all(-1).tolist() == [[True, True, False]]
 
 
-def test_compiled_layers_hear_of_their_own_threads_blocks():
+def test_compiled_layers_see_the_blocks_of_their_own_thread():
     torch.compiler.reset()
     layer = make_layer()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

@@ -1,89 +1,13 @@
-"""Files are written whole, durably, and only where a file can be."""
+"""A folder remembers which files tnmoe wrote there, also after a power cut."""
 
-import errno
 import os
-from pathlib import Path
 
-import numpy as np
-import pytest
-
-import tnmoe as tn
 from tests.disk import Disk, all_left
-from tnmoe.errors import InputError
-from tnmoe.system.folders import sync, unrecorded, write_record, write_whole
+from tnmoe.system.durable import sync
+from tnmoe.system.folders import foreign_files, write_manifest
 
 
-def test_a_link_to_a_file_is_followed_and_stays(tmp_path):
-    file, link = tmp_path / "disk" / "file", tmp_path / "link"
-    file.parent.mkdir()
-    for old in (None, b"old"):
-        if old is not None:
-            file.write_bytes(old)
-        link.unlink(missing_ok=True)
-        link.symlink_to(file)
-        write_whole(link, b"new")
-        assert link.is_symlink()
-        assert file.read_bytes() == b"new"
-    assert os.listdir(file.parent) == ["file"]
-
-
-def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe is no ordinary file"):
-        write_whole(tmp_path / "pipe", b"new")
-    assert (tmp_path / "pipe").is_fifo()
-
-
-def test_a_file_that_cannot_take_its_place_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"old")
-
-    def refuse(self, target):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(PermissionError):
-        write_whole(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def save(path, number):
-    tn.save(path, tn.MPO([np.full((1, 2, 2, 1), number)]))
-
-
-def saved(path):
-    return tn.load(path).cores[0].max()
-
-
-def write(path, number):
-    write_whole(path, bytes([int(number)]) * 50)
-
-
-def written(path):
-    return float(max(path.read_bytes()))
-
-
-@pytest.mark.parametrize(("write", "read"), [(write, written), (save, saved)])
-def test_after_a_power_cut_a_file_is_the_old_or_the_new_one(write, read, tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
-    for old in (None, 1.0):
-        if old is not None:
-            write(root / "file", old)
-        disk = Disk(root)
-        with disk.watched():
-            write(root / "file", 2.0)
-            done = disk.states()
-        assert all("file" in dict(state) for state in done)
-        found = set()
-        for left in all_left(disk, tmp_path / str(old)):
-            exists = (left / "file").exists()
-            found.add(read(left / "file") if exists else None)
-        assert found == {old, 2.0}
-        (root / "file").unlink()
-
-
-def test_a_record_is_on_the_disk_with_all_that_it_lists(tmp_path):
+def test_a_manifest_is_on_the_disk_with_all_files_that_it_lists(tmp_path):
     root = tmp_path / "root"
     (root / "folder" / "sub").mkdir(parents=True)
     disk = Disk(root)
@@ -91,47 +15,11 @@ def test_a_record_is_on_the_disk_with_all_that_it_lists(tmp_path):
         for name in ("one", "sub/two"):
             (root / "folder" / name).write_text(name)
         (root / "folder" / "empty").mkdir()
-        write_record(root / "folder")
+        write_manifest(root / "folder")
         sync(root)
         disk.left.clear()
     names = [set(os.listdir(left / "folder")) for left in all_left(disk, tmp_path / "left")]
     assert names == [{"one", "sub", "empty", ".tnmoe-files"}]
     for left in all_left(disk, tmp_path / "again"):
-        assert unrecorded(left / "folder") == []
+        assert foreign_files(left / "folder") == []
         assert (left / "folder" / "sub" / "two").read_text() == "sub/two"
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
-def test_a_folder_that_cannot_be_synced_is_left_alone(code, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-
-    def fail(file):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    sync(tmp_path)
-    with pytest.raises(OSError, match=os.strerror(code)):
-        sync(tmp_path / "file")
-
-
-def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):
-    def fail(file):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        sync(tmp_path)
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_told_of_by_the_name_of_the_file(code, tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"old")
-
-    def fail(file):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=rf"{os.strerror(code)}: '.*/file'"):
-        save(tmp_path / "file", 2.0)
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]

@@ -1,4 +1,4 @@
-"""Errors for lack of memory say what the memory was for, and keep their type."""
+"""Errors for lack of memory keep their type, and notes say what the memory was for."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ import transformers
 import tnmoe as tn
 from tnmoe.chains.sweep import Sweep
 from tnmoe.cli import main
-from tnmoe.system.memory import lacks_memory, memory_for
+from tnmoe.system.memory import explain_memory_error, is_memory_error
 
 HUGE = 2**55
 
@@ -43,10 +43,13 @@ def no_thread():
         no_thread,
     ],
 )
-def test_lack_of_memory_is_told_and_stays_the_same_error(ask):
-    with pytest.raises((MemoryError, RuntimeError, OSError)) as raised, memory_for("a note"):
+def test_lack_of_memory_gets_a_note_and_stays_the_same_error(ask):
+    with (
+        pytest.raises((MemoryError, RuntimeError, OSError)) as raised,
+        explain_memory_error("a note"),
+    ):
         ask()
-    assert lacks_memory(raised.value)
+    assert is_memory_error(raised.value)
     assert raised.value.__notes__ == ["a note"]
 
 
@@ -59,10 +62,10 @@ def test_lack_of_memory_is_told_and_stays_the_same_error(ask):
         KeyboardInterrupt(),
     ],
 )
-def test_other_errors_are_none(error):
-    with pytest.raises(type(error)) as raised, memory_for("a note"):
+def test_other_errors_get_no_note(error):
+    with pytest.raises(type(error)) as raised, explain_memory_error("a note"):
         raise error
-    assert not lacks_memory(error)
+    assert not is_memory_error(error)
     assert not hasattr(raised.value, "__notes__")
 
 
@@ -74,7 +77,7 @@ def test_other_errors_are_none(error):
         (np.ones((4, 30, 20)), r"decomposing 4 matrices \(30, 20\) of float64 takes 2.9e-05 GB to"),
     ],
 )
-def test_a_decomposition_says_what_it_would_take(matrices, said, monkeypatch):
+def test_a_decomposition_names_the_memory_it_needs(matrices, said, monkeypatch):
     monkeypatch.setattr(Sweep, "run", lambda self: bytearray(HUGE))
     decompose = tn.decompose if matrices.ndim == 2 else tn.decompose_batch
     with pytest.raises(MemoryError) as raised:
@@ -82,11 +85,11 @@ def test_a_decomposition_says_what_it_would_take(matrices, said, monkeypatch):
     assert re.search(said, raised.value.__notes__[0])
 
 
-# As much memory as there is once all is prepared for the first layer, and a little more.
+# Limits memory to what is used when the first layer is about to be made, plus a little.
 LIMITED = """
 import resource, sys
 from tnmoe.cli import main
-from tnmoe.hf.folders.checkpoint import ShardWriter
+from tnmoe.hf.files.shards import ShardWriter
 
 create = ShardWriter.create
 def then_little_memory(self):
@@ -102,7 +105,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sets Linux's limits")
-def test_a_command_without_enough_memory_says_so_in_a_line_and_goes_on_later(tmp_path):
+def test_a_command_without_enough_memory_says_so_in_a_line_and_resumes_later(tmp_path):
     sizes = {"vocab_size": 50, "n_embd": 1024, "n_inner": 4096, "n_layer": 1, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     transformers.GPT2Model(config).save_pretrained(tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""Progress bars are for terminals; a log gets none."""
+"""Progress bars are for terminals that somebody watches; a log gets none."""
 
 import fcntl
 import os
@@ -10,23 +10,27 @@ import termios
 
 import pytest
 
-SHOWN = """
-from tnmoe.system.progress import bar, progress
-for _ in bar(range(3), desc="loop", mininterval=0):
+BARS = """
+from tnmoe.system.progress import progress_bar, progress_callback
+for _ in progress_bar(range(3), desc="loop", mininterval=0):
     pass
-with progress("call", "B") as show:
+with progress_callback("call", "B") as show:
     show(0, 10)
     show(10, 10)
 """
-COMMAND = [sys.executable, "-c", SHOWN]
+COMMAND = [sys.executable, "-c", BARS]
+
+# Variables that decide whether a terminal is taken for a watched one.
+DECIDING = ("CI", "TERM", "TQDM_DISABLE")
 
 
-def on_terminal(**environment):
+def on_terminal(columns=100, **environment):
     """Standard error of the bars on a terminal."""
     terminal, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     shown = b""
-    with subprocess.Popen(COMMAND, stderr=side, env=os.environ | environment) as process:
+    inherited = {name: value for name, value in os.environ.items() if name not in DECIDING}
+    with subprocess.Popen(COMMAND, stderr=side, env=inherited | environment) as process:
         os.close(side)
         try:
             while part := os.read(terminal, 4096):
@@ -48,6 +52,13 @@ def test_a_terminal_that_cannot_or_should_not_show_bars_gets_none(environment):
     assert on_terminal(**environment) == b""
 
 
+@pytest.mark.parametrize(
+    "details", [{}, {"TERM": "unknown"}, {"TERM": "xterm", "CI": "true"}, {"columns": 0}]
+)
+def test_a_log_that_is_written_through_a_terminal_gets_none(details):
+    assert on_terminal(**details) == b""
+
+
 def test_a_pipe_gets_none():
     done = subprocess.run(COMMAND, capture_output=True, check=True)
     assert done.stdout + done.stderr == b""
@@ -56,3 +67,45 @@ def test_a_pipe_gets_none():
 def test_nothing_is_shown_where_standard_error_is_closed():
     closed = ["sh", "-c", '"$@" 2>&-', "sh", *COMMAND]
     subprocess.run(closed, check=True)
+
+
+# The parts of the demo that take time, with a model of two narrow layers.
+DEMO = """
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from tnmoe import hf
+from tnmoe.demo.data import Sentences, packaged_model
+from tnmoe.demo.models import load_form, load_tokenizer
+from tnmoe.demo.training import Job, fine_tune, logits_of, run_apart
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    load_tokenizer(packaged_model()).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=30522, num_hidden_layers=2, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    sentences = Sentences(tuple(map(str, range(40))), (0, 1) * 20, ("no", "yes"))
+    job = Job(
+        kind="MPOE", model=folder, train=sentences, held_out=sentences,
+        config=hf.MPOEConfig(num_experts=2, sites=3), steps=3, batch_size=4, learning_rate=1e-4,
+        seed=0, device="cpu", checkpoint=folder / "checkpoint",
+    )
+    run_apart(fine_tune, job)
+    run_apart(logits_of, job.checkpoint, sentences.texts)
+"""
+
+
+def test_the_parts_of_the_demo_draw_no_bar_in_a_log(tmp_path):
+    script, log = tmp_path / "demo.py", tmp_path / "log"
+    script.write_text(DEMO)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with log.open("wb") as file:
+        subprocess.run([sys.executable, script, folder], stdout=file, stderr=file, check=True)
+    assert log.read_bytes().count(b"\r") == 0
+    assert log.read_bytes().count(b"\n") <= 5
+    assert os.listdir(folder / "checkpoint")

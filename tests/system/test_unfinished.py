@@ -1,4 +1,4 @@
-"""A folder in the making is whole or not in place, whenever its process ends, and nobody else's."""
+"""A folder is whole or not at its target, whenever the process dies that makes it."""
 
 import os
 import shutil
@@ -9,31 +9,31 @@ import pytest
 
 from tnmoe.errors import InputError
 from tnmoe.system.folders import check_target
-from tnmoe.system.unfinished import Work
+from tnmoe.system.unfinished import UnfinishedFolder
 
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Processes are killed here, and machines are not."""
+    """Skip real syncs: processes are killed here, not machines."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def make(target, text="new", overwrite=True):
     """A folder with two files, made as conversions are."""
-    work = Work(target)
-    with work.alone() as in_place:
+    unfinished = UnfinishedFolder(target)
+    with unfinished.lock() as in_place:
         if in_place == text:
             return
-        check_target(work.target, overwrite)
-        if work.begun()[:1] == [text] and work.new.is_dir():
-            work.go_on()
+        check_target(unfinished.target, overwrite)
+        if unfinished.journal()[:1] == [text] and unfinished.new.is_dir():
+            unfinished.resume()
         else:
-            work.begin(text)
-        if not work.is_whole:
-            (work.new / "sub").mkdir(exist_ok=True)
-            (work.new / "sub" / "file").write_text(text)
-            (work.new / "file").write_text(text)
-        work.put_in_place(overwrite)
+            unfinished.begin(text)
+        if not unfinished.is_whole:
+            (unfinished.new / "sub").mkdir(exist_ok=True)
+            (unfinished.new / "sub" / "file").write_text(text)
+            (unfinished.new / "file").write_text(text)
+        unfinished.move_to_target(overwrite)
 
 
 def contents(folder):
@@ -44,12 +44,12 @@ def contents(folder):
     }
 
 
-def both(text):
+def made_from(text):
     return {"file": text, "sub/file": text}
 
 
 def killed_at(number, folder, function, *arguments):
-    """Call a function in a process that ends at its so manieth operation on files of a folder."""
+    """Call a function in a process that dies at a given operation on files of a folder."""
     if (process := os.fork()) == 0:
         left = iter(range(number))
 
@@ -80,26 +80,26 @@ def test_a_process_may_be_killed_at_any_time(old, tmp_path):
             make(target, "old")
         killed = killed_at(number, folder, make, target)
         if target.exists():
-            assert contents(target) in (both("old"), both("new"))
-        elif old:  # on its way, and back with the next call
-            assert contents(folder / "target.partial" / "old") == both("old")
-        if number % 2:  # work of another purpose takes over
+            assert contents(target) in (made_from("old"), made_from("new"))
+        elif old:  # moved away, until the next call
+            assert contents(folder / "target.partial" / "old") == made_from("old")
+        if number % 2:  # a conversion of another purpose takes over
             make(target, "other")
-            assert contents(target) == both("other")
+            assert contents(target) == made_from("other")
         else:
             make(target)
-            assert contents(target) == both("new")
+            assert contents(target) == made_from("new")
         assert os.listdir(folder) == ["target"]
         if not killed:
             break
     assert number > 30
 
 
-def test_an_older_folder_comes_back_even_if_the_next_call_refuses(tmp_path, monkeypatch):
+def test_the_old_folder_comes_back_even_if_the_next_call_refuses(tmp_path, monkeypatch):
     target = tmp_path / "target"
     make(target, "old")
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "_move", lambda self: killed_here())
+        patch.setattr(UnfinishedFolder, "_move_new", lambda self: killed_here())
         killed_here = lambda: os._exit(9)  # noqa: E731
         if (process := os.fork()) == 0:
             make(target)
@@ -107,18 +107,18 @@ def test_an_older_folder_comes_back_even_if_the_next_call_refuses(tmp_path, monk
     assert not target.exists()
     with pytest.raises(InputError, match="is not empty"):
         make(target, overwrite=False)
-    assert contents(target) == both("old")
+    assert contents(target) == made_from("old")
 
 
 def test_a_new_folder_takes_the_place_of_another(tmp_path):
     make(tmp_path / "target", "old")
     make(tmp_path / "target", "new")
-    assert contents(tmp_path / "target") == both("new")
+    assert contents(tmp_path / "target") == made_from("new")
     assert os.listdir(tmp_path) == ["target"]
 
 
 def failing(monkeypatch, *times):
-    """Renaming fails at these times, counted from 0."""
+    """Make these calls of rename fail, counted from 0."""
     rename, calls = Path.rename, iter(range(10))
 
     def may_fail(self, target):
@@ -136,13 +136,13 @@ def test_a_failure_leaves_both_folders_as_they_were(time, tmp_path, monkeypatch)
         failing(patch, time)
         with pytest.raises(OSError, match="Permission denied"):
             make(tmp_path / "target")
-    assert contents(tmp_path / "target") == both("old")
-    assert contents(tmp_path / "target.partial" / "new") == both("new")
+    assert contents(tmp_path / "target") == made_from("old")
+    assert contents(tmp_path / "target.partial" / "new") == made_from("new")
     make(tmp_path / "target")
     assert os.listdir(tmp_path) == ["target"]
 
 
-def test_what_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch):
     make(tmp_path / "target", "old")
     with monkeypatch.context() as patch:
         failing(patch, 1, 2)
@@ -150,14 +150,14 @@ def test_what_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch):
             InputError, match=r"target could not be replaced.*it is now .*old"
         ) as caught:
             make(tmp_path / "target")
-    assert contents(Path(str(caught.value).split("it is now ")[1])) == both("old")
+    assert contents(Path(str(caught.value).split("it is now ")[1])) == made_from("old")
     with pytest.raises(InputError, match="is not empty"):
         make(tmp_path / "target", overwrite=False)
-    assert contents(tmp_path / "target") == both("old")
+    assert contents(tmp_path / "target") == made_from("old")
 
 
 def appearing(monkeypatch, target, what):
-    """Something appears at the target at the last moment before a folder is moved there."""
+    """Let something appear at the target right before a folder moves there."""
     rename = Path.rename
 
     def late(self, to):
@@ -169,7 +169,7 @@ def appearing(monkeypatch, target, what):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_appears_at_the_last_moment_is_not_replaced(overwrite, tmp_path, monkeypatch):
+def test_files_that_appear_at_the_last_moment_are_not_replaced(overwrite, tmp_path, monkeypatch):
     target = tmp_path / "target"
 
     def thesis():
@@ -197,7 +197,7 @@ def test_what_appears_at_the_last_moment_is_not_replaced(overwrite, tmp_path, mo
     "name",
     ["thesis.txt", ".hidden", ".git/config", "sub/mine", "notes/deep/mine", "file", "empty/"],
 )
-def test_what_others_wrote_is_named_and_kept(name, tmp_path):
+def test_foreign_files_are_named_and_kept(name, tmp_path):
     target = tmp_path / "target"
     make(target, "old")
     if name.endswith("/"):
@@ -216,7 +216,7 @@ def test_what_others_wrote_is_named_and_kept(name, tmp_path):
 
 @pytest.mark.parametrize("bring", [shutil.copy2, shutil.move])
 @pytest.mark.parametrize("text", ["mine", "old"])
-def test_an_older_file_brought_to_the_place_of_what_was_written_is_kept(text, bring, tmp_path):
+def test_an_older_file_that_replaces_a_written_one_is_kept(text, bring, tmp_path):
     target, mine = tmp_path / "target", tmp_path / "mine"
     mine.write_text(text)
     os.utime(mine, (10**9, 10**9))
@@ -228,7 +228,7 @@ def test_an_older_file_brought_to_the_place_of_what_was_written_is_kept(text, br
 
 
 @pytest.mark.parametrize("to", [1, 10**9, 2 * 10**9])
-def test_a_copy_of_the_folder_that_keeps_times_roughly_can_be_replaced(to, tmp_path):
+def test_a_copy_of_the_folder_with_rounded_times_can_be_replaced(to, tmp_path):
     target, copy = tmp_path / "target", tmp_path / "copy"
     make(target, "old")
     shutil.copytree(target, copy)
@@ -236,17 +236,17 @@ def test_a_copy_of_the_folder_that_keeps_times_roughly_can_be_replaced(to, tmp_p
         time = path.stat().st_mtime_ns // to * to
         os.utime(path, ns=(time, time))
     make(copy, "new")
-    assert contents(copy) == both("new")
+    assert contents(copy) == made_from("new")
 
 
-@pytest.mark.parametrize("record", ["", "[]", '["file"]', '{"file": null}', '{"file": [3]}', "3"])
-def test_what_a_damaged_record_lists_is_nobodys(record, tmp_path):
+@pytest.mark.parametrize("manifest", ["", "[]", '["file"]', '{"file": null}', '{"file": [3]}', "3"])
+def test_files_are_foreign_where_the_manifest_is_damaged(manifest, tmp_path):
     target = tmp_path / "target"
     make(target, "old")
-    (target / ".tnmoe-files").write_text(record)
+    (target / ".tnmoe-files").write_text(manifest)
     with pytest.raises(InputError, match="target holds what tnmoe did not write there"):
         make(target)
-    assert contents(target) == both("old")
+    assert contents(target) == made_from("old")
 
 
 @pytest.mark.parametrize("name", ["file", "sub"])
@@ -261,7 +261,7 @@ def test_a_link_in_the_place_of_what_was_written_is_kept(name, tmp_path):
     assert elsewhere.exists()
 
 
-def test_what_came_while_the_folder_was_moved_away_brings_it_back(tmp_path, monkeypatch):
+def test_a_file_that_came_before_the_move_brings_the_folder_back(tmp_path, monkeypatch):
     target = tmp_path / "target"
     make(target, "old")
     rename = Path.rename
@@ -275,7 +275,7 @@ def test_what_came_while_the_folder_was_moved_away_brings_it_back(tmp_path, monk
         patch.setattr(Path, "rename", late)
         with pytest.raises(InputError, match=r"target holds what tnmoe did not .*: thesis.txt"):
             make(target)
-    assert contents(target) == {**both("old"), "thesis.txt": "years of work"}
+    assert contents(target) == {**made_from("old"), "thesis.txt": "years of work"}
 
 
 def test_places_that_cannot_be_replaced_are_refused_before_anything_is_made(tmp_path, monkeypatch):
@@ -318,7 +318,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_of_many_at_once_each_makes_all_or_nothing(overwrite, tmp_path):
+def test_each_of_many_processes_makes_the_whole_folder_or_nothing(overwrite, tmp_path):
     target = tmp_path / "deep" / "target"
     for _ in range(5):
         processes = []
@@ -337,16 +337,16 @@ def test_of_many_at_once_each_makes_all_or_nothing(overwrite, tmp_path):
         assert set(codes) <= {0, 3}
         made = [str(number) for number, code in enumerate(codes) if code == 0]
         assert made if overwrite else len(made) == 1
-        assert contents(target) in [both(number) for number in made]
+        assert contents(target) in [made_from(number) for number in made]
         assert os.listdir(target.parent) == ["target"]
         shutil.rmtree(target.parent)
 
 
 def test_one_process_works_at_a_time(tmp_path):
     target = tmp_path / "new" / "target"
-    with Work(target).alone():
+    with UnfinishedFolder(target).lock():
         owner = f"target is in use by process {os.getpid()} on .* since "
-        with pytest.raises(InputError, match=owner), Work(target).alone():
+        with pytest.raises(InputError, match=owner), UnfinishedFolder(target).lock():
             pass
         (tmp_path / "link").symlink_to(target)
         with pytest.raises(InputError, match=owner):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tnmoe import __version__
 from tnmoe.cli import calibrate, convert, demo, inspect
 from tnmoe.errors import InputError, MissingExtraError, as_line, reason
-from tnmoe.system.memory import lacks_memory, told_in_a_line
+from tnmoe.system.memory import is_memory_error, memory_error_summary
 
 # Conventional exit codes: 2 for what the user gave, 130 for Ctrl-C.
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -50,8 +50,8 @@ def _told(error: Exception, interrupted: str) -> str | None:
     """
     if isinstance(error, InputError | MissingExtraError):
         return str(error)
-    if lacks_memory(error):
-        return f"out of memory: {told_in_a_line(error)}; {interrupted}"
+    if is_memory_error(error):
+        return f"out of memory: {memory_error_summary(error)}; {interrupted}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{reason(error)}"

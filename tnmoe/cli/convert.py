@@ -86,9 +86,9 @@ def _convert(options: argparse.Namespace, plan: Conversion) -> None:
     if options.dry_run:
         plan.check_target(options.target, options.overwrite)
     else:
-        from tnmoe.system.progress import progress
+        from tnmoe.system.progress import progress_callback
 
-        with progress("converting", "B") as show:
+        with progress_callback("converting", "B") as show:
             files = plan.run(
                 options.target,
                 overwrite=options.overwrite,

@@ -39,10 +39,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from tnmoe.hf import inspect_checkpoint
-    from tnmoe.system.progress import progress
+    from tnmoe.system.progress import progress_callback
 
     config = config_of(options)
-    with progress("reading", " networks") as show:
+    with progress_callback("reading", " networks") as show:
         found = inspect_checkpoint(
             options.model,
             config,

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tnmoe.errors import number_in
+from tnmoe.system.durable import write_atomically
 from tnmoe.system.files import read_json
-from tnmoe.system.folders import write_whole
 
 # Rates in use, by kind of device.
 _RATES: dict[str, Rates] = {}
@@ -93,7 +93,7 @@ def set_rates(device: str, rates: Rates, store: bool = False) -> None:
     if store:
         path = rates_path(device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asdict(rates), indent=1).encode())
+        write_atomically(path, json.dumps(asdict(rates), indent=1).encode())
 
 
 def rates_path(device: str) -> Path:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tnmoe.errors import InputError
-from tnmoe.system.files import check_ordinary
+from tnmoe.system.files import check_regular_file
 
 COLUMNS = ("text", "label")
 _MIN_SENTENCES = 20
@@ -74,7 +74,7 @@ def read_sentences(path: Path, source: str | None = None) -> Sentences:
     # Reviews can be longer than csv's default limit of 128 KiB a field.
     csv.field_size_limit(1 << 30)
     try:
-        check_ordinary(path, pipes=True)
+        check_regular_file(path, pipes=True)
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from tnmoe import hf
 from tnmoe.errors import InputError
-from tnmoe.hf.folders.checkpoint import check_folder, check_inside
-from tnmoe.hf.trust import no_code
+from tnmoe.hf.files.folder import check_folder, check_inside
+from tnmoe.hf.trust import no_foreign_code
 from tnmoe.truncation.info import TruncationInfo
 
 KINDS = ("dense", "MoE", "MPOE")
@@ -77,7 +77,7 @@ def _load(load: Callable[..., Any], what: str, folder: Path, **arguments: Any) -
     quiet_transformers()
     try:
         # Without a word, transformers would ask on standard input whether to run a folder's code.
-        with no_code():
+        with no_foreign_code():
             return load(folder, local_files_only=True, trust_remote_code=False, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

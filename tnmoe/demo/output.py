@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tnmoe.errors import InputError
 from tnmoe.system.folders import check_target
-from tnmoe.system.unfinished import Work
+from tnmoe.system.unfinished import UnfinishedFolder
 
 _PURPOSE = "tnmoe demo"
 
@@ -38,21 +38,21 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         If ``target`` cannot be made, is a file, is being made by another process, is not empty
         and ``overwrite`` is not given, or holds what tnmoe did not write there.
     """
-    work = Work(target)
-    with work.alone():
-        check_target(work.target, overwrite)
-        if work.begun()[:1] not in ([], [_PURPOSE]) and not overwrite:
+    unfinished = UnfinishedFolder(target)
+    with unfinished.lock():
+        check_target(unfinished.target, overwrite)
+        if unfinished.journal()[:1] not in ([], [_PURPOSE]) and not overwrite:
             raise InputError(
-                f"{work.folder} is an unfinished conversion: remove it, or pass overwrite=True "
-                "(--overwrite)"
+                f"{unfinished.partial} is an unfinished conversion: remove it, or pass "
+                "overwrite=True (--overwrite)"
             )
-        work.begin(_PURPOSE)
+        unfinished.begin(_PURPOSE)
         try:
-            yield work.new
+            yield unfinished.new
         except BaseException:
-            work.discard()
+            unfinished.discard()
             raise
         try:
-            work.put_in_place(overwrite)
+            unfinished.move_to_target(overwrite)
         except InputError as error:
-            raise InputError(f"{error}; the results are in {work.new}") from error
+            raise InputError(f"{error}; the results are in {unfinished.new}") from error

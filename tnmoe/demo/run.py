@@ -16,7 +16,7 @@ from tnmoe.demo.models import KINDS, load_dense, load_form, load_tokenizer
 from tnmoe.demo.output import whole_folder
 from tnmoe.demo.training import CHECKED, Job, Result, fine_tune, logits_of, predict, run_apart
 from tnmoe.nn.compute.devices import usable_device
-from tnmoe.system.progress import bar
+from tnmoe.system.progress import progress_bar
 from tnmoe.truncation.info import TruncationInfo
 
 # Largest relative difference between the outputs of the dense and the converted model.
@@ -103,10 +103,10 @@ def _convert(
     spectra: dict[str, np.ndarray] = {}
     ffns = hf.find_ffns(dense)
     matrices = sum(2 + (ffn.gate is not None) for ffn in ffns)
-    with bar(total=matrices, desc="decomposing", unit="matrix") as progress:
+    with progress_bar(total=matrices, desc="decomposing", unit="matrix") as bar:
 
         def on_matrix(name: str, info: TruncationInfo) -> None:
-            progress.update()
+            bar.update()
             if name == f"{ffns[0].name}.up":
                 for bond, values in enumerate(info.spectra):
                     spectra[f"bond {bond}"] = values.cpu().numpy()

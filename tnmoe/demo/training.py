@@ -29,7 +29,7 @@ from tnmoe import hf
 from tnmoe.demo.data import Sentences
 from tnmoe.demo.models import load_form, load_tokenizer, quiet_transformers
 from tnmoe.nn import GradientMask, record_routing
-from tnmoe.system.progress import bar, end_line
+from tnmoe.system.progress import end_line, progress_bar
 
 MAX_TOKENS = 128
 # Held-out sentences on which a converted or reloaded model is checked.
@@ -179,9 +179,10 @@ def _train(
     with ExitStack() as stack:
         if job.kind == "MPOE":
             probability = job.config.mask_probability
-            mask = stack.enter_context(GradientMask(optimizer, model, probability, job.seed))
+            mask = stack.enter_context(GradientMask(optimizer, model, probability, seed=job.seed))
         batches = _batches(len(job.train), job.batch_size, job.seed)
-        for _ in (progress := bar(range(job.steps), desc=f"{job.kind}: fine-tuning", unit="step")):
+        bar = progress_bar(range(job.steps), desc=f"{job.kind}: fine-tuning", unit="step")
+        for _ in bar:
             start = time.perf_counter()
             inputs, labels = _encode(tokenizer, job.train, next(batches), job.device)
             loss = _step_loss(model, inputs, labels, job)
@@ -192,7 +193,7 @@ def _train(
             schedule.step()
             losses.append(float(loss["task"].detach()))
             seconds.append(time.perf_counter() - start)
-            progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+            bar.set_postfix(refresh=False, loss=f"{np.mean(losses[-20:]):.3f}")
     return losses, seconds, 0 if mask is None else mask.masked_steps
 
 
@@ -218,7 +219,7 @@ def evaluate(
     model.eval()
     losses, correct, counts = [], [], []
     starts = range(0, len(sentences), batch_size)
-    for start in bar(starts, desc=title, unit="batch", leave=False):
+    for start in progress_bar(starts, desc=title, unit="batch", leave=False):
         indices = range(start, min(start + batch_size, len(sentences)))
         inputs, labels = _encode(tokenizer, sentences, list(indices), str(model.device))
         with record_routing(model) as routing:

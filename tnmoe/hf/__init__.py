@@ -1,7 +1,7 @@
-"""Hugging Face: pretrained models in, MPOE models out, saved and loaded as any other model.
+"""Hugging Face: pretrained models converted to MPOE, saved and loaded as any other model.
 
-Importing this module teaches ``transformers`` to load MPOE checkpoints with ``from_pretrained``,
-and to compute its own mixtures of experts with ``experts_implementation="tnmoe"``.
+Once this module is imported, ``transformers`` loads MPOE checkpoints with ``from_pretrained``, and
+computes its own mixtures of experts with ``experts_implementation="tnmoe"``.
 """
 
 from tnmoe.system.extras import require_extra
@@ -11,11 +11,13 @@ require_extra("tnmoe.hf", "hf")
 import tnmoe.hf.experts_implementation  # noqa: F401 - registers itself
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.export import average_experts, to_moe
-from tnmoe.hf.families import FFN, find_ffns, in_place, of_module, register_family
+from tnmoe.hf.families import in_place, of_module, register_family
+from tnmoe.hf.ffn import FFN
+from tnmoe.hf.find import find_ffns
 from tnmoe.hf.folders.conversion import Conversion
 from tnmoe.hf.folders.inspection import Inspection, MatrixInspection, inspect_checkpoint
 from tnmoe.hf.folders.prepare import prepare_export, prepare_upcycle
-from tnmoe.hf.hooks import teach_transformers
+from tnmoe.hf.hooks import wrap_transformers
 from tnmoe.hf.pretrained import from_pretrained
 from tnmoe.hf.record import config_of
 from tnmoe.hf.report import ParameterCount, ParameterReport, parameter_report
@@ -23,7 +25,7 @@ from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trainer import GradientMaskCallback
 from tnmoe.hf.upcycle import upcycle
 
-teach_transformers()
+wrap_transformers()
 
 __all__ = [
     "FFN",

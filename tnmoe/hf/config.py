@@ -1,10 +1,9 @@
-"""What an upcycled model looks like: enough to rebuild its structure from a checkpoint."""
+"""The configuration of a conversion: enough to rebuild a model's structure from a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -20,7 +19,10 @@ from tnmoe.errors import (
     positive_int,
     shown,
 )
-from tnmoe.hf.families import check_layers
+from tnmoe.hf.find import check_layers
+from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
+from tnmoe.nn.routing.router import Router
+from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.settings import (
     SharedSites,
     check_matrices,
@@ -28,8 +30,6 @@ from tnmoe.nn.settings import (
     per_projection,
     resolve_shared_sites,
 )
-from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
-from tnmoe.nn.routing.router import Router, TopKRouter
 from tnmoe.options import (
     ANY_LAYOUTS,
     GAUGES,
@@ -49,59 +49,59 @@ _ROUTERS: Mapping[str, type[Router]] = {
     "expert_choice": ExpertChoiceRouter,
 }
 
-
-# Of a layer; a router's logits of a thousand tokens then have 4 GB.
+# With this many experts per layer, a router's logits of a thousand tokens take 4 GB.
 _MOST_EXPERTS = 2**20
 
 
 @dataclass(frozen=True)
 class MPOEConfig:
-    """How feed-forward networks become mixtures of experts.
+    """Settings for converting feed-forward networks into mixtures of experts.
 
     Parameters
     ----------
     num_experts : int
         Experts per layer, 2²⁰ at most.
     num_experts_per_tok : int
-        Experts per token; on average, if experts choose.
+        Experts per token. If experts choose tokens, this is the average.
     layout : {"interleaved", "split", "dense"}
-        How matrices split over sites, as for :class:`tnmoe.nn.MPOExperts`; ``dense`` shares
-        nothing: an ordinary mixture, for comparison.
+        How matrices split over sites, as for :class:`tnmoe.nn.MPOExperts`. ``dense`` makes an
+        ordinary mixture whose experts share nothing, for comparison.
     sites : int
-        Sites of interleaved shapes.
+        Number of sites of interleaved shapes.
     max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
-        Largest bond dimension, of all matrices or of each. The default, exact bonds, preserves
-        the model's function; pretrained matrices compress badly.
+        Largest bond dimension, for all matrices or by matrix. The default, exact bonds, preserves
+        the model's function. Smaller bonds cost accuracy: pretrained matrices compress badly.
     shared_sites : {"center", "none"}, sequence of int, or mapping
         Sites whose cores all experts of a layer share; see :class:`tnmoe.nn.MPOExperts`.
     matrices : sequence of "up", "gate", "down"
-        Which matrices become MPOs; every expert has a copy of the others.
+        Matrices that become MPOs. Of the remaining matrices every expert has a copy.
     common_bias : bool
-        Keep the pretrained biases once for all experts, and not a copy for each.
+        Keep the pretrained biases once for all experts. By default every expert has a copy.
     layers : sequence of int, or str, optional
-        Which of the feed-forward networks to convert, counted as :func:`find_ffns` lists them, or a
-        regular expression to look for in their names (``"encoder"``); all by default.
+        Feed-forward networks to convert: positions in the list of :func:`find_ffns`, or a regular
+        expression to search for in their names (``"encoder"``). All by default.
     every : int
-        Of those, convert the last of each so many: 2 is every second.
+        Of these networks, convert every ``every``-th: with 2 the second, the fourth and so on.
     shapes : mapping from (out, in) to MPOShape
-        Shapes for matrices of these sizes instead of the layout's.
+        Shapes for matrices of these sizes, instead of the layout's.
     gauge : {"identity", "schmidt"}
-        How auxiliary cores start where bonds are exact; see :meth:`tnmoe.nn.MPOExperts.from_dense`.
+        How auxiliary cores start if bonds are exact; see :meth:`tnmoe.nn.MPOExperts.from_dense`.
     expert_noise : float
-        Noise on every expert's auxiliary cores at the start, relative to each core's size. 0
-        keeps the model's function exactly; experts then differ once their tokens do.
+        Noise on every expert's own cores at the start, relative to each core's root mean square.
+        With 0 the model's function stays the same, and experts differ once they have trained on
+        different tokens.
     router_kind : {"top_k", "expert_choice"}
-        Whether tokens choose experts or experts tokens.
+        Whether tokens choose experts (``top_k``) or experts choose tokens.
     router : mapping
-        Settings of :class:`tnmoe.nn.TopKRouter` or :class:`tnmoe.nn.ExpertChoiceRouter` by name:
+        Further settings of :class:`tnmoe.nn.TopKRouter` or :class:`tnmoe.nn.ExpertChoiceRouter`:
         ``{"jitter_noise": 0.01, "capacity_factor": 1.25}``.
     balance_weight, z_weight : float
-        In training, what a converted model adds to its loss: so many times the load-balancing
-        loss and the z-loss of its routers, means over layers.
+        Weights of the load-balancing loss and the z-loss of routers. In training, a converted
+        model adds both, as means over layers, to its loss.
     mask_probability : float
-        Probability with which a training step leaves the central tensors alone. It is kept with
-        the model, and acts where training is given a mask: :class:`GradientMaskCallback` takes it
-        by default, :class:`tnmoe.nn.GradientMask` as its argument.
+        Probability that a training step does not update the central tensors. It is stored with the
+        model and does nothing by itself: :class:`GradientMaskCallback` reads it by default, and
+        :class:`tnmoe.nn.GradientMask` takes it as an argument.
 
     Raises
     ------
@@ -135,19 +135,14 @@ class MPOEConfig:
     mask_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        # One form of what may be given in several: equal configurations are equal, also in JSON.
-        settle = partial(object.__setattr__, self)
-        for name in ("num_experts", "num_experts_per_tok", "sites", "every"):
-            settle(name, positive_int(name, getattr(self, name)))
-        if self.num_experts > _MOST_EXPERTS:
-            raise InputError(
-                f"num_experts must be at most {_MOST_EXPERTS}, got {shown(self.num_experts)}"
-            )
-        settle("max_bond", _of_each("max_bond", self.max_bond, _bond))
-        settle("shared_sites", _of_each("shared_sites", self.shared_sites, _sites))
-        settle("layers", check_layers(self.layers))
-        settle("common_bias", flag("common_bias", self.common_bias))
-        settle("matrices", check_matrices(self.matrices))
+        # Every field is stored in one form, so that configurations of the same meaning are equal,
+        # also after a round trip through JSON.
+        self._settle_counts()
+        self._settle("max_bond", _settled(self, "max_bond", _settled_bond))
+        self._settle("shared_sites", _settled(self, "shared_sites", _settled_sites))
+        self._settle("layers", check_layers(self.layers))
+        self._settle("common_bias", flag("common_bias", self.common_bias))
+        self._settle("matrices", check_matrices(self.matrices))
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
@@ -155,25 +150,46 @@ class MPOEConfig:
             )
         one_of("layout", self.layout, ANY_LAYOUTS)
         one_of("gauge", self.gauge, GAUGES)
-        settle("mask_probability", number_in("mask_probability", self.mask_probability, "[0, 1]"))
-        for name in ("expert_noise", "balance_weight", "z_weight"):
-            settle(name, number_in(name, getattr(self, name), "[0, inf)"))
+        for name, interval in (
+            ("mask_probability", "[0, 1]"),
+            ("expert_noise", "[0, inf)"),
+            ("balance_weight", "[0, inf)"),
+            ("z_weight", "[0, inf)"),
+        ):
+            self._settle(name, number_in(name, getattr(self, name), interval))
         for name in ("shapes", "router"):
             if not isinstance(getattr(self, name), Mapping):
                 raise InputError(f"{name} must be a mapping, got {shown(getattr(self, name))}")
+        self._check_shapes()
+        self._settle_router()
+
+    def _settle(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _settle_counts(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "sites", "every"):
+            self._settle(name, positive_int(name, getattr(self, name)))
+        if self.num_experts > _MOST_EXPERTS:
+            raise InputError(
+                f"num_experts must be at most {_MOST_EXPERTS}, got {shown(self.num_experts)}"
+            )
+
+    def _check_shapes(self) -> None:
         for size, shape in self.shapes.items():
             if not isinstance(shape, MPOShape):
                 raise InputError(f"shapes[{size}] must be an MPOShape, got {shape!r}")
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")
 
+    def _settle_router(self) -> None:
         one_of("router_kind", self.router_kind, ROUTER_KINDS)
-        self.make_router(1, device="meta")
-        forms = signature(_ROUTERS[self.router_kind]).parameters
-        settle(
-            "router",
-            {name: _like(forms[name].default, value) for name, value in self.router.items()},
-        )
+        self.make_router(1, device="meta")  # raises if a setting is wrong
+        parameters = signature(_ROUTERS[self.router_kind]).parameters
+        settled = {
+            name: _settled_like(parameters[name].default, value)
+            for name, value in self.router.items()
+        }
+        self._settle("router", settled)
 
     def make_router(
         self,
@@ -182,7 +198,7 @@ class MPOEConfig:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Router:
-        """A new router for a layer.
+        """Make a router for a layer.
 
         Parameters
         ----------
@@ -194,13 +210,13 @@ class MPOEConfig:
         Raises
         ------
         InputError
-            If a router has no such setting, or not with that value.
+            If a setting is unknown, or its value out of range.
         """
-        make = _ROUTERS[self.router_kind]
+        router_class = _ROUTERS[self.router_kind]
         settings: dict[str, Any] = {"top_k": self.num_experts_per_tok}
         if self.router_kind == "expert_choice":
             settings = {"capacity_factor": self.num_experts_per_tok}
-        known = set(signature(make).parameters) - {
+        known = set(signature(router_class).parameters) - {
             "hidden_size", "num_experts", "top_k", "device", "dtype",
         }  # fmt: skip
         if unknown := sorted(set(self.router) - known):
@@ -209,17 +225,17 @@ class MPOEConfig:
                 f"{', '.join(sorted(known))}"
             )
         settings |= self.router
-        return make(hidden_size, self.num_experts, device=device, dtype=dtype, **settings)
+        return router_class(hidden_size, self.num_experts, device=device, dtype=dtype, **settings)
 
     def shape_for(self, out_features: int, in_features: int) -> MPOShape:
-        """Shape of a matrix of size (``out_features``, ``in_features``)."""
+        """Return the shape for a matrix of size (``out_features``, ``in_features``)."""
         given = self.shapes.get((out_features, in_features))
         return given or layout_shape(self.layout, out_features, in_features, self.sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        data |= {name: _plain(data[name]) for name in ("layers", "shared_sites", "matrices")}
+        data |= {name: _with_lists(data[name]) for name in ("layers", "shared_sites", "matrices")}
         data |= {
             name: dict(data[name])
             for name in ("router", "max_bond")
@@ -230,12 +246,12 @@ class MPOEConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MPOEConfig:
-        """The configuration that :meth:`to_dict` described.
+        """Make the configuration that :meth:`to_dict` described.
 
         Parameters
         ----------
         data : mapping
-            Entries that are missing have their defaults.
+            Missing entries have their defaults.
 
         Raises
         ------
@@ -250,20 +266,21 @@ class MPOEConfig:
         return cls(**{**data, "shapes": by_size})
 
 
-def _of_each(name: str, value: Any, settled: Callable[[Any], Any]) -> Any:
-    """A setting of all projections, or of some, in its one form."""
+def _settled(config: MPOEConfig, name: str, settled: Callable[[Any], Any]) -> Any:
+    """Return a setting of all projections, or a mapping by projection, in its one form."""
+    value = getattr(config, name)
     per_projection(name, value, None)
     if isinstance(value, Mapping):
         return {key: settled(entry) for key, entry in value.items()}
     return settled(value)
 
 
-def _bond(bond: Any) -> int | None:
+def _settled_bond(bond: Any) -> int | None:
     return None if bond is None else positive_int("max_bond", bond)
 
 
-def _sites(shared_sites: Any) -> str | tuple[int, ...]:
-    """Sites as far as they can be known before their number is."""
+def _settled_sites(shared_sites: Any) -> str | tuple[int, ...]:
+    """Check shared sites as far as possible before the number of sites is known."""
     if isinstance(shared_sites, str) or not isinstance(shared_sites, Iterable):
         resolve_shared_sites(shared_sites, sites=2, center_site=0)
         return shared_sites
@@ -271,23 +288,23 @@ def _sites(shared_sites: Any) -> str | tuple[int, ...]:
     return tuple(sorted({integer_from_zero(name, site) for site in shared_sites}))
 
 
-def _like(default: Any, value: Any) -> Any:
-    """A router's setting, which it has taken, as a number of the kind that its default is of."""
+def _settled_like(default: Any, value: Any) -> Any:
+    """Return a router's setting, which the router accepted, in the type of its default."""
     if value is None:
         return None
-    # Nothing by default: a capacity.
+    # The only settings whose default is None are capacities, which are floats.
     return (float if default is None else type(default))(plain(value))
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as JSON has them."""
+def _with_lists(value: Any) -> Any:
+    """Replace tuples by lists, as in JSON."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: _with_lists(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def _shapes(data: Any) -> list[MPOShape]:
-    """Shapes from plain data."""
+    """Make shapes from plain data."""
     try:
         return [MPOShape(**shape) for shape in data]
     except TypeError:

@@ -1,6 +1,6 @@
-"""tnmoe's grouped products under the mixtures of experts of transformers.
+"""tnmoe's grouped products in transformers' own mixtures of experts.
 
-With ``tnmoe.hf`` imported, classes that let one choose how their experts are computed take
+Once ``tnmoe.hf`` is imported, classes whose experts have several implementations also accept
 ``experts_implementation="tnmoe"``.
 """
 
@@ -16,24 +16,26 @@ from tnmoe.nn.compute.grouped import grouped_linear, per_row
 from tnmoe.nn.compute.slots import DenseDispatch, Groups, combine, dispatch, zero_unrouted
 from tnmoe.nn.transforms import autocast_dtype, is_transformed, values_are_readable
 
+# Value of ``experts_implementation`` that chooses this one.
 NAME = "tnmoe"
 
 
 def experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The forward of an experts module of transformers.
+    """Compute the forward of an experts module of transformers.
 
     Parameters
     ----------
     experts : Module
-        Holds stacked ``gate_up_proj`` or ``up_proj``, and ``down_proj``, as transformers'
+        A module with stacked ``gate_up_proj`` or ``up_proj``, and ``down_proj``, as transformers'
         ``use_experts_implementation`` describes them.
     hidden_states : Tensor, shape (T, H)
     top_k_index : Tensor of int64, shape (T, k)
-        Experts of every token; the number of experts, or more, is none of them.
+        Experts of every token. An index that is not below the number of experts marks a choice
+        without an expert; its output is zero.
     top_k_weights : Tensor, shape (T, k)
-        Their weights in the sum.
+        Weights of the experts in the sum.
 
     Returns
     -------
@@ -56,30 +58,31 @@ def experts_forward(
     if unrouted is not None:
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
     rows = zero_unrouted(dispatch(hidden_states, groups, top_k_index.shape[1]), unrouted)
-    into = zero_unrouted(_project(experts, _first_of(experts), rows, groups), unrouted)
-    outputs = _project(experts, "down_proj", _activated(experts, into), groups)
+    inner = zero_unrouted(_project(experts, _input_projection(experts), rows, groups), unrouted)
+    outputs = _project(experts, "down_proj", _activated(experts, inner), groups)
     outputs = _normed(experts, zero_unrouted(outputs, unrouted))
     return combine(outputs, groups, top_k_weights).to(hidden_states.dtype)
 
 
 def _run_densely(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Apply every expert to every token, or to zeros where the token did not choose it.
+    """Apply every expert to every token, and to zeros where the expert was not chosen.
 
-    Under ``torch.func``, code may not depend on how many slots an expert has.
+    For ``torch.func``, whose transforms do not let code depend on the number of an expert's tokens.
     """
     table = DenseDispatch.of(index, weights, experts.num_experts)
-    into = table.mask(_project(experts, _first_of(experts), table.dispatch(states), table))
+    into = _project(experts, _input_projection(experts), table.dispatch(states), table)
+    into = table.mask(into)
     inner = _activated(experts, into.flatten(0, 1)).unflatten(0, into.shape[:2])
     outputs = _project(experts, "down_proj", table.mask(inner), table)
     return table.combine(_normed(experts, table.mask(outputs))).to(states.dtype)
 
 
-def _first_of(experts: Any) -> str:
+def _input_projection(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _activated(experts: Any, into: Tensor) -> Tensor:
-    return experts._apply_gate(into) if experts.has_gate else experts.act_fn(into)
+def _activated(experts: Any, inner: Tensor) -> Tensor:
+    return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
 
 
 def _normed(experts: Any, outputs: Tensor) -> Tensor:
@@ -87,14 +90,14 @@ def _normed(experts: Any, outputs: Tensor) -> Tensor:
 
 
 def _unrouted(groups: Groups, num_experts: int) -> Tensor | None:
-    """Return which rows have no expert, (rows,); None if all rows are known to have one."""
+    """Return which rows have no expert, (rows,) of bool; None if it is known that all have one."""
     if values_are_readable(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
         return None
     return groups.experts >= num_experts
 
 
 def _project(experts: Any, name: str, rows: Tensor, groups: Groups | DenseDispatch) -> Tensor:
-    """One projection of all experts, each of its own rows."""
+    """Apply one projection of all experts, each to its own rows."""
     weight = getattr(experts, name)
     dtype = autocast_dtype(rows) or weight.dtype
     stacked = (weight.mT if experts.is_transposed else weight).to(dtype)

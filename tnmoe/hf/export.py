@@ -1,4 +1,4 @@
-"""MPOE models as models that other software runs: ordinary mixtures, and dense networks."""
+"""MPOE models exported to what other software runs: ordinary mixtures and dense models."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
+from tnmoe.hf.checks import check_in_memory, check_model
 from tnmoe.hf.export_targets import target_of
-from tnmoe.hf.families import FFN, weight_of
-from tnmoe.hf.layers import check_in_memory, check_model, mixtures_of, networks_named
-from tnmoe.hf.record import config_of, required_record, unmark
+from tnmoe.hf.ffn import FFN, weight_of
+from tnmoe.hf.find import ffns_named, mixtures_in
+from tnmoe.hf.record import config_of, remove_records, required_record
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.system.tables import listed
 
 
 @torch.no_grad()
 def average_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """A dense model again: every network has the mean of its experts' matrices and biases.
+    """Make a dense model whose networks are the means of their experts' matrices and biases.
 
-    That is the model itself only as long as experts are alike. Experts that have been trained
-    apart are averaged, not merged with care: measure what it costs. Routers are left out.
+    The dense model computes the same only as long as experts are equal. Experts that were trained
+    are simply averaged, with no method of merging: measure what it costs. Routers are left out.
 
     Parameters
     ----------
@@ -33,14 +35,14 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     Returns
     -------
     PreTrainedModel
-        A new model of the same class, as it was before :func:`upcycle`.
+        A new model of the same class, with the structure from before :func:`upcycle`.
 
     Raises
     ------
     InputError
-        If the model is no converted one, or is not in memory as a whole.
+        If the model is not converted, or not in memory as a whole.
     TypeError
-        If it is no model of transformers, but a wrapper around one.
+        If the model is not a model of transformers, but a wrapper around one, for instance.
 
     Examples
     --------
@@ -55,20 +57,20 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     check_model(model)
     record = required_record(model)
     check_in_memory(model, "tnmoe.hf.prepare_export")
-    plain = copy.deepcopy(model.config)
-    unmark(plain)
-    dense = _new(type(model), plain, model)
-    ffns = networks_named(dense, record.networks)
-    networks = [matrix for ffn in ffns for matrix in ffn.matrices.values()]
-    mixtures = mixtures_of(model)
-    _fill(dense, _outside(model, mixtures), networks)
+    config = copy.deepcopy(model.config)
+    remove_records(config)
+    dense = _empty_like(model, type(model), config)
+    ffns = ffns_named(dense, record.networks)
+    matrices = [matrix for ffn in ffns for matrix in ffn.matrices.values()]
+    mixtures = mixtures_in(model)
+    _copy_tensors(_outside_mixtures(model, mixtures), dense, matrices)
     for ffn, layer in zip(ffns, mixtures.values(), strict=True):
         average_into(ffn, layer)
     return dense
 
 
 def average_into(ffn: FFN, layer: MPOMoE) -> None:
-    """Give a dense network the mean of a mixture's experts."""
+    """Write the mean of a mixture's experts into a dense network."""
     for name, matrix in ffn.matrices.items():
         projection = getattr(layer.experts, name)
         weight_of(matrix).copy_(projection.weight().mean(0))
@@ -78,7 +80,9 @@ def average_into(ffn: FFN, layer: MPOMoE) -> None:
 
 @torch.no_grad()
 def to_moe(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function as an ordinary mixture of experts, which serving engines know.
+    """Make an ordinary mixture of experts that computes the same, for serving engines.
+
+    The class of the result depends on that of the model:
 
     ===========================  ================================================================
     ``LlamaForCausalLM``,        ``MixtralForCausalLM``: experts in all layers, weights that sum
@@ -93,35 +97,35 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     Parameters
     ----------
     model : PreTrainedModel
-        A converted model of a class above; it stays as it is. Experts have no biases, and routers
-        of type :class:`tnmoe.nn.TopKRouter` none of the settings that these classes lack.
+        A converted model of a class above; it stays as it is. Its experts must have no biases. Its
+        routers must be of type :class:`tnmoe.nn.TopKRouter`, without settings that the other class
+        lacks.
 
     Returns
     -------
     PreTrainedModel
-        A new model, in the same dtype and mode, on the same device. Nothing is shared there: it is
-        as large as an ordinary mixture.
+        A new model, in the same dtype and mode, on the same device. Its experts share nothing: it
+        is as large as any ordinary mixture.
 
     Raises
     ------
     InputError
-        If the model is no converted one or not in memory as a whole, or has something that the
-        other class cannot express.
+        If the model is not converted, is not in memory as a whole, or has something that the other
+        class cannot express.
     TypeError
-        If it is no model of transformers, but a wrapper around one.
+        If the model is not a model of transformers, but a wrapper around one, for instance.
 
     Notes
     -----
-    The function is that out of training: noise and capacities that only training knows are not
-    carried over, and jitter only where the class has it. In half precision, the Mixtral and Qwen
-    classes compute routers' logits in that precision and not in float32 as here, so close choices
-    may fall otherwise.
+    Both models compute the same in evaluation. Noise and capacities that act in training alone are
+    not carried over, and jitter only if the class has it. In half precision, the Mixtral and Qwen
+    classes compute routers' logits in that precision, where tnmoe computes them in float32. Between
+    experts with nearly equal logits they may then choose another one.
 
-    Switch multiplies an expert's output by its probability. Where weights are to be 1 instead
-    (``normalize``, the default), the router is multiplied by 2⁶⁴: the probability of the same
-    expert then rounds to 1, unless the two best logits are equal to the last bit. Such a router
-    learns nothing more, and does not fit into float16. Switch's capacity is set so high that no
-    token is dropped.
+    Switch multiplies an expert's output by its probability. For weights of 1 (``normalize``, the
+    default), the router is multiplied by 2⁶⁴: the probability of the chosen expert then rounds to
+    1, unless the two best logits are equal to the last bit. Such a router no longer learns, and
+    does not fit into float16. Switch's capacity is set so high that it drops no token.
 
     Examples
     --------
@@ -136,49 +140,73 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     check_model(model)
     config = config_of(model)
     check_in_memory(model, "tnmoe.hf.prepare_export")
-    target, mixtures = target_of(model), mixtures_of(model)
+    target, mixtures = target_of(model), mixtures_in(model)
     for layer in mixtures.values():
         target.check(layer)
-    moe = _new(target.model_class, target.config(model, mixtures, config), model)
+    moe = _empty_like(model, target.model_class, target.config(model, mixtures, config))
     blocks = {path: moe.get_submodule(target.rename(path)) for path in mixtures}
-    rest = {target.rename(name): each for name, each in _outside(model, mixtures).items()}
-    _fill(moe, rest, blocks.values())
+    outside = _outside_mixtures(model, mixtures)
+    rest = {target.rename(name): tensor for name, tensor in outside.items()}
+    _copy_tensors(rest, moe, blocks.values())
     for path, layer in mixtures.items():
         blocks[path].load_state_dict(target.weights(layer))
     return moe
 
 
-def _new(make: Any, config: Any, model: PreTrainedModel) -> Any:
-    """A new model in the state of another one; its numbers are of no use yet."""
-    # Unlike a conversion afterwards, this leaves tables of rotary embeddings in float32.
+def _empty_like(model: PreTrainedModel, model_class: Any, config: Any) -> Any:
+    """Make a model in the dtype, device and mode of another one; its numbers mean nothing yet."""
+    # Converting the dtype afterwards would also convert tables of rotary embeddings, which
+    # transformers keeps in float32.
     with model.device:
-        other = make._from_config(config, dtype=model.dtype)
+        other = model_class._from_config(config, dtype=model.dtype)
     if model.can_generate():
         other.generation_config = copy.deepcopy(model.generation_config)
     return other.train(model.training)
 
 
-def _outside(model: nn.Module, mixtures: Iterable[str]) -> dict[str, Tensor]:
-    """What a model holds beside its mixtures, which are at these paths."""
-    inside = tuple(f"{path}." for path in mixtures)
-    return {name: each for name, each in model.state_dict().items() if not name.startswith(inside)}
-
-
-def _fill(other: nn.Module, tensors: Mapping[str, Tensor], networks: Iterable[nn.Module]) -> None:
-    """Copy tensors by name to where they fit: everywhere but in the networks."""
-    own = {id(each) for network in networks for each in network.parameters()}
-    theirs = {
-        name: each for name, each in other.state_dict(keep_vars=True).items() if id(each) not in own
+def _outside_mixtures(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of a model outside of its mixtures, which are at these paths."""
+    inside = tuple(f"{path}." for path in paths)
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)
     }
-    _check_none(other, "has no place for", tensors.keys() - theirs.keys())
-    _check_none(other, "needs", theirs.keys() - tensors.keys())
-    other.load_state_dict(tensors, strict=False)
+
+
+def _copy_tensors(
+    tensors: Mapping[str, Tensor], target: nn.Module, excluded: Iterable[nn.Module]
+) -> None:
+    """Copy tensors by name into a model.
+
+    Parameters
+    ----------
+    tensors : mapping from str to Tensor
+    target : Module
+    excluded : iterable of Module
+        Modules of the target that these tensors do not belong to.
+
+    Raises
+    ------
+    InputError
+        If the names are not exactly those of the target outside of the excluded modules, or the
+        target ties tensors that differ.
+    """
+    own = {id(parameter) for module in excluded for parameter in module.parameters()}
+    present = {
+        name: tensor
+        for name, tensor in target.state_dict(keep_vars=True).items()
+        if id(tensor) not in own
+    }
+    _check_empty(target, "has no place for", tensors.keys() - present.keys())
+    _check_empty(target, "needs", present.keys() - tensors.keys())
+    target.load_state_dict(tensors, strict=False)
     changed = {
-        name for name, each in theirs.items() if not torch.equal(tensors[name].to(each), each)
+        name
+        for name, tensor in present.items()
+        if not torch.equal(tensors[name].to(tensor), tensor)
     }
-    _check_none(other, "ties what the model does not", changed)
+    _check_empty(target, "ties what the model does not", changed)
 
 
-def _check_none(other: nn.Module, what: str, names: Iterable[str]) -> None:
-    if named := sorted(names):
-        raise InputError(f"{type(other).__name__} {what}: {', '.join(named[:4])}")
+def _check_empty(model: nn.Module, complaint: str, names: Iterable[str]) -> None:
+    if found := list(names):
+        raise InputError(f"{type(model).__name__} {complaint}: {listed(found)}")

@@ -1,4 +1,4 @@
-"""Ordinary mixtures of experts in transformers that converted models become: one entry each."""
+"""Classes of ordinary mixtures in transformers that converted models can become."""
 
 from __future__ import annotations
 
@@ -14,49 +14,50 @@ from transformers import PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.folders.skeleton import foreign_values
+from tnmoe.hf.guards import guard_transformers
 from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.routing.router import TopKRouter
+from tnmoe.nn.routing.top_k import TopKRouter
 
-# Entries that say what a configuration is of.
-_OWN = ("architectures", "model_type", "transformers_version")
+# Entries that identify a configuration: they are not copied to another one.
+_IDENTITY = ("architectures", "model_type", "transformers_version")
 
-# Entries that classes read without listing them.
+# Entries that classes read, but whose configurations do not list.
 _UNLISTED = ("decoder_start_token_id", "head_dim")
 
-# Makes probabilities 1: differences of logits in float32 become large or stay 0, and no logit
-# overflows.
+# A router multiplied by this gives its best expert the probability 1: in float32, differences of
+# logits become large or stay 0, and no logit overflows.
 _SHARPNESS = 2.0**64
 
-# More tokens than a sequence has.
-_NO_LIMIT = 2**31 - 1
+# Capacity of Switch's experts: more tokens than a sequence has.
+_UNLIMITED_CAPACITY = 2**31 - 1
 
-# Size of a shared expert that is zero: engines split it over devices, and not all of them know 0.
-_UNUSED = 64
+# Intermediate size of Qwen2-MoE's shared expert, whose matrices are zero. Engines split it over
+# devices, and some of them do not accept a size of 0.
+_ZERO_EXPERT_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Target:
-    """A class of ordinary mixtures, and how a converted model becomes one.
+    """A class of ordinary mixtures, and what makes a converted model one.
 
     Attributes
     ----------
     name : str
-        The class, in transformers.
+        Name of the class in transformers.
     stacks : tuple of str
         Paths of the model's lists of layers.
     settings : callable
-        From the model's configuration, and for every stack which of its layers have experts,
-        entries of the new configuration besides those of all targets. Raises an InputError for
-        what the class cannot express.
+        Returns the entries of the new configuration that only this target has. Takes the model's
+        configuration and, for every stack, the set of its layers that have experts. Raises an
+        InputError for what the class cannot express.
     weights : callable
-        From a layer, what its counterpart holds, by name.
+        Returns the tensors of a layer's counterpart, by name.
     renamed : (str, str)
-        What parts of paths are called in the model and in the class.
+        A part of paths in the model, and what replaces it in the class.
     max_top_k : int or inf
         Most experts per token.
     unnormalized, router_bias, gated : bool
-        Whether the class knows weights that do not sum to 1, biases of routers, gates.
+        Whether the class supports weights that do not sum to 1, biases of routers, and gates.
     """
 
     name: str
@@ -75,21 +76,21 @@ class Target:
         return getattr(transformers, self.name)
 
     def rename(self, path: str) -> str:
-        """What is called so in the model, as it is called in the class."""
+        """Return the name in the class of what has this path or name in the model."""
         return path.replace(*self.renamed)
 
     def check(self, layer: MPOMoE) -> None:
-        """Raise an InputError for what a layer does, out of training, that the class does not."""
+        """Raise an InputError if a layer computes, in evaluation, what the class cannot express."""
         router, experts = layer.router, layer.experts
         if type(router) is not TopKRouter:
             raise InputError(f"{self.name} has top-k routers, the model has {router}")
-        projections = [each for each in (experts.up, experts.gate, experts.down) if each]
-        # Its weight is 1 whatever its score.
-        alone = router.normalize and router.top_k == 1
-        beyond = {
+        projections = [part for part in (experts.up, experts.gate, experts.down) if part]
+        # The weight of a single expert is then 1, whatever its score.
+        weight_is_one = router.normalize and router.top_k == 1
+        unsupported = {
             f"top_k={router.top_k}": router.top_k > self.max_top_k,
             "normalize=False": not (router.normalize or self.unnormalized),
-            "score_function='sigmoid'": router.score_function == "sigmoid" and not alone,
+            "score_function='sigmoid'": router.score_function == "sigmoid" and not weight_is_one,
             "bias=True": router.bias is not None and not self.router_bias,
             "load_bias=True": router.load_bias is not None,
             f"num_groups={router.num_groups}": router.top_groups < router.num_groups,
@@ -99,20 +100,20 @@ class Target:
             f"eval_capacity_factor={router.eval_capacity_factor}": (
                 router.eval_capacity_factor is not None
             ),
-            "biases of experts": any(each.bias is not None for each in projections),
+            "biases of experts": any(part.bias is not None for part in projections),
             "gates": experts.gate is not None and not self.gated,
             "a shared expert": layer.shared_expert is not None,
         }
-        if named := [what for what, has in beyond.items() if has]:
-            raise InputError(f"{self.name} cannot express {', '.join(named)}")
+        if found := [feature for feature, present in unsupported.items() if present]:
+            raise InputError(f"{self.name} cannot express {', '.join(found)}")
 
     def config(
         self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE], config: MPOEConfig
     ) -> Any:
-        """The configuration of the model that computes the same."""
-        make = self.model_class.config_class
-        known, source = make(), model.config.to_dict()
-        # All layers have the router that one configuration describes.
+        """Return the configuration of the model that computes the same."""
+        config_class = self.model_class.config_class
+        defaults, source = config_class(), model.config.to_dict()
+        # All routers of a model are made from one configuration.
         router: Any = next(iter(mixtures.values())).router
         common = {
             "num_experts": config.num_experts,
@@ -123,18 +124,21 @@ class Target:
             "router_aux_loss_coef": config.balance_weight,
             "router_z_loss_coef": config.z_weight,
         }
-        shared = {
+        copied = {
             name: value
             for name, value in {**source, **common}.items()
-            if name not in _OWN and (name in _UNLISTED or hasattr(known, name))
+            if name not in _IDENTITY and (name in _UNLISTED or hasattr(defaults, name))
         }
-        with foreign_values(f"{self.name} cannot express the model's settings"):
-            return make(**shared | self.settings(model.config, *self._sparse(model, mixtures)))
+        with guard_transformers(f"{self.name} cannot express the model's settings"):
+            own = self.settings(model.config, *self._sparse_layers(model, mixtures))
+            return config_class(**copied | own)
 
-    def _sparse(self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE]) -> list[set[int]]:
-        """Layers of every stack that have experts."""
-        # Every path with those of all modules around it.
-        around = {path[:end] for path in mixtures for end, each in enumerate(path) if each == "."}
+    def _sparse_layers(
+        self, model: PreTrainedModel, mixtures: Mapping[str, MPOMoE]
+    ) -> list[set[int]]:
+        """Return, for every stack, the numbers of its layers that have experts."""
+        # Paths of all modules around a mixture.
+        around = {path[:end] for path in mixtures for end, char in enumerate(path) if char == "."}
         return [
             {
                 layer
@@ -146,12 +150,12 @@ class Target:
 
 
 def target_of(model: PreTrainedModel) -> Target:
-    """What a converted model becomes.
+    """Return the class that a converted model becomes.
 
     Raises
     ------
     InputError
-        If there is no such class.
+        If tnmoe knows no such class.
     """
     name = type(model).__name__
     if name not in _TARGETS:
@@ -163,7 +167,10 @@ def target_of(model: PreTrainedModel) -> Target:
 
 
 def _matrices(layer: MPOMoE) -> dict[str, Tensor]:
-    """All experts' matrices, (E, out, in), with the scale of the router's weights in the last."""
+    """Return all experts' matrices, (E, out, in), by name.
+
+    ``down`` includes the scale of the router's weights, which these classes lack.
+    """
     experts, router = layer.experts, layer.router
     assert isinstance(router, TopKRouter)
     matrices = {"up": experts.up.weight(), "down": experts.down.weight() * router.scale}
@@ -171,7 +178,7 @@ def _matrices(layer: MPOMoE) -> dict[str, Tensor]:
 
 
 def _mixtral_weights(layer: MPOMoE) -> dict[str, Tensor]:
-    """Mixtral's and Qwen3-MoE's."""
+    """Return the tensors of a block of Mixtral or Qwen3-MoE."""
     matrices = _matrices(layer)
     return {
         "gate.weight": layer.router.weight,
@@ -181,7 +188,7 @@ def _mixtral_weights(layer: MPOMoE) -> dict[str, Tensor]:
 
 
 def _qwen2_weights(layer: MPOMoE) -> dict[str, Tensor]:
-    zeros = layer.router.weight.new_zeros(_UNUSED, layer.router.hidden_size)
+    zeros = layer.router.weight.new_zeros(_ZERO_EXPERT_SIZE, layer.router.hidden_size)
     return _mixtral_weights(layer) | {
         "shared_expert.gate_proj.weight": zeros,
         "shared_expert.up_proj.weight": zeros,
@@ -196,7 +203,7 @@ def _switch_weights(layer: MPOMoE) -> dict[str, Tensor]:
     weights = {"router.classifier.weight": router.weight * sharpness}
     if router.bias is not None:
         weights["router.classifier.bias"] = router.bias * sharpness
-    if not all(each.isfinite().all() for each in weights.values()):
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise InputError(f"Switch cannot express normalize=True in {router.weight.dtype}")
     for expert, (up, down) in enumerate(zip(matrices["up"], matrices["down"], strict=True)):
         weights |= {f"experts.expert_{expert}.wi.weight": up}
@@ -215,7 +222,7 @@ def _qwen2_settings(config: Any, sparse: set[int]) -> dict[str, Any]:
     return {
         "mlp_only_layers": sorted(set(range(config.num_hidden_layers)) - sparse),
         "moe_intermediate_size": config.intermediate_size,
-        "shared_expert_intermediate_size": _UNUSED,
+        "shared_expert_intermediate_size": _ZERO_EXPERT_SIZE,
     }
 
 
@@ -235,8 +242,8 @@ def _qwen3_settings(config: Any, sparse: set[int]) -> dict[str, Any]:
 
 def _switch_settings(config: Any, encoder: set[int], decoder: set[int]) -> dict[str, Any]:
     return {
-        "expert_capacity": _NO_LIMIT,
-        # There the one entry stands for both.
+        "expert_capacity": _UNLIMITED_CAPACITY,
+        # In Switch this one entry stands for both tying and scaling.
         "tie_word_embeddings": config.scale_decoder_outputs,
         **_switch_steps("encoder", encoder, config.num_layers),
         **_switch_steps("decoder", decoder, config.num_decoder_layers),
@@ -244,8 +251,11 @@ def _switch_settings(config: Any, encoder: set[int], decoder: set[int]) -> dict[
 
 
 def _switch_steps(stack: str, sparse: set[int], total: int) -> dict[str, Any]:
-    """The distance between layers with experts: 1 for all of them, 0 for none."""
-    # After the last layer with experts, the next one would lie beyond the stack.
+    """Return the entries that say which layers of a stack have experts.
+
+    The step is the distance between such layers: 1 if all layers have experts, 0 if no layer has.
+    """
+    # A single layer with experts counts as followed by one just beyond the stack.
     first, second = (*sorted(sparse), total)[:2] if sparse else (0, 0)
     step = max(2, second - first)
     for distance, layers in ((0, ()), (1, range(total)), (step, range(1, total, step))):
@@ -265,7 +275,7 @@ _MIXTRAL = Target(
     unnormalized=False,
 )
 
-# By the class of the converted model.
+# Targets by the class of the converted model.
 _TARGETS: Mapping[str, Target] = {
     "LlamaForCausalLM": _MIXTRAL,
     "MistralForCausalLM": _MIXTRAL,

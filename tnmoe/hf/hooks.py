@@ -1,8 +1,8 @@
-"""What ``import tnmoe.hf`` teaches transformers: to build, load and save converted models.
+"""Hooks into transformers, so that its own classes build, load and save converted models.
 
-transformers has no public place for models whose modules a configuration changes, but for that of
-quantization, which users need for itself. Five of its methods are therefore wrapped. They act on
-configurations that have a :class:`Record`, and leave all others alone.
+transformers offers one public hook for models whose modules depend on their configuration: that of
+quantization, which users need for itself. So five methods of transformers are wrapped. The wrappers
+act on configurations that have a :class:`Record`, and leave all others alone.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.entries import current_entries
-from tnmoe.hf.families import all_ffns
-from tnmoe.hf.folders.checkpoint import CONFIG, FORMER_CORE, PRESENT_CORE, is_old
-from tnmoe.hf.layers import (
-    OF_EXPERTS,
-    install_new,
-    mixtures_of,
-    mixtures_unnamed,
-    networks_named,
+from tnmoe.hf.checks import EXPERT_TENSOR
+from tnmoe.hf.files.folder import CONFIG
+from tnmoe.hf.find import all_ffns, ffns_named, mixtures_in, mixtures_not_named
+from tnmoe.hf.layers import install_new_mixtures
+from tnmoe.hf.record import (
+    ENTRY,
+    configs_in,
+    decode_entries,
+    encode_entries,
+    has_record,
+    record_of,
 )
-from tnmoe.hf.record import ENTRY, configs_in, is_marked, record_of, to_file
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.hf.trust import as_trusted
+from tnmoe.hf.trust import allowed_entries
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.system.durable import write_json
 from tnmoe.system.files import read_json
-from tnmoe.system.folders import write_whole
+from tnmoe.system.tables import listed
 
-_SHOWN = 4
+# Attribute that tells a wrapped method from transformers' own.
+_WRAPPED = "_wrapped_by_tnmoe"
 
 
-def teach_transformers() -> None:
-    """Wrap the five methods, unless they are wrapped already."""
+def wrap_transformers() -> None:
+    """Wrap five methods of transformers, unless they are wrapped already."""
     for owner, name, wrapper in (
         (PreTrainedConfig, "_dict_from_json_file", _reading),
         (PreTrainedConfig, "to_json_file", _writing),
@@ -50,52 +53,59 @@ def teach_transformers() -> None:
         method = vars(owner)[name]
         is_class_method = isinstance(method, classmethod)
         function: Callable = method.__func__ if is_class_method else method
-        if not getattr(function, "_of_tnmoe", False):
+        if not getattr(function, _WRAPPED, False):
             wrapped: Any = wraps(function)(wrapper(function))
-            wrapped._of_tnmoe = True
+            setattr(wrapped, _WRAPPED, True)
             setattr(owner, name, classmethod(wrapped) if is_class_method else wrapped)
 
 
 def _reading(read: Callable) -> Callable:
+    """Wrap the reading of config.json: decode records, and hide foreign code if the caller must."""
+
     def _dict_from_json_file(cls: Any, json_file: str | os.PathLike) -> Any:
         entries = read(cls, json_file)
         if not isinstance(entries, dict):
             return entries
-        return current_entries(as_trusted(entries), json_file)
+        return decode_entries(allowed_entries(entries))
 
     return _dict_from_json_file
 
 
 def _writing(write: Callable) -> Callable:
+    """Wrap the writing of config.json: encode records."""
+
     def to_json_file(
         self: PreTrainedConfig, json_file_path: str | os.PathLike, use_diff: bool = True
     ) -> None:
-        if not is_marked(self):
+        if not has_record(self):
             return write(self, json_file_path, use_diff)
-        entries = to_file(json.loads(self.to_json_string(use_diff)))
-        text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-        write_whole(Path(json_file_path), text.encode())
+        entries = encode_entries(json.loads(self.to_json_string(use_diff)))
+        write_json(Path(json_file_path), entries, sort_keys=True)
 
     return to_json_file
 
 
 def _building(post_init: Callable) -> Callable:
+    """Wrap the end of a model's constructor: put mixtures in, and attach their losses."""
+
     def build(self: PreTrainedModel) -> None:
         post_init(self)
         record = record_of(self.config)
         if record is not None:
-            install_new(self, record.config, record.networks)
+            install_new_mixtures(self, record.config, record.networks)
         # A model around converted ones adds the losses of their routers to its own.
-        of_parts = [found for each in configs_in(self.config) if (found := record_of(each))]
-        if of_parts and mixtures_of(self):
-            settings = (record or of_parts[0]).config
-            if record or all(each.config == settings for each in of_parts):
+        records = [found for part in configs_in(self.config) if (found := record_of(part))]
+        if records and mixtures_in(self):
+            settings = (record or records[0]).config
+            if record or all(found.config == settings for found in records):
                 attach_router_losses(self, settings)
 
     return build
 
 
 def _loading(load: Callable) -> Callable:
+    """Wrap ``from_pretrained``: check that experts have their numbers, and redraw allowed ones."""
+
     def from_pretrained(
         cls: type[PreTrainedModel],
         pretrained_model_name_or_path: Any,
@@ -106,13 +116,8 @@ def _loading(load: Callable) -> Callable:
         folder = pretrained_model_name_or_path
         entries = _local_entries(folder, kwargs.get("subfolder", ""))
         _check_given_config(folder, entries, kwargs.get("config"))
-        old = is_old(entries)
-        if old:
-            kwargs["key_mapping"] = {FORMER_CORE: PRESENT_CORE} | (kwargs.get("key_mapping") or {})
         model, info = load(cls, folder, *args, output_loading_info=True, **kwargs)
-        if old:
-            _forget_former_names(model)
-        _check_all_there(model, info, "state_dict" if folder is None else folder)
+        _check_complete(model, info, "state_dict" if folder is None else folder)
         _redraw(model, {name for name, *_ in info["mismatched_keys"]})
         return (model, info) if output_loading_info else model
 
@@ -120,60 +125,54 @@ def _loading(load: Callable) -> Callable:
 
 
 def _local_entries(folder: Any, subfolder: str) -> dict[str, Any]:
-    """What config.json says, where there is one on this machine that can be read."""
+    """Return the entries of a config.json on this machine; none if it cannot be read."""
     path = Path("" if folder is None else folder) / subfolder / CONFIG
     try:
         return {} if folder is None or not path.is_file() else read_json(path)
     except InputError:
-        return {}  # transformers has its own message
+        return {}  # transformers raises its own error
 
 
 def _check_given_config(folder: Any, entries: Mapping[str, Any], given: Any) -> None:
     """Refuse to load a converted model by the configuration of a dense one."""
-    is_dense = isinstance(given, PreTrainedConfig) and not is_marked(given)
-    if is_dense and (ENTRY in entries or is_old(entries)):
+    is_dense = isinstance(given, PreTrainedConfig) and not has_record(given)
+    if is_dense and ENTRY in entries:
         raise InputError(
-            f"{folder} is of a converted model, but the {type(given).__name__} that was given as "
-            "config is not: load it from there, or leave config out"
+            f"{folder} holds a converted model, but the {type(given).__name__} given as config "
+            "describes a dense one: read it from that folder, or leave config out"
         )
 
 
-def _forget_former_names(model: PreTrainedModel) -> None:
-    """Let a model that had them be saved with today's names: transformers renames back."""
-    used: Any = getattr(model, "_weight_conversions", None) or []
-    vars(model)["_weight_conversions"] = [
-        each for each in used if FORMER_CORE not in getattr(each, "source_patterns", ())
-    ]
-
-
-def _check_all_there(model: PreTrainedModel, info: Mapping[str, Any], folder: Any) -> None:
-    """Raise an InputError if a network has numbers that are not in the checkpoint."""
-    paths = tuple(f"{path}." for path in mixtures_of(model))
+def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any) -> None:
+    """Raise an InputError if the checkpoint lacks numbers of a feed-forward network."""
+    paths = tuple(f"{path}." for path in mixtures_in(model))
     lost = {name for name in info["missing_keys"] if name.startswith(paths)}
-    if any(OF_EXPERTS.search(name) for name in info["unexpected_keys"]):
-        # The networks that these belong to are dense here.
-        dense = {id(each) for ffn in all_ffns(model) for each in ffn.parameters}
-        own = {name for name, each in model.named_parameters() if id(each) in dense}
-        lost |= own & set(info["missing_keys"])
+    if any(EXPERT_TENSOR.search(name) for name in info["unexpected_keys"]):
+        # The model has dense networks where the checkpoint has these experts.
+        dense = {id(parameter) for ffn in all_ffns(model) for parameter in ffn.parameters}
+        names = {name for name, each in model.named_parameters() if id(each) in dense}
+        lost |= names & set(info["missing_keys"])
     lost -= {name for name, *_ in info["mismatched_keys"]}
     if lost:
         raise InputError(
             f"{folder} lacks {len(lost)} tensors of the feed-forward networks that its {CONFIG} "
-            f"describes for {type(model).__name__}: {', '.join(sorted(lost)[:_SHOWN])}"
+            f"describes for {type(model).__name__}: {listed(lost)}"
         )
 
 
 @torch.no_grad()
 def _redraw(model: PreTrainedModel, names: set[str]) -> None:
-    """Draw the tensors of mixtures whose stored ones have other sizes, which the caller allowed."""
-    for path, layer in mixtures_of(model).items() if names else ():
+    """Draw tensors of mixtures anew: the caller allowed that the stored ones have other sizes."""
+    for path, layer in mixtures_in(model).items() if names else ():
         new = {name for name in layer.state_dict() if f"{path}.{name}" in names}
         if new:
-            _draw(layer, new)
+            _redraw_layer(layer, new)
 
 
-def _draw(layer: MPOMoE, names: set[str]) -> None:
-    kept = {name: each.clone() for name, each in layer.state_dict().items() if name not in names}
+def _redraw_layer(layer: MPOMoE, names: set[str]) -> None:
+    kept = {
+        name: tensor.clone() for name, tensor in layer.state_dict().items() if name not in names
+    }
     for module in layer.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
@@ -181,6 +180,8 @@ def _draw(layer: MPOMoE, names: set[str]) -> None:
 
 
 def _saving(save: Callable) -> Callable:
+    """Wrap ``save_pretrained``: check that the configuration describes the model."""
+
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         _check_recorded(self)
         return save(self, *args, **kwargs)
@@ -189,29 +190,37 @@ def _saving(save: Callable) -> Callable:
 
 
 def _check_recorded(model: PreTrainedModel) -> None:
-    """Refuse to write a folder whose configuration tells of other networks than the model has."""
+    """Refuse to save a model whose configuration records other networks than it has."""
     record = record_of(model.config)
-    told = {id(each) for each in configs_in(model.config)} - {id(model.config)}
-    recorded: list[str] = []
-    for path, part in model.named_modules() if record is None else ():
-        own = getattr(part, "config", None)
-        if id(own) in told or path.startswith(tuple(recorded)):
-            recorded.append(f"{path}.")  # with all that is in it, whatever configuration that holds
-        elif record_of(own) is not None and mixtures_of(part):
-            raise InputError(
-                f"{path}, a {type(part).__name__}, was converted by itself, and the configuration "
-                f"of the {type(model).__name__} around it does not say so: save {path} alone, or "
-                f"convert the whole model with layers={path!r}"
-            )
-    if record is not None and (dense := networks_named(model, record.networks)):
+    if record is None:
+        _check_parts_recorded(model)
+        return
+    if dense := ffns_named(model, record.networks):
         raise InputError(
             f"the configuration of this {type(model).__name__} says that {dense[0].name} is a "
             "mixture of experts, but it is a dense network: save what hf.average_experts makes of "
             "a converted model"
         )
-    if record is not None and (unnamed := mixtures_unnamed(model, record.networks)):
+    if unnamed := mixtures_not_named(model, record.networks):
         raise InputError(
             f"{unnamed[0]} of this {type(model).__name__} is a mixture of experts, but its "
             "configuration does not say so, and the saved folder would not load: name all layers "
             "that have one in config.tnmoe['networks']"
         )
+
+
+def _check_parts_recorded(model: PreTrainedModel) -> None:
+    """Refuse a converted model inside ``model`` whose configuration is not inside ``model``'s."""
+    saved = {id(config) for config in configs_in(model.config)} - {id(model.config)}
+    checked: list[str] = []
+    for path, part in model.named_modules():
+        config = getattr(part, "config", None)
+        if id(config) in saved or path.startswith(tuple(checked)):
+            # This also covers all modules inside the part, whatever configurations they have.
+            checked.append(f"{path}.")
+        elif record_of(config) is not None and mixtures_in(part):
+            raise InputError(
+                f"{path}, a {type(part).__name__}, was converted by itself, and the configuration "
+                f"of the {type(model).__name__} around it does not say so: save {path} alone, or "
+                f"convert the whole model with layers={path!r}"
+            )

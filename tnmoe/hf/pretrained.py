@@ -1,4 +1,4 @@
-"""Converted models loaded as the classes that they were saved from."""
+"""Loading a converted model as the class that it was saved from."""
 
 from __future__ import annotations
 
@@ -11,64 +11,59 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
-from tnmoe.hf.entries import current_entries
-from tnmoe.hf.folders.checkpoint import (
+from tnmoe.hf.checks import check_all_described
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.folder import (
     ADAPTERS,
     CONFIG,
     INDEX,
     SINGLE,
-    Checkpoint,
     check_folder,
     check_inside,
+    distributed_shards,
     inside,
-    parts_of_ranks,
 )
-from tnmoe.hf.folders.skeleton import (
-    check_once,
-    config_from,
-    foreign_values,
-    modules_for,
-    numbers_for,
-    saved_class,
-)
-from tnmoe.hf.layers import check_none_left, mixtures_of
-from tnmoe.hf.record import ENTRY, Record, record_of
-from tnmoe.hf.trust import no_code
+from tnmoe.hf.find import mixtures_in
+from tnmoe.hf.guards import NO_LIMITS, SizeLimits, guard_transformers
+from tnmoe.hf.meta import config_from_entries, saved_class
+from tnmoe.hf.record import decode_entries, record_in_entries, record_of
+from tnmoe.hf.trust import no_foreign_code
 from tnmoe.system.files import read_json
 
-# Arguments of transformers: to hear of the loading, and to draw tensors of other sizes anew.
+# Arguments of transformers: return what was loaded, and draw tensors of other sizes anew.
 _INFO, _OTHER_SIZES = "output_loading_info", "ignore_mismatched_sizes"
 
 
 def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load an MPOE checkpoint as the class it was saved from.
 
-    With this module imported, ``AutoModelFor….from_pretrained`` loads it as well.
+    Once ``tnmoe.hf`` is imported, ``AutoModelFor….from_pretrained`` loads it as well.
 
     Parameters
     ----------
     folder : path
         A folder that ``model.save_pretrained`` wrote.
     **kwargs
-        For the ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``config``,
+        Arguments of that class's ``from_pretrained``: ``dtype``, ``device_map``, ``config``,
         ``subfolder`` and so on.
 
     Returns
     -------
     PreTrainedModel
-        With ``output_loading_info=True`` and what transformers tells of its loading.
+        With ``output_loading_info=True`` a tuple of the model and transformers' loading info.
 
     Raises
     ------
     InputError
         If there is no such folder, it holds no converted model of a format that this version
-        reads, its files are damaged or lie elsewhere, or its config.json describes other experts.
+        reads, its files are damaged or lie outside of it, or its config.json describes other
+        experts than its files hold.
 
     Notes
     -----
-    Code that a folder holds or names is not run, unless ``trust_remote_code=True`` is passed, and
-    pickled weights are not read, unless ``use_safetensors=False`` is. Links are followed within the
-    folder, and from a snapshot of the Hugging Face cache to its files.
+    Code that a folder holds or names does not run, unless you pass ``trust_remote_code=True``.
+    Pickled weights are not read, unless you pass ``use_safetensors=False``. Links are followed
+    within the folder, and from a snapshot of the Hugging Face cache to its files.
 
     Examples
     --------
@@ -90,41 +85,42 @@ def from_pretrained(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel
     if kwargs.get("use_safetensors") is None:
         kwargs["use_safetensors"] = True
     limits = _check_files(where, model_class, kwargs)
-    told, drawn = (kwargs.pop(name, False) for name in (_INFO, _OTHER_SIZES))
+    with_info, other_sizes = (kwargs.pop(name, False) for name in (_INFO, _OTHER_SIZES))
     kwargs = {"local_files_only": True, **kwargs, _INFO: True, _OTHER_SIZES: True}
     wrong = f"{where} cannot be loaded as {model_class.__name__}"
-    with nullcontext() if trusted else no_code(), foreign_values(wrong, **limits):
+    with nullcontext() if trusted else no_foreign_code(), guard_transformers(wrong, limits):
         model, info = model_class.from_pretrained(os.fspath(where), **kwargs)
-    for name, stored, expected in sorted(info["mismatched_keys"]) if not drawn else ():
+    if info["mismatched_keys"] and not other_sizes:
+        name, stored, expected = min(info["mismatched_keys"])
         raise InputError(
             f"{name} is of shape {tuple(stored)} in {where}, its configuration says "
             f"{tuple(expected)}; {_OTHER_SIZES}=True draws it anew"
         )
-    check_none_left(info["unexpected_keys"], mixtures_of(model), where)
-    result: Any = (model, info) if told else model
+    check_all_described(info["unexpected_keys"], mixtures_in(model), where)
+    result: Any = (model, info) if with_info else model
     return result
 
 
-def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> dict[str, int]:
-    """Hold what transformers will read to the rules of a :class:`Checkpoint`.
+def _check_files(folder: Path, model_class: Any, options: Mapping[str, Any]) -> SizeLimits:
+    """Check the files that transformers will read by the rules of a :class:`Checkpoint`.
 
     Returns
     -------
-    dict of int
-        How many modules and numbers a model of it may have; nothing where the files do not tell.
+    SizeLimits
+        Limits for a model made from these files; :data:`NO_LIMITS` if the files set none.
     """
     check_inside(folder)
-    whole = any((folder / name).exists() for name in (SINGLE, INDEX))
-    of_ranks = bool(parts_of_ranks(folder)) and not whole
-    if options["use_safetensors"] and not (options.get("gguf_file") or of_ranks):
+    has_whole = any((folder / name).exists() for name in (SINGLE, INDEX))
+    has_ranks_only = bool(distributed_shards(folder)) and not has_whole
+    if options["use_safetensors"] and not (options.get("gguf_file") or has_ranks_only):
         source = Checkpoint(folder, options.get("variant"))
-        check_once(source, model_class)
-        return {"modules": modules_for(source), "numbers": numbers_for(source)}
-    return {}
+        source.check_prefix(model_class.base_model_prefix)
+        return SizeLimits.for_checkpoint(source)
+    return NO_LIMITS
 
 
 def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
-    """The configuration to load a folder by: its own, a given one, or that of a given path."""
+    """Return the configuration to load a folder with: its own, a given one, or a given path's."""
     if (folder / ADAPTERS).exists() and not (folder / CONFIG).exists():
         raise InputError(
             f"{folder} holds adapters of PEFT and no model: transformers' Auto classes load them "
@@ -137,8 +133,6 @@ def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
         return given
     path = folder if given is None else Path(given)
     path = inside(path, CONFIG) if path.is_dir() else path
-    entries = current_entries(read_json(path), path)
-    if ENTRY not in entries:
-        raise InputError(f"{path.parent} is not an MPOE checkpoint: its config.json has none")
-    Record.from_dict(entries[ENTRY])
-    return config_from(entries)
+    entries = decode_entries(read_json(path))
+    record_in_entries(entries, path.parent)  # raises if there is no sound record
+    return config_from_entries(entries)

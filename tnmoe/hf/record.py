@@ -1,18 +1,18 @@
-"""What a configuration records of a conversion: how it was done, and on which networks.
+"""The record of a conversion in a model's configuration: how it was done, and on which networks.
 
 In memory the record is the attribute ``tnmoe`` of transformers' own configuration, in the form of
-:meth:`Record.to_dict`. A configuration inside another one, such as the text model's of CLIP, has a
+:meth:`Record.to_dict`. A configuration inside another one, such as that of CLIP's text model, has a
 record of its own, since transformers can load that part alone.
 
-In ``config.json`` an entry of the same name holds it. There, ``model_type`` and ``id2label`` are
-replaced by what no version of transformers takes for a value. Without tnmoe the folder is therefore
-refused, by Auto classes and by every other class, and its networks never become random numbers.
+In ``config.json`` the record is the entry ``tnmoe``. There, ``model_type`` and ``id2label`` are
+replaced by values that every version of transformers refuses. Without tnmoe, neither Auto classes
+nor any other class therefore loads the folder, and its networks never become random numbers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -25,28 +25,32 @@ from tnmoe.hf.config import MPOEConfig
 ENTRY = "tnmoe"
 _FORMAT = 2
 
-_STOP = "converted by tnmoe: pip install tnmoe[hf], and import tnmoe.hf before loading it"
-# The first stops Auto classes with a message about the architecture. The second stops every class,
-# whatever arguments it is given: labels must have integers as keys.
-_STOPPED = ("model_type", "id2label")
+# What transformers shows to those who load a converted folder without tnmoe.
+_REFUSAL = "converted by tnmoe: pip install tnmoe[hf], and import tnmoe.hf before loading it"
+# Entries of config.json that hold the refusal. ``model_type`` stops Auto classes, with a message
+# about the architecture. ``id2label`` stops every class, whatever its arguments: labels must have
+# integers as keys.
+_REPLACED = ("model_type", "id2label")
+# Entry of the record in config.json that keeps their values.
+_ORIGINALS = "replaced"
 
 
 @dataclass(frozen=True)
 class Record:
-    """How a model was converted.
+    """The conversion of a model.
 
     Attributes
     ----------
     config : MPOEConfig
     networks : tuple of str
-        Names of the layers whose feed-forward networks became mixtures, as in :attr:`FFN.name`.
+        Names of the layers whose feed-forward networks became mixtures; see :attr:`FFN.name`.
     """
 
     config: MPOEConfig
     networks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "format": _FORMAT,
             "config": self.config.to_dict(),
@@ -55,12 +59,12 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """The record that :meth:`to_dict` described.
+        """Return the record that :meth:`to_dict` described.
 
         Raises
         ------
         InputError
-            If it is none, or one of another format.
+            If the data are no record, or one of another format.
         """
         if not isinstance(data, Mapping):
             raise InputError(f"{ENTRY} must be an object, got {data!r}")
@@ -73,25 +77,25 @@ class Record:
         config, networks = data.get("config"), data.get("networks")
         if not isinstance(config, Mapping):
             raise InputError(f"config of {ENTRY} must be an object, got {config!r}")
-        if not isinstance(networks, list) or not all(isinstance(each, str) for each in networks):
+        if not isinstance(networks, list) or not all(isinstance(name, str) for name in networks):
             raise InputError(f"networks of {ENTRY} must be a list of names, got {networks!r}")
         return cls(MPOEConfig.from_dict(config), tuple(networks))
 
 
 def record_of(config: Any) -> Record | None:
-    """The record of a configuration; None for a model that is not converted.
+    """Return the record in a configuration; None if its model is not converted.
 
     Raises
     ------
     InputError
-        If there is one, of another form.
+        If the record is damaged or of another format.
     """
     data = getattr(config, ENTRY, None)
     return None if data is None else Record.from_dict(data)
 
 
 def config_of(model: nn.Module) -> MPOEConfig:
-    """Tell how a model was converted.
+    """Return the configuration that a model was converted with.
 
     Parameters
     ----------
@@ -100,12 +104,12 @@ def config_of(model: nn.Module) -> MPOEConfig:
     Returns
     -------
     MPOEConfig
-        What :func:`upcycle` or :func:`prepare_upcycle` was given.
+        The argument of :func:`upcycle` or :func:`prepare_upcycle`.
 
     Raises
     ------
     InputError
-        If it was not converted.
+        If the model was not converted.
 
     Examples
     --------
@@ -118,8 +122,21 @@ def config_of(model: nn.Module) -> MPOEConfig:
     return required_record(model).config
 
 
+def record_in_entries(entries: Mapping[str, Any], folder: Any) -> Record:
+    """Return the record in the decoded entries of a folder's config.json.
+
+    Raises
+    ------
+    InputError
+        If there is no record, or it is damaged or of another format.
+    """
+    if ENTRY not in entries:
+        raise InputError(f"{folder} is not an MPOE checkpoint: its config.json has no {ENTRY!r}")
+    return Record.from_dict(entries[ENTRY])
+
+
 def required_record(model: nn.Module) -> Record:
-    """The record of a converted model; an InputError for any other."""
+    """Return the record of a converted model; raise an InputError for any other model."""
     record = record_of(getattr(model, "config", None))
     if record is None:
         raise InputError(
@@ -128,19 +145,8 @@ def required_record(model: nn.Module) -> Record:
     return record
 
 
-def check_unconverted(model: nn.Module) -> None:
-    """Raise an InputError for a model that is converted or quantized already."""
-    config = getattr(model, "config", None)
-    quantized: Any = getattr(config, "quantization_config", None)
-    # What was loaded from a GGUF file is in floats again. transformers 5.0 has no such member yet.
-    if getattr(quantized, "quant_method", None) == "gguf":
-        quantized = None
-    if quantized is not None or getattr(config, ENTRY, None) is not None:
-        raise InputError(f"{type(model).__name__} is already converted or quantized")
-
-
-def mark(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[str]) -> None:
-    """Record a conversion in the configurations of a model, and of models that it holds.
+def add_records(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[str]) -> None:
+    """Record a conversion in the configurations of a model and of the models inside it.
 
     Parameters
     ----------
@@ -153,46 +159,36 @@ def mark(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[str]) ->
     model.config.tnmoe = Record(config, names).to_dict()
     parts: dict[int, tuple[PreTrainedConfig, list[str]]] = {}
     for path, part in model.named_modules():
-        own = getattr(part, "config", None)
-        if isinstance(own, PreTrainedConfig) and own is not model.config:
-            roots = parts.setdefault(id(own), (own, []))[1]
+        part_config = getattr(part, "config", None)
+        if isinstance(part_config, PreTrainedConfig) and part_config is not model.config:
+            roots = parts.setdefault(id(part_config), (part_config, []))[1]
             # Names count from the outermost module that has this configuration.
-            if not any(_is_in(path, root) for root in roots):
+            if not any(_is_inside(path, root) for root in roots):
                 roots.append(path)
     for part_config, roots in parts.values():
-        inner = [name[len(root) + 1 :] for root in roots for name in names if _is_in(name, root)]
+        inner = [
+            name[len(root) + 1 :] for root in roots for name in names if _is_inside(name, root)
+        ]
         if inner:
             part_config.tnmoe = Record(config, tuple(dict.fromkeys(inner))).to_dict()
 
 
-def _is_in(name: str, root: str) -> bool:
+def _is_inside(name: str, root: str) -> bool:
     return name.startswith(f"{root}.")
 
 
-def own_configuration(model: PreTrainedModel) -> None:
-    """Give a model a configuration of its own: callers make further models of the one they gave."""
+def give_own_configuration(model: PreTrainedModel) -> None:
+    """Give a model a copy of its configuration, since callers may build more models from it."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
-        held = vars(module).get("config")
-        if id(held) in copies:
-            module.config = copies[id(held)]
-
-
-def with_records(entries: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """Entries of a config.json with the records of the configuration that was made of them."""
-    written = dict(entries)
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig) and is_marked(part):
-            given = written.get(name) or {"model_type": part.model_type}
-            written[name] = with_records(given, part)
-    record = getattr(config, ENTRY, None)
-    return written if record is None else written | {ENTRY: record}
+        original = vars(module).get("config")
+        if id(original) in copies:
+            module.config = copies[id(original)]
 
 
 def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration, and all that are inside it."""
+    """Iterate over a configuration and all configurations inside it."""
     yield config
     for name in config.sub_configs:
         part = getattr(config, name, None)
@@ -200,13 +196,31 @@ def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from configs_in(part)
 
 
-def is_marked(config: PreTrainedConfig) -> bool:
-    """Whether a configuration, or one inside it, has a record."""
-    return any(getattr(each, ENTRY, None) is not None for each in configs_in(config))
+def has_record(config: PreTrainedConfig) -> bool:
+    """Check whether a configuration, or one inside it, has a record."""
+    return any(getattr(part, ENTRY, None) is not None for part in configs_in(config))
+
+
+def remove_records(config: PreTrainedConfig) -> None:
+    """Remove the records from a configuration and from those inside it."""
+    for part in configs_in(config):
+        vars(part).pop(ENTRY, None)
+
+
+def with_records(entries: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Add a configuration's records to the entries of the config.json that it was made from."""
+    written = dict(entries)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig) and has_record(part):
+            given = written.get(name) or {"model_type": part.model_type}
+            written[name] = with_records(given, part)
+    record = getattr(config, ENTRY, None)
+    return written if record is None else written | {ENTRY: record}
 
 
 def without_records(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of the configuration of the dense model."""
+    """Return the entries of a converted model's configuration that describe the dense model."""
     return {
         key: without_records(value) if isinstance(value, Mapping) else value
         for key, value in entries.items()
@@ -214,45 +228,45 @@ def without_records(entries: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def unmark(config: PreTrainedConfig) -> None:
-    """Take the records out of a configuration and of those inside it."""
-    for each in configs_in(config):
-        vars(each).pop(ENTRY, None)
+def encode_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's entries as config.json holds them.
 
-
-def to_file(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries as config.json holds them: transformers alone refuses what has a record.
+    Where there is a record, the result is refused by transformers alone.
 
     Parameters
     ----------
     entries : mapping
-        As a configuration's ``to_dict`` gives them.
+        As a configuration's ``to_dict`` returns them.
     """
-    written = _each_part(entries, to_file)
+    written = _in_every_part(encode_entries, entries)
     if ENTRY in written:
-        stopped = {key: written[key] for key in _STOPPED if key in written}
-        written[ENTRY] = written[ENTRY] | {"stopped": stopped}
-        written["model_type"] = f"{stopped.get('model_type')}, {_STOP}"
-        written["id2label"] = {_STOP: ""}
+        originals = {key: written[key] for key in _REPLACED if key in written}
+        written[ENTRY] = written[ENTRY] | {_ORIGINALS: originals}
+        written["model_type"] = f"{originals.get('model_type')}, {_REFUSAL}"
+        written["id2label"] = {_REFUSAL: ""}
     return written
 
 
-def from_file(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a config.json as a configuration takes them; the inverse of :func:`to_file`."""
-    read = _each_part(entries, from_file)
+def decode_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return entries of a config.json as a configuration takes them.
+
+    The inverse of :func:`encode_entries`.
+    """
+    read = _in_every_part(decode_entries, entries)
     record = read.get(ENTRY)
-    if isinstance(record, dict) and isinstance(record.get("stopped"), dict):
-        stopped = record["stopped"]
-        read[ENTRY] = {key: value for key, value in record.items() if key != "stopped"}
-        for key in _STOPPED:
-            # What somebody has written there since is meant.
-            if _STOP in str(read.get(key)):
+    if isinstance(record, dict) and isinstance(record.get(_ORIGINALS), dict):
+        originals = record[_ORIGINALS]
+        read[ENTRY] = {key: value for key, value in record.items() if key != _ORIGINALS}
+        for key in _REPLACED:
+            # A user may have written another value over the refusal: that one stays.
+            if _REFUSAL in str(read.get(key)):
                 del read[key]
-                read |= {key: stopped[key]} if key in stopped else {}
+                read |= {key: originals[key]} if key in originals else {}
     return read
 
 
-def _each_part(entries: Mapping[str, Any], change: Any) -> dict[str, Any]:
+def _in_every_part(change: Callable[[Any], Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply a change to the configurations that are entries of another one."""
     return {
         key: change(value) if isinstance(value, dict) and key != ENTRY else value
         for key, value in entries.items()

@@ -1,4 +1,4 @@
-"""How many parameters: dense, ordinary mixture, MPOE; counted, not estimated."""
+"""Parameter counts of a model: dense, as an ordinary mixture, and as MPOE."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from tnmoe.hf.checks import check_unconverted
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import find_ffns
-from tnmoe.hf.folders.skeleton import model_without_numbers
-from tnmoe.hf.layers import new_moe
-from tnmoe.hf.record import check_unconverted
+from tnmoe.hf.find import find_ffns
+from tnmoe.hf.layers import new_mixture
+from tnmoe.hf.meta import meta_model
 from tnmoe.system.tables import format_table
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of one thing in its three forms.
+    """Parameters of a network, or of a whole model, in three forms.
 
     Attributes
     ----------
     name : str
     dense, moe, mpoe : int
-        As it is, as an ordinary mixture, and with shared central cores.
+        Of the dense form, of an ordinary mixture, and of a mixture with shared central cores.
 
     Examples
     --------
@@ -39,7 +39,7 @@ class ParameterCount:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than the ordinary mixture MPOE is."""
+        """Parameters of the ordinary mixture over those of MPOE."""
         return self.moe / self.mpoe
 
 
@@ -51,10 +51,10 @@ class ParameterReport:
     ----------
     num_experts : int
     ffns : tuple of ParameterCount
-        Every converted network: dense, an ordinary mixture of as many experts with its router,
-        and MPOE with its router.
+        Every network that is converted. The ordinary mixture has as many experts as MPOE; both
+        counts include the router.
     total : ParameterCount
-        The whole model; tied parameters count once.
+        The whole model. Tied parameters count once.
 
     Examples
     --------
@@ -75,7 +75,7 @@ class ParameterReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self) | {"ratio": self.total.ratio}
 
     def __str__(self) -> str:
@@ -88,14 +88,14 @@ class ParameterReport:
 
 
 def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) -> ParameterReport:
-    """Count the parameters a model would have, without building it.
+    """Count the parameters that a converted model would have, without building it.
 
     Parameters
     ----------
     model : Module or PreTrainedConfig
-        A dense model, or the configuration of one, which is then laid out on the meta device.
+        A dense model, or its configuration, from which a model is made on the meta device.
     config : MPOEConfig
-        How it would be converted; the ordinary mixture has the same experts and routers.
+        The conversion. The ordinary mixture has the same number of experts and the same routers.
 
     Returns
     -------
@@ -104,7 +104,7 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
     Raises
     ------
     InputError
-        If there is no feed-forward network of a known family, or the model is converted already.
+        If the model has no feed-forward network of a known family, or is already converted.
 
     Examples
     --------
@@ -113,14 +113,14 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
     >>> report.ffns[0].dense, report.ffns[0].moe, report.ffns[0].mpoe
     (4722432, 37785600, 7710976)
     """
-    dense = model if isinstance(model, nn.Module) else model_without_numbers(model)
+    dense = model if isinstance(model, nn.Module) else meta_model(model)
     check_unconverted(dense)
     ffns = tuple(
         ParameterCount(
             ffn.name,
             ffn.num_params,
-            _count(new_moe(ffn, replace(config, layout="dense"), "meta")),
-            _count(new_moe(ffn, config, "meta")),
+            _count(new_mixture(ffn, replace(config, layout="dense"), "meta")),
+            _count(new_mixture(ffn, config, "meta")),
         )
         for ffn in find_ffns(dense, config.layers, config.every)
     )

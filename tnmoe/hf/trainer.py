@@ -10,48 +10,45 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tnmoe.errors import InputError, flag, integer_from_zero, one_of
 from tnmoe.hf.record import config_of
-from tnmoe.nn.training.gradient_mask import (
-    AutogradMask,
-    GradientMask,
-    Probability,
-    checked_probability,
-)
+from tnmoe.nn.training.autograd_mask import AutogradMask
+from tnmoe.nn.training.base_mask import Probability, checked_probability
+from tnmoe.nn.training.gradient_mask import GradientMask
 from tnmoe.options import MASK_ENGINES, MaskEngine
 
 
 class GradientMaskCallback(TrainerCallback):
     """Mask the tensors that experts share: ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
 
-    The draw of every step is a function of the seed and of Trainer's own count of steps: ranks
-    agree, and a run that is resumed from a checkpoint goes on as if it had not been interrupted.
+    The draw of every step depends on the seed and on Trainer's own count of steps alone. So all
+    ranks agree, and a run resumed from a checkpoint continues as if it had not been interrupted.
 
     Parameters
     ----------
     probability : float or callable, optional
-        As for :class:`tnmoe.nn.GradientMask`; by default the ``mask_probability`` of the
+        As for :class:`tnmoe.nn.GradientMask`. By default the ``mask_probability`` of the
         :class:`MPOEConfig` that the model was converted with.
     seed, per_layer
         As for :class:`tnmoe.nn.GradientMask`.
     engine : {"auto", "optimizer", "autograd"}
-        How gradients are kept from the optimiser: by a hook into its step, or, for DeepSpeed,
-        whose optimiser steps inside ``backward``, by :class:`tnmoe.nn.AutogradMask`. ``auto``
-        takes the second under DeepSpeed.
+        How gradients are kept from the optimiser. ``optimizer`` hooks into its step;
+        ``autograd`` uses :class:`tnmoe.nn.AutogradMask`, for DeepSpeed, whose optimiser steps
+        inside ``backward``. ``auto`` takes ``autograd`` under DeepSpeed, else ``optimizer``.
 
     Attributes
     ----------
     mask : GradientMask or AutogradMask, or None
-        Of the run; ``mask.updates`` counts the updates since training began.
+        The mask of the current run. ``mask.updates`` counts the updates since training began.
 
     Raises
     ------
     InputError
-        If the probability is not in [0, 1]; as training begins, if none was given and the model
-        was not converted.
+        If the probability is not in [0, 1]. When training begins, if no probability was given
+        and the model was not converted.
 
     Notes
     -----
-    Trainer clips before the optimiser's step. In a run of one process masked gradients are
-    dropped as they arrive and do not count for the norm; in distributed ones they do.
+    Trainer clips gradients before the optimiser's step. In a run of one process, masked gradients
+    are dropped as they arrive, and do not count in the norm. In distributed runs they count.
 
     Examples
     --------
@@ -82,7 +79,7 @@ class GradientMaskCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the run's optimiser, and let go of a run that ended with an exception.
+        """Attach to the run's optimiser, and detach from a run that ended with an exception.
 
         Raises
         ------
@@ -94,22 +91,24 @@ class GradientMaskCallback(TrainerCallback):
         probability = self.probability
         if probability is None:
             probability = config_of(model).mask_probability
-        settings = (probability, self.seed, self.per_layer)
+        settings: dict[str, Any] = {"seed": self.seed, "per_layer": self.per_layer}
         engine = self.engine
         if engine == "auto":
             engine = "autograd" if getattr(args, "deepspeed", None) else "optimizer"
         if engine == "autograd":
-            self.mask = AutogradMask(model, *settings)
+            self.mask = AutogradMask(model, probability, **settings)
             return
         if kwargs.get("optimizer") is None:
             raise InputError("Trainer has no optimiser yet: give engine='autograd'")
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        self.mask = GradientMask(kwargs["optimizer"], model, *settings, on_arrival=alone)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.mask = GradientMask(
+            kwargs["optimizer"], model, probability, zero_in_backward=not distributed, **settings
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw for the step that Trainer is at."""
+        """Draw the mask of Trainer's current step."""
         assert self.mask is not None
         self.mask.step = state.global_step
         if isinstance(self.mask, AutogradMask):
@@ -124,7 +123,7 @@ class GradientMaskCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach."""
+        """Detach from the run's optimiser."""
         self._detach()
 
     def _detach(self) -> None:

@@ -1,8 +1,9 @@
-"""What a folder cannot bring about: that code runs which neither tnmoe nor transformers has.
+"""Keeping a folder from running code that neither tnmoe nor transformers contains.
 
-Such code comes from modules in the folder, or of the Hub, which ``auto_map`` names, and from
-kernels of the Hub, which implementations of attention and of experts name. transformers asks on
-standard input, or downloads, where nobody said anything; here it is as if they were not named.
+Such code comes from modules in the folder or on the Hub, which ``auto_map`` names, and from kernels
+on the Hub, which implementations of attention and of experts name. If the caller did not say
+whether to trust it, transformers asks on standard input, or downloads it. Here such entries are
+left out.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+# Entry of config.json that names modules with code.
 _CODE = "auto_map"
 
-# What transformers and tnmoe have themselves, by the entries that choose among it.
+# Implementations in transformers and tnmoe, by the entries that choose one.
 _ATTENTION = ("eager", "sdpa", "flex_attention")
 _EXPERTS = ("eager", "batched_mm", "grouped_mm", "tnmoe")
 _IMPLEMENTATIONS = {
@@ -24,36 +26,40 @@ _IMPLEMENTATIONS = {
     "_experts_implementation": _EXPERTS,
 }
 
-_without: ContextVar[bool] = ContextVar("without_code", default=False)
+_refused: ContextVar[bool] = ContextVar("foreign_code_refused", default=False)
 
 
 @contextmanager
-def no_code() -> Iterator[None]:
-    """A block in which no configuration that transformers reads names code."""
-    before = _without.set(True)
+def no_foreign_code() -> Iterator[None]:
+    """Hide foreign code from transformers in a block: see :func:`allowed_entries`."""
+    before = _refused.set(True)
     try:
         yield
     finally:
-        _without.reset(before)
+        _refused.reset(before)
 
 
-def as_trusted(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a config.json as transformers may see them: without code in :func:`no_code`."""
-    return without_code(entries) if _without.get() else dict(entries)
+def allowed_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config.json that transformers may see.
+
+    In a block of :func:`no_foreign_code` they are those :func:`without_foreign_code`, elsewhere
+    all.
+    """
+    return without_foreign_code(entries) if _refused.get() else dict(entries)
 
 
-def without_code(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a config.json, and of the parts in it, that name no code."""
+def without_foreign_code(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return entries of a config.json, and of its parts, except those that name foreign code."""
     return {
-        key: without_code(value) if isinstance(value, Mapping) else value
+        key: without_foreign_code(value) if isinstance(value, Mapping) else value
         for key, value in entries.items()
         if key != _CODE and _is_known(value, _IMPLEMENTATIONS.get(key))
     }
 
 
 def _is_known(value: Any, known: tuple[str, ...] | None) -> bool:
-    """Whether an implementation, or each of several by part, is a known one; None is a default."""
+    """Check that an implementation is known, or every one in a mapping by part; None is default."""
     if known is None or value is None:
         return True
     named = value.values() if isinstance(value, Mapping) else [value]
-    return all(each is None or each in known for each in named)
+    return all(name is None or name in known for name in named)

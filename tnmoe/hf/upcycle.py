@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel
 
+from tnmoe.hf.checks import check_in_memory, check_model, check_unconverted
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, check_formula, find_ffns, weight_of
-from tnmoe.hf.layers import check_in_memory, check_model, expert_settings, new_router
-from tnmoe.hf.record import check_unconverted, mark, own_configuration
+from tnmoe.hf.ffn import check_formula
+from tnmoe.hf.find import find_ffns
+from tnmoe.hf.layers import converted_mixture, draw_start
+from tnmoe.hf.record import add_records, give_own_configuration
 from tnmoe.hf.router_losses import attach_router_losses
-from tnmoe.nn.experts import DenseExperts, Experts
-from tnmoe.nn.mpo_experts import MPOExperts
-from tnmoe.nn.moe import MPOMoE
-from tnmoe.nn.routing.router import Router
-from tnmoe.system.memory import memory_for
+from tnmoe.system.memory import explain_memory_error
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -31,33 +25,33 @@ def upcycle(
     """Turn the dense feed-forward networks of a pretrained model into mixtures of experts.
 
     Every expert starts as the pretrained network. With exact bonds, no expert noise and weights
-    that sum to 1 (see :class:`tnmoe.nn.TopKRouter`; the default) the model computes what it did,
-    to rounding.
+    that sum to 1 (see :class:`tnmoe.nn.TopKRouter`; the default) the model computes the same as
+    before, to rounding.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Converted in place: the networks of a known family (:func:`find_ffns`) give way to
-        :class:`tnmoe.nn.MPOMoE` modules on their device and in their dtype.
+        Converted in place: :class:`tnmoe.nn.MPOMoE` modules replace the networks of a known family
+        (:func:`find_ffns`), on their device and in their dtype.
     config : MPOEConfig
-        Experts, routing, shapes and which layers.
+        Experts, routing, shapes, and which layers to convert.
     on_matrix : callable, optional
         Called as ``on_matrix(name, info)`` after every decomposition, for progress and spectra.
-        With ``max_bond`` set, ``info.error_bound`` tells what the truncation cost.
+        With ``max_bond`` set, ``info.error_bound`` bounds the error of the truncation.
 
     Returns
     -------
     PreTrainedModel
-        ``model``; ``save_pretrained`` and ``from_pretrained`` work on it as on any other. In
-        training its loss holds those of its routers (:func:`attach_router_losses`).
+        ``model``; ``save_pretrained`` and ``from_pretrained`` work as for any other model. In
+        training its loss includes those of its routers (:func:`attach_router_losses`).
 
     Raises
     ------
     InputError
-        If the model has no known feed-forward network or one that does more than its family's,
-        is already converted or quantized, or holds NaN or infinity.
+        If the model has no known feed-forward network, has one that does more than its matrices
+        and activation, is already converted or quantized, or holds NaN or infinity.
     TypeError
-        If these are no model of transformers, which a wrapper is not, and no MPOEConfig.
+        If ``model`` is no model of transformers (a wrapper is not), or ``config`` no MPOEConfig.
 
     Notes
     -----
@@ -66,6 +60,7 @@ def upcycle(
 
     Examples
     --------
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2)).eval()
     >>> tokens = torch.arange(8)[None]
@@ -85,21 +80,22 @@ def upcycle(
         check_formula(ffn)
     layers = []
     for number, ffn in enumerate(ffns, start=1):
-        with memory_for(f"converting {ffn.name}, network {number} of {len(ffns)}"):
-            layers.append(converted(ffn, config, Draws.for_layer(ffn, config), on_matrix))
+        with explain_memory_error(f"converting {ffn.name}, network {number} of {len(ffns)}"):
+            router, noise_seed = draw_start(ffn, config)
+            layers.append(converted_mixture(ffn, config, router, noise_seed, on_matrix))
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.install(layer.train(model.training))
-    own_configuration(model)
-    _unmark_as_quantized(model)
-    mark(model, config, [ffn.name for ffn in ffns])
+    give_own_configuration(model)
+    _clear_quantization(model)
+    add_records(model, config, [ffn.name for ffn in ffns])
     attach_router_losses(model, config)
     return model
 
 
-def _unmark_as_quantized(model: PreTrainedModel) -> None:
-    """Undo the marks of a quantizer that left floats, as that of GGUF files does.
+def _clear_quantization(model: PreTrainedModel) -> None:
+    """Remove the traces of a quantizer that left floats, such as that of GGUF files.
 
-    They would keep Trainer, ``half`` and others from treating the weights as floats.
+    They would keep Trainer, ``half`` and other code from treating the weights as floats.
     """
     vars(model.config).pop("quantization_config", None)
     for module in model.modules():
@@ -114,52 +110,3 @@ def _check_types(model: object, config: object) -> None:
     check_model(model)
     if not isinstance(config, MPOEConfig):
         raise TypeError(f"config must be an MPOEConfig, got {type(config).__qualname__}")
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What is drawn for a layer.
-
-    Attributes
-    ----------
-    router : Router
-    seed : int
-        Of the noise on its experts.
-    """
-
-    router: Router
-    seed: int
-
-    @classmethod
-    def for_layer(
-        cls, ffn: FFN, config: MPOEConfig, device: torch.device | str | None = None
-    ) -> Draws:
-        """From torch's global generator; the router is on the device of the layer by default."""
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        return cls(new_router(ffn, config, device), seed)
-
-
-def converted(
-    ffn: FFN,
-    config: MPOEConfig,
-    draws: Draws,
-    on_matrix: Callable[[str, TruncationInfo], None] | None = None,
-) -> MPOMoE:
-    """The layer that replaces a network and computes the same."""
-    pretrained: dict[str, Any] = {}
-    for name, matrix in ffn.matrices.items():
-        pretrained |= {name: weight_of(matrix), f"{name}_bias": matrix.bias}
-    pretrained |= {
-        "common_bias": config.common_bias,
-        "noise": config.expert_noise,
-        "rng": np.random.default_rng(draws.seed),
-    }
-    settings = expert_settings(ffn, config)
-    if config.layout == "dense":
-        experts: Experts = DenseExperts.from_dense(**pretrained, **settings)
-    else:
-        report = on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info))
-        experts = MPOExperts.from_dense(
-            **pretrained, **settings, gauge=config.gauge, on_matrix=report
-        )
-    return MPOMoE(draws.router, experts, dropout=ffn.output_dropout)

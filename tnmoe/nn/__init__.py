@@ -1,4 +1,4 @@
-"""PyTorch adapters: experts that share a central tensor, routers, losses, the gradient mask."""
+"""PyTorch layers: experts that share a central tensor, routers, losses, the gradient mask."""
 
 from tnmoe.system.extras import require_extra
 
@@ -16,25 +16,25 @@ from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Projection, StackedProjection
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
-from tnmoe.nn.routing.load_bias import BiasBalancer, LoadBias
+from tnmoe.nn.routing.load_bias import LoadBias
 from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.routing.record import Routing, RoutingCall, record_routing
-from tnmoe.nn.routing.router import Router, TopKRouter
+from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.statistics import (
     RouterCollapseWarning,
     RouterStatistics,
     RoutingHistory,
     routing_statistics,
 )
-from tnmoe.nn.training.gradient_mask import AutogradMask, GradientMask
-from tnmoe.nn.training.shared_cores import (
-    SharedGradientScale,
-    freeze_shared,
-    parameter_groups,
-    shared_parameters,
-    tie_layers,
-    train_auxiliary,
-)
+from tnmoe.nn.routing.top_k import TopKRouter
+from tnmoe.nn.training.autograd_mask import AutogradMask
+from tnmoe.nn.training.bias_balancer import BiasBalancer
+from tnmoe.nn.training.freezing import freeze_shared, train_auxiliary
+from tnmoe.nn.training.gradient_mask import GradientMask
+from tnmoe.nn.training.gradient_scale import SharedGradientScale
+from tnmoe.nn.training.parameter_groups import parameter_groups
+from tnmoe.nn.training.shared_cores import shared_parameters
+from tnmoe.nn.training.tied_layers import tie_layers
 
 __all__ = [
     "AutogradMask",

@@ -1,4 +1,4 @@
-"""PEFT's wrappers around modules: what is trained in them, and what PEFT saves of it."""
+"""PEFT's wrappers around modules: what they train, and what PEFT saves of it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from tnmoe.nn.routing.router import Router
 
 
 def modules_in_use(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules of a model but originals that PEFT keeps beside those that it trains instead."""
+    """Iterate over a model's modules, except originals that PEFT replaced by trained copies."""
     yield model
     for name, module in model.named_children():
-        if not (name == "original_module" and _is_saved_whole(model)):
+        if not (name == "original_module" and _wraps_trained_copy(model)):
             yield from modules_in_use(module)
 
 
 def warn_of_unsaved(model: nn.Module, stacklevel: int = 3) -> None:
-    """Warn of experts and routers that are trained and that PEFT will not save with its adapters.
+    """Warn of experts and routers that are trained but that PEFT will not save with its adapters.
 
     Parameters
     ----------
     model : Module
-        Of PEFT, or a model that has adapters in it. Nothing is said of others.
+        A model of PEFT, or a model that contains adapters. For other models nothing happens.
     stacklevel : int
-        Of the warning.
+        Stack level of the warning.
+
+    Warns
+    -----
+    UserWarning
+        If parameters of experts or routers require gradients outside PEFT's trained copies.
     """
     peft = sys.modules.get("peft")
     if peft is None:
@@ -37,26 +42,26 @@ def warn_of_unsaved(model: nn.Module, stacklevel: int = 3) -> None:
     adapted = (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer)
     if not any(isinstance(module, adapted) for module in model.modules()):
         return
-    lost = sorted(_names_of_unsaved(model))
-    if lost:
+    unsaved = sorted(_unsaved_names(model))
+    if unsaved:
         warnings.warn(
-            f"PEFT does not save what is trained of {' and '.join(lost)}: name them in "
+            f"PEFT does not save the trained parameters of {' and '.join(unsaved)}: name them in "
             "modules_to_save of the adapter's configuration",
             stacklevel=stacklevel,
         )
 
 
-def _names_of_unsaved(model: nn.Module, name: str = "") -> set[str]:
-    """Last parts of the names of experts and routers that are trained in place."""
-    if _is_saved_whole(model):
+def _unsaved_names(model: nn.Module, name: str = "") -> set[str]:
+    """Return the last parts of the names of experts and routers that are trained in place."""
+    if _wraps_trained_copy(model):
         return set()
     if isinstance(model, Experts | Router):
         return {name} if any(each.requires_grad for each in model.parameters()) else set()
     children = model.named_children()
-    return {found for name, child in children for found in _names_of_unsaved(child, name)}
+    return {unsaved for name, child in children for unsaved in _unsaved_names(child, name)}
 
 
-def _is_saved_whole(module: nn.Module) -> bool:
-    """Whether PEFT put a copy of a module here, which it trains and saves."""
+def _wraps_trained_copy(module: nn.Module) -> bool:
+    """Return whether a module is PEFT's wrapper around a copy that PEFT trains and saves."""
     peft: Any = sys.modules.get("peft")
     return peft is not None and isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper)

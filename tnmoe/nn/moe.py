@@ -1,4 +1,4 @@
-"""The MoE layer: a router and experts, in the place of a feed-forward network."""
+"""The MoE layer: a router and experts that replace a feed-forward network."""
 
 from __future__ import annotations
 
@@ -13,46 +13,49 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, flag, number_in, one_of
 from tnmoe.nn.experts import DenseExperts, Experts
 from tnmoe.nn.mpo_experts import MPOExperts
-from tnmoe.nn.routing.router import Router, TopKRouter
-from tnmoe.nn.scopes import Scope
+from tnmoe.nn.routing.router import Router
+from tnmoe.nn.routing.top_k import TopKRouter
+from tnmoe.nn.scopes import ScopedValues
 from tnmoe.options import ANY_LAYOUTS, AnyLayout
 
-# Of the blocks of ignore_padding.
-_masks: Scope[Tensor] = Scope("_masks")
+# Token masks that blocks of ignore_padding set for layers.
+_token_masks: ScopedValues[Tensor] = ScopedValues("_token_masks")
 
 
 class MPOMoE(nn.Module):
     """A mixture of experts, (..., H) → (..., H).
 
-    A token that no expert takes, padding or one dropped for want of room, gets 0: behind a
-    residual connection it passes through unchanged.
+    A token that reaches no expert, because it is padding or a capacity dropped it, gets 0: behind
+    a residual connection it passes through unchanged.
 
     Parameters
     ----------
     router : Router
-        Chooses experts per token.
+        Chooses experts for every token.
     experts : Experts
         ``MPOExperts``, or ``DenseExperts`` for an ordinary mixture.
     shared_expert : Module, optional
-        A feed-forward network (..., H) → (..., H) that every token goes through besides its
-        experts, whose output is added (DeepSeekMoE, arXiv:2401.06066, section 3.2).
+        A feed-forward network (..., H) → (..., H) for all tokens. Its output is added to that of
+        the routed experts (DeepSeekMoE, arXiv:2401.06066, section 3.2).
     shared_gate : bool
-        Weigh the shared expert's output by a sigmoid of a linear score of the token (Qwen2-MoE).
+        Multiply the shared expert's output by a sigmoid of a linear score of the token
+        (Qwen2-MoE).
     dropout : float
         Probability, in training, of dropping a value of the output, for models whose feed-forward
-        network ends so (GPT-2); for dropout between the projections see :class:`Experts`.
+        network ends with dropout (GPT-2). For dropout between the projections see
+        :class:`Experts`.
 
     Raises
     ------
     InputError
-        If router and experts differ in their numbers of experts or hidden sizes, there is a gate
-        for no shared expert, or the dropout is not in [0, 1].
+        If router and experts differ in their numbers of experts or hidden sizes,
+        ``shared_gate`` is True without a shared expert, or the dropout is not in [0, 1].
 
     Notes
     -----
-    An upcycled layer starts as the dense network under the conditions that the router names.
-    With a shared expert the sum of both is what has to be that network: to start from it, give
-    the routed experts zeros as their last matrix, or the shared one.
+    The Notes of :class:`TopKRouter` say when an upcycled layer starts as the dense network. With a
+    shared expert the sum of routed and shared experts must equal that network. To start from it,
+    set the last matrix of the routed experts, or of the shared one, to zero.
 
     Examples
     --------
@@ -68,17 +71,12 @@ class MPOMoE(nn.Module):
         router: Router,
         experts: Experts,
         shared_expert: nn.Module | None = None,
+        *,
         shared_gate: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        routed = (router.num_experts, router.hidden_size)
-        offered = (experts.num_experts, experts.hidden_size)
-        if routed != offered:
-            raise InputError(
-                f"the router is for {routed[0]} experts of hidden size {routed[1]}, "
-                f"the experts are {offered[0]} of hidden size {offered[1]}"
-            )
+        _check_sizes(router, experts)
         has_gate = flag("shared_gate", shared_gate)
         if has_gate and shared_expert is None:
             raise InputError("shared_gate=True needs a shared_expert")
@@ -107,10 +105,10 @@ class MPOMoE(nn.Module):
         output_dropout: float = 0.0,
         **experts: Any,
     ) -> Self:
-        """A layer that starts as one pretrained feed-forward network: sparse upcycling.
+        """Make a layer that starts as one pretrained feed-forward network: sparse upcycling.
 
-        With exact bonds and no noise it computes what the network computes, to rounding, as long
-        as a token's weights sum to 1, which is the router's default. For another router make the
+        With exact bonds and no noise the layer computes what the network computes, to rounding, if
+        a token's weights sum to 1, which is the router's default. For another router make the
         parts yourself: ``MPOMoE(router, MPOExperts.from_dense(...))``.
 
         Parameters
@@ -124,23 +122,23 @@ class MPOMoE(nn.Module):
         top_k : int
             Experts per token.
         layout : {"interleaved", "split", "dense"}
-            How matrices split over sites, see :class:`MPOExperts`; ``dense`` gives every expert
-            its own copies, see :class:`DenseExperts`.
+            How matrices split over sites, see :class:`MPOExperts`. With ``dense`` every expert
+            has its own copies, see :class:`DenseExperts`.
         router : mapping, optional
-            Further settings of :class:`TopKRouter` by name. Its weights are drawn from torch's
-            global generator, on the device and in the dtype of ``up``.
+            Further settings of :class:`TopKRouter` by name. Torch's global generator draws the
+            router's weights, on the device and in the dtype of ``up``.
         output_dropout : float
             The ``dropout`` of the layer.
         **experts
-            Further arguments of :meth:`MPOExperts.from_dense`, or :meth:`DenseExperts.from_dense`:
-            ``activation``, ``up_bias``, ``max_bond`` and others.
+            Further arguments of :meth:`MPOExperts.from_dense` or :meth:`DenseExperts.from_dense`,
+            such as ``activation``, ``up_bias`` and ``max_bond``.
 
         Raises
         ------
         InputError
             If the matrices do not fit each other, or a setting is out of range.
         TypeError
-            If there is no setting of a name.
+            If a setting's name is unknown.
 
         Notes
         -----
@@ -158,14 +156,14 @@ class MPOMoE(nn.Module):
         """
         one_of("layout", layout, ANY_LAYOUTS)
         experts["num_experts"] = num_experts
-        made: Experts
+        upcycled: Experts
         if layout == "dense":
-            made = DenseExperts.from_dense(up, down, gate, **experts)
+            upcycled = DenseExperts.from_dense(up, down, gate, **experts)
         else:
-            made = MPOExperts.from_dense(up, down, gate, layout=layout, **experts)
+            upcycled = MPOExperts.from_dense(up, down, gate, layout=layout, **experts)
         settings = {"device": up.device, "dtype": up.dtype, **(router or {})}
-        chosen = TopKRouter(made.hidden_size, num_experts, top_k, **settings)
-        return cls(chosen, made, dropout=output_dropout)
+        new_router = TopKRouter(upcycled.hidden_size, num_experts, top_k, **settings)
+        return cls(new_router, upcycled, dropout=output_dropout)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token through its experts.
@@ -173,18 +171,18 @@ class MPOMoE(nn.Module):
         Parameters
         ----------
         hidden_states : Tensor, shape (..., H)
-            With three axes the first two count as sequences of tokens.
+            With three axes, B sequences of S tokens.
         token_mask : Tensor with an entry per token, any shape, optional
-            Tokens where it is 0 are padding: see :meth:`Router.forward`. By default the one of
-            :func:`ignore_padding`, if any.
+            Tokens where it is 0 are padding: see :meth:`Router.forward`. By default the mask of
+            the innermost block of :func:`ignore_padding`.
 
         Returns
         -------
         Tensor, shape (..., H)
         """
         if token_mask is None:
-            token_mask = next(reversed(_masks.of(self)), None)
-        # Other libraries' routers know no mask.
+            token_mask = next(reversed(_token_masks.values_for(self)), None)
+        # Routers of other libraries take no mask.
         inputs = (hidden_states,) if token_mask is None else (hidden_states, token_mask)
         _, weights, index = self.router(*inputs)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -197,30 +195,40 @@ class MPOMoE(nn.Module):
         return F.dropout(output, self.dropout, self.training) if self.dropout else output
 
     def _replicate_for_data_parallel(self) -> Self:
-        return _masks.hand_over(self, super()._replicate_for_data_parallel())
+        return _token_masks.copy_to_replica(self, super()._replicate_for_data_parallel())
+
+
+def _check_sizes(router: Router, experts: Experts) -> None:
+    of_router = (router.num_experts, router.hidden_size)
+    of_experts = (experts.num_experts, experts.hidden_size)
+    if of_router != of_experts:
+        raise InputError(
+            f"the router is for {of_router[0]} experts of hidden size {of_router[1]}, "
+            f"the experts are {of_experts[0]} of hidden size {of_experts[1]}"
+        )
 
 
 @contextmanager
 def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
-    """Let the MoE layers of a model see which tokens are padding.
+    """Tell the MoE layers of a model which tokens are padding.
 
-    Padding then goes to no expert, takes no one's room and counts in no load. A model hands its
-    feed-forward networks no mask, hence this block around its call. With activation checkpointing
-    the backward pass calls the layers again, and belongs into the block as well. As with
-    :func:`record_routing`, other threads and tasks see nothing of the block.
+    Padding then goes to no expert, uses no capacity and counts in no load. Models pass no mask to
+    their feed-forward networks, hence this block around a model's call. With activation
+    checkpointing the backward pass calls the layers again and belongs into the block as well. As
+    with :func:`record_routing`, other threads and tasks do not see the block.
 
     Parameters
     ----------
     model : Module
-        Anything that contains :class:`MPOMoE` layers which are all given these tokens: the
-        encoder, say, of an encoder-decoder.
+        Any module that contains :class:`MPOMoE` layers, all of which receive these tokens: the
+        encoder of an encoder-decoder, for instance.
     attention_mask : Tensor, shape (B, S)
         0 where a token is padding.
 
     Raises
     ------
     InputError
-        If there is no such layer; and in the block, if a layer is given another number of tokens.
+        If the model has no such layer; in the block, if a layer receives another number of tokens.
 
     Examples
     --------
@@ -236,8 +244,8 @@ def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
     if not layers:
         raise InputError(f"{type(model).__name__} has no MPOMoE layer")
     masks = {id(layer): attention_mask for layer in layers}
-    _masks.put(masks)
+    _token_masks.add(masks)
     try:
         yield
     finally:
-        _masks.take(masks)
+        _token_masks.remove(masks)

@@ -1,4 +1,4 @@
-"""What the package's extras bring, and whether it is here before anything of it is imported."""
+"""Optional dependencies: which extra brings them, and a check before they are imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from tnmoe.errors import MissingExtraError
 
-# What an extra's features import, and the oldest versions that do; as in pyproject.toml.
+# Packages that each extra brings, and their oldest supported versions, as in pyproject.toml.
 _HF = {"torch": "2.4", "transformers": "5.0"}
 _PLOT = {"matplotlib": "3.8"}
 EXTRAS: dict[str, dict[str, str]] = {
@@ -19,18 +19,19 @@ EXTRAS: dict[str, dict[str, str]] = {
 
 
 def require_extra(feature: str, extra: str, *packages: str) -> None:
-    """Raise a MissingExtraError that names all that a feature lacks, and the one extra with it.
+    """Raise a MissingExtraError if packages that a feature needs are missing or too old.
 
-    Nothing is imported, so what is installed but broken fails later with an error of its own.
+    The message names all of them and the extra that brings them. Nothing is imported: a package
+    that is installed but broken fails later, with its own error.
 
     Parameters
     ----------
     feature : str
-        What needs them.
+        What needs the packages, for the message.
     extra : str
-        Brings all of them.
+        The extra that brings them.
     packages : str
-        What is needed of an extra that is not in ``EXTRAS``.
+        The packages, for an extra that is not in ``EXTRAS``.
     """
     oldest = EXTRAS.get(extra, dict.fromkeys(packages, "0"))
     missing = [package for package in oldest if not _is_installed(package)]
@@ -51,7 +52,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _older(package: str, least: str) -> str | None:
-    """The version of a package, if it is older than ``least``."""
+    """Return the version of a package if it is older than ``least``, else None."""
     from importlib.metadata import PackageNotFoundError, version  # slow, and rarely needed
 
     try:
@@ -62,5 +63,5 @@ def _older(package: str, least: str) -> str | None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
+    """Return the first two numbers of a version."""
     return tuple(map(int, re.findall(r"\d+", text)[:2]))

@@ -1,4 +1,4 @@
-"""Files that others may have written: looked at before they are opened, and read up to a limit."""
+"""Reading files of unknown origin: only regular files, and only up to a size limit."""
 
 from __future__ import annotations
 
@@ -9,100 +9,105 @@ from typing import Any
 
 from tnmoe.errors import InputError, shown
 
-# Bytes of JSON: safetensors allows as many of a header.
+# Largest JSON text in bytes; safetensors has the same limit for headers.
 _LARGEST_JSON = 100_000_000
 
+# A safetensors file begins with the length of its header, in this many bytes.
+_LENGTH_BYTES = 8
 
-def check_ordinary(path: str | os.PathLike, pipes: bool = False) -> None:
-    """Raise an InputError unless a file is an ordinary one; links are followed.
 
-    A pipe would be waited for, and a device may have no end.
+def check_regular_file(path: str | os.PathLike, pipes: bool = False) -> None:
+    """Raise an InputError unless a path leads to a regular file.
+
+    Reading a pipe would wait for a writer, and a device may have no end.
 
     Parameters
     ----------
     path : path
+        Links are followed.
     pipes : bool
-        Whether it may be a pipe, too: where users themselves name it.
+        Accept a pipe, too: for files that users name themselves.
 
     Raises
     ------
     OSError
-        If there is no file of that name.
+        If the file does not exist.
     """
     mode = os.stat(path).st_mode
     if not (S_ISREG(mode) or (pipes and S_ISFIFO(mode))):
-        kind = "a folder" if S_ISDIR(mode) else "no ordinary file"
+        kind = "a folder" if S_ISDIR(mode) else "not a regular file"
         raise InputError(f"{os.fspath(path)} is {kind}")
 
 
 def read_json(path: str | os.PathLike, pipes: bool = False) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Return the JSON object that a file holds.
 
     Parameters
     ----------
-    path : path
-    pipes : bool
-        Whether it may be a pipe, too: where users themselves name it.
+    path, pipes
+        As for :func:`check_regular_file`.
 
     Raises
     ------
     InputError
-        If it holds no JSON object, has more than 100 MB, or is not an ordinary file.
+        If the file holds no JSON object, has more than 100 MB, or is not a regular file.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     if not pipes:
-        check_ordinary(path)
+        check_regular_file(path)
     check_json_size(path)
-    with open(path, "rb", opener=_at_once) as file:
+    with open(path, "rb", opener=_open_without_waiting) as file:
         contents = file.read(_LARGEST_JSON + 1)
     if len(contents) > _LARGEST_JSON:
-        raise InputError(f"{path} does not end, or grows")
-    data = parsed(contents, path)
+        raise InputError(f"{path} is endless, or grows while it is read")
+    data = parse_json(contents, path)
     if not isinstance(data, dict):
         raise InputError(f"{path} should hold a JSON object, got {type(data).__name__}")
     return data
 
 
-def read_header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file of the right size, and where its numbers begin.
+def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file and the offset in bytes at which its numbers begin.
 
-    What else is wrong with it, safetensors finds; but that maps the whole file, which may be as
-    long as no disk is.
+    The checks here are those that have to precede safetensors' own, which map the whole file: a
+    file may claim a length that no disk has.
 
     Raises
     ------
     InputError
-        If it is no ordinary file, or no such file.
+        If it is not a regular file, not a safetensors file, or of another size than its header
+        describes.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
-    check_ordinary(path)
+    check_regular_file(path)
     damaged = f"{os.fspath(path)} is damaged or no safetensors file"
     with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         size = os.fstat(file.fileno()).st_size
-        if start > min(8 + _LARGEST_JSON, size):
-            raise InputError(f"{damaged}: its header is to have {start - 8:,} bytes")
-        header = parsed(file.read(start - 8), damaged)
+        if length > min(_LARGEST_JSON, size - _LENGTH_BYTES):
+            raise InputError(f"{damaged}: it announces a header of {length:,} bytes")
+        header = parse_json(file.read(length), damaged)
+    start = _LENGTH_BYTES + length
     try:
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         end = start + max((entry["data_offsets"][1] for entry in tensors), default=0)
     except (AttributeError, LookupError, TypeError):
-        raise InputError(f"{damaged}: its header has another form") from None
+        raise InputError(f"{damaged}: its header is malformed") from None
     if end != size:
-        raise InputError(f"{damaged}: it has {size:,} bytes, and by its header {shown(end)}")
+        raise InputError(f"{damaged}: it has {size:,} bytes, its header describes {shown(end)}")
     return header, start
 
 
 def check_json_size(path: str | os.PathLike) -> None:
-    """Raise an InputError for a file that is to hold JSON and has more bytes than any needs."""
+    """Raise an InputError if a file has more bytes than any JSON that tnmoe reads."""
     if os.stat(path).st_size > _LARGEST_JSON:
-        raise InputError(f"{path} has more than {_LARGEST_JSON:,} bytes, which no JSON needs here")
+        raise InputError(f"{path} has more than {_LARGEST_JSON:,} bytes, too many for JSON")
 
 
-def _at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe that nobody writes into is empty, and not waited for."""
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe without a writer counts as empty."""
     if os.name == "nt":
         return os.open(path, flags)
     descriptor = os.open(path, flags | os.O_NONBLOCK)
@@ -110,14 +115,23 @@ def _at_once(path: str, flags: int) -> int:
     return descriptor
 
 
-def parsed(text: str | bytes, what: object) -> Any:
-    """What JSON says; an InputError that names ``what`` if it is none.
+def parse_json(text: str | bytes, source: object) -> Any:
+    """Parse JSON.
 
-    Also one for numbers of thousands of digits, and for lists in lists in lists.
+    Parameters
+    ----------
+    text : str or bytes
+    source : object
+        What the message of an error calls the text.
+
+    Raises
+    ------
+    InputError
+        If the text is not JSON, is nested too deeply, or holds a number of thousands of digits.
     """
     try:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError:
-        raise InputError(f"{what} is nested too deeply") from None
-    except ValueError as error:  # of characters, of JSON and of digits
-        raise InputError(f"{what} is not JSON: {error}") from error
+        raise InputError(f"{source} is nested too deeply") from None
+    except ValueError as error:  # from UTF-8, from JSON or from the limit on digits
+        raise InputError(f"{source} is not JSON: {error}") from error

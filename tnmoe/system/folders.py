@@ -1,81 +1,25 @@
-"""Files that appear whole or not at all, and folders that remember which files tnmoe wrote."""
+"""Folders that tnmoe makes: which of their files it wrote, and what may be replaced."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from uuid import uuid4
 
 from tnmoe.errors import InputError
+from tnmoe.system.durable import sync, write_atomically
 from tnmoe.system.files import read_json
+from tnmoe.system.tables import listed
 
-# Lies in every folder that tnmoe makes, and lists the files that it wrote there, with their sizes.
-# It is as old as each of them, to the instant.
-RECORD = ".tnmoe-files"
-
-# What systems answer that cannot sync a folder: Windows, or some network's file system.
-_NO_SYNC = {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
-
-
-def sync(path: Path) -> None:
-    """Wait until the bytes of a file, or the names in a folder, are on the disk.
-
-    A folder is left alone where it cannot be synced.
-
-    Raises
-    ------
-    OSError
-        If the disk fails.
-    """
-    is_folder = path.is_dir()
-    try:
-        # Windows syncs what it may write to, and nothing else.
-        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if not (is_folder and error.errno in _NO_SYNC):
-            raise
-
-
-def write_whole(path: Path, contents: bytes) -> None:
-    """Write a file through a sibling that takes its place, durably; on failure nothing is left.
-
-    A link is followed, and stays.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
-    InputError
-        If a device, a pipe or the like has that name.
-    """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise InputError(f"{path} is no ordinary file")
-    sibling = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with open(sibling, "xb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        sibling.replace(path)
-        sync(path.parent)
-    except BaseException as error:
-        sibling.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk's error names none
-        raise
+# The manifest lies in every folder that tnmoe makes. It lists the files that tnmoe wrote there,
+# with their sizes. Manifest and files have the same modification time, to the nanosecond.
+MANIFEST = ".tnmoe-files"
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Files, links and empty folders in a folder and its subfolders, as paths relative to it."""
+    """List files, links and empty folders below a folder, as paths relative to it."""
 
     def fail(error: OSError) -> None:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
@@ -88,78 +32,80 @@ def files_in(folder: Path) -> Iterator[Path]:
             yield Path(here).relative_to(folder)
 
 
-def write_record(folder: Path) -> None:
-    """List the files of a folder in its record: tnmoe wrote them all, and now.
+def remove_files(folder: Path, paths: Collection[Path]) -> None:
+    """Remove files, links and empty folders, and each subfolder that this leaves empty.
 
-    All of them are on the disk then, however they were written.
+    Parameters
+    ----------
+    folder : Path
+    paths : collection of Path
+        Relative to ``folder``.
     """
-    paths = sorted(path for path in files_in(folder) if path != Path(RECORD))
+    for path in paths:
+        absolute = folder / path
+        if absolute.is_symlink() or not absolute.is_dir():
+            absolute.unlink()
+    touched = {each for path in paths for each in (path, *path.parents)} - {Path()}
+    for absolute in sorted((folder / each for each in touched), reverse=True):  # deepest first
+        if absolute.is_dir() and not any(absolute.iterdir()):
+            absolute.rmdir()
+
+
+def write_manifest(folder: Path) -> None:
+    """Claim all files of a folder as written by tnmoe, and wait until they are on the disk."""
+    paths = sorted(path for path in files_in(folder) if path != Path(MANIFEST))
     sizes = {path.as_posix(): (folder / path).stat().st_size for path in paths}
-    write_whole(folder / RECORD, f"{json.dumps(sizes, indent=1)}\n".encode())
+    write_atomically(folder / MANIFEST, f"{json.dumps(sizes, indent=1)}\n".encode())
     now = time.time_ns()
-    for path in (*paths, Path(RECORD)):
+    for path in (*paths, Path(MANIFEST)):
         os.utime(folder / path, ns=(now, now))
         sync(folder / path)
     for subfolder in {parent for path in paths for parent in path.parents} | {Path()}:
         sync(folder / subfolder)
 
 
-def unrecorded(folder: Path) -> list[Path]:
-    """What lies in a folder that tnmoe did not write there, or that changed since.
+def foreign_files(folder: Path) -> list[Path]:
+    """List what tnmoe did not write in a folder, and what changed since tnmoe wrote it.
 
     Returns
     -------
     list of Path
-        Relative to the folder. Where there is no record, all that there is.
+        Relative to the folder. Without a manifest, everything in the folder is foreign.
     """
-    sizes = _recorded(folder)
-    # Of a folder whose files are gone by now, itself may be left.
-    places = {each for path in sizes for each in (path, *path.parents)}
+    sizes = _read_manifest(folder)
+    # A subfolder may remain after its files are gone.
+    listed = {each for path in sizes for each in (path, *path.parents)}
 
-    def is_ours(path: Path) -> bool:
-        where = folder / path
-        if where.is_symlink() or not where.is_file():
-            return path in places and where.is_dir() and not where.is_symlink()
-        return path == Path(RECORD) or _is_as_written(where, sizes.get(path), folder / RECORD)
+    def is_own(path: Path) -> bool:
+        absolute = folder / path
+        if absolute.is_symlink() or not absolute.is_file():
+            return path in listed and absolute.is_dir() and not absolute.is_symlink()
+        return path == Path(MANIFEST) or _is_unchanged(absolute, sizes.get(path), folder / MANIFEST)
 
-    return sorted(path for path in files_in(folder) if not is_ours(path))
-
-
-def remove(folder: Path, paths: Collection[Path]) -> None:
-    """Remove files, links and empty folders of a folder, and the subfolders that they leave empty.
-
-    Paths are relative to it.
-    """
-    for path in paths:
-        where = folder / path
-        if where.is_symlink() or not where.is_dir():
-            where.unlink()
-    touched = {each for path in paths for each in (path, *path.parents)} - {Path()}
-    for where in sorted((folder / each for each in touched), reverse=True):  # deepest first
-        if where.is_dir() and not any(where.iterdir()):
-            where.rmdir()
+    return sorted(path for path in files_in(folder) if not is_own(path))
 
 
-def remove_recorded(folder: Path) -> None:
-    """Remove what tnmoe wrote in a folder, and the folder if nothing else is in it."""
-    foreign = set(unrecorded(folder))
-    remove(folder, [path for path in files_in(folder) if path not in {*foreign, Path(RECORD)}])
+def remove_own_files(folder: Path) -> None:
+    """Remove what tnmoe wrote in a folder, and the folder itself if nothing else is in it."""
+    foreign = set(foreign_files(folder))
+    kept = {*foreign, Path(MANIFEST)}
+    remove_files(folder, [path for path in files_in(folder) if path not in kept])
     if not foreign:
-        # Last, so that whoever is stopped on the way can go on.
+        # The manifest goes last: a process that is stopped before that can start again.
         sync(folder)
-        (folder / RECORD).unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         folder.rmdir()
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise an InputError if a folder cannot be made there, or something to keep would be lost.
+    """Raise an InputError if a folder cannot be made there, or if that would lose files.
 
     Parameters
     ----------
     target : Path
-        Absolute, without links.
+        Absolute, with links resolved.
     overwrite : bool
-        Whether what tnmoe wrote may be replaced.
+        Whether files that tnmoe wrote may be replaced.
     """
     if target.is_symlink():
         raise InputError(f"{target} is a link that leads to itself")
@@ -182,40 +128,44 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise InputError(
             f"{target} is not empty: choose another folder, or pass overwrite=True (--overwrite)"
         )
-    check_recorded(target)
+    check_no_foreign_files(target)
 
 
-def check_recorded(target: Path, folder: Path | None = None) -> None:
+def check_no_foreign_files(target: Path, folder: Path | None = None) -> None:
     """Raise an InputError if a folder holds anything that tnmoe did not write there.
 
-    ``folder`` is where the target is for the moment, if not in its place.
+    Parameters
+    ----------
+    target : Path
+        The folder's name in the message.
+    folder : Path, optional
+        Where the folder lies now, if it was moved away from ``target``.
     """
-    if names := unrecorded(folder or target):
-        listed = ", ".join(map(str, names[:4])) + (f" and {len(names) - 4} more" * (len(names) > 4))
+    if paths := foreign_files(folder or target):
         raise InputError(
-            f"{target} holds what tnmoe did not write there, or what changed since: {listed}; "
-            "move it, or choose another folder"
+            f"{target} holds what tnmoe did not write there, or what changed since: "
+            f"{listed(paths)}; move it, or choose another folder"
         )
 
 
 def _is_mount_point(folder: Path) -> bool:
     if os.path.ismount(folder):
         return True
-    # Linux also mounts folders of the same disk, which only this list shows.
+    # Linux can also mount a folder of the same disk. Only this list shows that.
     mounts = Path("/proc/self/mountinfo")
     lines = mounts.read_text(errors="replace").splitlines() if mounts.exists() else []
     return str(folder).replace(" ", r"\040") in {line.split()[4] for line in lines}
 
 
-def _recorded(folder: Path) -> dict[Path, int]:
-    """Files that tnmoe wrote in a folder, with their sizes."""
+def _read_manifest(folder: Path) -> dict[Path, int]:
+    """Return the size of each file that tnmoe wrote in a folder; empty without a sound manifest."""
     try:
-        return {Path(name): size for name, size in read_json(folder / RECORD).items()}
+        return {Path(name): size for name, size in read_json(folder / MANIFEST).items()}
     except (OSError, InputError):
         return {}
 
 
-def _is_as_written(path: Path, size: object, record: Path) -> bool:
-    """Whether a file is the one that was recorded: one put in its place is of another time."""
+def _is_unchanged(path: Path, size: object, manifest: Path) -> bool:
+    """Check that a file has its listed size and the manifest's time: a replacement has another."""
     status = path.stat()
-    return status.st_size == size and status.st_mtime_ns == record.stat().st_mtime_ns
+    return status.st_size == size and status.st_mtime_ns == manifest.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Work that one process does at a time."""
+"""Locks that admit a single process at a time."""
 
 from __future__ import annotations
 
@@ -13,53 +13,55 @@ from filelock import FileLock, Timeout
 
 from tnmoe.errors import InputError, reason
 
-# To make a lock's folder, which others remove when they are done.
-_TRIES = 100
+# Attempts to make the folder of a lock: another process may remove it when its own work ends.
+_ATTEMPTS = 100
 
-# Characters of an owner's name at most.
-_NAME = 200
+# Characters of an owner's name that a message shows, at most.
+_NAME_LENGTH = 200
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock while the block runs, or refuse at once.
+def locked(path: Path, resource: str) -> Iterator[None]:
+    """Hold a lock while the block runs; raise at once if another process holds it.
 
-    The operating system frees the lock of a process that ends, however it ends. Where a file
-    system has no locks, the file itself is the lock, and one of a process that has died on this
-    machine is taken over.
+    The operating system frees the lock of a process that ends, however it ends. On a file system
+    without locks, the existence of the file is the lock; a lock that a dead process of this
+    machine left is taken over.
 
     Parameters
     ----------
     path : Path
-        File that stands for the lock; it is removed in the end. Its folder is made.
-    what : str
-        What is locked, for the message.
+        File that stands for the lock; it is removed in the end. Its folder is made if needed.
+    resource : str
+        Name of what the lock protects, for messages.
 
     Raises
     ------
     InputError
-        If another process, or this one, holds it, and the message names the process; if there
-        can be no such file.
+        If another process, or this one, holds the lock (the message names the process), or the
+        file cannot be made.
     """
     lock = FileLock(path)
     owner = path.with_name(f"{path.name}-owner")
-    _acquire(lock, path, owner, what)
+    _acquire(lock, path, owner, resource)
     try:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        with suppress(OSError):  # on a full disk it holds without a name
-            owner.unlink(missing_ok=True)  # whatever it is: a pipe would wait for a reader
+        with suppress(OSError):  # on a full disk the lock holds without a name
+            owner.unlink(missing_ok=True)  # a pipe of that name would wait for a reader
             owner.write_text(name, "utf-8")
         yield
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)  # while it is held: later it may be another's
+            path.unlink(
+                missing_ok=True
+            )  # before the release: after it, the file may be another process's
         lock.release()
 
 
-def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
-    for left in reversed(range(_TRIES)):
+def _acquire(lock: FileLock, path: Path, owner: Path, resource: str) -> None:
+    for attempts_left in reversed(range(_ATTEMPTS)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
@@ -67,17 +69,17 @@ def _acquire(lock: FileLock, path: Path, owner: Path, what: str) -> None:
         except Timeout as error:
             name = "another process"
             with suppress(OSError):
-                name = _start_of(owner) or name
-            raise InputError(f"{what} is in use by {name}: wait, or stop it") from error
+                name = _owner_name(owner) or name
+            raise InputError(f"{resource} is in use by {name}: wait, or stop it") from error
         except OSError as error:
-            # Whoever held the lock may have removed its folder just now, also while it was made.
-            if not (left and isinstance(error, FileNotFoundError | FileExistsError)):
+            # The last holder may have removed the folder between these two lines, or within mkdir.
+            if not (attempts_left and isinstance(error, FileNotFoundError | FileExistsError)):
                 raise InputError(f"cannot write to {path.parent}: {reason(error)}") from error
 
 
-def _start_of(path: Path) -> str:
-    """The first characters of an ordinary file; of anything else there are none."""
+def _owner_name(path: Path) -> str:
+    """Return the name that the holder of a lock wrote; empty without a regular file."""
     if not path.is_file():
         return ""
     with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(_NAME)
+        return file.read(_NAME_LENGTH)

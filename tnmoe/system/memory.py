@@ -1,4 +1,4 @@
-"""Lack of memory: told from other errors, with what the memory was for."""
+"""Errors for lack of memory: recognised, and explained by what the memory was for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# How torch, the libraries that it calls, JAX and the system say it in errors of a general kind.
+# Words by which torch, its libraries, JAX and the system report it in errors of a general type.
 _PHRASES = (
     "out of memory",
     "can't allocate memory",
@@ -18,37 +18,38 @@ _PHRASES = (
 )
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error is for lack of memory, of a CPU or of another device."""
+def is_memory_error(error: BaseException) -> bool:
+    """Check whether an error reports lack of memory, on the CPU or on another device."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    said = isinstance(error, RuntimeError) and any(one in str(error).lower() for one in _PHRASES)
-    return said or isinstance(error, MemoryError)
+    if isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _PHRASES):
+        return True
+    return isinstance(error, MemoryError)
 
 
 @contextmanager
-def memory_for(what: str) -> Iterator[None]:
-    """Note in an error for lack of memory what it was for; the error stays the same.
+def explain_memory_error(purpose: str) -> Iterator[None]:
+    """Add a note to an error for lack of memory that leaves the block, and raise it again.
 
     Parameters
     ----------
-    what : str
-        What the block does, and how much that takes.
+    purpose : str
+        What the block does, and how much memory that takes.
     """
     try:
         yield
     except Exception as error:
-        if lacks_memory(error):
-            error.add_note(what)
+        if is_memory_error(error):
+            error.add_note(purpose)
         raise
 
 
-def told_in_a_line(error: BaseException) -> str:
-    """What lacked memory: the notes of the error, or its own first line if there are none."""
-    said = str(error).strip().splitlines()[:1]
-    return "; ".join(getattr(error, "__notes__", None) or said or ["no more is known"])
+def memory_error_summary(error: BaseException) -> str:
+    """Say in one line what lacked memory: the notes of the error, or else its own first line."""
+    first_line = str(error).strip().splitlines()[:1]
+    return "; ".join(getattr(error, "__notes__", None) or first_line or ["no more is known"])
 
 
 def in_gigabytes(num_bytes: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes, with two digits and the unit."""
     return f"{num_bytes / 1e9:.2g} GB"

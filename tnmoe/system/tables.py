@@ -1,13 +1,16 @@
-"""Plain-text tables, for reports that people read in a terminal or a log."""
+"""Plain-text tables and lists, for messages and for reports in a terminal or a log."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# Names that a message lists.
+_MOST_NAMES = 4
+
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Align columns: the first to the left, numbers to the right, integers with thousands marks.
+    """Lay out a table: the first column to the left, the others to the right, 1234 as 1,234.
 
     Examples
     --------
@@ -30,8 +33,21 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     )
 
 
+def listed(names: Iterable[object]) -> str:
+    """Join the first few names in alphabetical order, and count the rest.
+
+    Examples
+    --------
+    >>> listed("edcba")
+    'a, b, c, d and 1 more'
+    """
+    ordered = sorted(map(str, names))
+    rest = len(ordered) - _MOST_NAMES
+    return ", ".join(ordered[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def shortened(items: Iterable[Any], most: int = 3) -> str:
-    """Items as a list prints them, those after the first few only counted."""
+    """Print items as a list does, and of many only the first few and their number."""
     items = list(items)
     shown = ", ".join(map(repr, items[:most]))
     return f"[{shown}, … {len(items)} in all]" if len(items) > most else f"[{shown}]"

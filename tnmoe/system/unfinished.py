@@ -1,4 +1,4 @@
-"""A folder in the making: beside its place, by one process at a time, whole or not in place."""
+"""A folder that one process at a time makes beside its target, and moves there once it is whole."""
 
 from __future__ import annotations
 
@@ -9,43 +9,48 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tnmoe.errors import InputError
+from tnmoe.system.durable import sync, write_atomically
 from tnmoe.system.folders import (
-    check_recorded,
+    check_no_foreign_files,
     check_target,
-    remove_recorded,
-    sync,
-    write_record,
-    write_whole,
+    remove_own_files,
+    write_manifest,
 )
 from tnmoe.system.locks import locked
 
-# Bytes of a journal, which has a line per piece: a larger one is none.
-_LARGEST = 100_000_000
+# Largest journal in bytes. A journal has one line per step; a larger file is no journal.
+_LARGEST_JOURNAL = 100_000_000
 
-# The journal's last line: all is in the new folder, which may have moved.
+# Last line of the journal: the new folder is whole. It may have moved to the target already.
 _WHOLE = "whole"
 
 
-class Work:
-    """What is being made of a folder, in ``TARGET.partial``.
+class UnfinishedFolder:
+    """A new folder on its way to its target, kept in ``TARGET.partial`` until it is whole.
 
-    That folder holds a lock; a journal, whose first line says what is being made and whose others
-    what is done; the new folder, while it is not in place; and the old one, while it is being
-    replaced. A process that is killed loses the lock and nothing else: from the rest, the next
-    one knows where to go on. After a power cut, too: what a line of the journal tells of is on the
-    disk before the line is, and the line before whatever relies on it.
+    ``TARGET.partial`` holds four things:
+
+    - a lock;
+    - a journal: its first line states the purpose of the folder, the lines after it list the
+      steps that are done;
+    - the new folder, until it moves to the target;
+    - the old folder, while the new one replaces it.
+
+    A killed process loses the lock and nothing else: the next process reads from the rest where
+    to resume. The same holds after a power cut. The files that a line of the journal declares done
+    are on the disk before the line is, and the line is before any step that relies on it.
 
     Parameters
     ----------
     target : path
-        Folder to make. A link is followed, and stays.
+        Folder to make. If it is a link, the folder that it leads to is made and the link stays.
 
     Attributes
     ----------
     target : Path
-        Without links.
-    folder : Path
-        Where the work lies.
+        With links resolved.
+    partial : Path
+        ``TARGET.partial``.
     new : Path
         The folder to fill, which :meth:`begin` makes.
     """
@@ -54,139 +59,149 @@ class Work:
         self.target = Path(os.path.realpath(target))
         if not self.target.name:
             raise InputError(f"{self.target} cannot be replaced: choose another folder")
-        self.folder = self.target.with_name(f"{self.target.name}.partial")
-        self.new = self.folder / "new"
-        self._old = self.folder / "old"
-        self._journal = self.folder / ".tnmoe-journal"
+        self.partial = self.target.with_name(f"{self.target.name}.partial")
+        self.new = self.partial / "new"
+        self._old = self.partial / "old"
+        self._journal = self.partial / ".tnmoe-journal"
 
     @contextmanager
-    def alone(self) -> Iterator[str | None]:
-        """Keep other processes from the work while the block runs, and go on where one died.
+    def lock(self) -> Iterator[str | None]:
+        """Keep other processes out while the block runs, and complete a move that broke off.
 
         Yields
         ------
         str or None
-            What an earlier process put in place, if it died before it could say so.
+            The purpose of a folder that an earlier process moved to the target, if that process
+            died right after the move.
 
         Raises
         ------
         InputError
-            If another process is at work there, the place cannot be written to, or something else
-            is in the way.
+            If another process holds the lock, ``TARGET.partial`` cannot be written to, or
+            something else has that name.
         """
-        missing = [each for each in self.folder.parents if not each.exists()]
-        made = (self.new, self._old)
-        self._check_place(*made)
+        missing = [parent for parent in self.partial.parents if not parent.exists()]
+        subfolders = (self.new, self._old)
+        self._check_partial(*subfolders)
         try:
-            with locked(self.folder / ".tnmoe-lock", str(self.target)):
-                # These folders are made after the journal and removed before it.
-                self._check_place(*(made if self._journal.is_file() else ()))
+            with locked(self.partial / ".tnmoe-lock", str(self.target)):
+                # The subfolders are made after the journal and removed before it.
+                self._check_partial(*(subfolders if self._journal.is_file() else ()))
                 for folder in missing:
                     sync(folder.parent)
-                yield self._settle()
+                yield self._complete_move()
         finally:
-            # What was made for this alone goes; a folder that holds something cannot be removed.
+            # Remove the folders that were made for the lock; rmdir spares folders with contents.
             with suppress(OSError):
-                for folder in (self.folder, *missing):
+                for folder in (self.partial, *missing):
                     folder.rmdir()
 
-    def _check_place(self, *folders: Path) -> None:
-        """Raise an InputError if there is anything but these folders and files of this class."""
+    def _check_partial(self, *subfolders: Path) -> None:
+        """Raise an InputError if ``TARGET.partial`` holds anything else than an unfinished folder.
+
+        Parameters
+        ----------
+        subfolders : Path
+            Subfolders that it may hold.
+        """
         try:
-            names = set(os.listdir(self.folder)) - {folder.name for folder in folders}
+            names = set(os.listdir(self.partial)) - {folder.name for folder in subfolders}
         except FileNotFoundError:
             names = set()
         except NotADirectoryError:
-            # The folder itself, or what should hold it, is a file.
-            names = {self.folder.name} if self.folder.exists() else set()
-        if self.folder.is_symlink() or not all(_is_ours(name) for name in names):
-            raise InputError(f"{self.folder} is in the way")
+            # A file has the name of the folder itself, or of one of its parents.
+            names = {self.partial.name} if self.partial.exists() else set()
+        if self.partial.is_symlink() or not all(_is_own_name(name) for name in names):
+            raise InputError(f"{self.partial} is in the way")
 
-    def begun(self) -> list[str]:
-        """Lines of the journal: what is being made, and what of it is done."""
-        return _lines(self._journal)
+    def journal(self) -> list[str]:
+        """Return the lines of the journal: the purpose, then the steps that are done."""
+        return _read_lines(self._journal)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the new folder has all that it is to have."""
-        return self.begun()[-1:] == [_WHOLE] and self.new.is_dir()
+        """Whether the new folder is complete, and still in ``TARGET.partial``."""
+        return self.journal()[-1:] == [_WHOLE] and self.new.is_dir()
 
     def begin(self, purpose: str) -> None:
-        """Make the new folder, empty, and the journal."""
+        """Make an empty new folder, and a journal with this purpose as its first line."""
         self.discard()
         try:
-            sync(self.folder.parent)
-            write_whole(self._journal, _as_text([purpose]))
+            sync(self.partial.parent)
+            write_atomically(self._journal, _as_text([purpose]))
             self.new.mkdir()
-            sync(self.folder)
+            sync(self.partial)
         except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error.strerror}") from error
+            raise InputError(f"cannot write to {self.partial}: {error.strerror}") from error
 
-    def go_on(self) -> None:
-        """Prepare to add to the journal: a line that broke off goes."""
-        write_whole(self._journal, _as_text(self.begun()))
+    def resume(self) -> None:
+        """Prepare the journal for more lines: drop a line that broke off while it was written."""
+        write_atomically(self._journal, _as_text(self.journal()))
 
-    def note(self, line: str) -> None:
-        """Add a line to the journal; what it tells of has to be on the disk by now."""
+    def mark_done(self, step: str) -> None:
+        """Add a step to the journal; what the step wrote has to be on the disk already."""
         with open(self._journal, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+            file.write(f"{step}\n")
         sync(self._journal)
 
     def discard(self) -> None:
         """Remove the new folder and the journal."""
         if self.new.exists() or self._old.exists():
             if self._journal.exists():
-                os.truncate(self._journal, 0)  # whoever is stopped here has begun nothing
+                # With an empty journal, a process that is stopped here has nothing to resume.
+                os.truncate(self._journal, 0)
                 sync(self._journal)
             if self.new.exists():
                 shutil.rmtree(self.new)
-                sync(self.folder)
+                sync(self.partial)
         if not self._old.exists():
-            # Also what is left of a journal that broke off while it was written.
-            for path in self.folder.glob(f"*{self._journal.name}*"):
+            # The pattern also matches the temporary file of a journal that was being written.
+            for path in self.partial.glob(f"*{self._journal.name}*"):
                 path.unlink()
-        sync(self.folder)
+        sync(self.partial)
 
-    def put_in_place(self, overwrite: bool) -> None:
-        """Move the new folder to the target; what was there goes once the new one is in place.
+    def move_to_target(self, overwrite: bool) -> None:
+        """Move the new folder to the target; then remove the folder that it replaces.
 
-        What appeared there meanwhile is never replaced, nor what tnmoe did not write.
+        Files that appear at the target meanwhile are never replaced, nor files that tnmoe did not
+        write.
 
         Parameters
         ----------
         overwrite : bool
-            Replace what tnmoe wrote there.
+            Replace files that tnmoe wrote.
 
         Raises
         ------
         InputError
-            If something to keep is there.
+            If the target holds files that must not be replaced.
         OSError
-            If moving fails. In both cases the target is as it was, and the work remains.
+            If the move fails. After either error the target is as it was, and the new folder is
+            still in ``TARGET.partial``.
         """
         if not self.is_whole:
-            write_record(self.new)
-            self.note(_WHOLE)
+            write_manifest(self.new)
+            self.mark_done(_WHOLE)
         check_target(self.target, overwrite)
         try:
             if self.target.is_dir() and any(self.target.iterdir()):
                 self.target.rename(self._old)
-                # Something may have come since the check; nothing comes to a folder that is away.
-                check_recorded(self.target, self._old)
-            self._move()
+                # A file may have come since the check. Once the folder is away, none can.
+                check_no_foreign_files(self.target, self._old)
+            self._move_new()
         except BaseException as failure:
-            self._put_back(failure)
+            self._restore_old(failure)
             raise
-        self._settle()
+        self._complete_move()
 
-    def _move(self) -> None:
+    def _move_new(self) -> None:
         try:
             _rename(self.new, self.target)
         except OSError:
             check_target(self.target, overwrite=False)
             raise
 
-    def _put_back(self, failure: BaseException) -> None:
+    def _restore_old(self, failure: BaseException) -> None:
         if not (self._old.exists() and self.new.exists()):
             return
         try:
@@ -197,15 +212,21 @@ class Work:
                 f"it is now {self._old}"
             ) from failure
 
-    def _settle(self) -> str | None:
-        """Finish the moving of folders, and tell what is in place now."""
-        begun = self.begun()
-        moved = begun[-1:] == [_WHOLE] and not self.new.exists()
+    def _complete_move(self) -> str | None:
+        """Remove the old folder or put it back, whichever is due.
+
+        Returns
+        -------
+        str or None
+            The purpose of the new folder, if it is at the target.
+        """
+        journal = self.journal()
+        moved = journal[-1:] == [_WHOLE] and not self.new.exists()
         if moved:
-            self._sync_names()  # before the only other copy goes
+            self._sync_names()  # before the only other copy is removed
         if self._old.exists():
             if moved:
-                remove_recorded(self._old)
+                remove_own_files(self._old)
             elif self.target.exists():
                 raise InputError(f"{self._old} is what {self.target} was before: move it away")
             else:
@@ -214,30 +235,30 @@ class Work:
         if not moved:
             return None
         self.discard()
-        return begun[0] if self.target.is_dir() else None
+        return journal[0] if self.target.is_dir() else None
 
     def _sync_names(self) -> None:
-        """Wait until it is on the disk which folder is where."""
-        sync(self.folder)
+        """Wait until renamed folders have their new names on the disk."""
+        sync(self.partial)
         sync(self.target.parent)
 
 
-def _is_ours(name: str) -> bool:
+def _is_own_name(name: str) -> bool:
     return name.lstrip(".").startswith("tnmoe-")
 
 
 def _rename(folder: Path, target: Path) -> None:
-    """Rename a folder; nothing is replaced but an empty folder, and an OSError says so."""
+    """Rename a folder; an OSError says that the target exists, unless it is an empty folder."""
     try:
         folder.rename(target)
     except FileExistsError:
-        target.rmdir()  # Windows does not replace an empty folder either
+        target.rmdir()  # Windows does not replace an empty folder
         folder.rename(target)
 
 
-def _lines(journal: Path) -> list[str]:
-    """Whole lines of a journal: one that was being written when the work broke off is none."""
-    if not journal.is_file() or journal.stat().st_size > _LARGEST:
+def _read_lines(journal: Path) -> list[str]:
+    """Return the complete lines of a journal, without a last one that broke off."""
+    if not journal.is_file() or journal.stat().st_size > _LARGEST_JOURNAL:
         return []
     return journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 

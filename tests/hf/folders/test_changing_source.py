@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import tnmoe as tn
-from tnmoe.hf.folders.checkpoint import Checkpoint, ShardWriter
-from tnmoe.hf.folders.conversion import Conversion, Piece, copies
-from tnmoe.system.unfinished import Work
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.shards import ShardWriter
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece, copy_pieces
+from tnmoe.system.unfinished import UnfinishedFolder
 
 
 @pytest.fixture
@@ -31,15 +33,15 @@ def source(tmp_path):
     return folder
 
 
-def plan(folder):
+def prepare(folder):
     source = Checkpoint(folder)
     piece = Piece("d", ("d",), {"d": source.specs["d"]}, lambda: {"d": -source.load("d")})
-    return Conversion(source, (*copies(source, {name: name for name in "abc"}), piece), {})
+    return Conversion(source, (*copy_pieces(source, {name: name for name in "abc"}), piece), {})
 
 
 def rewrite(path):
-    """In place, with its size and time."""
-    time.sleep(0.02)  # systems count times in ticks
+    """Change a file in place, and keep its size and time."""
+    time.sleep(0.02)  # file systems count times in ticks
     status = path.stat()
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -47,7 +49,7 @@ def rewrite(path):
 
 
 def replace(path):
-    """By another file of its size and time."""
+    """Put another file of the same size and time in its place."""
     shutil.copy2(path, path.with_suffix(".other"))
     rewrite(path.with_suffix(".other"))
     path.with_suffix(".other").replace(path)
@@ -74,7 +76,7 @@ CHANGES = [rewrite, replace, touch, truncate, grow, remove]
 
 
 def before_it_begins(monkeypatch, change):
-    monkeypatch.setattr(Work, "begin", first(change, Work.begin))
+    monkeypatch.setattr(UnfinishedFolder, "begin", first(change, UnfinishedFolder.begin))
 
 
 def before_the_first_piece(monkeypatch, change):
@@ -125,10 +127,10 @@ def once(change, path):
 @pytest.mark.parametrize(
     "name", ["model-2.safetensors", "config.json", "model.safetensors.index.json"]
 )
-def test_what_a_conversion_is_planned_by_may_not_change(
+def test_a_file_that_changes_during_a_run_is_named(
     name, change, moment, source, tmp_path, monkeypatch
 ):
-    whole = plan(source)
+    whole = prepare(source)
     with monkeypatch.context() as patch:
         moment(patch, once(change, source / name))
         with pytest.raises(tn.InputError, match=rf"{name} (has changed since it was|ends within)"):
@@ -138,8 +140,8 @@ def test_what_a_conversion_is_planned_by_may_not_change(
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_small_files_are_those_of_one_moment(change, moment, source, tmp_path, monkeypatch):
-    whole = plan(source)
+def test_companion_files_are_all_of_the_same_moment(change, moment, source, tmp_path, monkeypatch):
+    whole = prepare(source)
     with monkeypatch.context() as patch:
         moment(patch, once(change, source / "tokenizer.json"))
         with pytest.raises(
@@ -149,20 +151,20 @@ def test_small_files_are_those_of_one_moment(change, moment, source, tmp_path, m
             whole.run(tmp_path / "target")
     calls = []
     whole.run(tmp_path / "target", on_progress=lambda *done: calls.append(done))
-    assert len(calls) == 1  # nothing is made again
+    assert len(calls) == 1  # no piece is made again
     made, now = tmp_path / "target" / "tokenizer.json", source / "tokenizer.json"
     assert made.exists() == now.exists()
     assert change is remove or made.read_bytes() == now.read_bytes()
 
 
 @pytest.mark.parametrize("change", CHANGES[:-3])
-def test_work_of_a_source_that_changed_since_is_not_gone_on_with(change, source, tmp_path):
+def test_a_run_does_not_resume_after_a_change_of_the_source(change, source, tmp_path):
     def stop(done, total):
         if done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plan(source).run(tmp_path / "target", on_progress=stop)
+        prepare(source).run(tmp_path / "target", on_progress=stop)
     change(source / "model-2.safetensors")
     with pytest.raises(tn.InputError, match="unfinished work of another conversion"):
-        plan(source).run(tmp_path / "target")
+        prepare(source).run(tmp_path / "target")

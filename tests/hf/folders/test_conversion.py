@@ -1,4 +1,4 @@
-"""Conversions are whole or not there, the same whatever happened, and need little memory."""
+"""Conversions make whole folders or none, the same bytes in every case, with little memory."""
 
 import errno
 import hashlib
@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 import tnmoe as tn
 from tnmoe import hf
-from tnmoe.hf.folders import conversion
-from tnmoe.hf.folders.checkpoint import Checkpoint
-from tnmoe.hf.folders.conversion import Piece
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.shards import ShardWriter
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece
 from tnmoe.system import unfinished
 
 CONFIG = hf.MPOEConfig(num_experts=2, sites=3, expert_noise=0.1)
@@ -28,7 +29,7 @@ CONFIG = hf.MPOEConfig(num_experts=2, sites=3, expert_noise=0.1)
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A Llama of eight layers, as a folder with a tokenizer's file and others."""
+    """A folder with a Llama of eight layers, a tokenizer and files that nobody should copy."""
     folder = tmp_path_factory.mktemp("dense") / "model"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -48,7 +49,7 @@ def dense(tmp_path_factory):
 
 
 def contents(folder):
-    """Every file of a folder, with a number that stands for its bytes."""
+    """Hashes of all files of a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -58,13 +59,13 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(dense, tmp_path_factory):
-    """What a run makes that nothing came in between."""
+    """Hashes of the files that an uninterrupted run makes."""
     target = tmp_path_factory.mktemp("whole") / "target"
     hf.prepare_upcycle(dense, CONFIG).run(target, shard_bytes=20_000, jobs=1)
     return contents(target)
 
 
-def test_the_files_beside_the_weights_come_along_and_nothing_else(undisturbed):
+def test_companion_files_are_copied_and_nothing_else(undisturbed):
     shards = [name for name in undisturbed if name.startswith("model-")]
     assert len(shards) > 3
     assert set(undisturbed) == {
@@ -74,12 +75,12 @@ def test_the_files_beside_the_weights_come_along_and_nothing_else(undisturbed):
 
 
 @pytest.mark.parametrize("jobs", [2, 5])
-def test_the_bytes_do_not_depend_on_how_many_work_at_a_time(jobs, dense, undisturbed, tmp_path):
+def test_the_bytes_do_not_depend_on_the_number_of_jobs(jobs, dense, undisturbed, tmp_path):
     threads = torch.get_num_threads()
     hf.prepare_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000, jobs=jobs)
     assert contents(tmp_path / "target") == undisturbed
     assert torch.get_num_threads() == threads
-    with ThreadPoolExecutor(1) as later:  # threads to come are as they would have been
+    with ThreadPoolExecutor(1) as later:  # later threads use as many cores as before
         assert later.submit(torch.get_num_threads).result() == threads
 
 
@@ -104,13 +105,13 @@ def kill(dense, target, after):
     assert done.returncode == -signal.SIGKILL
 
 
-def test_a_run_that_was_killed_goes_on_and_makes_the_same_bytes(dense, undisturbed, tmp_path):
+def test_a_killed_run_resumes_and_makes_the_same_bytes(dense, undisturbed, tmp_path):
     target, part = tmp_path / "target", tmp_path / "target.partial"
     source = contents(dense)
     kill(dense, target, after=4)
     assert part.is_dir()
     assert not target.exists()
-    # What is done is not done again, and what broke off within a line does not count.
+    # Finished pieces are not made again, and an incomplete line does not count.
     journal = part / ".tnmoe-journal"
     with open(journal, "a") as file:
         file.write("model.layers.6.ml")
@@ -126,7 +127,7 @@ def test_a_run_that_was_killed_goes_on_and_makes_the_same_bytes(dense, undisturb
 
 
 @pytest.mark.parametrize("line", [0, 1, 2])
-def test_a_run_that_broke_off_at_its_beginning_goes_on(line, dense, undisturbed, tmp_path):
+def test_a_run_that_was_killed_at_its_beginning_resumes(line, dense, undisturbed, tmp_path):
     kill(dense, tmp_path / "target", after=1)
     journal = tmp_path / "target.partial" / ".tnmoe-journal"
     lines = journal.read_text().splitlines(keepends=True)
@@ -139,8 +140,8 @@ def test_a_run_that_broke_off_at_its_beginning_goes_on(line, dense, undisturbed,
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_that_broke_off_at_its_very_end_is_done(overwrite, dense, undisturbed, tmp_path):
-    """When all was in its place, and an earlier result not yet removed."""
+def test_a_run_that_was_killed_after_the_move_is_done(overwrite, dense, undisturbed, tmp_path):
+    """The new folder was in its place, and the old one not yet removed."""
     target = tmp_path / "target"
     hf.prepare_upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3)).run(target)
 
@@ -151,43 +152,43 @@ def test_a_run_that_broke_off_at_its_very_end_is_done(overwrite, dense, undistur
         (folder / "config.json").unlink()
         raise StoppedError
 
-    plan = hf.prepare_upcycle(dense, CONFIG)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unfinished, "remove_recorded", stop)
+        patch.setattr(unfinished, "remove_own_files", stop)
         with pytest.raises(StoppedError):
-            plan.run(target, overwrite=True, shard_bytes=20_000)
-    files = plan.run(target, overwrite=overwrite, shard_bytes=20_000)
+            conversion.run(target, overwrite=True, shard_bytes=20_000)
+    files = conversion.run(target, overwrite=overwrite, shard_bytes=20_000)
     assert contents(tmp_path / "target") == undisturbed
     assert all(file.is_file() for file in files)
     assert os.listdir(tmp_path) == ["target"]
     with pytest.raises(tn.InputError, match="is not empty"):
-        plan.run(target, shard_bytes=20_000)
+        conversion.run(target, shard_bytes=20_000)
 
 
 def test_a_folder_that_cannot_be_moved_into_place_is_kept(dense, tmp_path):
     def refuse(part, target):
         raise PermissionError(13, "Permission denied", str(target))
 
-    plan = hf.prepare_upcycle(dense, CONFIG)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(
             tn.InputError, match=r"target: Permission denied; the same call goes on"
         ):
-            plan.run(tmp_path / "target")
+            conversion.run(tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["target.partial"]
     calls = []
-    plan.run(tmp_path / "target", on_progress=lambda *done: calls.append(done))
+    conversion.run(tmp_path / "target", on_progress=lambda *done: calls.append(done))
     assert not calls
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_second_run_with_the_same_target_is_refused_by_name(
+def test_a_second_run_with_the_same_target_is_refused_and_names_the_first(
     overwrite, dense, undisturbed, tmp_path
 ):
-    """At any time of the first, by the same thread, another one or another process."""
-    plan, other = (
+    """At every moment of the first run, in the same thread, another thread and another process."""
+    conversion, other = (
         hf.prepare_upcycle(dense, CONFIG),
         hf.prepare_upcycle(dense, hf.MPOEConfig(sites=3)),
     )
@@ -195,73 +196,77 @@ def test_a_second_run_with_the_same_target_is_refused_by_name(
     message = rf"target is in use by process {os.getpid()} on .* since \d{{4}}-"
 
     def again(done, total):
-        for each in (plan, other):
+        for each in (conversion, other):
             with pytest.raises(tn.InputError, match=message):
                 each.run(target, shard_bytes=20_000, overwrite=overwrite)
         with (
             ThreadPoolExecutor(1) as thread,
             pytest.raises(tn.InputError, match=message),
         ):
-            thread.submit(plan.run, target, overwrite=overwrite).result()
+            thread.submit(conversion.run, target, overwrite=overwrite).result()
         if done == total and not overwrite:
             command = [sys.executable, "-c", KILLED, dense, target, "100"]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             assert f"in use by process {os.getpid()} on" in process.stderr
 
-    plan.run(target, shard_bytes=20_000, on_progress=again)
+    conversion.run(target, shard_bytes=20_000, on_progress=again)
     assert contents(target) == undisturbed
     assert os.listdir(tmp_path) == ["target"]
 
 
-def test_an_error_of_whoever_watches_leaves_begun_work_alone(dense, undisturbed, tmp_path):
+def test_an_error_of_the_callback_leaves_the_unfinished_folder_alone(dense, undisturbed, tmp_path):
     def watch(done, total):
         if done > total / 2:
-            raise tn.InputError("the watcher's own")
+            raise tn.InputError("the callback's own")
 
-    plan = hf.prepare_upcycle(dense, CONFIG)
-    with pytest.raises(tn.InputError, match="the watcher's own"):
-        plan.run(tmp_path / "target", shard_bytes=20_000, on_progress=watch)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
+    with pytest.raises(tn.InputError, match="the callback's own"):
+        conversion.run(tmp_path / "target", shard_bytes=20_000, on_progress=watch)
     begun = []
-    plan.run(
+    conversion.run(
         tmp_path / "target", shard_bytes=20_000, on_progress=lambda *done: begun.append(done[0])
     )
     assert begun[0] > 0
     assert contents(tmp_path / "target") == undisturbed
 
 
-def test_a_run_that_breaks_off_leaves_no_threads_at_work(dense, tmp_path):
+def test_an_interrupted_run_leaves_no_threads_at_work(dense, tmp_path):
     def watch(done, total):
         if done:
             raise KeyboardInterrupt
 
     before = torch.get_num_threads(), threading.active_count()
-    with pytest.raises(KeyboardInterrupt) as held:  # with all frames that it came through
+    with pytest.raises(
+        KeyboardInterrupt
+    ) as held:  # keeps all frames, the generator's included, alive
         hf.prepare_upcycle(dense, CONFIG).run(tmp_path / "target", jobs=2, on_progress=watch)
     assert (torch.get_num_threads(), threading.active_count()) == before
     assert held.tb is not None
 
 
-def test_the_lock_of_a_process_that_was_killed_is_taken_over(dense, undisturbed, tmp_path):
+def test_the_lock_of_a_killed_process_is_taken_over(dense, undisturbed, tmp_path):
     target = tmp_path / "target"
     script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "print('at work'); input()")
     command = [sys.executable, "-u", "-c", script, dense, target, "3"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    plan = hf.prepare_upcycle(dense, CONFIG)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == "at work\n"
         with pytest.raises(tn.InputError, match=f"in use by process {process.pid} on"):
-            plan.run(target, shard_bytes=20_000)
+            conversion.run(target, shard_bytes=20_000)
         process.kill()
-    plan.run(target, shard_bytes=20_000)
+    conversion.run(target, shard_bytes=20_000)
     assert contents(target) == undisturbed
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_appeared_in_the_meantime_is_kept(overwrite, dense, undisturbed, tmp_path):
+def test_files_that_appear_at_the_target_during_a_run_are_kept(
+    overwrite, dense, undisturbed, tmp_path
+):
     target = tmp_path / "target"
-    plan = hf.prepare_upcycle(dense, CONFIG)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
     if overwrite:
-        plan.run(target, shard_bytes=30_000)
+        conversion.run(target, shard_bytes=30_000)
 
     def appear(done, total):
         target.mkdir(exist_ok=True)
@@ -269,21 +274,21 @@ def test_what_appeared_in_the_meantime_is_kept(overwrite, dense, undisturbed, tm
 
     message = "did not write there.*: thesis.txt" if overwrite else "is not empty"
     with pytest.raises(tn.InputError, match=message):
-        plan.run(target, shard_bytes=20_000, overwrite=overwrite, on_progress=appear)
+        conversion.run(target, shard_bytes=20_000, overwrite=overwrite, on_progress=appear)
     assert (target / "thesis.txt").read_text() == "years of work"
     if overwrite:
         hf.from_pretrained(target)
     (target / "thesis.txt").rename(tmp_path / "thesis.txt")
-    # Nothing is made again.
-    plan.run(target, shard_bytes=20_000, overwrite=overwrite, on_progress=appear)
+    # No piece is made again.
+    conversion.run(target, shard_bytes=20_000, overwrite=overwrite, on_progress=appear)
     assert contents(target) == undisturbed
 
 
-def test_a_source_that_changes_meanwhile_makes_no_target(dense, tmp_path):
-    """Replaced by another conversion, say, whose target it is."""
+def test_a_source_that_changes_during_a_run_makes_no_target(dense, tmp_path):
+    """Another conversion may replace it, for instance."""
     source = tmp_path / "source"
     shutil.copytree(dense, source)
-    plan = hf.prepare_upcycle(source, CONFIG)
+    conversion = hf.prepare_upcycle(source, CONFIG)
 
     def change(done, total):
         weights = source / "model.safetensors"
@@ -291,9 +296,9 @@ def test_a_source_that_changes_meanwhile_makes_no_target(dense, tmp_path):
         (tmp_path / "copy").rename(weights)
 
     with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
-        plan.run(tmp_path / "target", on_progress=change)
+        conversion.run(tmp_path / "target", on_progress=change)
     with pytest.raises(tn.InputError, match=r"model.safetensors has changed since it was first"):
-        plan.run(tmp_path / "target")
+        conversion.run(tmp_path / "target")
     gone = hf.prepare_upcycle(source, CONFIG)
     with pytest.raises(tn.InputError, match=r"config.json has changed since it was first read"):
         gone.run(tmp_path / "target", on_progress=lambda *_: shutil.rmtree(source, True))
@@ -301,15 +306,15 @@ def test_a_source_that_changes_meanwhile_makes_no_target(dense, tmp_path):
 
 
 @pytest.mark.parametrize("names", [["whole", "a"], ["laid out", "a"], ["two\nlines", "a\nwhole"]])
-def test_tensors_may_be_called_what_the_journal_says(names, tmp_path):
+def test_tensors_may_have_names_that_the_journal_uses(names, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     save_file({name: torch.randn(3) for name in names}, source / "model.safetensors")
     (source / "config.json").write_text("{}")
     checkpoint = Checkpoint(source)
     pieces = [Piece(name, (name,), {name: spec}) for name, spec in checkpoint.specs.items()]
-    plan = conversion.Conversion(checkpoint, tuple(pieces), {"model_type": "none"})
-    plan.run(tmp_path / "undisturbed")
+    conversion = Conversion(checkpoint, tuple(pieces), {"model_type": "none"})
+    conversion.run(tmp_path / "undisturbed")
     for interrupted in range(3):
         calls = iter(range(interrupted))
 
@@ -319,12 +324,12 @@ def test_tensors_may_be_called_what_the_journal_says(names, tmp_path):
 
         target = tmp_path / str(interrupted)
         with pytest.raises(KeyboardInterrupt):
-            plan.run(target, on_progress=stop, jobs=1)
-        plan.run(target)
+            conversion.run(target, on_progress=stop, jobs=1)
+        conversion.run(target)
         assert contents(target) == contents(tmp_path / "undisturbed")
 
 
-def test_a_run_that_was_killed_before_its_journal_was_there_begins(dense, undisturbed, tmp_path):
+def test_a_run_that_was_killed_before_it_had_a_journal_begins_again(dense, undisturbed, tmp_path):
     part = tmp_path / "target.partial"
     part.mkdir()
     (part / ".tnmoe-lock").touch()
@@ -334,14 +339,14 @@ def test_a_run_that_was_killed_before_its_journal_was_there_begins(dense, undist
     assert os.listdir(tmp_path) == ["target"]
 
 
-def test_a_run_whose_unfinished_files_are_gone_begins(dense, undisturbed, tmp_path):
+def test_a_run_whose_new_folder_is_gone_begins_again(dense, undisturbed, tmp_path):
     kill(dense, tmp_path / "target", after=4)
     shutil.rmtree(tmp_path / "target.partial" / "new")
     hf.prepare_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
     assert contents(tmp_path / "target") == undisturbed
 
 
-def test_what_a_killed_run_left_half_written_is_not_in_the_result(dense, undisturbed, tmp_path):
+def test_files_that_a_killed_run_left_are_not_in_the_result(dense, undisturbed, tmp_path):
     kill(dense, tmp_path / "target", after=4)
     new = tmp_path / "target.partial" / "new"
     (new / ".config.json.0123abc").write_text("{")
@@ -353,22 +358,22 @@ def test_what_a_killed_run_left_half_written_is_not_in_the_result(dense, undistu
     assert {path.name for path in (tmp_path / "target").iterdir() if path.is_dir()} == {"1_Pooling"}
 
 
-def test_work_of_another_conversion_is_not_gone_on_with(dense, tmp_path):
+def test_a_run_does_not_resume_an_unfinished_folder_of_another_conversion(dense, tmp_path):
     target = tmp_path / "target"
     kill(dense, target, after=2)
     other = hf.prepare_upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3))
     before = contents(tmp_path)
-    for plan, size in ((other, 20_000), (hf.prepare_upcycle(dense, CONFIG), 30_000),
+    for conversion, size in ((other, 20_000), (hf.prepare_upcycle(dense, CONFIG), 30_000),
                        (hf.prepare_upcycle(dense, CONFIG, seed=1), 20_000)):  # fmt: skip
         with pytest.raises(tn.InputError, match="unfinished work of another conversion: remove"):
-            plan.run(target, shard_bytes=size)
+            conversion.run(target, shard_bytes=size)
     assert contents(tmp_path) == before
     other.run(target, overwrite=True)
     assert hf.from_pretrained(target).num_parameters() > 0
     assert [each.name for each in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_source_that_changed_is_not_gone_on_with(dense, tmp_path):
+def test_a_run_does_not_resume_with_a_changed_source(dense, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(dense, source)
     kill(source, tmp_path / "target", after=2)
@@ -377,23 +382,23 @@ def test_a_source_that_changed_is_not_gone_on_with(dense, tmp_path):
         hf.prepare_upcycle(source, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
 
 
-def test_what_is_in_the_way_is_kept(dense, tmp_path):
+def test_anything_in_the_way_is_kept(dense, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
-    plan = hf.prepare_upcycle(dense, CONFIG)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
     with pytest.raises(tn.InputError, match="target is not empty: choose another folder"):
-        plan.run(target)
+        conversion.run(target)
     (tmp_path / "target2.partial" / "new").mkdir(parents=True)
     for overwrite in (False, True):
         with pytest.raises(tn.InputError, match=r"target2.partial is in the way"):
-            plan.run(tmp_path / "target2", overwrite=overwrite)
+            conversion.run(tmp_path / "target2", overwrite=overwrite)
     (tmp_path / "file").touch()
     with pytest.raises(tn.InputError, match="file is a file, not a folder"):
-        plan.run(tmp_path / "file", overwrite=True)
+        conversion.run(tmp_path / "file", overwrite=True)
     for inside in (dense, dense / "new", dense.parent):
         with pytest.raises(tn.InputError, match="is, holds or lies in the source"):
-            plan.run(inside, overwrite=True)
+            conversion.run(inside, overwrite=True)
     (tmp_path / "b.partial").mkdir()
     shutil.copytree(dense, tmp_path / "b.partial", dirs_exist_ok=True)
     with pytest.raises(tn.InputError, match=r"b.partial is, holds or lies in the source"):
@@ -404,43 +409,43 @@ def test_what_is_in_the_way_is_kept(dense, tmp_path):
 
 def test_only_what_a_conversion_wrote_is_replaced(dense, undisturbed, tmp_path):
     target = tmp_path / "target"
-    plan = hf.prepare_upcycle(dense, CONFIG)
-    plan.run(target)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
+    conversion.run(target)
     (target / "thesis.txt").write_text("years of work")
     before = contents(tmp_path)
     with pytest.raises(tn.InputError, match=r"target holds what tnmoe did not.*: thesis.txt;"):
-        plan.run(target, shard_bytes=20_000, overwrite=True)
+        conversion.run(target, shard_bytes=20_000, overwrite=True)
     assert contents(tmp_path) == before
     (target / "thesis.txt").unlink()
-    # Trained meanwhile.
+    # A model that was trained further and saved in the same place.
     hf.from_pretrained(target).save_pretrained(target)
     with pytest.raises(tn.InputError, match=r"what changed since: .*, model.safetensors"):
-        plan.run(target, shard_bytes=20_000, overwrite=True)
+        conversion.run(target, shard_bytes=20_000, overwrite=True)
     shutil.rmtree(target)
-    plan.run(target)
-    plan.run(target, shard_bytes=20_000, overwrite=True)
+    conversion.run(target)
+    conversion.run(target, shard_bytes=20_000, overwrite=True)
     assert contents(target) == undisturbed
-    # Another's checkpoint, which looks the same.
+    # A checkpoint that tnmoe did not write.
     shutil.copytree(dense, tmp_path / "others")
     with pytest.raises(tn.InputError, match=r"others holds what tnmoe did not write there"):
-        plan.run(tmp_path / "others", overwrite=True)
+        conversion.run(tmp_path / "others", overwrite=True)
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_link_to_a_folder_is_followed_and_stays(exists, dense, undisturbed, tmp_path):
     disk, link = tmp_path / "disk" / "model", tmp_path / "target"
-    plan = hf.prepare_upcycle(dense, CONFIG)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
     if exists:
-        plan.run(disk)
+        conversion.run(disk)
     link.symlink_to(disk)
-    files = plan.run(link, shard_bytes=20_000, overwrite=exists)
+    files = conversion.run(link, shard_bytes=20_000, overwrite=exists)
     assert link.is_symlink()
     assert contents(disk) == undisturbed
     assert {file.parent for file in files} == {link}
     assert os.listdir(disk.parent) == ["model"]
 
 
-def test_a_file_beside_the_weights_that_leads_elsewhere_is_refused_before_any_work(dense, tmp_path):
+def test_a_companion_file_outside_the_source_is_refused_before_any_work(dense, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(dense, source)
     kill(source, tmp_path / "target", after=2)
@@ -453,7 +458,7 @@ def test_a_file_beside_the_weights_that_leads_elsewhere_is_refused_before_any_wo
 
 
 @pytest.mark.parametrize("settings", [{"jobs": 0}, {"shard_bytes": 0}])
-def test_bad_settings_are_named_and_leave_begun_work_alone(settings, dense, tmp_path):
+def test_bad_settings_are_named_and_leave_the_unfinished_folder_alone(settings, dense, tmp_path):
     kill(dense, tmp_path / "target", after=2)
     before = contents(tmp_path)
     with pytest.raises(tn.InputError, match="must be a positive integer, got 0"):
@@ -465,16 +470,16 @@ def test_bad_settings_are_named_and_leave_begun_work_alone(settings, dense, tmp_
 
 def test_a_result_larger_than_the_disk_is_not_begun(dense, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(tn.InputError, match=r"has room for 1e-06 GB, the result needs .* GB"):
         hf.prepare_upcycle(dense, CONFIG).run(tmp_path / "new" / "target")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_is_reported_and_the_work_goes_on_later(
+def test_a_full_disk_is_reported_and_the_run_resumes_later(
     dense, undisturbed, tmp_path, monkeypatch
 ):
-    write, calls = conversion.ShardWriter.write, []
+    write, calls = ShardWriter.write, []
 
     def fails_later(self, tensors):
         calls.append(None)
@@ -482,16 +487,16 @@ def test_a_disk_that_fills_up_is_reported_and_the_work_goes_on_later(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, tensors)
 
-    monkeypatch.setattr(conversion.ShardWriter, "write", fails_later)
-    plan = hf.prepare_upcycle(dense, CONFIG)
+    monkeypatch.setattr(ShardWriter, "write", fails_later)
+    conversion = hf.prepare_upcycle(dense, CONFIG)
     with pytest.raises(tn.InputError, match="No space left on device; the same call goes on"):
-        plan.run(tmp_path / "target", shard_bytes=20_000)
+        conversion.run(tmp_path / "target", shard_bytes=20_000)
     assert not (tmp_path / "target").exists()
-    plan.run(tmp_path / "target", shard_bytes=20_000)
+    conversion.run(tmp_path / "target", shard_bytes=20_000)
     assert contents(tmp_path / "target") == undisturbed
 
 
-def test_weights_that_are_no_numbers_leave_nothing_behind(tmp_path):
+def test_weights_with_infinity_leave_nothing_behind(tmp_path):
     torch.manual_seed(0)
     model = transformers.BertModel(
         transformers.BertConfig(
@@ -520,7 +525,7 @@ print((peak() - before) * 1024)
 """
 
 
-def test_memory_for_a_large_checkpoint_is_that_for_a_small_one(tmp_path):
+def test_a_large_checkpoint_needs_no_more_memory_than_a_small_one(tmp_path):
     sizes = {}
     for name, layers, vocabulary in (("small", 1, 100), ("large", 24, 100_000)):
         config = transformers.LlamaConfig(

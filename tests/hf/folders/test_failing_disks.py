@@ -1,4 +1,4 @@
-"""Power may fail and disks be full at any moment: the same call then goes on to the same bytes."""
+"""After a power cut or a full disk at any moment, the same call makes the same bytes."""
 
 import builtins
 import errno
@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 import tnmoe as tn
 from tests.disk import Disk, all_left
 from tnmoe import hf
-from tnmoe.hf.folders.checkpoint import Checkpoint
-from tnmoe.hf.folders.conversion import Conversion, Piece, copies
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece, copy_pieces
 
 # Two files of weights.
 SETTINGS = {"shard_bytes": 24, "jobs": 1}
@@ -23,7 +24,7 @@ SETTINGS = {"shard_bytes": 24, "jobs": 1}
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """It matters on simulated disks only what is synced."""
+    """Skip real syncs: the simulated disk notes what is synced."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
@@ -57,13 +58,13 @@ def doubled(folder, factor=2):
             name, (name,), {name: source.specs[name]}, lambda: {name: factor * source.load(name)}
         )
 
-    pieces = (*copies(source, {"a": "a", "b": "b"}), piece("c"), piece("d"))
+    pieces = (*copy_pieces(source, {"a": "a", "b": "b"}), piece("c"), piece("d"))
     return Conversion(source, pieces, {"model_type": "none"}, {"factor": factor})
 
 
 @pytest.fixture(scope="module")
 def old_and_new(source, tmp_path_factory):
-    """What two conversions of other settings make: each by itself, undisturbed."""
+    """Contents that two conversions with different settings make without interruption."""
     made = []
     for factor in (3, 2):
         target = tmp_path_factory.mktemp("undisturbed") / "target"
@@ -72,13 +73,13 @@ def old_and_new(source, tmp_path_factory):
     return made
 
 
-def test_a_conversion_goes_on_after_a_power_cut(source, old_and_new, tmp_path):
-    """Or after it was killed, since nothing may have been lost; another one disturbs nothing."""
-    root, plan, (old, new) = tmp_path / "root", doubled(source), old_and_new
+def test_a_conversion_resumes_after_a_power_cut(source, old_and_new, tmp_path):
+    """A kill is a power cut that loses nothing. Another conversion disturbs nothing."""
+    root, conversion, (old, new) = tmp_path / "root", doubled(source), old_and_new
     root.mkdir()
     disk = Disk(root)
     with disk.watched():
-        plan.run(root / "deep" / "target", **SETTINGS)
+        conversion.run(root / "deep" / "target", **SETTINGS)
         done = disk.states()
     other = doubled(source, 3)
     for number, left in enumerate(all_left(disk, tmp_path / "left")):
@@ -91,8 +92,8 @@ def test_a_conversion_goes_on_after_a_power_cut(source, old_and_new, tmp_path):
             except tn.InputError as error:
                 refused = str(error)
                 assert "of another conversion: remove" in refused or "is not empty" in refused
-        with suppress(tn.InputError):  # if all was done already, which has to show
-            plan.run(target, **SETTINGS)
+        with suppress(tn.InputError):  # raised if all was done already, as the next line checks
+            conversion.run(target, **SETTINGS)
         assert contents(target) == expected
         assert os.listdir(target.parent) == ["target"]
     assert all(dict(state).keys() >= {f"deep/target/{name}" for name in new} for state in done)
@@ -101,49 +102,49 @@ def test_a_conversion_goes_on_after_a_power_cut(source, old_and_new, tmp_path):
 
 
 def test_a_conversion_that_replaces_another_survives_a_power_cut(source, old_and_new, tmp_path):
-    root, plan, (old, new) = tmp_path / "root", doubled(source), old_and_new
+    root, conversion, (old, new) = tmp_path / "root", doubled(source), old_and_new
     other = doubled(source, 3)
     other.run(root / "target", **SETTINGS)
     disk = Disk(root)
     with disk.watched():
-        plan.run(root / "target", **SETTINGS, overwrite=True)
+        conversion.run(root / "target", **SETTINGS, overwrite=True)
     for number, folder in enumerate(all_left(disk, tmp_path / "left")):
         kept = folder / "target" if (folder / "target").exists() else folder / "target.partial/old"
         assert contents(kept) in (old, new)
-        again, expected = (plan, new) if number % 2 else (other, old)
+        again, expected = (conversion, new) if number % 2 else (other, old)
         again.run(folder / "target", **SETTINGS, overwrite=True)
         assert contents(folder / "target") == expected
         assert os.listdir(folder) == ["target"]
 
 
-def test_work_that_another_conversion_began_is_gone_after_a_power_cut(
+def test_an_unfinished_folder_of_another_conversion_is_gone_after_a_power_cut(
     source, old_and_new, tmp_path
 ):
-    root, plan, (old, new) = tmp_path / "root", doubled(source), old_and_new
+    root, conversion, (old, new) = tmp_path / "root", doubled(source), old_and_new
     root.mkdir()
 
-    def interrupted(plan, share):
+    def interrupted(conversion, share):
         def stop(done, total):
             if done >= share * total:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            plan.run(root / "target", **SETTINGS, overwrite=True, on_progress=stop)
+            conversion.run(root / "target", **SETTINGS, overwrite=True, on_progress=stop)
 
     other = doubled(source, 3)
     interrupted(other, 0.6)
     disk = Disk(root)
     with disk.watched():
-        interrupted(plan, 0)
+        interrupted(conversion, 0)
     for number, left in enumerate(all_left(disk, tmp_path / "left")):
-        again, expected = (plan, new) if number % 2 else (other, old)
+        again, expected = (conversion, new) if number % 2 else (other, old)
         again.run(left / "target", **SETTINGS, overwrite=True)
         assert contents(left / "target") == expected
         assert os.listdir(left) == ["target"]
 
 
 class Full:
-    """Calls that fill a disk fail from the so manieth one on."""
+    """A disk on which calls that need space fail, once a number of them have succeeded."""
 
     def __init__(self, patch, folder, after, code):
         self.left, self.code, self.folder = after, code, str(folder)
@@ -186,7 +187,7 @@ class Full:
 
 
 class Delegate:
-    """A file whose ``write`` is another one."""
+    """A file with another ``write`` method."""
 
     def __init__(self, stream, write):
         self.stream, self.write = stream, write
@@ -202,13 +203,13 @@ class Delegate:
 
 
 @pytest.mark.parametrize("error", [OSError("the link is down"), TimeoutError()], ids=repr)
-def test_errors_that_the_system_did_not_name_are_told_as_what_they_are(
+def test_errors_without_a_number_of_the_system_keep_their_own_words(
     error, source, tmp_path, monkeypatch
 ):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("tnmoe.hf.folders.conversion.ShardWriter.write", fail)
+    monkeypatch.setattr("tnmoe.hf.files.shards.ShardWriter.write", fail)
     told = f"target.partial: {str(error) or type(error).__name__}; the same call goes on from there"
     with pytest.raises(tn.InputError, match=f"{told}$"):
         doubled(source).run(tmp_path / "target", **SETTINGS)
@@ -223,7 +224,7 @@ def test_a_conversion_on_a_disk_that_fills_up(
     tmp_path,
     monkeypatch,
 ):
-    plan, (old, new) = doubled(source), old_and_new
+    conversion, (old, new) = doubled(source), old_and_new
     for after in range(1000):
         target = tmp_path / str(after) / "target"
         if replaces:
@@ -231,7 +232,7 @@ def test_a_conversion_on_a_disk_that_fills_up(
         with monkeypatch.context() as patch:
             Full(patch, tmp_path, after, code)
             try:
-                plan.run(target, **SETTINGS, overwrite=True)
+                conversion.run(target, **SETTINGS, overwrite=True)
                 break
             except (tn.InputError, OSError) as error:
                 told = str(error)
@@ -240,7 +241,7 @@ def test_a_conversion_on_a_disk_that_fills_up(
         assert str(tmp_path) in told
         kept = target.with_name("target.partial") / "old" if "nor put back" in told else target
         assert contents(kept) in (new, old if replaces else {})
-        plan.run(target, **SETTINGS, overwrite=True)
+        conversion.run(target, **SETTINGS, overwrite=True)
         assert contents(target) == new
         assert os.listdir(target.parent) == ["target"]
     assert after > 30

@@ -1,4 +1,4 @@
-"""Checkpoints converted from folder to folder are those that whole models are saved as."""
+"""Conversion from folder to folder makes the checkpoints that loaded models are saved as."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ import tnmoe as tn
 from tests.hf.composites import PARTS
 from tests.hf.families import MODELS, make, outputs, relative
 from tnmoe import hf, nn
-from tnmoe.hf.folders.checkpoint import Checkpoint
+from tnmoe.hf.files.checkpoint import Checkpoint
 
 CONFIG = hf.MPOEConfig(num_experts=3, sites=3, num_experts_per_tok=2, expert_noise=0.1)
 
@@ -30,7 +30,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_folder_becomes_what_the_model_is_saved_as_and_dense_again(name, tmp_path):
+def test_a_converted_folder_equals_the_saved_model_and_becomes_dense_again(name, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
     hf.prepare_upcycle(tmp_path / "dense", CONFIG, seed=5).run(
@@ -54,10 +54,10 @@ def test_a_folder_becomes_what_the_model_is_saved_as_and_dense_again(name, tmp_p
     list(dict.fromkeys((whole, part) for whole, layers, part, _ in PARTS if layers is None)),
     ids=lambda each: each.__name__,
 )
-def test_a_part_that_was_saved_by_itself_is_converted_and_exported_as_any_model(
+def test_a_part_that_was_saved_alone_is_converted_and_exported_like_any_model(
     whole, part, tmp_path
 ):
-    """Its tensors may keep the names that they have in the whole."""
+    """Its tensors may keep the names that they have in the whole model."""
     whole().save_pretrained(tmp_path / "whole")
     model = part.from_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "dense")
@@ -80,8 +80,8 @@ def test_a_folder_becomes_the_ordinary_mixture_of_its_family(name, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     hf.prepare_upcycle(tmp_path / "dense", config).run(tmp_path / "mpoe")
     mpoe = load(tmp_path / "mpoe", model)
-    plan = hf.prepare_export(tmp_path / "mpoe", to="moe")
-    plan.run(tmp_path / "moe")
+    conversion = hf.prepare_export(tmp_path / "mpoe", to="moe")
+    conversion.run(tmp_path / "moe")
     whole = hf.to_moe(mpoe)
     whole.save_pretrained(tmp_path / "whole")
     auto = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
@@ -98,15 +98,15 @@ def test_a_folder_becomes_the_ordinary_mixture_of_its_family(name, tmp_path):
 def test_weights_keep_their_dtypes(dtype, tmp_path):
     model = make("llama").to(dtype)
     model.save_pretrained(tmp_path / "dense")
-    plan = hf.prepare_upcycle(tmp_path / "dense", hf.MPOEConfig(num_experts=2, sites=3))
-    plan.run(tmp_path / "mpoe")
+    conversion = hf.prepare_upcycle(tmp_path / "dense", hf.MPOEConfig(num_experts=2, sites=3))
+    conversion.run(tmp_path / "mpoe")
     mpoe = hf.from_pretrained(tmp_path / "mpoe")
     assert {each.dtype for each in mpoe.parameters()} == {dtype}
     assert relative(outputs(mpoe, "llama").float(), outputs(model, "llama").float()) < 0.05
 
 
-def test_a_base_models_folder_under_the_name_of_one_with_a_head_is_understood(tmp_path):
-    """As the folders of GPT-2 are that the hub has."""
+def test_a_base_models_folder_may_name_the_class_with_a_head(tmp_path):
+    """GPT-2's folder on the Hub is one."""
     model = make("gpt2")
     model.transformer.save_pretrained(tmp_path / "dense")
     entries = json.loads((tmp_path / "dense" / "config.json").read_text())
@@ -119,21 +119,21 @@ def test_a_base_models_folder_under_the_name_of_one_with_a_head_is_understood(tm
     assert relative(outputs(loaded, "gpt2"), outputs(model, "gpt2")) < 1e-5
 
 
-def test_some_layers_are_converted_and_others_stay(tmp_path):
+def test_only_the_chosen_layers_are_converted(tmp_path):
     model = make("t5")
     model.save_pretrained(tmp_path / "dense")
     config = hf.MPOEConfig(num_experts=2, sites=3, layers="decoder", every=2)
-    plan = hf.prepare_upcycle(tmp_path / "dense", config)
-    assert [piece.name for piece in plan.pieces if piece.make] == [
+    conversion = hf.prepare_upcycle(tmp_path / "dense", config)
+    assert [piece.name for piece in conversion.pieces if piece.make] == [
         "decoder.block.1.layer.2.DenseReluDense"
     ]
-    plan.run(tmp_path / "mpoe")
+    conversion.run(tmp_path / "mpoe")
     loaded = load(tmp_path / "mpoe", model)
     assert relative(outputs(loaded, "t5"), outputs(model, "t5")) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_some_matrices_become_mpos_and_experts_own_the_others_whole(name, tmp_path):
+def test_experts_own_whole_matrices_where_no_mpo_was_chosen(name, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
     config = hf.MPOEConfig(num_experts=2, sites=3, matrices=["down"])
@@ -154,7 +154,7 @@ def test_some_matrices_become_mpos_and_experts_own_the_others_whole(name, tmp_pa
     assert relative(outputs(load(tmp_path / "back", model), name), outputs(model, name)) < 1e-5
 
 
-def test_ordinary_mixtures_too_are_made_and_exported(tmp_path):
+def test_ordinary_mixtures_are_made_and_exported_too(tmp_path):
     model = make("llama")
     model.save_pretrained(tmp_path / "dense")
     config = hf.MPOEConfig(num_experts=2, layout="dense", expert_noise=0.1)
@@ -188,7 +188,7 @@ def upcycled(folder, name="llama", **settings):
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("conversion", "message"),
     [
         (
             lambda f: (rewrite(f, model_type="novel"), hf.prepare_upcycle(f, CONFIG)),
@@ -309,10 +309,12 @@ def upcycled(folder, name="llama", **settings):
         ),
     ],
 )
-def test_what_cannot_be_converted_is_named(plan, message, tmp_path):
+def test_checkpoints_that_cannot_be_converted_are_refused_with_the_reason(
+    conversion, message, tmp_path
+):
     make("llama").save_pretrained(tmp_path)
     with pytest.raises(tn.InputError, match=message):
-        plan(tmp_path)
+        conversion(tmp_path)
 
 
 def test_quantized_tensors_are_named(tmp_path):
@@ -326,9 +328,9 @@ def test_quantized_tensors_are_named(tmp_path):
 
 
 def calls_of(work):
-    """How many Python functions are called, but for regular expressions, which come from a cache.
+    """Number of calls of Python functions. Each step of a generator is a call.
 
-    A step of a generator counts as a call.
+    The module ``re`` is left out, since it caches regular expressions.
     """
     count = 0
 
@@ -355,7 +357,7 @@ def calls_of(work):
     ],
     ids=["upcycle", "inspect", "moe", "dense", "load and save"],
 )
-def test_the_steps_of_planning_grow_as_the_layers_do(work, deep):
+def test_preparing_takes_steps_in_proportion_to_the_layers(work, deep):
     work(*deep[0])  # imports
     few, more, most = (calls_of(lambda folders=folders: work(*folders)) for folders in deep)
     assert most - more < 1.1 * 2 * (more - few)

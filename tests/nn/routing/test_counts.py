@@ -1,80 +1,23 @@
-"""Choices of experts are counted and ranked in memory that no table of all choices needs."""
+"""Slots are counted without a table of all slots and all experts."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.nn.routing.slots import slots
 from tnmoe import nn
-from tnmoe.nn.routing.capacity import first_of_each
-from tnmoe.nn.routing.counts import choices_per_token
+from tnmoe.nn.routing.counts import count_slots_per_token
 
 
-def first_of_each_by_counting(index, kept, capacity, num_experts):
-    """The definition: a running count of the choices that asked for each expert."""
-    first = torch.zeros_like(kept)
-    for of_sequence, index_of, kept_of, room in zip(
-        first.chunk(len(capacity)),
-        index.chunk(len(capacity)),
-        kept.chunk(len(capacity)),
-        capacity,
-        strict=True,
-    ):
-        taken = [0] * num_experts
-        for choice in range(index.shape[1]):
-            for token in range(len(index_of)):
-                if kept_of[token, choice]:
-                    taken[index_of[token, choice]] += 1
-                    of_sequence[token, choice] = taken[index_of[token, choice]] <= room
-    return first
-
-
-@st.composite
-def choices(draw):
-    experts, sequences, length = (draw(st.integers(1, high)) for high in (7, 3, 8))
-    size = (sequences * length, draw(st.integers(1, 4)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    index = torch.randint(experts, size, generator=generator)
-    kept = torch.rand(size, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    room = torch.randint(1, 6, (sequences,), generator=generator).double()
-    return index, kept, room, experts
-
-
-@given(choices())
-@settings(max_examples=100)
-def test_the_first_of_each_expert_are_those_that_a_count_of_them_finds(drawn):
-    assert first_of_each(*drawn).equal(first_of_each_by_counting(*drawn))
-
-
-def test_the_first_of_each_expert_of_no_tokens_are_none():
-    none = torch.zeros(0, 2, dtype=torch.int64)
-    assert first_of_each(none, none.bool(), torch.ones(1), 4).shape == (0, 2)
-
-
-@pytest.mark.parametrize("device", ["meta", "fake"])
-def test_the_first_of_each_expert_have_a_shape_where_there_are_no_numbers(device):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    if device == "fake":
-        with FakeTensorMode():
-            index = torch.zeros(6, 2, dtype=torch.int64)
-            found = first_of_each(index, index == 0, torch.ones(3), 4)
-    else:
-        index = torch.zeros(6, 2, dtype=torch.int64, device="meta")
-        found = first_of_each(index, index == 0, torch.ones(3, device="meta"), 4)
-    assert found.shape == (6, 2)
-    assert found.dtype == torch.bool
-
-
-@given(choices())
-def test_choices_per_token_are_those_of_a_one_hot_table(drawn):
+@given(slots())
+def test_slots_per_token_are_those_of_a_one_hot_table(drawn):
     index, kept, _, experts = drawn
-    index = torch.where(kept, index, experts)  # E stands for none
+    index = torch.where(kept, index, experts)  # E marks a slot without an expert
     table = F.one_hot(index, experts + 1)[..., :experts].sum(-2)
-    assert choices_per_token(index, experts).equal(table.float())
+    assert count_slots_per_token(index, experts).equal(table.float())
 
 
 class LargestTensor(TorchDispatchMode):
@@ -102,7 +45,7 @@ TOKENS, EXPERTS, TOP_K = 64, 96, 16
     ],
     ids=str,
 )
-def test_a_router_makes_no_table_of_all_choices_and_all_experts(settings):
+def test_a_router_makes_no_table_of_all_slots_and_all_experts(settings):
     router = nn.TopKRouter(8, EXPERTS, TOP_K, **settings)
     x = torch.randn(4, TOKENS // 4, 8)
     with LargestTensor() as largest:
@@ -122,7 +65,7 @@ def test_a_router_makes_no_table_of_all_choices_and_all_experts(settings):
     ],
     ids=["balance", "balance of sequences", "z", "counts", "statistics"],
 )
-def test_losses_and_statistics_make_no_table_of_all_choices_and_all_experts(use, kind):
+def test_losses_and_statistics_make_no_table_of_all_slots_and_all_experts(use, kind):
     router = (
         nn.TopKRouter(8, EXPERTS, TOP_K)
         if kind == "top_k"

@@ -26,10 +26,10 @@ def test_statistics_are_what_counting_gives(seed, k, masked):
         logits, _, index = router(x, mask) if masked else router(x)
     found = nn.routing_statistics(routing)[""]
     real = mask.flatten().tolist() if masked else [True] * 21
-    wanted, probabilities = logits.topk(k).indices.tolist(), logits.detach().softmax(-1).double()
+    chosen, probabilities = logits.topk(k).indices.tolist(), logits.detach().softmax(-1).double()
     tokens = [t for t in range(21) if real[t]]
-    asked = [expert for t in tokens for expert in wanted[t]]
-    load = [asked.count(e) / len(asked) for e in range(E)]
+    slots = [expert for t in tokens for expert in chosen[t]]
+    load = [slots.count(e) / len(slots) for e in range(E)]
     got = [expert for t in tokens for expert in index[t].tolist()]
     expected = {
         "load": load,
@@ -84,7 +84,7 @@ def test_tokens_of_several_calls_of_a_router_are_taken_together():
 
 
 def test_statistics_are_those_of_the_routers_scores_and_in_single_precision():
-    router = nn.TopKRouter(8, E, 2, "sigmoid")
+    router = nn.TopKRouter(8, E, 2, score_function="sigmoid")
     history = nn.RoutingHistory()
     with torch.autocast("cpu", torch.bfloat16):
         with nn.record_routing(router) as routing:

@@ -1,1 +1,1 @@
-"""Folders of weights too large to load: read, converted and written a part at a time."""
+"""Work from folder to folder: inspections and conversions that load a part of a model at a time."""

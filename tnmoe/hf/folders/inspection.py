@@ -1,4 +1,4 @@
-"""What a conversion would find and make: sizes from a configuration, spectra from the weights."""
+"""Reports on a conversion in advance: sizes from a configuration, spectra from the weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ import torch
 from tnmoe.decompose import decompose
 from tnmoe.errors import positive_int
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.families import FFN, Matrix, find_ffns, weight_of
-from tnmoe.hf.folders.checkpoint import Checkpoint, read_config
-from tnmoe.hf.folders.parallel import results_of
-from tnmoe.hf.folders.skeleton import Skeleton, check_dense, config_from, model_without_numbers
+from tnmoe.hf.ffn import FFN, Matrix, weight_of
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.folder import read_config
+from tnmoe.hf.find import find_ffns
+from tnmoe.hf.folders.parallel import ordered_results
+from tnmoe.hf.folders.skeleton import Skeleton
+from tnmoe.hf.meta import check_unconverted_entries, config_from_entries, meta_model
 from tnmoe.hf.report import ParameterReport, parameter_report
 from tnmoe.nn.settings import check_matrices, per_projection
 from tnmoe.shapes import MPOShape
-from tnmoe.system.memory import memory_for
+from tnmoe.system.memory import explain_memory_error
 from tnmoe.system.tables import format_table
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.spectra import entanglement_entropy, squared_tails
@@ -30,18 +33,17 @@ from tnmoe.truncation.spectra import entanglement_entropy, squared_tails
 
 @dataclass(frozen=True)
 class MatrixInspection:
-    """One matrix of a feed-forward network as an MPO.
+    """A matrix of a feed-forward network, as the MPO that a conversion would make of it.
 
     Attributes
     ----------
     name, family : str
     shape : MPOShape
     bond_dims : tuple of int
-        What a conversion would give it.
     entropies : tuple of float, or None
-        Per bond: entropy of the Schmidt values, in nats; None if no weights were read.
+        Entropy of the Schmidt values at every bond, in nats; None if no weights were read.
     errors : dict from int to float, or None
-        By largest bond dimension: relative Frobenius error, at most.
+        Bound of the relative Frobenius error, by largest bond dimension.
 
     Examples
     --------
@@ -65,7 +67,7 @@ class MatrixInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a conversion would find in a model, and make of it.
+    """A report on what a conversion would find in a model and make of it.
 
     Attributes
     ----------
@@ -95,7 +97,7 @@ class Inspection:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the report as plain data for JSON."""
         return {
             "architecture": self.architecture,
             "parameters": self.parameters.to_dict(),
@@ -122,35 +124,39 @@ def inspect_checkpoint(
     jobs: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Look at a dense checkpoint, or at a configuration alone.
+    """Inspect a dense checkpoint, or a configuration alone.
 
     Parameters
     ----------
     path : path
-        A Hugging Face folder, or a config.json, which is enough for the counts.
+        A Hugging Face folder, or a config.json alone. The counts need no more than a config.json.
     config : MPOEConfig
-        How it would be converted.
+        Settings of the conversion.
     bonds : sequence of int, optional
         Largest bond dimensions to predict errors for; by default a quarter and half of the
-        largest bond that there is.
+        largest bond of all matrices.
     weights : bool
         Read the weights of a folder, a network at a time.
     jobs : int, optional
-        Networks at a time; as many as there are cores by default.
+        Number of networks that are read at the same time; the number of CPUs by default.
     on_progress : callable, optional
-        Called with the number of networks that are done, and of all.
+        Called with the number of networks that are done, and with the number of all.
+
+    Returns
+    -------
+    Inspection
 
     Raises
     ------
     InputError
-        If the checkpoint is incomplete or damaged, its tensors do not suit its config.json, there
-        is nothing to convert, or it is converted or quantized already.
+        If the checkpoint is incomplete or damaged, its tensors do not suit its config.json,
+        nothing in it can be converted, or it is converted or quantized already.
 
     Notes
     -----
-    An error is predicted from the Schmidt values s of every bond by itself: with bonds cut to r it
-    is at most sqrt(Σ over bonds, Σ_{i > r} s_i²) (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011),
-    theorem 2.2), and never more than the matrix itself, of which projections leave a part.
+    A predicted error comes from the Schmidt values s of the bonds. If every bond is cut to r, the
+    error is at most sqrt(Σ over bonds, Σ_{i > r} s_i²) (Oseledets, SIAM J. Sci. Comput. 33, 2295
+    (2011), theorem 2.2). It never exceeds the norm of the matrix, since truncation projects.
 
     Examples
     --------
@@ -159,73 +165,76 @@ def inspect_checkpoint(
     >>> folder = tempfile.mkdtemp()
     >>> GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
     >>> found = inspect_checkpoint(folder, MPOEConfig(num_experts=4, sites=3), bonds=[4, 8])
-    >>> [(each.name, each.bond_dims) for each in found.matrices]
+    >>> [(matrix.name, matrix.bond_dims) for matrix in found.matrices]
     [('h.0.up', (8, 8)), ('h.0.down', (8, 8))]
     >>> found.matrices[0].errors[4] > 0.1 > found.matrices[0].errors[8]
     True
     """
     path = Path(path).absolute()
     entries = read_config(path)
-    check_dense(entries, path)
+    check_unconverted_entries(entries, path)
     bonds = None if bonds is None else [positive_int("every bond", bond) for bond in bonds]
     if path.is_file() or not weights or config.layout == "dense":
-        model = model_without_numbers(config_from(entries))
+        model = meta_model(config_from_entries(entries))
         ffns = find_ffns(model, config.layers, config.every)
-        matrices = [each for ffn in ffns for each in _described(ffn, config)]
+        matrices = [matrix for ffn in ffns for matrix in _describe(ffn, config)]
     else:
         skeleton = Skeleton(Checkpoint(path))
         model = skeleton.model
-        matrices = list(_measured(skeleton, config, bonds, jobs, on_progress))
+        matrices = list(_measure(skeleton, config, bonds, jobs, on_progress))
     return Inspection(type(model).__name__, parameter_report(model, config), tuple(matrices))
 
 
-def _chosen(ffn: FFN, config: MPOEConfig) -> dict[str, Matrix]:
-    """The matrices of a network that become MPOs: in an ordinary mixture none."""
+def _converted_matrices(ffn: FFN, config: MPOEConfig) -> dict[str, Matrix]:
+    """Return the matrices of a network that become MPOs; none in an ordinary mixture."""
     if config.layout == "dense":
         return {}
     names = check_matrices(config.matrices, ffn.matrices)
     return {name: matrix for name, matrix in ffn.matrices.items() if name in names}
 
 
-def _described(ffn: FFN, config: MPOEConfig) -> Iterator[MatrixInspection]:
-    """The matrices of a network, as far as their sizes go."""
+def _describe(ffn: FFN, config: MPOEConfig) -> Iterator[MatrixInspection]:
+    """Describe the matrices of a network by their sizes."""
     limits = per_projection("max_bond", config.max_bond, None)
-    for name, matrix in _chosen(ffn, config).items():
+    for name, matrix in _converted_matrices(ffn, config).items():
         shape = config.shape_for(*weight_of(matrix).shape)
         yield MatrixInspection(
             f"{ffn.name}.{name}", ffn.family, shape, shape.bond_dims(limits[name])
         )
 
 
-def _measured(
+def _measure(
     skeleton: Skeleton,
     config: MPOEConfig,
     bonds: list[int] | None,
     jobs: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[MatrixInspection]:
-    """The matrices of all networks, with what their weights tell."""
+    """Describe the matrices of all networks by their weights, too."""
     networks = skeleton.networks(config)
     if bonds is None:
-        shapes = [each.shape for ffn, _ in networks for each in _described(ffn, config)]
+        shapes = [matrix.shape for ffn, _ in networks for matrix in _describe(ffn, config)]
         largest = max(max(shape.bond_dims()) for shape in shapes)
         bonds = sorted({max(1, largest // 4), max(1, largest // 2)})
-    tasks = [partial(_of_network, skeleton, ffn, names, config, bonds) for ffn, names in networks]
-    for done, matrices in enumerate(results_of(tasks, jobs)):
+    tasks = [
+        partial(_measure_network, skeleton, ffn, names, config, bonds) for ffn, names in networks
+    ]
+    for done, matrices in enumerate(ordered_results(tasks, jobs), start=1):
         if on_progress is not None:
-            on_progress(done + 1, len(networks))
+            on_progress(done, len(networks))
         yield from matrices
 
 
 @torch.no_grad()
-def _of_network(
+def _measure_network(
     skeleton: Skeleton, ffn: FFN, names: list[str], config: MPOEConfig, bonds: list[int]
 ) -> list[MatrixInspection]:
+    """Describe the matrices of a network by their weights, too."""
     found = []
-    hint = f"measuring {ffn.name}: fewer networks at a time (--jobs) take less"
-    with memory_for(hint), skeleton.filled(names):
+    purpose = f"measuring {ffn.name}: fewer networks at a time (--jobs) take less"
+    with explain_memory_error(purpose), skeleton.filled(names):
         for described, matrix in zip(
-            _described(ffn, config), _chosen(ffn, config).values(), strict=True
+            _describe(ffn, config), _converted_matrices(ffn, config).values(), strict=True
         ):
             weight = weight_of(matrix)
             info = decompose(weight, described.shape, method="eigh", return_info=True)[1]
@@ -238,9 +247,9 @@ def _with_spectra(
 ) -> MatrixInspection:
     spectra = [spectrum.numpy() for spectrum in info.spectra]
     tails = [squared_tails(spectrum) for spectrum in spectra]
-    whole = max(tail[0] for tail in tails) or 1.0  # a matrix of zeros has no error
+    squared_norm = max(tail[0] for tail in tails) or 1.0  # the error of a matrix of zeros is zero
     errors = {
-        bond: min(1.0, sqrt(sum(tail[min(bond, len(tail) - 1)] for tail in tails) / whole))
+        bond: min(1.0, sqrt(sum(tail[min(bond, len(tail) - 1)] for tail in tails) / squared_norm))
         for bond in bonds
     }
     entropies = tuple(entanglement_entropy(spectrum) for spectrum in spectra)

@@ -1,4 +1,4 @@
-"""Work on all cores whose results come in order, a few of them ahead."""
+"""Tasks on several threads, with results in order and a bounded number of them in memory."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from tnmoe.errors import positive_int
 T = TypeVar("T")
 
 
-def results_of(tasks: Iterable[Callable[[], T]], jobs: int | None = None) -> Iterator[T]:
-    """What tasks return, in their order; no more than ``jobs`` results are there at a time.
+def ordered_results(tasks: Iterable[Callable[[], T]], jobs: int | None = None) -> Iterator[T]:
+    """Run tasks on threads and yield their results in the order of the tasks.
 
-    Each runs on a single thread, so that what it computes does not depend on how many run.
+    At most ``jobs`` tasks run or wait to be yielded. torch computes each on a single thread: the
+    result does not depend on how many tasks run at a time.
 
     Parameters
     ----------
     tasks : iterable of callable
     jobs : int, optional
-        Tasks at a time; as many as there are cores by default.
+        Number of threads; the number of CPUs by default.
     """
     jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
-    waiting = iter(tasks)
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+    remaining = iter(tasks)
+    threads_before = torch.get_num_threads()
+    with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         queue: list[Future[T]] = []
         try:
-            queue.extend(threads.submit(task) for task in islice(waiting, jobs))
+            queue.extend(pool.submit(task) for task in islice(remaining, jobs))
             while queue:
                 yield queue.pop(0).result()
-                queue.extend(threads.submit(task) for task in islice(waiting, 1))
+                queue.extend(pool.submit(task) for task in islice(remaining, 1))
         finally:
-            threads.shutdown(wait=True, cancel_futures=True)
-            # Threads to come would follow the last call that set it.
-            torch.set_num_threads(before)
+            pool.shutdown(wait=True, cancel_futures=True)
+            # A new thread takes over the last number that any thread has set.
+            torch.set_num_threads(threads_before)

@@ -1,46 +1,57 @@
-"""Checkpoints converted from folder to folder: a few matrices in memory, and never the model."""
+"""Preparing conversions from folder to folder, which keep a few matrices in memory at a time."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from tnmoe.errors import InputError, index_in, one_of
+from tnmoe.hf.checks import check_all_described
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.entries import current_entries
 from tnmoe.hf.export import average_into
 from tnmoe.hf.export_targets import Target, target_of
-from tnmoe.hf.families import FFN, check_formula
-from tnmoe.hf.folders.checkpoint import CONFIG, Checkpoint, Spec
-from tnmoe.hf.folders.conversion import Conversion, Piece, copies
-from tnmoe.hf.folders.skeleton import (
-    Skeleton,
-    check_dense,
-    config_from,
-    held,
-    model_without_numbers,
+from tnmoe.hf.ffn import FFN, check_formula
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.tensors import TensorSpec
+from tnmoe.hf.find import ffns_named, mixtures_in
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece, copy_pieces
+from tnmoe.hf.folders.skeleton import Skeleton, with_parameters
+from tnmoe.hf.layers import converted_mixture, draw_start, install_new_mixtures
+from tnmoe.hf.meta import (
+    check_unconverted_entries,
+    config_from_entries,
+    meta_model,
     saved_class,
     stored_name,
 )
-from tnmoe.hf.layers import check_none_left, install_new, mixtures_of, networks_named
-from tnmoe.hf.record import ENTRY, Record, mark, to_file, with_records, without_records
-from tnmoe.hf.upcycle import Draws, converted
+from tnmoe.hf.record import (
+    Record,
+    add_records,
+    decode_entries,
+    encode_entries,
+    record_in_entries,
+    with_records,
+    without_records,
+)
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
+from tnmoe.system.tables import listed
 
 
 def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0) -> Conversion:
-    """How a dense checkpoint becomes an MPOE checkpoint, a layer at a time.
+    """Prepare the conversion of a dense checkpoint into an MPOE checkpoint, a layer at a time.
 
-    ``plan.run(target)`` does it: the result is what ``upcycle`` and ``save_pretrained`` make of
-    the loaded model after ``torch.manual_seed(seed)``, to rounding.
+    ``conversion.run(target)`` carries it out. Up to rounding, the result is what ``upcycle`` and
+    ``save_pretrained`` make of the loaded model after ``torch.manual_seed(seed)``.
 
     Parameters
     ----------
@@ -48,12 +59,12 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
         A Hugging Face folder with config.json and safetensors files, of any size.
     config : MPOEConfig
     seed : int
-        Of routers and noise.
+        Seed of routers and noise.
 
     Returns
     -------
     Conversion
-        Nothing but headers has been read for it.
+        Only the headers of files have been read so far.
 
     Raises
     ------
@@ -67,54 +78,55 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
     >>> from transformers import GPT2Config, GPT2Model
     >>> folder = tempfile.mkdtemp()
     >>> GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
-    >>> plan = prepare_upcycle(folder, MPOEConfig(num_experts=4, sites=3))
-    >>> [piece.name for piece in plan.pieces if piece.make]
+    >>> conversion = prepare_upcycle(folder, MPOEConfig(num_experts=4, sites=3))
+    >>> [piece.name for piece in conversion.pieces if piece.make]
     ['h.0.mlp']
-    >>> [path.name for path in plan.run(f"{folder}-mpoe")]
+    >>> [path.name for path in conversion.run(f"{folder}-mpoe")]
     ['model.safetensors']
     """
     source = Checkpoint(folder)
-    check_dense(source.config, source.folder)
+    check_unconverted_entries(source.config, source.folder)
     dense, moe = Skeleton(source), Skeleton(source).model
     networks = dense.networks(config)
-    dense.give_dtypes(moe)
-    names = [ffn.name for ffn, _ in networks]
-    install_new(moe, config, names)
-    mark(moe, config, names)
-    draws = _draw([ffn for ffn, _ in networks], config, index_in("seed", seed, SEEDS))
+    dense.set_dtypes(moe)
+    ffns = [ffn for ffn, _ in networks]
+    names = [ffn.name for ffn in ffns]
+    install_new_mixtures(moe, config, names)
+    add_records(moe, config, names)
+    conversions = _conversions(ffns, config, index_in("seed", seed, SEEDS))
     pieces = [
-        _upcycled(dense, ffn, names, path, layer, config, drawn)
-        for (ffn, names), (path, layer), drawn in zip(
-            networks, mixtures_of(moe).items(), draws, strict=True
+        _mixture_piece(dense, ffn, reads, path, layer, convert)
+        for (ffn, reads), (path, layer), convert in zip(
+            networks, mixtures_in(moe).items(), conversions, strict=True
         )
     ]
     replaced = {name for piece in pieces for name in piece.reads}
-    kept = copies(source, {name: name for name in source.specs if name not in replaced})
+    kept = copy_pieces(source, {name: name for name in source.specs if name not in replaced})
     entries = with_records(source.config, moe.config) | {"architectures": [type(moe).__name__]}
-    return Conversion(source, (*kept, *pieces), to_file(entries), {"seed": seed})
+    return Conversion(source, (*kept, *pieces), encode_entries(entries), {"seed": seed})
 
 
 def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
-    """How an MPOE checkpoint becomes one that other software runs, a layer at a time.
+    """Prepare the conversion of an MPOE checkpoint into one that other software runs.
 
     Parameters
     ----------
     folder : path
         A Hugging Face folder with an MPOE checkpoint, of any size.
     to : {"moe", "dense"}
-        An ordinary mixture of the family, as :func:`to_moe`, or a dense model with the mean of
-        the experts, as :func:`average_experts`.
+        ``moe`` for an ordinary mixture of the family, as :func:`to_moe` makes it; ``dense`` for a
+        dense model with the mean of the experts, as :func:`average_experts` makes it.
 
     Returns
     -------
     Conversion
-        Nothing but headers has been read for it.
+        Only the headers of files have been read so far. It converts a layer at a time.
 
     Raises
     ------
     InputError
-        If the folder holds no sound MPOE checkpoint, or something that the other class cannot
-        express.
+        If the folder holds no sound MPOE checkpoint, or the checkpoint has something that the
+        other class cannot express.
 
     Examples
     --------
@@ -125,158 +137,190 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=32, **small))
     >>> folder = tempfile.mkdtemp()
     >>> upcycle(model, MPOEConfig(num_experts=4, sites=3)).save_pretrained(folder)
-    >>> plan = prepare_export(folder, to="moe")
-    >>> plan.config["architectures"]
+    >>> conversion = prepare_export(folder, to="moe")
+    >>> conversion.config["architectures"]
     ['MixtralForCausalLM']
     """
     one_of("to", to, EXPORT_FORMATS)
     source = Checkpoint(folder)
-    entries = current_entries(source.config, source.folder / CONFIG)
-    if ENTRY not in entries:
-        raise InputError(f"{source.folder} is not an MPOE checkpoint: its config.json has none")
-    record, plain = Record.from_dict(entries[ENTRY]), without_records(entries)
-    saved_class(config_from(plain))
+    entries = decode_entries(source.config)
+    record, plain = record_in_entries(entries, source.folder), without_records(entries)
+    saved_class(config_from_entries(plain))
     skeleton = Skeleton(source, plain)
-    install_new(skeleton.model, record.config, record.networks)
-    mixtures = mixtures_of(skeleton.model)
-    reads = skeleton.names_of(each.parameters() for each in mixtures.values())
+    install_new_mixtures(skeleton.model, record.config, record.networks)
+    mixtures = _match_mixtures(skeleton)
+    kept = _tensors_beside(skeleton, mixtures)
+    if to == "dense":
+        return _to_dense(skeleton, mixtures, kept, plain, record)
+    return _to_moe(skeleton, mixtures, kept, record.config)
+
+
+class _Mixture(NamedTuple):
+    """A mixture of a skeleton: its path in the model, and the names of its parameters."""
+
+    path: str
+    layer: MPOMoE
+    reads: list[str]
+
+
+def _match_mixtures(skeleton: Skeleton) -> list[_Mixture]:
+    """Find the mixtures of a skeleton, and their parameters in the checkpoint."""
+    layers = mixtures_in(skeleton.model)
+    reads = skeleton.names_of(layer.parameters() for layer in layers.values())
     skeleton.match(chain.from_iterable(reads))
+    return [
+        _Mixture(path, layer, names)
+        for (path, layer), names in zip(layers.items(), reads, strict=True)
+    ]
+
+
+def _tensors_beside(skeleton: Skeleton, mixtures: Iterable[_Mixture]) -> list[str]:
+    """List the tensors of the checkpoint that belong to no mixture.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint lacks tensors of mixtures, or has some of mixtures that its config.json
+        does not describe.
+    """
+    source = skeleton.source
     used = {
         skeleton.rename(f"{path}.{name}")
-        for path, layer in mixtures.items()
+        for path, layer, _ in mixtures
         for name in layer.state_dict()
     }
-    if lost := sorted(used - set(source.specs)):
-        raise InputError(f"{source.folder} lacks {len(lost)} tensors: {', '.join(lost[:4])}")
-    rest = [name for name in source.specs if name not in used]
-    routers = [skeleton.rename(f"{path}.router.weight") for path in mixtures]
+    if lost := used - set(source.specs):
+        raise InputError(f"{source.folder} lacks {len(lost)} tensors: {listed(lost)}")
+    beside = [name for name in source.specs if name not in used]
+    routers = [skeleton.rename(f"{path}.router.weight") for path, *_ in mixtures]
     paths = [name.removesuffix(".router.weight") for name in routers]
-    check_none_left(rest, paths, source.folder)
-    if to == "dense":
-        return _to_dense(skeleton, mixtures, reads, plain, record, rest)
-    return _to_moe(skeleton, mixtures, reads, record.config, rest)
+    check_all_described(beside, paths, source.folder)
+    return beside
 
 
-def _upcycled(
+def _mixture_piece(
     dense: Skeleton,
     ffn: FFN,
     reads: list[str],
     path: str,
     layer: MPOMoE,
-    config: MPOEConfig,
-    draws: Draws,
+    convert: Callable[[], MPOMoE],
 ) -> Piece:
-    """The piece that makes a mixture of one network."""
+    """Return the piece that makes a mixture of a network.
 
-    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {dense.rename(f"{path}.{name}"): each for name, each in tensors.items()}
+    Parameters
+    ----------
+    dense : Skeleton
+    ffn : FFN
+        The network.
+    reads : list of str
+        Names of its parameters.
+    path : str
+        Where the model will have the mixture.
+    layer : MPOMoE
+        A mixture of the same sizes without numbers.
+    convert : callable
+        Makes the mixture of the network's numbers.
+    """
+
+    def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {dense.rename(f"{path}.{name}"): tensor for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
         with dense.filled(reads):
             check_formula(ffn)
-            return named(converted(ffn, config, draws).state_dict())
+            return stored(convert().state_dict())
 
-    sources = tuple(map(dense.rename, reads))
-    return Piece(dense.rename(path), sources, _specs(named(layer.state_dict())), make)
+    specs = _specs(stored(layer.state_dict()))
+    return Piece(dense.rename(path), tuple(map(dense.rename, reads)), specs, make)
 
 
 def _to_dense(
     skeleton: Skeleton,
-    mixtures: Mapping[str, MPOMoE],
-    reads: Iterable[list[str]],
+    mixtures: Sequence[_Mixture],
+    kept: Iterable[str],
     plain: Mapping[str, Any],
     record: Record,
-    rest: Iterable[str],
 ) -> Conversion:
     dense = Skeleton(skeleton.source, plain)
-    ffns = networks_named(dense.model, record.networks)
+    ffns = ffns_named(dense.model, record.networks)
     written = dense.names_of(ffn.parameters for ffn in ffns)
     pieces = [
-        _averaged(skeleton, path, layer, each, dense, ffn, names)
-        for (path, layer), each, ffn, names in zip(
-            mixtures.items(), reads, ffns, written, strict=True
-        )
+        _dense_piece(skeleton, mixture, dense, ffn, names)
+        for mixture, ffn, names in zip(mixtures, ffns, written, strict=True)
     ]
-    kept = copies(skeleton.source, {name: name for name in rest})
-    return Conversion(skeleton.source, (*kept, *pieces), plain, {"to": "dense"})
+    copied = copy_pieces(skeleton.source, {name: name for name in kept})
+    return Conversion(skeleton.source, (*copied, *pieces), plain, {"to": "dense"})
 
 
-def _averaged(
-    skeleton: Skeleton,
-    path: str,
-    layer: MPOMoE,
-    reads: list[str],
-    dense: Skeleton,
-    ffn: FFN,
-    writes: list[str],
+def _dense_piece(
+    skeleton: Skeleton, mixture: _Mixture, dense: Skeleton, ffn: FFN, writes: Iterable[str]
 ) -> Piece:
-    """The piece that makes a dense network of one mixture."""
-    dtype = layer.experts.up.weight().dtype
+    """Return the piece that averages a mixture's experts into a dense network."""
+    dtype = mixture.layer.experts.up.weight().dtype
     empty = {name: dense.model.get_parameter(name).to(dtype) for name in writes}
 
-    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {skeleton.rename(name): each for name, each in tensors.items()}
+    def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {skeleton.rename(name): tensor for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
-        numbers = {name: torch.empty_like(each, device="cpu") for name, each in empty.items()}
-        with skeleton.filled(reads), held(dense.model, numbers):
-            average_into(ffn, layer)
-        return named(numbers)
+        tensors = {name: torch.empty_like(weight, device="cpu") for name, weight in empty.items()}
+        with skeleton.filled(mixture.reads), with_parameters(dense.model, tensors):
+            average_into(ffn, mixture.layer)
+        return stored(tensors)
 
-    sources = tuple(map(skeleton.rename, reads))
-    return Piece(skeleton.rename(path), sources, _specs(named(empty)), make)
+    name, reads = skeleton.rename(mixture.path), tuple(map(skeleton.rename, mixture.reads))
+    return Piece(name, reads, _specs(stored(empty)), make)
 
 
 def _to_moe(
-    skeleton: Skeleton,
-    mixtures: Mapping[str, MPOMoE],
-    reads: Iterable[list[str]],
-    config: MPOEConfig,
-    rest: Iterable[str],
+    skeleton: Skeleton, mixtures: Sequence[_Mixture], kept: Iterable[str], config: MPOEConfig
 ) -> Conversion:
     target = target_of(skeleton.model)
-    for layer in mixtures.values():
+    layers = {mixture.path: mixture.layer for mixture in mixtures}
+    for layer in layers.values():
         target.check(layer)
-    entries = target.config(skeleton.model, mixtures, config)
-    entries.architectures = [target.name]
-    # Each of its modules is of an expert that has numbers in the source.
-    moe = model_without_numbers(entries, modules=sys.maxsize)
-    pieces = [
-        _ordinary(skeleton, path, layer, each, moe, target)
-        for (path, layer), each in zip(mixtures.items(), reads, strict=True)
-    ]
-    names = {stored_name(moe, target.rename(name)): name for name in rest}
-    kept = copies(skeleton.source, names)
+    target_config = target.config(skeleton.model, layers, config)
+    target_config.architectures = [target.name]
+    # No limit is needed: every expert that has modules here has tensors in the source.
+    moe = meta_model(target_config, max_modules=sys.maxsize)
+    pieces = [_ordinary_piece(skeleton, mixture, moe, target) for mixture in mixtures]
+    originals = {stored_name(moe, target.rename(name)): name for name in kept}
+    copied = copy_pieces(skeleton.source, originals)
     settings = {"to": target.name}
-    return Conversion(skeleton.source, (*kept, *pieces), entries.to_diff_dict(), settings)
+    return Conversion(skeleton.source, (*copied, *pieces), target_config.to_diff_dict(), settings)
 
 
-def _ordinary(
-    skeleton: Skeleton, path: str, layer: MPOMoE, reads: list[str], moe: Any, target: Target
-) -> Piece:
-    """The piece that makes an ordinary mixture of one with shared cores."""
-    block, dtype = target.rename(path), layer.experts.up.weight().dtype
+def _ordinary_piece(skeleton: Skeleton, mixture: _Mixture, moe: Any, target: Target) -> Piece:
+    """Return the piece that turns a mixture with shared cores into an ordinary mixture."""
+    name, dtype = target.rename(mixture.path), mixture.layer.experts.up.weight().dtype
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        named = {f"{block}.{name}": tensor.to(dtype) for name, tensor in tensors.items()}
+        named = {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
         return revert_weight_conversion(moe, named)
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
-        with skeleton.filled(reads):
-            return stored(target.weights(layer))
+        with skeleton.filled(mixture.reads):
+            return stored(target.weights(mixture.layer))
 
-    sources = tuple(map(skeleton.rename, reads))
-    return Piece(block, sources, _specs(stored(moe.get_submodule(block).state_dict())), make)
-
-
-def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
-    return {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    reads = tuple(map(skeleton.rename, mixture.reads))
+    specs = _specs(stored(moe.get_submodule(name).state_dict()))
+    return Piece(name, reads, specs, make)
 
 
-def _draw(ffns: Iterable[FFN], config: MPOEConfig, seed: int) -> list[Draws]:
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+
+
+def _conversions(ffns: Sequence[FFN], config: MPOEConfig, seed: int) -> list[Callable[[], MPOMoE]]:
+    """Return the conversion of every network, with its random numbers drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [Draws.for_layer(ffn, config, "cpu") for ffn in ffns]
+        starts = [draw_start(ffn, config, "cpu") for ffn in ffns]
+    return [
+        partial(converted_mixture, ffn, config, router, noise_seed)
+        for ffn, (router, noise_seed) in zip(ffns, starts, strict=True)
+    ]

@@ -1,1 +1,1 @@
-"""Routers, and what is known of their decisions."""
+"""Routers, their losses, and records and statistics of their decisions."""

@@ -1,81 +1,78 @@
-"""Room for tokens: how many an expert takes, and which of them come first."""
+"""Capacity: how many slots an expert accepts, and which slots those are."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tnmoe.errors import InputError
-from tnmoe.nn.transforms import values_are_readable
+
+def sequence_lengths(mask: Tensor | None, rows: Tensor, sequences: int) -> Tensor:
+    """Return how many tokens of every sequence count.
+
+    Parameters
+    ----------
+    mask : Tensor of bool, shape (T,), or None
+        Tokens that count.
+    rows : Tensor, shape (T, …)
+        A row per token, the sequences one after the other.
+    sequences : int
+        Number of sequences B, all of the same length.
+
+    Returns
+    -------
+    Tensor of float64 (float32 on MPS, which has no float64), shape (B,)
+        On the device of ``rows``.
+    """
+    precision = torch.float32 if rows.device.type == "mps" else torch.float64
+    if mask is None:
+        length = rows.shape[0] // sequences
+        return torch.full((sequences,), length, dtype=precision, device=rows.device)
+    return mask.view(sequences, -1).sum(1).to(precision)
 
 
-def check_mask(token_mask: Tensor | None, tokens: int) -> Tensor | None:
-    """The mask as (T,) of bool; an InputError if it has not as many entries as there are tokens."""
-    if token_mask is None:
-        return None
-    if not isinstance(token_mask, Tensor) or token_mask.numel() != tokens:
-        given = getattr(token_mask, "shape", None)
-        raise InputError(
-            f"the mask must be a tensor with an entry for each of {tokens} tokens, got "
-            + (repr(token_mask) if given is None else f"shape {tuple(given)}")
-        )
-    if (
-        token_mask.is_floating_point()
-        and values_are_readable(token_mask)
-        and (token_mask < 0).any()
-    ):
-        raise InputError(
-            "the mask must be 0 where a token is padding, got negative numbers: one "
-            "that is added to attention scores says the opposite"
-        )
-    return token_mask.reshape(-1) != 0
-
-
-def room(
-    factor: float, experts: int, mask: Tensor | None, tokens: int, sequences: int, like: Tensor
-) -> Tensor:
-    """How many tokens an expert takes of every sequence: factor · length / E, rounded up.
+def expert_capacity(factor: float, num_experts: int, lengths: Tensor) -> Tensor:
+    """Return how many slots an expert accepts of every sequence: factor · length / E, rounded up.
 
     Parameters
     ----------
     factor : float
-    experts : int
+        Slots per token on average over all experts.
+    num_experts : int
         Number of experts E.
-    mask : Tensor of bool, shape (T,), or None
-        Tokens that count.
-    tokens, sequences : int
-        Tokens T in all, and sequences B of the same length.
-    like : Tensor
-        Where the result is to be.
+    lengths : Tensor of float, shape (B,)
+        As :func:`sequence_lengths` returns them, so that padding does not change the arithmetic.
 
     Returns
     -------
     Tensor of float, shape (B,)
         Whole numbers, at least 1.
+
+    Examples
+    --------
+    >>> expert_capacity(1.25, 4, torch.tensor([10.0, 1.0]))
+    tensor([4., 1.])
     """
-    # The same arithmetic with and without a mask, so that padding changes nothing.
-    precision = torch.float32 if like.device.type == "mps" else torch.float64
-    if mask is None:
-        lengths = torch.full((sequences,), tokens // sequences, dtype=precision, device=like.device)
-    else:
-        lengths = mask.view(sequences, -1).sum(1).to(precision)
-    return (lengths * factor / experts).ceil().clamp(min=1)
+    return (lengths * factor / num_experts).ceil().clamp(min=1)
 
 
-def first_of_each(index: Tensor, kept: Tensor, capacity: Tensor, num_experts: int) -> Tensor:
-    """Which choices are among the first of their expert.
+def slots_within_capacity(
+    index: Tensor, kept: Tensor, capacity: Tensor, num_experts: int
+) -> Tensor:
+    """Return which slots their experts accept.
 
-    First choices of all tokens of a sequence come before second ones, then tokens in order.
+    An expert accepts the first choices of all tokens of a sequence before the second ones, and
+    equal choices in the order of the tokens.
 
     Parameters
     ----------
     index : Tensor of int64, shape (T, k)
-        Experts chosen.
+        Expert of every slot.
     kept : Tensor of bool, shape (T, k)
-        Choices that count; the others are not among the first, and take no room.
+        Slots that apply. Where it is False a slot is not accepted and uses no capacity.
     capacity : Tensor, shape (B,)
-        Choices that every expert takes in each of B sequences of the same length.
+        Slots that every expert accepts in each of B sequences of the same length.
     num_experts : int
+        Number of experts E.
 
     Returns
     -------
@@ -86,11 +83,10 @@ def first_of_each(index: Tensor, kept: Tensor, capacity: Tensor, num_experts: in
     def by_choice(array: Tensor) -> Tensor:
         return array.view(sequences, -1, choices).mT.reshape(sequences, -1)
 
-    # Sorted, the choices of an expert are a run, in the order in which they came.
+    # A stable sort puts the slots of an expert side by side, in their order of priority.
     experts, order = torch.where(by_choice(kept), by_choice(index), num_experts).sort(stable=True)
-    place = torch.arange(experts.shape[1], device=index.device) - torch.searchsorted(
-        experts, experts
-    )
-    among_first = (place < capacity[:, None]) & (experts < num_experts)
-    first = torch.zeros_like(among_first).scatter(1, order, among_first)
-    return first.view(sequences, choices, -1).mT.reshape(index.shape)
+    first = torch.searchsorted(experts, experts)
+    rank = torch.arange(experts.shape[1], device=index.device) - first
+    accepted_sorted = (rank < capacity[:, None]) & (experts < num_experts)
+    accepted = torch.zeros_like(accepted_sorted).scatter(1, order, accepted_sorted)
+    return accepted.view(sequences, choices, -1).mT.reshape(index.shape)

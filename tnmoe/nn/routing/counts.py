@@ -1,4 +1,7 @@
-"""Tokens' choices of experts, counted without a table of all choices and all experts."""
+"""Counts of slots, made without a table of all slots and all experts.
+
+A slot is a (token, choice) pair: with top_k = 2 every token has two.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import torch
 from torch import Tensor
 
 
-def choices_per_token(index: Tensor, num_experts: int) -> Tensor:
-    """How often tokens chose each expert.
+def count_slots_per_token(index: Tensor, num_experts: int) -> Tensor:
+    """Count every token's slots by expert.
 
     Parameters
     ----------
     index : Tensor of int64, shape (T, k)
-        Experts from 0 to E − 1; E for none.
+        Expert of every slot, from 0 to E − 1. Index E marks a slot without an expert; it is not
+        counted.
     num_experts : int
         Number of experts E.
 
@@ -22,7 +26,7 @@ def choices_per_token(index: Tensor, num_experts: int) -> Tensor:
 
     Examples
     --------
-    >>> choices_per_token(torch.tensor([[0, 2], [1, 3]]), num_experts=3)
+    >>> count_slots_per_token(torch.tensor([[0, 2], [1, 3]]), num_experts=3)
     tensor([[1., 0., 1.],
             [0., 1., 0.]])
     """
@@ -31,13 +35,14 @@ def choices_per_token(index: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add(-1, index, ones)[..., :num_experts]
 
 
-def choices_per_expert(index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
-    """How many choices of all tokens each expert got.
+def count_slots_per_expert(index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
+    """Count the slots of all tokens by expert.
 
     Parameters
     ----------
     index : Tensor of int64, shape (T, k)
-        Experts from 0 to E − 1; E for none.
+        Expert of every slot, from 0 to E − 1. Index E marks a slot without an expert; it is not
+        counted.
     mask : Tensor of bool, shape (T,), or None
         Tokens where it is False do not count.
     num_experts : int
@@ -49,7 +54,7 @@ def choices_per_expert(index: Tensor, mask: Tensor | None, num_experts: int) -> 
 
     Examples
     --------
-    >>> choices_per_expert(torch.tensor([[0, 2], [1, 2]]), mask=None, num_experts=3)
+    >>> count_slots_per_expert(torch.tensor([[0, 2], [1, 2]]), mask=None, num_experts=3)
     tensor([1, 1, 2])
     """
     counted = torch.ones_like(index) if mask is None else mask[:, None].expand_as(index).long()

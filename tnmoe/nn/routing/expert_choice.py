@@ -1,4 +1,4 @@
-"""A router in which experts choose tokens."""
+"""The router in which experts choose tokens."""
 
 from __future__ import annotations
 
@@ -8,53 +8,55 @@ import torch
 from torch import Tensor
 
 from tnmoe.errors import number_in, one_of
-from tnmoe.nn.routing.capacity import room
+from tnmoe.nn.routing.capacity import expert_capacity, sequence_lengths
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.transforms import is_transformed
 from tnmoe.options import BATCH_SCOPES, BatchScope, ScoreFunction
 
 
 class ExpertChoiceRouter(Router):
-    """Every expert takes the tokens that score highest for it, the same number each.
+    """A router in which every expert takes the tokens that score highest for it.
 
-    Zhou et al., arXiv:2202.09368, section 3.2. The load is balanced by construction; a token goes
-    to as many experts as take it, perhaps to none, and then gets 0.
+    All experts take the same number of tokens, so the load is balanced by construction (Zhou et
+    al., arXiv:2202.09368, section 3.2). A token goes to every expert that takes it. If no expert
+    does, it gets 0.
 
     .. warning::
-       Not causal: whether an expert takes a token depends on the tokens after it. In a language
-       model that generates, training sees what generation does not. Use it in encoders.
+       Not causal: whether an expert takes a token depends on the tokens after it. A language model
+       that generates would see in training what it cannot see in generation. Use this router in
+       encoders.
 
     Parameters
     ----------
     hidden_size, num_experts : int
         Sizes H and E.
     capacity_factor : float
-        Experts per token on average: each takes ``ceil(capacity_factor · T / E)`` of them.
+        Experts per token on average: each expert takes ``ceil(capacity_factor · T / E)`` tokens.
     score_function : {"softmax", "sigmoid"}
-        What makes scores, over the experts, of a token's logits.
+        Turns a token's logits into scores of the experts.
     normalize : bool
-        Divide the weights of the experts that take a token by their sum (Komatsuzaki et al.,
-        arXiv:2212.05055, section 3). False, as in Zhou et al., weighs by the scores themselves.
-    bias, jitter_noise, straight_through
+        Divide the weights of a token's experts by their sum (Komatsuzaki et al., arXiv:2212.05055,
+        section 3). With False, as in Zhou et al., the weights are the scores themselves.
+    jitter_noise, bias, straight_through
         As in :class:`TopKRouter`.
     scope : {"batch", "sequence"}
-        What the T tokens are: all of a call, or those of every sequence.
+        What the T tokens are: all tokens of a call, or the tokens of one sequence.
     device, dtype
         Of the parameters, as for torch's own layers.
 
     Raises
     ------
     InputError
-        If a size, factor or name is none of those that there are.
+        If a size or factor is out of range, or a name is unknown.
 
     Notes
     -----
-    Where all experts are the same, a token that any expert takes gets the output of one of them if
-    ``normalize`` is on; a token that none takes gets 0, so an upcycled layer does not start as the
-    dense one unless ``capacity_factor`` is ``num_experts``.
+    Where all experts are the same and ``normalize`` is on, a token that any expert takes gets the
+    output of one expert. A token that no expert takes gets 0. So an upcycled layer starts as the
+    dense one only if ``capacity_factor`` is ``num_experts``.
 
-    How many experts the most wanted token has is the k of the result. On an accelerator this is
-    waited for; under ``torch.compile`` and ``torch.func`` k is E.
+    The k of the result is the largest number of experts that take one token. On an accelerator
+    the router waits for this number. Under ``torch.compile`` and ``torch.func`` k is E.
 
     Examples
     --------
@@ -70,10 +72,10 @@ class ExpertChoiceRouter(Router):
         hidden_size: int,
         num_experts: int,
         capacity_factor: float = 2.0,
+        *,
         score_function: ScoreFunction = "softmax",
         normalize: bool = True,
         jitter_noise: float = 0.0,
-        *,
         bias: bool = False,
         straight_through: bool = True,
         scope: BatchScope = "batch",
@@ -81,40 +83,41 @@ class ExpertChoiceRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_experts, score_function, normalize, straight_through, bias,
-            jitter_noise, device, dtype,
+            hidden_size, num_experts, score_function=score_function, normalize=normalize,
+            jitter_noise=jitter_noise, bias=bias, straight_through=straight_through,
+            device=device, dtype=dtype,
         )  # fmt: skip
         one_of("scope", scope, BATCH_SCOPES)
         self.capacity_factor = number_in("capacity_factor", capacity_factor, "(0, inf)")
         self.scope = scope
         self.reset_parameters()
 
+    def chosen_experts(self, logits: Tensor, index: Tensor) -> Tensor:
+        return index
+
     def _route(self, logits: Tensor, mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
         sequences = sequences if self.scope == "sequence" else 1
-        capacity = room(
-            self.capacity_factor, self.num_experts, mask, logits.shape[0], sequences, logits
-        )
-        taken = self._take(self.log_scores(logits), mask, capacity)
+        lengths = sequence_lengths(mask, logits, sequences)
+        capacity = expert_capacity(self.capacity_factor, self.num_experts, lengths)
+        taken = self._choose_tokens(self.log_scores(logits), mask, capacity)
         experts = torch.arange(self.num_experts, device=logits.device)
-        # Those that take a token first, the number that stands for none last.
+        # Sorted, the experts that take a token come first, and index E comes last.
         index, order = torch.where(taken, experts, self.num_experts).sort(-1)
         if not (torch.compiler.is_compiling() or is_transformed()):
             width = max(1, int(taken.sum(-1).max())) if taken.shape[0] else 1
             index, order = index[:, :width], order[:, :width]
-        return self._weigh(logits.gather(-1, order), logits, index < self.num_experts), index
+        kept = index < self.num_experts
+        return self._slot_weights(logits.gather(-1, order), logits, kept), index
 
     @torch.no_grad()
-    def _take(self, log_scores: Tensor, mask: Tensor | None, capacity: Tensor) -> Tensor:
-        """Which tokens every expert takes, (T, E)."""
+    def _choose_tokens(self, log_scores: Tensor, mask: Tensor | None, capacity: Tensor) -> Tensor:
+        """Return which tokens every expert takes, (T, E)."""
         if mask is not None:
             log_scores = log_scores.masked_fill(~mask[:, None], -inf)
         scores = log_scores.view(capacity.shape[0], -1, self.num_experts)
         order = scores.argsort(dim=1, descending=True, stable=True)
         taken = (order.argsort(1) < capacity[:, None, None]).view_as(log_scores)
         return taken if mask is None else taken & mask[:, None]
-
-    def choices(self, logits: Tensor, index: Tensor) -> Tensor:
-        return index
 
     def extra_repr(self) -> str:
         return (

@@ -1,13 +1,18 @@
-"""Auxiliary losses that keep a router's choices spread and its scores small."""
+"""Auxiliary losses of routers: one balances the load of experts, one keeps logits small."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnmoe.errors import InputError, one_of, positive_int
-from tnmoe.nn.routing.capacity import check_mask
-from tnmoe.nn.routing.counts import choices_per_token
+from tnmoe.errors import InputError, one_of
+from tnmoe.nn.routing.counts import count_slots_per_token
+from tnmoe.nn.routing.token_mask import (
+    checked_token_mask,
+    mean_over_tokens,
+    token_weights,
+    zero_masked,
+)
 from tnmoe.nn.transforms import values_are_readable
 from tnmoe.options import BALANCE_FORMS, SCORE_FUNCTIONS, BalanceForm, ScoreFunction
 
@@ -21,28 +26,30 @@ def load_balancing_loss(
     score_function: ScoreFunction = "softmax",
     sequences: int = 1,
 ) -> Tensor:
-    """Product of each expert's load and mean score, summed and scaled to 1 at balance.
+    """Return the sum over experts of load times mean score, scaled to 1 at balance.
 
-    E · Σₑ fₑ Pₑ with fₑ the share of the choices that expert e got and Pₑ its mean score. It is
-    differentiable through Pₑ and reaches E when all tokens choose one expert with certainty.
+    E · Σₑ fₑ Pₑ, where fₑ is the share of the slots, (token, choice) pairs, that chose expert e
+    and Pₑ is the expert's mean score. It is differentiable through Pₑ. It reaches E when all
+    tokens choose one expert with certainty.
 
     Parameters
     ----------
     router_logits : Tensor, shape (T, E)
     top_k_index : Tensor, shape (T, k)
-        Experts that tokens chose, whether or not these had room; E counts for none.
+        Experts that tokens chose, before any capacity dropped slots. Index E marks a slot without
+        an expert; it is not counted.
     attention_mask : Tensor of T entries, any shape, optional
         Tokens where it is 0 do not count.
     form : {"switch", "gshard"}
-        Which choices make the load: all k (Fedus et al., arXiv:2101.03961, equations 4 to 6), or
-        each token's first (Lepikhin et al., arXiv:2006.16668, algorithm 1, times E²), where tokens
-        choose in an order.
+        Which slots make the load. ``switch``: all of them (Fedus et al., arXiv:2101.03961,
+        equations 4 to 6). ``gshard``: each token's first choice (Lepikhin et al.,
+        arXiv:2006.16668, algorithm 1, times E²), for routers whose tokens rank their choices.
     score_function : {"softmax", "sigmoid"}
-        The router's. Sigmoids are divided by their sum over experts (DeepSeek-V3,
-        arXiv:2412.19437, equations 17 to 20).
+        The score function of the router. Sigmoids are divided by their sum over the experts
+        (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
     sequences : int
-        The tokens are so many sequences of the same length, one after the other. The loss is
-        taken of each, which asks for balance within every one, and averaged.
+        Number of sequences, all of the same length, that the tokens form one after the other. The
+        result is the mean of the sequences' losses, which asks for balance within every sequence.
 
     Returns
     -------
@@ -64,25 +71,21 @@ def load_balancing_loss(
     one_of("form", form, BALANCE_FORMS)
     one_of("score_function", score_function, SCORE_FUNCTIONS)
     _check_routing(router_logits, top_k_index)
-    router_logits = counted_logits(router_logits, attention_mask)
+    mask = checked_token_mask(attention_mask, len(router_logits))
+    weights = token_weights(router_logits, mask, sequences)
     experts = router_logits.shape[-1]
     index = top_k_index[:, :1] if form == "gshard" else top_k_index
-    weights = _token_weights(router_logits, attention_mask, sequences)
-
-    def mean(values: Tensor) -> Tensor:
-        # No matrix product, which autocast would do in half precision.
-        return (weights[..., None] * values.view(*weights.shape, experts)).sum(1)
-
-    load = mean(choices_per_token(index, experts))
+    load = mean_over_tokens(count_slots_per_token(index, experts), weights)
     load = load / load.sum(-1, keepdim=True).clamp(min=1e-9)
-    losses = experts * (load * mean(normalized_scores(router_logits, score_function))).sum(-1)
-    return _over_sequences(losses, weights)
+    scores = normalized_scores(zero_masked(router_logits, mask), score_function)
+    losses = experts * (load * mean_over_tokens(scores, weights)).sum(-1)
+    return _mean_over_sequences(losses, weights)
 
 
 def router_z_loss(
     router_logits: Tensor, attention_mask: Tensor | None = None, *, sequences: int = 1
 ) -> Tensor:
-    """Mean squared log-sum-exp of the scores (ST-MoE, arXiv:2202.08906, equation 5).
+    """Return the mean squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906, equation 5).
 
     Parameters
     ----------
@@ -90,8 +93,8 @@ def router_z_loss(
     attention_mask : Tensor of T entries, any shape, optional
         Tokens where it is 0 do not count.
     sequences : int
-        The tokens are so many sequences of the same length, one after the other; the means of
-        each are averaged.
+        Number of sequences, all of the same length, that the tokens form one after the other. The
+        result is the mean of the sequences' means.
 
     Returns
     -------
@@ -101,8 +104,7 @@ def router_z_loss(
     Raises
     ------
     InputError
-        If the logits are no table, the mask has another size, or the tokens are not so many
-        sequences of one length.
+        If the logits do not have two axes, or the mask or ``sequences`` does not fit the tokens.
 
     Examples
     --------
@@ -112,20 +114,14 @@ def router_z_loss(
     """
     if router_logits.ndim != 2:
         raise InputError(f"expected router_logits (T, E), got {tuple(router_logits.shape)}")
-    router_logits = counted_logits(router_logits, attention_mask)
-    squares = router_logits.float().logsumexp(-1).square()
-    weights = _token_weights(router_logits, attention_mask, sequences)
-    return _over_sequences((weights * squares.view_as(weights)).sum(-1), weights)
-
-
-def counted_logits(router_logits: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Logits (T, E), zeros for tokens that do not count: a weight of 0 would let their NaN pass."""
-    mask = check_mask(attention_mask, len(router_logits))
-    return router_logits if mask is None else router_logits.masked_fill(~mask[:, None], 0)
+    mask = checked_token_mask(attention_mask, len(router_logits))
+    weights = token_weights(router_logits, mask, sequences)
+    squares = zero_masked(router_logits, mask).float().logsumexp(-1).square()
+    return _mean_over_sequences(mean_over_tokens(squares, weights), weights)
 
 
 def normalized_scores(router_logits: Tensor, score_function: ScoreFunction) -> Tensor:
-    """Scores (T, E) of float32, each token's summing to 1."""
+    """Return scores (T, E) of float32 that sum to 1 for every token."""
     if score_function == "sigmoid":
         return F.logsigmoid(router_logits.float()).softmax(-1)
     return router_logits.float().softmax(-1)
@@ -150,17 +146,7 @@ def _check_routing(router_logits: Tensor, index: Tensor) -> None:
         )
 
 
-def _token_weights(tokens: Tensor, attention_mask: Tensor | None, sequences: int) -> Tensor:
-    """Weights of a mean over the tokens of every sequence that count, shape (B, T / B)."""
-    if len(tokens) % positive_int("sequences", sequences):
-        raise InputError(f"{len(tokens)} tokens are not {sequences} sequences of the same length")
-    mask = check_mask(attention_mask, len(tokens))
-    counts = tokens.new_ones(len(tokens)).float() if mask is None else mask.float()
-    counts = counts.view(sequences, -1)
-    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _over_sequences(losses: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the sequences that have a token that counts."""
-    present = weights.sum(-1).round()
-    return (losses * present).sum() / present.sum().clamp(min=1)
+def _mean_over_sequences(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of the losses of the sequences in which any token counts."""
+    has_tokens = weights.sum(-1).round()
+    return (losses * has_tokens).sum() / has_tokens.sum().clamp(min=1)

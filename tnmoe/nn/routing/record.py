@@ -1,4 +1,4 @@
-"""What the routers of a model decided: recorded for losses and statistics."""
+"""Records of what a model's routers decided, for losses and statistics."""
 
 from __future__ import annotations
 
@@ -6,41 +6,48 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, one_of
-from tnmoe.nn.routing.capacity import check_mask
+from tnmoe.nn.routing.counts import count_slots_per_expert
 from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
-from tnmoe.nn.routing.router import Router, recorders
+from tnmoe.nn.routing.router import CallObserver, Router, RouterResult, call_observers
+from tnmoe.nn.routing.token_mask import checked_token_mask
 from tnmoe.nn.transforms import in_backward
 from tnmoe.options import BATCH_SCOPES, BalanceForm, BatchScope, ScoreFunction
 from tnmoe.system.tables import shortened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutingCall:
     """One call of a router.
+
+    A slot is a (token, choice) pair.
 
     Attributes
     ----------
     name : str
-        The router's, in the model.
+        Name of the router in the model.
     logits : Tensor, shape (T, E)
         With gradients.
-    weights, index : Tensor, shapes (T, k)
-        Weights and experts; E for none.
-    choices : Tensor, shape (T, k)
-        Experts asked for, whether or not they had room.
+    weights : Tensor, shape (T, k)
+        Weight of every slot.
+    index : Tensor of int64, shape (T, k)
+        Expert of every slot. Index E marks a slot without an expert: its token is padding, or it
+        was dropped.
+    chosen : Tensor of int64, shape (T, k)
+        Experts that tokens chose, before any capacity dropped slots.
     token_mask : Tensor of T entries, or None
         Tokens where it is 0 were ignored.
     sequences : int
-        The tokens were so many sequences of the same length.
+        Number of sequences, all of the same length, that the tokens form one after the other.
     score_function : str
-        The router's.
+        Score function of the router.
     lost_gradient : bool
-        The router is in training, but the call was without gradients.
+        Whether the router is in training although the call was without gradients.
 
     Examples
     --------
@@ -57,7 +64,7 @@ class RoutingCall:
     logits: Tensor
     weights: Tensor
     index: Tensor
-    choices: Tensor
+    chosen: Tensor
     token_mask: Tensor | None
     sequences: int
     score_function: ScoreFunction
@@ -70,10 +77,37 @@ class RoutingCall:
             f"choices={self.index.shape[-1]}, sequences={self.sequences})"
         )
 
-    def counted(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Tokens that count, as (T,) of bool: ``attention_mask``, else the router's own mask."""
+    def effective_mask(self, attention_mask: Tensor | None = None) -> Tensor | None:
+        """Return which tokens count, as (T,) of bool; None if all do.
+
+        Parameters
+        ----------
+        attention_mask : Tensor of T entries, any shape, optional
+            Tokens where it is 0 do not count. Without it the router's own mask applies.
+
+        Raises
+        ------
+        InputError
+            If the mask does not have T entries or holds negative numbers.
+        """
         mask = self.token_mask if attention_mask is None else attention_mask
-        return check_mask(mask, len(self.logits))
+        return checked_token_mask(mask, len(self.logits))
+
+    def slots_per_expert(self, attention_mask: Tensor | None = None) -> Tensor:
+        """Count the slots that reached each expert, shape (E,).
+
+        Parameters
+        ----------
+        attention_mask
+            As for :meth:`effective_mask`.
+
+        Raises
+        ------
+        InputError
+            If the mask does not have T entries or holds negative numbers.
+        """
+        mask = self.effective_mask(attention_mask)
+        return count_slots_per_expert(self.index, mask, self.logits.shape[-1])
 
 
 @dataclass
@@ -83,7 +117,7 @@ class Routing:
     Attributes
     ----------
     calls : list of RoutingCall
-        In the order in which they came.
+        In the order of the calls.
 
     Examples
     --------
@@ -110,41 +144,39 @@ class Routing:
         form: BalanceForm = "switch",
         scope: BatchScope = "batch",
     ) -> Tensor:
-        """Mean load-balancing loss of the recorded calls.
+        """Return the mean load-balancing loss of the recorded calls.
 
         Parameters
         ----------
         attention_mask : Tensor with an entry per token, optional
-            Tokens where it is 0 do not count; by default those that the routers ignored.
+            Tokens where it is 0 do not count; by default the tokens that the routers ignored.
         form : {"switch", "gshard"}
             As for :func:`load_balancing_loss`.
         scope : {"batch", "sequence"}
-            Whether all tokens of a call are to be balanced, or those of every sequence.
+            Balance all tokens of a call together, or the tokens of every sequence.
 
         Raises
         ------
         InputError
             If nothing was recorded, the mask has another size, or a name is unknown.
         """
-        one_of("scope", scope, BATCH_SCOPES)
-        return self._mean(
-            [
-                load_balancing_loss(
-                    call.logits,
-                    call.choices,
-                    call.counted(attention_mask),
-                    form=form,
-                    score_function=call.score_function,
-                    sequences=call.sequences if scope == "sequence" else 1,
-                )
-                for call in self.calls
-            ]
-        )
+
+        def loss_of(call: RoutingCall, sequences: int) -> Tensor:
+            return load_balancing_loss(
+                call.logits,
+                call.chosen,
+                call.effective_mask(attention_mask),
+                form=form,
+                score_function=call.score_function,
+                sequences=sequences,
+            )
+
+        return self._mean_loss(loss_of, scope)
 
     def z_loss(
         self, attention_mask: Tensor | None = None, *, scope: BatchScope = "batch"
     ) -> Tensor:
-        """Mean router z-loss of the recorded calls.
+        """Return the mean router z-loss of the recorded calls.
 
         Parameters
         ----------
@@ -156,25 +188,20 @@ class Routing:
         InputError
             If nothing was recorded, the mask has another size, or the scope is unknown.
         """
-        one_of("scope", scope, BATCH_SCOPES)
-        return self._mean(
-            [
-                router_z_loss(
-                    call.logits,
-                    call.counted(attention_mask),
-                    sequences=call.sequences if scope == "sequence" else 1,
-                )
-                for call in self.calls
-            ]
-        )
+
+        def loss_of(call: RoutingCall, sequences: int) -> Tensor:
+            mask = call.effective_mask(attention_mask)
+            return router_z_loss(call.logits, mask, sequences=sequences)
+
+        return self._mean_loss(loss_of, scope)
 
     def counts(self, attention_mask: Tensor | None = None) -> Tensor:
-        """Slots each expert received, per recorded call, shape (calls, E).
+        """Count the slots that reached each expert in every recorded call, shape (calls, E).
 
         Parameters
         ----------
         attention_mask : Tensor with an entry per token, optional
-            Tokens where it is 0 do not count; by default those that the routers ignored.
+            Tokens where it is 0 do not count; by default the tokens that the routers ignored.
 
         Raises
         ------
@@ -184,42 +211,43 @@ class Routing:
         numbers = sorted({call.logits.shape[-1] for call in self.calls})
         if len(numbers) != 1:
             raise InputError(
-                "counts are of routers with one number of experts, got "
+                "counts() needs routers with one number of experts, got "
                 + (", ".join(map(str, numbers)) if numbers else "no call of a router")
             )
-        rows = []
-        for call in self.calls:
-            mask = call.counted(attention_mask)
-            kept = call.index if mask is None else call.index[mask]
-            experts = call.logits.shape[-1]
-            rows.append(torch.bincount(kept.reshape(-1), minlength=experts + 1)[:experts])
-        return torch.stack(rows)
+        return torch.stack([call.slots_per_expert(attention_mask) for call in self.calls])
 
-    def _mean(self, losses: list[Tensor]) -> Tensor:
+    def _mean_loss(
+        self, loss_of: Callable[[RoutingCall, int], Tensor], scope: BatchScope
+    ) -> Tensor:
+        one_of("scope", scope, BATCH_SCOPES)
+        losses = [
+            loss_of(call, call.sequences if scope == "sequence" else 1) for call in self.calls
+        ]
         if not losses:
             raise InputError("no routing was recorded: no forward pass reached a Router")
         if torch.is_grad_enabled() and any(call.lost_gradient for call in self.calls):
             warnings.warn(
-                "this loss teaches no router: the recorded pass was without gradients, as the "
-                "first one of activation checkpointing with use_reentrant=True is",
-                stacklevel=3,
+                "this loss teaches no router: the recorded pass had no gradients, like the first "
+                "pass of activation checkpointing with use_reentrant=True",
+                stacklevel=3,  # who asked for the loss
             )
         return torch.stack(losses).mean()
 
 
-class Recording:
-    """Fills a Routing with the calls of a model's routers, from start to stop.
+class RoutingRecorder:
+    """A recorder of the calls of a model's routers, from ``start`` to ``stop``.
 
     Parameters
     ----------
     model : Module
-        Anything that contains routers.
+        Any module that contains routers.
 
     Attributes
     ----------
     routing : Routing
+        The calls so far.
     paused : bool
-        Whether calls are left out for the time being.
+        Whether the recorder currently ignores calls.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -227,52 +255,37 @@ class Recording:
         self.paused = False
         named = model.named_modules()
         self._routers = {each: name for name, each in named if isinstance(each, Router)}
-        self._recorders: dict[int, Callable[..., None]] = {
-            id(router): _Recorder(self, name) for router, name in self._routers.items()
+        self._observers: dict[int, CallObserver] = {
+            id(router): partial(self._record, name) for router, name in self._routers.items()
         }
 
     def start(self) -> None:
-        recorders.put(self._recorders)
+        """Begin to record."""
+        call_observers.add(self._observers)
 
     def stop(self) -> None:
-        recorders.take(self._recorders)
+        """End the recording."""
+        call_observers.remove(self._observers)
 
-    def is_alone(self) -> bool:
-        """Whether, before it stops, nothing else records the same routers."""
-        return all(len(recorders.of(router)) == 1 for router in self._routers)
+    def is_only_recorder(self) -> bool:
+        """Return whether, between start and stop, nothing else records the same routers."""
+        return all(len(call_observers.values_for(router)) == 1 for router in self._routers)
 
-
-@dataclass(frozen=True)
-class _Recorder:
-    """Tells a Recording of the calls of one router."""
-
-    recording: Recording
-    name: str
-
-    def __call__(
-        self,
-        router: Router,
-        logits: Tensor,
-        weights: Tensor,
-        index: Tensor,
-        token_mask: Tensor | None,
-        sequences: int,
-    ) -> None:
-        if self.recording.paused or in_backward():
+    def _record(self, name: str, router: Router, result: RouterResult) -> None:
+        if self.paused or in_backward():
             return
-        choices = router.choices(logits, index)
         learns = router.training and router.weight.requires_grad
-        self.recording.routing.calls.append(
+        self.routing.calls.append(
             RoutingCall(
-                self.name,
-                logits,
-                weights,
-                index,
-                choices,
-                token_mask,
-                sequences,
-                router.score_function,
-                learns and not logits.requires_grad,
+                name=name,
+                logits=result.logits,
+                weights=result.weights,
+                index=result.index,
+                chosen=router.chosen_experts(result.logits, result.index),
+                token_mask=result.token_mask,
+                sequences=result.sequences,
+                score_function=router.score_function,
+                lost_gradient=learns and not result.logits.requires_grad,
             )
         )
 
@@ -281,22 +294,23 @@ class _Recorder:
 def record_routing(model: nn.Module) -> Iterator[Routing]:
     """Record the decisions of all routers of a model, for losses and statistics.
 
-    What activation checkpointing calls again in a backward pass is not recorded again. With its
-    ``use_reentrant=True`` the pass that is recorded has no gradients, which losses warn of.
+    Activation checkpointing repeats forward passes in the backward pass; the block does not record
+    those again. With ``use_reentrant=True`` the recorded pass has no gradients, and the losses
+    warn about it.
 
-    A block records the calls of its own thread, or task of asyncio, and of ``DataParallel``; other
-    threads may use the model meanwhile. A thread that runs in a copy of the block's context, as
-    those of ``asyncio.to_thread`` do, belongs to it.
+    A block records the calls of its own thread, or task of asyncio, and of ``DataParallel``.
+    Other threads may use the model at the same time. A thread that runs in a copy of the block's
+    context, as ``asyncio.to_thread`` starts it, belongs to the block.
 
     Parameters
     ----------
     model : Module
-        Anything that contains :class:`Router` modules.
+        Any module that contains :class:`Router` modules.
 
     Yields
     ------
     Routing
-        Filled by every forward pass inside the block.
+        Every forward pass inside the block adds its calls.
 
     Examples
     --------
@@ -308,9 +322,9 @@ def record_routing(model: nn.Module) -> Iterator[Routing]:
     >>> routing.counts().sum()
     tensor(10)
     """
-    recording = Recording(model)
-    recording.start()
+    recorder = RoutingRecorder(model)
+    recorder.start()
     try:
-        yield recording.routing
+        yield recorder.routing
     finally:
-        recording.stop()
+        recorder.stop()

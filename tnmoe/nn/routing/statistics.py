@@ -1,4 +1,4 @@
-"""How a model's routers use their experts: statistics of a pass, and their history in training."""
+"""Statistics of how a model's routers use their experts, and their history in training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from tnmoe.errors import InputError, positive_int
-from tnmoe.nn.routing.counts import choices_per_token
-from tnmoe.nn.routing.losses import counted_logits, normalized_scores
+from tnmoe.nn.routing.counts import count_slots_per_token
+from tnmoe.nn.routing.losses import normalized_scores
 from tnmoe.nn.routing.record import Routing, RoutingCall
+from tnmoe.nn.routing.token_mask import mean_over_tokens, token_weights, zero_masked
 from tnmoe.system.tables import shortened
+
+# A router has collapsed when its tokens use less than this share of the experts that they could
+# use beyond the k that one token needs.
+_COLLAPSED_SHARE = 1 / 8
 
 
 class RouterCollapseWarning(UserWarning):
-    """Nearly all tokens go to the same few experts.
+    """A warning that nearly all tokens go to the same few experts.
 
     Examples
     --------
@@ -30,22 +35,24 @@ class RouterCollapseWarning(UserWarning):
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """What one router did with the tokens of a pass, padding aside.
+    """Statistics of one router over the tokens of a pass, without padding.
+
+    A slot is a (token, choice) pair.
 
     Attributes
     ----------
     load : Tensor, shape (E,)
-        Share of the choices that asked for each expert; sums to 1.
+        Share of the slots that chose each expert, before any capacity; sums to 1.
     importance : Tensor, shape (E,)
-        Mean score of each expert, a token's scores summing to 1.
+        Mean score of each expert, where a token's scores sum to 1.
     entropy : Tensor, scalar
         Mean entropy of a token's scores, in nats: log E where the router has no preference.
     dropped : Tensor, scalar
-        Share of the choices that were not followed, for want of room or by policy.
+        Share of the slots that the capacity or the policy for second experts dropped.
     untouched : Tensor, scalar
         Share of the tokens that went to no expert.
     max_violation : Tensor, scalar
-        Load of the busiest expert over the mean load, minus 1: 0 at balance
+        Largest load divided by the mean load, minus 1: 0 at balance
         (Wang et al., arXiv:2408.15664, equation 4).
 
     Examples
@@ -74,19 +81,20 @@ STATISTICS = tuple(entry.name for entry in fields(RouterStatistics))
 def routing_statistics(
     routing: Routing, attention_mask: Tensor | None = None
 ) -> dict[str, RouterStatistics]:
-    """Statistics of every router that was recorded, tokens of several calls taken together.
+    """Compute statistics of every recorded router, over the tokens of all its calls.
 
     Parameters
     ----------
     routing : Routing
         What :func:`record_routing` recorded.
     attention_mask : Tensor with an entry per token, optional
-        Tokens where it is 0 do not count; by default those that the routers ignored.
+        Tokens where it is 0 do not count; by default the tokens that the routers ignored.
 
     Returns
     -------
-    dict
-        By the routers' names. Tensors stay on their device; nothing is waited for.
+    dict from str to RouterStatistics
+        By the routers' names. Tensors stay on their device, and the function does not wait for
+        the device.
 
     Examples
     --------
@@ -100,63 +108,66 @@ def routing_statistics(
     """
     by_name: dict[str, list[tuple[Tensor, RouterStatistics]]] = {}
     for call in routing.calls:
-        by_name.setdefault(call.name, []).append(_of_call(call, attention_mask))
-    return {name: _together(calls) for name, calls in by_name.items()}
+        by_name.setdefault(call.name, []).append(_call_statistics(call, attention_mask))
+    return {name: _weighted_mean(calls) for name, calls in by_name.items()}
 
 
-def _together(calls: list[tuple[Tensor, RouterStatistics]]) -> RouterStatistics:
-    """Means of statistics, weighted by tokens."""
+def _weighted_mean(calls: list[tuple[Tensor, RouterStatistics]]) -> RouterStatistics:
+    """Average statistics, weighted by their numbers of tokens."""
     tokens = torch.stack([count for count, _ in calls])
     shares = tokens / tokens.sum().clamp(min=1)
     means = (
-        sum(share * getattr(each, name) for share, (_, each) in zip(shares, calls, strict=True))
+        sum(
+            share * getattr(statistics, name)
+            for share, (_, statistics) in zip(shares, calls, strict=True)
+        )
         for name in STATISTICS
     )
     return RouterStatistics(*means)
 
 
-def _of_call(call: RoutingCall, attention_mask: Tensor | None) -> tuple[Tensor, RouterStatistics]:
-    """How many tokens counted, and their statistics."""
-    mask = call.counted(attention_mask)
-    logits = counted_logits(call.logits.float(), mask)
+def _call_statistics(
+    call: RoutingCall, attention_mask: Tensor | None
+) -> tuple[Tensor, RouterStatistics]:
+    """Return how many tokens of a call count, and their statistics."""
+    mask = call.effective_mask(attention_mask)
+    logits = zero_masked(call.logits.float(), mask)
     experts = logits.shape[-1]
-    tokens = logits.new_ones(len(logits)) if mask is None else mask.float()
-    share = tokens / tokens.sum().clamp(min=1)
+    tokens = logits.new_full((), len(logits)) if mask is None else mask.float().sum()
+    weights = token_weights(logits, mask)
 
     def mean(values: Tensor) -> Tensor:
-        # No matrix product, which autocast would do in half precision.
-        return (share.view(-1, *[1] * (values.ndim - 1)) * values).sum(0)
+        return mean_over_tokens(values, weights)[0]
 
-    asked = mean(choices_per_token(call.choices, experts))
+    chosen = mean(count_slots_per_token(call.chosen, experts))
     # A difference of integers: where nothing was dropped it is 0, not rounding.
-    missed = mean((call.choices < experts).sum(-1) - (call.index < experts).sum(-1))
-    load = asked / asked.sum().clamp(min=1e-9)
+    dropped = mean((call.chosen < experts).sum(-1) - (call.index < experts).sum(-1))
+    load = chosen / chosen.sum().clamp(min=1e-9)
     scores = normalized_scores(logits, call.score_function)
-    return tokens.sum(), RouterStatistics(
+    return tokens, RouterStatistics(
         load=load,
         importance=mean(scores),
         entropy=mean(torch.special.entr(scores).sum(-1)),
-        dropped=missed / asked.sum().clamp(min=1e-9),
+        dropped=dropped / chosen.sum().clamp(min=1e-9),
         untouched=mean((call.index == experts).all(-1)),
         max_violation=experts * load.max() - 1,
     )
 
 
 class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
-    """Statistics of all routers, step by step, and a warning if one collapses.
+    """The statistics of all routers step by step, with a warning if a router collapses.
 
     A mapping from routers' names to their statistics, as arrays whose first axis is the steps;
     ``tnmoe.plot.routing_statistic`` and ``tnmoe.plot.load_history`` draw it.
 
-    A router has collapsed when, over ``window`` steps, its load is spread over hardly more
-    experts than one token needs: exp(entropy of the load) < k + (E − k) / 8. It is warned about
-    once per router.
+    A router has collapsed when, over ``window`` steps, its tokens use hardly more experts than one
+    token needs: exp(entropy of the load) < k + (E − k) / 8. The history warns once per router.
 
     Parameters
     ----------
     window : int
-        Steps whose mean load is looked at; every so many steps, so that an accelerator is not
-        waited for at each.
+        Number of steps between two checks. A check takes the mean load of the steps since the last
+        check. It waits for an accelerator, hence not at every step.
 
     Raises
     ------
@@ -179,7 +190,7 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
     def __init__(self, window: int = 50) -> None:
         self.window = positive_int("window", window)
         self._steps: dict[str, list[RouterStatistics]] = {}
-        self._choices: dict[str, int] = {}
+        self._top_k: dict[str, int] = {}
         self._collapsed: set[str] = set()
 
     def __repr__(self) -> str:
@@ -187,7 +198,7 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
         return f"RoutingHistory(steps={steps}, routers={shortened(self)})"
 
     def append(self, routing: Routing, attention_mask: Tensor | None = None) -> None:
-        """Add a step's statistics.
+        """Append the statistics of one step.
 
         Parameters
         ----------
@@ -200,20 +211,20 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
             Once for every router that has collapsed.
         """
         for call in routing.calls:
-            self._choices[call.name] = call.choices.shape[1]
+            self._top_k[call.name] = call.chosen.shape[1]
         for name, statistics in routing_statistics(routing, attention_mask).items():
             steps = self._steps.setdefault(name, [])
             steps.append(statistics)
             if len(steps) % self.window == 0 and name not in self._collapsed:
-                self._look_at(name, steps[-self.window :])
+                self._warn_if_collapsed(name, steps[-self.window :])
 
-    def _look_at(self, name: str, steps: list[RouterStatistics]) -> None:
+    def _warn_if_collapsed(self, name: str, steps: list[RouterStatistics]) -> None:
         load = torch.stack([step.load for step in steps]).sum(0)
-        total, experts, needed = float(load.sum()), len(load), self._choices[name]
-        if total == 0 or experts <= needed:
+        total, experts, top_k = float(load.sum()), len(load), self._top_k[name]
+        if total == 0 or experts <= top_k:
             return
         used = exp(float(torch.special.entr(load / total).sum()))
-        if used < needed + (experts - needed) / 8:
+        if used < top_k + (experts - top_k) * _COLLAPSED_SHARE:
             self._collapsed.add(name)
             warnings.warn(
                 f"router {name or '(the model itself)'} has collapsed: in the last {len(steps)} "
@@ -224,12 +235,12 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
             )
 
     def __getitem__(self, name: str) -> dict[str, np.ndarray]:
-        """Every statistic of a router as an array whose first axis is the steps.
+        """Return every statistic of a router as an array whose first axis is the steps.
 
         Raises
         ------
         InputError
-            If no such router was recorded.
+            If no router of that name was recorded.
         """
         if name not in self._steps:
             raise InputError(f"no router {name!r} was recorded, only {list(self)}")
@@ -239,9 +250,9 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
         }
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the routers."""
+        """Iterate over the names of the routers."""
         return iter(self._steps)
 
     def __len__(self) -> int:
-        """Number of routers."""
+        """Return the number of routers."""
         return len(self._steps)

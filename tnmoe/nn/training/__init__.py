@@ -1,1 +1,1 @@
-"""What happens around the steps of an optimiser."""
+"""Training of shared tensors and load biases: what happens around an optimiser's steps."""

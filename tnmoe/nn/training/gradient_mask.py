@@ -1,183 +1,29 @@
-"""The gradient mask: spare the tensors that experts share some of the optimiser's steps.
+"""The gradient mask: it lets the tensors that experts share skip some of the optimiser's steps.
 
-A shared tensor is updated by the tokens of all experts, an expert's own by its tokens only; the
-mask evens that out (Gao et al., arXiv:2203.01104, section 3.3).
+The tokens of all experts update a shared tensor, but only an expert's own tokens update the
+tensors that it owns. The mask compensates for that (Gao et al., arXiv:2203.01104, section 3.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, flag, integer_from_zero, number_in
-from tnmoe.nn.experts import Experts
-from tnmoe.nn.mpo_projection import MPOProjection
-from tnmoe.nn.training.shared_cores import find_shared, hook_gradient
-from tnmoe.nn.training.step_hook import Arguments, StepHook, innermost
-
-Probability = float | Callable[[int], float]
+from tnmoe.nn.training.base_mask import BaseMask, Probability
+from tnmoe.nn.training.hooks import AttachedHooks, Removable, hook_accumulated_gradient
+from tnmoe.nn.training.step_hook import Arguments, StepHook, unwrap_optimizer
 
 
-def checked_probability(probability: Probability) -> Probability:
-    """The probability as a float, or the schedule; an InputError unless it is in [0, 1]."""
-    if callable(probability):
-        return probability
-    return number_in("probability", probability, "[0, 1]")
+class GradientMask(BaseMask, AttachedHooks):
+    """A hook that skips the update of shared tensors with a probability, drawn at every step.
 
-
-class _Mask:
-    """Which tensors sit out which steps, as a function of (seed, step), and what came of it.
-
-    Attributes
-    ----------
-    step : int
-        Number of the coming step.
-    masked_steps : int
-        Steps so far that spared at least one tensor.
-    updates : dict from str to int
-        How many updates each tensor has received, by its name in the model, or its number where
-        tensors were given.
-    """
-
-    def __init__(
-        self,
-        parameters_or_model: nn.Module | Iterable[nn.Parameter],
-        probability: Probability,
-        seed: int,
-        per_layer: bool,
-    ) -> None:
-        self._model = parameters_or_model if isinstance(parameters_or_model, nn.Module) else None
-        if isinstance(parameters_or_model, nn.Module):
-            self._tensors = _named_shared(parameters_or_model)
-            layer_of = _layers(parameters_or_model)
-        else:
-            self._tensors = {str(i): each for i, each in enumerate(parameters_or_model)}
-            layer_of = {id(each): i for i, each in enumerate(self._tensors.values())}
-        if not self._tensors:
-            raise InputError("there is nothing to mask: no tensor was given")
-        per_layer = flag("per_layer", per_layer)
-        self._layer = {
-            name: layer_of[id(each)] if per_layer else 0 for name, each in self._tensors.items()
-        }
-        self.probability = checked_probability(probability)
-        self.seed = integer_from_zero("seed", seed)
-        self.per_layer = per_layer
-        self.step = 0
-        self.masked_steps = 0
-        self.updates = dict.fromkeys(self._tensors, 0)
-        self.probability_at(0)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(probability={self.probability}, seed={self.seed}, "
-            f"per_layer={self.per_layer}, tensors={len(self._tensors)}, step={self.step}, "
-            f"masked_steps={self.masked_steps})"
-        )
-
-    def _check_among(self, held: Iterable[Tensor], failing: str) -> None:
-        """Raise an InputError unless the tensors to mask are among others, by identity."""
-        there = {id(each) for each in held}
-        missing = [name for name, each in self._tensors.items() if id(each) not in there]
-        if missing:
-            raise InputError(
-                f"{failing} {len(missing)} of the {len(self._tensors)} shared tensors to mask: "
-                f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}; what wraps or "
-                "copies a model makes other parameters: make first the optimizer and then the "
-                "mask of the model that is trained"
-            )
-
-    def probability_at(self, step: int) -> float:
-        """Probability of being masked at a step.
-
-        Raises
-        ------
-        InputError
-            If it is not in [0, 1].
-        """
-        if not callable(self.probability):
-            return number_in("probability", self.probability, "[0, 1]")
-        return number_in(f"probability at step {step}", self.probability(step), "[0, 1]")
-
-    def masks(self, step: int) -> dict[str, bool]:
-        """Which tensors sit out a step, by name."""
-        draws = np.random.default_rng((self.seed, step)).random(1 + max(self._layer.values()))
-        masked = draws < self.probability_at(step)
-        return {name: bool(masked[layer]) for name, layer in self._layer.items()}
-
-    def _masked_now(self) -> list[nn.Parameter]:
-        masks = self.masks(self.step)
-        return [each for name, each in self._tensors.items() if masks[name]]
-
-    def _finish_step(self, updated: Callable[[Tensor], bool]) -> None:
-        """Count the step that was made, and go on to the next one."""
-        masks = self.masks(self.step)
-        for name, each in self._tensors.items():
-            self.updates[name] += not masks[name] and updated(each)
-        self.masked_steps += any(masks.values())
-        self.step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to continue the sequence of draws.
-
-        A schedule of probabilities is a function, and not part of it.
-        """
-        return {
-            "seed": self.seed,
-            "step": self.step,
-            "masked_steps": self.masked_steps,
-            "probability": None if callable(self.probability) else self.probability_at(self.step),
-            "per_layer": self.per_layer,
-            "updates": dict(self.updates),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a sequence of draws.
-
-        Raises
-        ------
-        InputError
-            If the state is of a mask of other tensors or of another kind, or lacks something, or
-            holds what no mask can have. Nothing is changed then.
-        """
-        if missing := sorted(set(_Mask.state_dict(self)) - set(state)):
-            raise InputError(f"the state of a mask lacks {', '.join(missing)}")
-        if not isinstance(state["updates"], Mapping) or set(state["updates"]) != set(self.updates):
-            raise InputError(
-                f"the state is of a mask of {_names(state['updates'])}, "
-                f"this one is of {_names(self.updates)}"
-            )
-        if state["per_layer"] != self.per_layer:
-            raise InputError(
-                f"the state is of a mask with per_layer={state['per_layer']}, "
-                f"this one has per_layer={self.per_layer}"
-            )
-        counts = {
-            name: integer_from_zero(f"the state's {name}", state[name])
-            for name in ("seed", "step", "masked_steps")
-        }
-        updates = {
-            name: integer_from_zero(f"the state's updates of {name}", count)
-            for name, count in state["updates"].items()
-        }
-        probability = state["probability"]
-        if not callable(self.probability) and probability is not None:
-            self.probability = number_in("the state's probability", probability, "[0, 1]")
-        self.seed, self.step, self.masked_steps = counts.values()
-        self.updates = updates
-
-
-class GradientMask(_Mask):
-    """Skip the update of shared tensors with a probability, drawn anew at every step.
-
-    A masked tensor is hidden from the optimiser for the step (``grad = None``), so that momentum
-    and weight decay leave it alone too, which a gradient of zero would not achieve. There is one
-    draw per step of the optimiser, however many backward passes came before it.
+    For a masked step the optimiser does not see the tensor (``grad = None``), so momentum and
+    weight decay do not move it either. A gradient of zero would not achieve that. There is one
+    draw per step of the optimiser, however many backward passes precede it.
 
     The draws are a function of (seed, step) only: all ranks of a distributed run agree, and a
     resumed run continues the sequence.
@@ -185,20 +31,20 @@ class GradientMask(_Mask):
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Any of torch's, or derived from them, or a wrapper of one such as accelerate's; the mask
+        Any optimiser of torch or derived from it, or a wrapper such as accelerate's. The mask
         hooks into its ``step``.
     parameters_or_model : Module or iterable of Parameter
         A model, whose shared tensors are masked, or the parameters themselves.
     probability : float, or callable from int to float
-        Probability of skipping, per step: 0 never, 1 freezes the tensors. Or a schedule: a
+        Probability of skipping a step: 0 never skips, 1 freezes the tensors. Or a schedule: a
         function of the step's number, which starts at 0.
     seed : int
         Seed of the draws.
     per_layer : bool
-        Draw for every layer of experts by itself; by default one draw is for all.
-    on_arrival : bool
-        Zero gradients as soon as a backward pass has them, so that whatever clips does not count
-        them. Not for ``DistributedDataParallel``, which needs them when they arrive.
+        Draw for every layer of experts separately; by default one draw applies to all layers.
+    zero_in_backward : bool
+        Zero masked gradients as soon as a backward pass computes them, so that clipping by any
+        means ignores them. Not for ``DistributedDataParallel``, which needs the gradients then.
 
     Raises
     ------
@@ -208,17 +54,18 @@ class GradientMask(_Mask):
 
     Notes
     -----
-    **Clipping.** A norm taken over all gradients before ``step`` counts those that the mask is
-    about to drop, and the others are cut by more than need be. :meth:`clip_grad_norm_` zeroes them
-    first; so does :meth:`apply`, before any other way of clipping, and so does ``on_arrival``.
+    **Clipping.** A norm over all gradients before ``step`` includes those that the mask is about
+    to drop, and the remaining gradients are clipped more than necessary.
+    :meth:`clip_grad_norm_` zeroes the masked gradients first. For other ways of clipping, call
+    :meth:`zero_masked_gradients` first, or set ``zero_in_backward``.
 
-    **GradScaler.** ``scaler.step(optimizer)`` makes no step, and no draw, where it finds infinity;
-    with a fused optimiser, which looks for infinity itself, the draw is spent and the update
-    counted.
+    **GradScaler.** Where it finds infinity, ``scaler.step(optimizer)`` makes no step and no draw.
+    A fused optimiser looks for infinity itself: then the draw is spent and the update counts.
 
-    **Closures.** Gradients that ``step(closure)`` computes are masked after every evaluation. A
-    masked tensor's values are restored after the step, for optimisers like LBFGS, which move it
-    by what they remember; their memory then has a step in it that was not made.
+    **Closures.** Gradients that ``step(closure)`` computes are masked after every evaluation.
+    LBFGS and similar optimisers move a tensor by what they remember, so the mask restores the
+    values of masked tensors after the step. The optimiser's memory then contains a step that was
+    not made.
 
     Examples
     --------
@@ -246,50 +93,37 @@ class GradientMask(_Mask):
         optimizer: torch.optim.Optimizer,
         parameters_or_model: nn.Module | Iterable[nn.Parameter],
         probability: Probability,
+        *,
         seed: int = 0,
         per_layer: bool = False,
-        on_arrival: bool = False,
+        zero_in_backward: bool = False,
     ) -> None:
-        super().__init__(parameters_or_model, probability, seed, per_layer)
-        optimizer = innermost(optimizer, "; for engines with their own steps, use AutogradMask")
-        self._optimizer = optimizer
-        self._check_held()
-        # Values that masked tensors have before a step with a closure.
-        self._before: list[tuple[nn.Parameter, Tensor]] = []
-        self._handles: list[Any] = [StepHook(optimizer, self._before_step, self._after_step)]
-        if on_arrival:
-            self._handles += [
-                hook_gradient(each, partial(self._arrived, name))
-                for name, each in self._tensors.items()
+        BaseMask.__init__(self, parameters_or_model, probability, seed, per_layer)
+        advice = "; for engines with their own steps, use AutogradMask"
+        self._optimizer = unwrap_optimizer(optimizer, advice)
+        self._check_optimizer_holds_tensors()
+        # Values that masked tensors had before a step with a closure.
+        self._values_before: list[tuple[nn.Parameter, Tensor]] = []
+        handles: list[Removable] = [StepHook(self._optimizer, self._before_step, self._after_step)]
+        if zero_in_backward:
+            handles += [
+                hook_accumulated_gradient(tensor, partial(self._zero_if_masked, name))
+                for name, tensor in self._tensors.items()
             ]
+        AttachedHooks.__init__(self, *handles)
 
-    def _check_held(self) -> None:
-        """Raise an InputError unless the optimizer has all the tensors that are to be masked."""
-        self._check_among(
-            (each for group in self._optimizer.param_groups for each in group["params"]),
-            "the optimizer does not hold",
-        )
+    def zero_masked_gradients(self) -> None:
+        """Zero the gradients that the coming step drops.
 
-    def apply(self) -> None:
-        """Zero the gradients that the coming step is to do without; it drops them altogether.
-
-        Until then they are there: a GradScaler wants to see one at least.
+        They exist until the step: a GradScaler needs to see at least one gradient.
         """
-        for parameter in self._masked_now():
-            _zero_gradient(parameter)
-
-    def _drop(self) -> None:
-        for parameter in self._masked_now():
-            parameter.grad = None
-
-    def _arrived(self, name: str, parameter: Tensor) -> None:
-        if self.masks(self.step)[name]:
+        for parameter in self._masked_tensors():
             _zero_gradient(parameter)
 
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor], max_norm: float, **options: Any
     ) -> Tensor:
-        """Clip as ``torch.nn.utils.clip_grad_norm_`` does, without what is about to be dropped.
+        """Clip as ``torch.nn.utils.clip_grad_norm_`` does, without the masked gradients.
 
         Parameters
         ----------
@@ -299,143 +133,59 @@ class GradientMask(_Mask):
         Returns
         -------
         Tensor
-            Norm of the gradients that are left.
+            Norm of the remaining gradients.
         """
-        self.apply()
+        self.zero_masked_gradients()
         return nn.utils.clip_grad_norm_(parameters, max_norm, **options)
 
+    def _check_optimizer_holds_tensors(self) -> None:
+        groups = self._optimizer.param_groups
+        parameters = (each for group in groups for each in group["params"])
+        self._check_tensors_in(parameters, "the optimizer does not hold")
+
     def _before_step(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
-        # What wraps a model may exchange its parameters, those of the optimiser as well.
-        self._check_held()
-        self._drop()
-        self._before = []
+        # Wrappers of a model may exchange its parameters, in the optimiser as well.
+        self._check_optimizer_holds_tensors()
+        self._drop_masked_gradients()
+        self._values_before = []
         closure = args[0] if args else kwargs.get("closure")
         if closure is None:
             return args, kwargs
-        self._before = [(each, each.detach().clone()) for each in self._masked_now()]
-
-        def masked_closure() -> Any:
-            try:
-                loss = closure()
-            except BaseException:
-                self._restore()
-                raise
-            self._drop()
-            return loss
-
+        self._values_before = [(each, each.detach().clone()) for each in self._masked_tensors()]
+        masked_closure = partial(self._evaluate, closure)
         if args:
             return (masked_closure, *args[1:]), kwargs
         return args, {**kwargs, "closure": masked_closure}
 
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for parameter, value in self._before:
-            parameter.copy_(value)
-        self._before = []
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure of a step, and drop the masked gradients that it computed."""
+        try:
+            loss = closure()
+        except BaseException:
+            self._restore_values()
+            raise
+        self._drop_masked_gradients()
+        return loss
 
     def _after_step(self) -> None:
-        self._restore()
+        self._restore_values()
         self._finish_step(lambda parameter: parameter.grad is not None)
 
-    def remove(self) -> None:
-        """Detach from the optimiser."""
-        for handle in self._handles:
-            handle.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-class AutogradMask(_Mask):
-    """The gradient mask for engines whose optimiser steps inside ``backward``.
-
-    There is no moment between gradient and update in which a gradient could be dropped. So
-    masked tensors require no gradient during the step: none arrives, none is computed, and no
-    engine updates them.
-
-    Parameters
-    ----------
-    parameters_or_model, probability, seed, per_layer
-        As for :class:`GradientMask`; the same seed gives the same draws.
-
-    Raises
-    ------
-    InputError
-        If the probability is not in [0, 1] or there is nothing to mask.
-
-    Notes
-    -----
-    ``DistributedDataParallel`` waits for every gradient that it has seen a tensor require: give
-    it ``find_unused_parameters=True``.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from tnmoe.nn import MPOExperts
-    >>> experts = MPOExperts(2, 8, 16, sites=2)
-    >>> index, weights = torch.zeros(3, 1, dtype=int), torch.ones(3, 1)
-    >>> mask = AutogradMask(experts, probability=1.0)
-    >>> with mask.next_step():
-    ...     experts(torch.randn(3, 8), index, weights).sum().backward()
-    >>> experts.up.center.grad is None, experts.up.center.requires_grad
-    (True, True)
-    """
-
-    def __init__(
-        self,
-        parameters_or_model: nn.Module | Iterable[nn.Parameter],
-        probability: Probability,
-        seed: int = 0,
-        per_layer: bool = False,
-    ) -> None:
-        super().__init__(parameters_or_model, probability, seed, per_layer)
-
-    @contextmanager
-    def next_step(self) -> Iterator[None]:
-        """Mask one step: all its forward and backward passes belong into the block.
-
-        A block that ends with an exception counts as no step.
-        """
-        if self._model is not None:
-            self._check_among(self._model.parameters(), "the model no longer has")
-        masked = [each for each in self._masked_now() if each.requires_grad]
-        for parameter in masked:
-            parameter.requires_grad_(False)
-            # An optimiser would go on with one that has been left there, a zero even.
+    def _drop_masked_gradients(self) -> None:
+        for parameter in self._masked_tensors():
             parameter.grad = None
-        try:
-            yield
-        finally:
-            for parameter in masked:
-                parameter.requires_grad_(True)
-        self._finish_step(lambda parameter: parameter.requires_grad)
+
+    @torch.no_grad()
+    def _restore_values(self) -> None:
+        for parameter, value in self._values_before:
+            parameter.copy_(value)
+        self._values_before = []
+
+    def _zero_if_masked(self, name: str, parameter: Tensor) -> None:
+        if self.masks(self.step)[name]:
+            _zero_gradient(parameter)
 
 
 def _zero_gradient(parameter: Tensor) -> None:
     if parameter.grad is not None:
         parameter.grad.zero_()
-
-
-def _names(updates: Any) -> Any:
-    return sorted(updates) if isinstance(updates, Mapping) else updates
-
-
-def _named_shared(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Shared tensors of a model by their names."""
-    shared = {id(each) for each in find_shared(model)}
-    return {name: each for name, each in model.named_parameters() if id(each) in shared}
-
-
-def _layers(model: nn.Module) -> dict[int, int]:
-    """Number of the layer of experts, the first one, that each shared tensor belongs to."""
-    numbers: dict[int, int] = {}
-    layers = [each for each in model.modules() if isinstance(each, Experts | MPOProjection)]
-    for number, layer in enumerate(layers):
-        for projection in layer.modules():
-            if isinstance(projection, MPOProjection):
-                for core in projection.shared_cores:
-                    numbers.setdefault(id(core), number)
-    return numbers

@@ -1,4 +1,4 @@
-"""An optimiser's steps: found behind wrappers, and hooked into once each."""
+"""Hooks into the steps of an optimiser, and the optimiser behind its wrappers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing import Any
 from torch.optim import Optimizer
 
 from tnmoe.errors import InputError
+from tnmoe.nn.training.hooks import AttachedHooks
 
 Arguments = tuple[tuple, dict[str, Any]]
 
 
-class StepHook:
-    """Call functions before and after every step of an optimiser, until removed.
+class StepHook(AttachedHooks):
+    """A pair of functions that run before and after every step of an optimiser.
 
-    Torch runs its own hooks once per class whose ``step`` calls its parent's; these run once per
-    step, around all of it.
+    Torch runs its own hooks once per class whose ``step`` calls its parent's ``step``. These
+    functions run once per step, around the outermost call.
 
     Parameters
     ----------
     optimizer : Optimizer
     before : callable, optional
-        Takes the arguments of ``step``, as a tuple and a dict, and returns those to go on with.
+        Takes the arguments of ``step``, as a tuple and a dict, and returns the arguments to
+        continue with.
     after : callable, optional
-        Takes nothing; not called if the step raises.
+        Takes nothing. It does not run if the step raises.
     """
 
     def __init__(
@@ -36,37 +38,35 @@ class StepHook:
         after: Callable[[], None] | None = None,
     ) -> None:
         self._before, self._after = before, after
-        # Calls of step that have begun, outermost first. One that raised never says that it
-        # ended, but its frame is no longer on the stack.
-        self._calls: list[FrameType] = []
-        self._handles = [
-            optimizer.register_step_pre_hook(self._enter),
-            optimizer.register_step_post_hook(self._leave),
-        ]
+        # Calls of step that have begun, outermost first. Torch does not report the end of a call
+        # that raised, but its frame is no longer on the stack.
+        self._running: list[FrameType] = []
+        super().__init__(
+            optimizer.register_step_pre_hook(self._begin_call),
+            optimizer.register_step_post_hook(self._end_call),
+        )
 
-    def _enter(self, _: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Arguments | None:
+    def _begin_call(self, _: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Arguments | None:
         caller = sys._getframe(1)
-        self._calls = [*_still_running(self._calls, caller), caller]
-        if len(self._calls) > 1 or self._before is None:
+        self._running = [*_still_running(self._running, caller), caller]
+        if len(self._running) > 1 or self._before is None:
             return None
         # The first argument is the optimiser itself.
         positional, kwargs = self._before(args[1:], kwargs)
         return (args[0], *positional), kwargs
 
-    def _leave(self, *_: Any) -> None:
-        self._calls = _still_running(self._calls, sys._getframe(1))[:-1]
-        if not self._calls and self._after is not None:
+    def _end_call(self, *_: Any) -> None:
+        self._running = _still_running(self._running, sys._getframe(1))[:-1]
+        if not self._running and self._after is not None:
             self._after()
 
     def remove(self) -> None:
-        """Detach from the optimiser."""
-        self._calls = []
-        for handle in self._handles:
-            handle.remove()
+        super().remove()
+        self._running = []
 
 
 def _still_running(frames: list[FrameType], caller: FrameType) -> list[FrameType]:
-    """Those of the frames that are on the stack of ``caller``, itself included."""
+    """Return the frames that are on the stack of ``caller``, which is part of its own stack."""
     if not frames:
         return []
     stack = set()
@@ -74,41 +74,41 @@ def _still_running(frames: list[FrameType], caller: FrameType) -> list[FrameType
     while frame is not None:
         stack.add(frame)
         frame = frame.f_back
-    return [each for each in frames if each in stack]
+    return [frame for frame in frames if frame in stack]
 
 
-def innermost(optimizer: Any, otherwise: str = "") -> Optimizer:
-    """The torch optimiser itself, or the one that a wrapper holds.
+def unwrap_optimizer(optimizer: Any, advice: str = "") -> Optimizer:
+    """Return the torch optimiser itself, or the optimiser inside a wrapper.
 
     Parameters
     ----------
-    optimizer : Optimizer, or a wrapper with one as ``optimizer`` or ``optim``
-        Accelerate's is of the first kind, torch's ``PostLocalSGDOptimizer`` of the second.
-    otherwise : str
-        What the error says to do instead.
+    optimizer : Optimizer, or a wrapper that holds one as ``optimizer`` or ``optim``
+        Accelerate's wrapper uses the first name, torch's ``PostLocalSGDOptimizer`` the second.
+    advice : str
+        End of the error's message: what to do instead.
 
     Raises
     ------
     InputError
         If it is neither.
     """
-    found = optimizer
-    while isinstance(inner := _held_by(found), Optimizer):
-        found = inner
-    if not _takes_hooks(found):
+    inner = optimizer
+    while isinstance(wrapped := _wrapped_optimizer(inner), Optimizer):
+        inner = wrapped
+    if not _accepts_hooks(inner):
         raise InputError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}{otherwise}"
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}{advice}"
         )
-    return found
+    return inner
 
 
-def _held_by(optimizer: Any) -> Any:
-    # An optimiser with an "optim" may hold a part of its parameters there, as torch's
-    # ZeroRedundancyOptimizer does; its own hooks come first.
-    inner = None if _takes_hooks(optimizer) else getattr(optimizer, "optim", None)
-    return getattr(optimizer, "optimizer", inner)
+def _wrapped_optimizer(optimizer: Any) -> Any:
+    # An optimiser may hold some of its parameters in an "optim", as torch's ZeroRedundancyOptimizer
+    # does. Then its own hooks are the right ones.
+    wrapped = None if _accepts_hooks(optimizer) else getattr(optimizer, "optim", None)
+    return getattr(optimizer, "optimizer", wrapped)
 
 
-def _takes_hooks(optimizer: Any) -> bool:
-    # A wrapper may be an Optimizer by name only, and have set nothing up.
+def _accepts_hooks(optimizer: Any) -> bool:
+    # A wrapper may derive from Optimizer without calling its constructor.
     return isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")

@@ -1,4 +1,4 @@
-"""Files that are spoilt: their bytes, what a safetensors header says, or what they are at all."""
+"""Corruption of files: of their bytes, of a safetensors header, or of their kind."""
 
 import json
 import os
@@ -7,46 +7,46 @@ import struct
 from pathlib import Path
 from random import Random
 
-from tests.hostile.values import EXTREMES, spoilt
+from tests.hostile.values import EXTREMES, corrupted_json
 
 
-def spoil_folder(folder: Path, rng: Random) -> str:
-    """Spoil one or two files of a folder, and tell which and how."""
-    told = []
+def corrupt_folder(folder: Path, rng: Random) -> str:
+    """Corrupt one or two files of a folder, and return a description."""
+    descriptions = []
     for _ in range(rng.choice((1, 1, 1, 1, 2))):
         files = sorted(
-            each for each in folder.iterdir() if each.is_file() and not each.is_symlink()
+            path for path in folder.iterdir() if path.is_file() and not path.is_symlink()
         )
         if files:
-            # Configurations have most to say, so they have most that can be wrong.
-            weights = [4 if each.name == "config.json" else 1 for each in files]
+            # A config.json has the most entries that can be wrong.
+            weights = [4 if path.name == "config.json" else 1 for path in files]
             (path,) = rng.choices(files, weights)
-            told.append(f"{path.name}: {spoil_file(path, rng)}")
-    return "; ".join(told)
+            descriptions.append(f"{path.name}: {corrupt_file(path, rng)}")
+    return "; ".join(descriptions)
 
 
-def spoil_file(path: Path, rng: Random) -> str:
-    """Spoil a file in one of the ways that suit it, and tell which."""
+def corrupt_file(path: Path, rng: Random) -> str:
+    """Corrupt a file in a way that suits its format, and return a description."""
     with open(path, "rb") as file:
         start = file.read(9)
-    # A file of safetensors begins with the length of a header in braces.
-    suited = [_json] * 8 if start[:1] == b"{" else [_header] * 4 if start[8:] == b"{" else []
-    change = rng.choice([_bytes, _kind, *suited])
+    # In a safetensors file, the header in braces follows eight bytes with its length.
+    by_format = [_json] * 8 if start[:1] == b"{" else [_header] * 4 if start[8:] == b"{" else []
+    change = rng.choice([_bytes, _kind, *by_format])
     try:
         return f"{change.__name__}, {change(path, rng)}"
-    except Exception:  # spoilt before, so that it has no form
-        return "spoilt"
+    except Exception:  # an earlier corruption left no format
+        return "no format"
 
 
 def _json(path: Path, rng: Random) -> str:
-    text = spoilt(json.loads(path.read_text()), rng)
+    text = corrupted_json(json.loads(path.read_text()), rng)
     path.write_text(text)
     return text[:100]
 
 
 def _bytes(path: Path, rng: Random) -> str:
     data = bytearray(path.read_bytes())
-    # Most of a file of weights is numbers, any of which is as good as another.
+    # Most of a file of weights are numbers, of which any value is valid.
     end = 8 + min(len(data), int.from_bytes(data[:8], "little"), 4000)
     change = rng.choice(("flip", "cut", "extend", "insert", "length"))
     if change == "flip":
@@ -70,7 +70,7 @@ def _header(path: Path, rng: Random) -> str:
     (length,) = struct.unpack("<Q", data[:8])
     header, numbers = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [name for name in header if name != "__metadata__"]
-    change = rng.choice(("json", "shape", "dtype", "offsets", "swap", "lose", "copy", "told"))
+    change = rng.choice(("json", "shape", "dtype", "offsets", "swap", "lose", "copy", "metadata"))
     name, other = rng.choice(names), rng.choice(names)
     entry = header[name]
     if change == "shape":
@@ -89,31 +89,31 @@ def _header(path: Path, rng: Random) -> str:
         )
     elif change == "swap":
         header[name], header[other] = header[other], header[name]
-    elif change == "lose":  # the numbers go, too, so that the file stays sound
+    elif change == "lose":  # the numbers go too, so that the file stays intact
         begin, end = header.pop(name)["data_offsets"]
         numbers = numbers[:begin] + numbers[end:]
-        for each in header.values():
-            if (places := each.get("data_offsets")) and places[0] >= end:
-                each["data_offsets"] = [place - (end - begin) for place in places]
+        for later in header.values():
+            if (offsets := later.get("data_offsets")) and offsets[0] >= end:
+                later["data_offsets"] = [offset - (end - begin) for offset in offsets]
     elif change == "copy":
         header[rng.choice(("x", "", name.upper(), "n" * 5000, "a\nb"))] = entry
-    elif change == "told":
-        header["__metadata__"] = {"format": "pt"} | _told(header.get("__metadata__", {}), rng)
-    text = (spoilt(header, rng) if change == "json" else json.dumps(header)).encode()
+    elif change == "metadata":
+        header["__metadata__"] = {"format": "pt"} | _metadata(header.get("__metadata__", {}), rng)
+    text = (corrupted_json(header, rng) if change == "json" else json.dumps(header)).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + numbers)
     return f"{change} of {name}"
 
 
-def _told(metadata: dict[str, str], rng: Random) -> dict[str, str]:
-    """Metadata, which are texts, and that of tnmoe JSON."""
+def _metadata(metadata: dict[str, str], rng: Random) -> dict[str, str]:
+    """Return changed metadata. All values are texts; that of tnmoe is JSON."""
     name = rng.choice(["format", *metadata])
     if name == "tnmoe":
-        return metadata | {name: spoilt(json.loads(metadata[name]), rng)}
+        return metadata | {name: corrupted_json(json.loads(metadata[name]), rng)}
     return metadata | {name: str(rng.choice(EXTREMES[:8]))}
 
 
 def _kind(path: Path, rng: Random) -> str:
-    """Put something else in the place of a file."""
+    """Replace a file by something of another kind, and return its name."""
     kind = rng.choice(
         ("nothing", "empty", "folder", "pipe", "socket", "zero", "loop", "outside", "sparse")
     )
@@ -141,7 +141,7 @@ def _kind(path: Path, rng: Random) -> str:
 
 
 def _socket(path: Path) -> None:
-    """A socket's file: its path may have 108 bytes only, so it is made elsewhere."""
+    """Make a socket's file from its folder, since its path may have 108 bytes at most."""
     with socket.socket(socket.AF_UNIX) as listening:
         here = os.getcwd()
         os.chdir(path.parent)

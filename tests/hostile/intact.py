@@ -1,4 +1,4 @@
-"""What is spoilt: small folders of several families, operators' files, and tnmoe's own files."""
+"""Intact files to corrupt: small folders of several families, operators, and tnmoe's own files."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ import torch
 import transformers as tf
 
 import tnmoe as tn
-from tests.hf.test_loading import in_old_form
 from tnmoe import hf
 from tnmoe.contraction.rates import get_rates
 
@@ -38,8 +37,8 @@ _MODELS = {
 }
 
 
-def make_sound(folder: Path) -> None:
-    """Make them all; what stands before the first hyphen or dot tells the kind."""
+def make_intact(folder: Path) -> None:
+    """Make all intact files. The part of a name before the first hyphen or dot is its kind."""
     torch.manual_seed(0)
     folder.mkdir()
     _make_folders(folder)
@@ -52,18 +51,15 @@ def make_sound(folder: Path) -> None:
 def _make_folders(folder: Path) -> None:
     for name, make in _MODELS.items():
         model = make()
-        # Several files and an index, in some of them.
+        # Some folders have several files and an index.
         size = {} if name in ("gpt2", "bert") else {"max_shard_size": "6KB"}
         model.save_pretrained(folder / f"dense-{name}", **size)
         model = hf.upcycle(model, hf.MPOEConfig(num_experts=2, sites=3))
         model.save_pretrained(folder / f"converted-{name}", **size)
-    model = hf.upcycle(_MODELS["llama"](), hf.MPOEConfig(num_experts=2, sites=3))
-    model.save_pretrained(folder / "converted-older")
-    in_old_form(folder / "converted-older")
-    plan = hf.prepare_export(folder / "converted-llama", to="dense")
-    plan.run(folder / "made-dense")
+    conversion = hf.prepare_export(folder / "converted-llama", to="dense")
+    conversion.run(folder / "made-dense")
     with suppress(KeyboardInterrupt):
-        plan.run(folder / "begun", jobs=1, on_progress=_interrupt)
+        conversion.run(folder / "begun", jobs=1, on_progress=_interrupt)
     (folder / "begun.partial" / ".tnmoe-lock-owner").write_text("a process that was killed")
 
 
@@ -82,8 +78,8 @@ def _make_operators(folder: Path) -> None:
     tn.save(folder / "operator-shared", tn.SharedMPO.replicate(tn.decompose(real, shape), 3))
 
 
-def copy_of(original: Path, place: Path) -> None:
-    """Copy a file or a folder, with its times: tnmoe knows by these what it wrote."""
+def copy_with_times(original: Path, place: Path) -> None:
+    """Copy a file or a folder with its times, by which tnmoe knows the files that it wrote."""
     if original.is_dir():
         shutil.copytree(original, place)
     else:

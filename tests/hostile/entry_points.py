@@ -1,8 +1,7 @@
-"""Every way in for files that others wrote, and what may come out of it."""
+"""Every entry point for files of unknown origin, with checks of its outcome."""
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -17,44 +16,44 @@ from safetensors.torch import load_file
 import tnmoe as tn
 from tnmoe import cli, hf
 from tnmoe.contraction.rates import _RATES, get_rates
-from tnmoe.hf.folders.checkpoint import FORMER_CORE, PRESENT_CORE
 
-# What a user may be told in one line.
-_LONGEST = 2000
+# Characters of the longest message of one line.
+_LONGEST_LINE = 2000
 
 
 class WrongError(Exception):
-    """What came out is neither right nor an error of one line."""
+    """An outcome that is neither right nor an error of one line."""
 
 
 def check_line(text: str) -> None:
     """Raise a WrongError unless this is a line that a user can read."""
     lines = text.rstrip("\n").splitlines()
-    if len(lines) != 1 or not lines[0].strip() or len(text) > _LONGEST:
+    if len(lines) != 1 or not lines[0].strip() or len(text) > _LONGEST_LINE:
         raise WrongError(f"{len(lines)} lines, {len(text)} characters: {text[-1500:]}")
 
 
-def check_told(text: str) -> None:
-    """Raise a WrongError unless the command line refuses in one line, after warnings of one."""
+def check_refusal(text: str) -> None:
+    """Raise a WrongError unless this is a line of refusal, after warnings of a line each."""
     lines = text.splitlines()
-    warnings = [each for each in lines if each.startswith("tnmoe: warning: ")]
-    check_line("\n".join(each for each in lines if each not in warnings))
+    warnings = [line for line in lines if line.startswith("tnmoe: warning: ")]
+    check_line("\n".join(line for line in lines if line not in warnings))
 
 
 def command(*arguments: object) -> Callable[[Path, Path], str]:
-    """The command line; words in capitals stand for places.
+    """Return the command line as an entry point; words in capitals stand for paths.
 
-    SPOILT is what was spoilt, DENSE and CONVERTED are sound folders, TARGET is none yet; of TARGET,
-    SPOILT may be the unfinished work.
+    CORRUPTED is the corrupted file or folder, or an unfinished folder of TARGET. DENSE and
+    CONVERTED are intact folders. TARGET does not exist yet.
     """
 
-    def way(spoilt: Path, sound: Path) -> str:
-        target = spoilt.with_name(f"{spoilt.name}-made")
-        if spoilt.suffix == ".partial":
-            target = spoilt.with_suffix("")
+    def entry_point(corrupted: Path, intact: Path) -> str:
+        target = corrupted.with_name(f"{corrupted.name}-made")
+        if corrupted.suffix == ".partial":
+            target = corrupted.with_suffix("")
         places = {
-            "SPOILT": spoilt, "SPOILT/config.json": spoilt / "config.json", "TARGET": target,
-            "DENSE": sound / "dense-llama", "CONVERTED": sound / "converted-llama",
+            "CORRUPTED": corrupted, "CORRUPTED/config.json": corrupted / "config.json",
+            "TARGET": target, "DENSE": intact / "dense-llama",
+            "CONVERTED": intact / "converted-llama",
         }  # fmt: skip
         code = cli.main([str(places.get(str(each), each)) for each in arguments])
         try:
@@ -67,14 +66,14 @@ def command(*arguments: object) -> Callable[[Path, Path], str]:
             shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(f"{target}.partial", ignore_errors=True)
 
-    way.__name__ = " ".join(map(str, arguments))
-    return way
+    entry_point.__name__ = " ".join(map(str, arguments))
+    return entry_point
 
 
-def loaded(folder: Path, sound: Path) -> str:
-    """A converted model by ``hf.from_pretrained``."""
+def load_model(folder: Path, intact: Path) -> str:
+    """Load a converted model by ``hf.from_pretrained``."""
     try:
-        with redirect_stderr(StringIO()):  # what transformers thinks of it
+        with redirect_stderr(StringIO()):  # warnings of transformers
             model = hf.from_pretrained(folder)
     except (tn.InputError, OSError) as error:
         check_line(str(error))
@@ -83,8 +82,8 @@ def loaded(folder: Path, sound: Path) -> str:
     return "done"
 
 
-def operator(path: Path, sound: Path) -> str:
-    """An operator by ``tn.load``."""
+def load_operator(path: Path, intact: Path) -> str:
+    """Load an operator by ``tn.load``."""
     try:
         found = tn.load(path)
     except (tn.InputError, OSError) as error:
@@ -103,13 +102,11 @@ def _check_model(model: torch.nn.Module, folder: Path) -> None:
     """Raise a WrongError unless a model's numbers are those of its files."""
     stored: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        # As an older tnmoe called them.
-        for name, tensor in load_file(path).items():
-            stored[re.sub(FORMER_CORE, PRESENT_CORE, name)] = tensor
+        stored |= load_file(path)
     for path, layer in model.named_modules():
         own = layer.state_dict() if isinstance(layer, tn.nn.MPOMoE) else {}
         if lost := {f"{path}.{name}" for name in own} - stored.keys():
-            raise WrongError(f"numbers of nowhere: {sorted(lost)[:3]}")
+            raise WrongError(f"random numbers: {sorted(lost)[:3]}")
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise WrongError(f"{name} has no numbers")
@@ -124,14 +121,14 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _check_made(target: Path) -> None:
-    """Raise a WrongError unless a made folder has a configuration and sound files."""
+    """Raise a WrongError unless a made folder has a configuration and intact files."""
     json.loads((target / "config.json").read_text())
     if not sum(len(load_file(path)) for path in target.glob("*.safetensors")):
         raise WrongError(f"nothing in {os.listdir(target)}")
 
 
-def rates(path: Path, sound: Path) -> str:
-    """Stored rates, which are those of a typical machine where the file is of no use."""
+def read_rates(path: Path, intact: Path) -> str:
+    """Read stored rates; a typical machine's rates replace a useless file."""
     with (
         mock.patch("tnmoe.contraction.rates.rates_path", return_value=path),
         mock.patch.dict(_RATES),
@@ -146,33 +143,33 @@ def rates(path: Path, sound: Path) -> str:
 _SETTINGS = ("--experts", 2, "--sites", 3)
 _TO_DENSE = ("--to", "dense", "--jobs", 1)
 
-# By the kind of what is spoilt.
-WAYS: dict[str, tuple[Callable[[Path, Path], str], ...]] = {
+# By the kind of the corrupted file or folder.
+ENTRY_POINTS: dict[str, tuple[Callable[[Path, Path], str], ...]] = {
     "dense": (
-        command("inspect", "SPOILT", *_SETTINGS, "--jobs", 1),
-        command("inspect", "SPOILT/config.json", *_SETTINGS),
-        command("upcycle", "SPOILT", "TARGET", *_SETTINGS, "--dry-run"),
-        command("upcycle", "SPOILT", "TARGET", *_SETTINGS, "--jobs", 1),
+        command("inspect", "CORRUPTED", *_SETTINGS, "--jobs", 1),
+        command("inspect", "CORRUPTED/config.json", *_SETTINGS),
+        command("upcycle", "CORRUPTED", "TARGET", *_SETTINGS, "--dry-run"),
+        command("upcycle", "CORRUPTED", "TARGET", *_SETTINGS, "--jobs", 1),
     ),
     "converted": (
-        command("export", "SPOILT", "TARGET", "--dry-run"),
-        command("export", "SPOILT", "TARGET", *_TO_DENSE, "--dry-run"),
-        command("export", "SPOILT", "TARGET", *_TO_DENSE),
-        loaded,
-        loaded,
+        command("export", "CORRUPTED", "TARGET", "--dry-run"),
+        command("export", "CORRUPTED", "TARGET", *_TO_DENSE, "--dry-run"),
+        command("export", "CORRUPTED", "TARGET", *_TO_DENSE),
+        load_model,
+        load_model,
     ),
     "made": (
-        command("export", "CONVERTED", "SPOILT", *_TO_DENSE),
-        command("export", "CONVERTED", "SPOILT", *_TO_DENSE, "--overwrite"),
+        command("export", "CONVERTED", "CORRUPTED", *_TO_DENSE),
+        command("export", "CONVERTED", "CORRUPTED", *_TO_DENSE, "--overwrite"),
     ),
     "begun": (
         command("export", "CONVERTED", "TARGET", *_TO_DENSE),
         command("export", "CONVERTED", "TARGET", *_TO_DENSE, "--overwrite"),
     ),
     "config": (
-        command("upcycle", "DENSE", "TARGET", "--config", "SPOILT", "--jobs", 1),
-        command("inspect", "DENSE", "--config", "SPOILT", "--no-weights"),
+        command("upcycle", "DENSE", "TARGET", "--config", "CORRUPTED", "--jobs", 1),
+        command("inspect", "DENSE", "--config", "CORRUPTED", "--no-weights"),
     ),
-    "operator": (operator, operator),
-    "rates": (rates,),
+    "operator": (load_operator, load_operator),
+    "rates": (read_rates,),
 }

@@ -1,0 +1,1 @@
+"""The files of a Hugging Face folder: which ones count, and their tensors, read and written."""

@@ -1,0 +1,118 @@
+"""A factor on the gradients of shared tensors."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tnmoe.errors import InputError, number_in
+from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.training.hooks import AttachedHooks, Removable, hook_gradient
+from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
+
+
+class SharedGradientScale(AttachedHooks):
+    """A hook that multiplies the gradients of shared tensors by a factor.
+
+    Adam and other optimisers that divide by the size of past gradients undo a constant factor.
+    What remains is a smaller share of a norm that is clipped. With SGD the factor acts as a
+    smaller learning rate.
+
+    Parameters
+    ----------
+    model : Module
+    scale : float, optional
+        The factor; by default 1/E, where E is the number of experts of each layer.
+
+    Raises
+    ------
+    InputError
+        If nothing is shared, the scale is negative, or layers that share a tensor differ in E and
+        no scale is given.
+
+    Notes
+    -----
+    With ``fully_shard`` or ``FullyShardedDataParallel``, make it after sharding the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tnmoe.nn import MPOExperts
+    >>> experts = MPOExperts(4, 8, 16, sites=3)
+    >>> with SharedGradientScale(experts):
+    ...     index, weights = torch.zeros(3, 1, dtype=int), torch.ones(3, 1)
+    ...     experts(torch.randn(3, 8), index, weights).sum().backward()
+    """
+
+    def __init__(self, model: nn.Module, scale: float | None = None) -> None:
+        require_shared_parameters(model)
+        self.scale = scale if scale is None else number_in("scale", scale, "[0, inf)")
+        factors = _factors(model, self.scale)
+        handles: list[Removable] = [
+            hook_gradient(core, partial(_multiplied, factor=factor))
+            for core, factor in factors.values()
+        ]
+        handles += [
+            _GatheredScale(each, _factor(each, self.scale), set(factors))
+            for each in mpo_projections(model)
+            if each.is_gathered
+        ]
+        super().__init__(*handles)
+
+    def __repr__(self) -> str:
+        return f"SharedGradientScale(scale={self.scale}, tensors={len(self._handles)})"
+
+
+class _GatheredScale(AttachedHooks):
+    """A factor on the gradients of the tensors that FSDP gathers in place of the parameters.
+
+    The parameters themselves receive no gradients. The gathered tensors exist from the first
+    forward pass on, and they may be new ones in every pass.
+    """
+
+    def __init__(self, projection: MPOProjection, factor: float, parameters: set[int]) -> None:
+        super().__init__(projection.register_forward_pre_hook(self._before_forward))
+        self._factor = factor
+        self._parameters = parameters  # have their own hooks
+        # Holding the tensors keeps their ids from being used again.
+        self._hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
+
+    def _before_forward(self, projection: Any, _: Any) -> None:
+        gathered = [
+            core
+            for site in projection.shared_sites
+            for core in projection.tensors_at(site)
+            if core.requires_grad and id(core) not in self._parameters
+        ]
+        multiplied = partial(_multiplied, factor=self._factor)
+        self._hooked = {
+            id(core): self._hooked.get(id(core)) or (core, core.register_hook(multiplied))
+            for core in gathered
+        }
+
+    def remove(self) -> None:
+        super().remove()
+        for _, handle in self._hooked.values():
+            handle.remove()
+
+
+def _factors(model: nn.Module, scale: float | None) -> dict[int, tuple[nn.Parameter, float]]:
+    """Return every shared tensor of a model with its factor, by the tensor's id."""
+    factors: dict[int, tuple[nn.Parameter, float]] = {}
+    for each in mpo_projections(model):
+        factor = _factor(each, scale)
+        for core in each.shared_cores:
+            if factors.setdefault(id(core), (core, factor))[1] != factor:
+                raise InputError("give scale: layers that share a tensor differ in their experts")
+    return factors
+
+
+def _factor(projection: MPOProjection, scale: float | None) -> float:
+    return 1 / projection.num_experts if scale is None else scale
+
+
+def _multiplied(gradient: Tensor, factor: float) -> Tensor:
+    return gradient * factor

@@ -1,0 +1,101 @@
+"""Layers that share cores with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from tnmoe.errors import InputError, index_in
+from tnmoe.nn.experts import Experts
+from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.options import MATRICES
+
+
+def tie_layers(
+    layers: Iterable[nn.Module], sites: Literal["center"] | Iterable[int] = "center"
+) -> None:
+    """Let layers share cores as well: one stored tensor receives the gradients of all layers.
+
+    MPOBERT (Liu et al., arXiv:2303.16753, section 3.1) shares the central tensors of all layers.
+    The first layer's values stay. Tie layers before training: layers that were trained on their
+    own compute something else afterwards.
+
+    Parameters
+    ----------
+    layers : iterable of MPOExperts, or of MPOMoE with such experts
+        All of the same shapes and bonds. Their up projections are tied to each other, and so are
+        their gates and their down projections.
+    sites : {"center"} or iterable of int
+        Sites whose cores are tied.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two layers, a site does not exist, cores differ in shape, or
+        layers are sharded or offloaded already. No layer is tied then.
+
+    Examples
+    --------
+    >>> from tnmoe.nn import MPOExperts
+    >>> first, second = (MPOExperts(4, 8, 16, sites=3) for _ in range(2))
+    >>> tie_layers([first, second])
+    >>> first.up.center is second.up.center, first.up.aux[0] is second.up.aux[0]
+    (True, False)
+    """
+    experts = _checked_layers(layers)
+    numbers = _checked_sites(sites)
+    pairs = []
+    for name in MATRICES:
+        first, *others = (getattr(layer, name) for layer in experts)
+        if first is None and all(other is None for other in others):
+            continue
+        pairs += [(name, first, other) for other in others]
+    for name, first, other in pairs:
+        _check_pair(name, first, other, numbers)
+    for _, first, other in pairs:
+        for site in [first.center_site] if numbers is None else numbers:
+            other.set_core(site, first.core_at(site))
+
+
+def _checked_layers(layers: Iterable[nn.Module]) -> list[Experts]:
+    """Return the layers' experts, or raise an InputError."""
+    experts: list[Any] = [getattr(layer, "experts", layer) for layer in layers]
+    if len(experts) < 2:
+        raise InputError(f"tying needs at least two layers, got {len(experts)}")
+    if wrong := [type(each).__name__ for each in experts if not isinstance(each, Experts)]:
+        raise InputError(f"layers must be Experts, or an MPOMoE of them, got {', '.join(wrong)}")
+    modules = (module for each in experts for module in each.modules())
+    if any(isinstance(module, MPOProjection) and module.is_gathered for module in modules):
+        raise InputError("layers are sharded or offloaded already: tie them before that")
+    return experts
+
+
+def _checked_sites(sites: Literal["center"] | Iterable[int]) -> list[int] | None:
+    """Return the sites' numbers; None for the site of the central core."""
+    if sites != "center" and (isinstance(sites, str) or not isinstance(sites, Iterable)):
+        raise InputError(f"sites must be 'center' or the numbers of sites, got {sites!r}")
+    numbers = None if isinstance(sites, str) else sorted(set(sites))
+    if numbers == []:
+        raise InputError("sites must name at least one site, got none")
+    return numbers
+
+
+def _check_pair(name: str, first: Any, other: Any, sites: list[int] | None) -> None:
+    for projection in (first, other):
+        if not isinstance(projection, MPOProjection):
+            raise InputError(f"{name} is no MPO in one of the layers: {projection}")
+    if first.shape != other.shape:
+        raise InputError(f"{name} differs in its shape: {first.shape} and {other.shape}")
+    if first.center_site != other.center_site:
+        raise InputError(
+            f"{name} differs in the site of its centre: {first.center_site} and {other.center_site}"
+        )
+    for site in [first.center_site] if sites is None else sites:
+        index_in("every site", site, first.shape.sites)
+        shapes = [tuple(projection.core_at(site).shape) for projection in (first, other)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{name}'s cores of site {site} differ in shape: {shapes[0]} and {shapes[1]}"
+            )
