@@ -183,7 +183,7 @@ def mpo_experts(
     experts: int, hidden: int, inner: int, gated: bool, route: str | None = None, **details: object
 ) -> MPOExperts:
     """Build our layer; a ``route`` replaces the planned one."""
-    layer = MPOExperts(experts, hidden, inner, "silu" if gated else "relu", gated, **details)
+    layer = MPOExperts(experts, hidden, inner, "silu" if gated else "relu", gated=gated, **details)
     for module in layer.modules():
         if isinstance(module, MPOProjection):
             module.route = route

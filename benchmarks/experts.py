@@ -44,8 +44,8 @@ from peers import OnTorch, Unsupported
 import tnmoe as tn
 from tnmoe.nn import MPOProjection, weight_cache
 from tnmoe.nn.compute.calibrate import calibrate
-from tnmoe.nn.compute.grouped import Groups
-from tnmoe.nn.compute.rebuilt import MatrixBuilder, environments
+from tnmoe.nn.compute.matrices import MatrixBuilder, environments
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.system.tables import format_table
 
 FFNS = {"768x3072": (768, 3072), "1024x4096": (1024, 4096)}
@@ -347,14 +347,14 @@ def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
     for bond in expert_layers.BONDS:
         shape = tn.MPOShape.for_matrix(3072, 768, 5)
         projection = build_on(library.device, partial(MPOProjection, 8, shape, max_bond=bond))
-        aux, site, legs = list(projection.aux), projection.center_site, projection.legs
-        left, right = environments(aux[:site], aux[site:], len(aux[0]))
-        call = partial(_build_in_turn, MatrixBuilder(projection.center, legs), left, right)
+        cores = projection.cores
+        left, right = environments(cores)
+        call = partial(_build_in_turn, MatrixBuilder(cores.center, cores.legs), left, right)
         call()
         seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 7)[""])
         columns = projection.center[0].numel()
-        halves = left.shape[1] * columns // right.shape[1]
-        operations = left[0].numel() * columns + halves * right[0].numel()
+        factor_rows = left.shape[1] * columns // right.shape[1]
+        operations = left[0].numel() * columns + factor_rows * right[0].numel()
         share = 8 * 2 * operations / seconds / rate
         found.append({"bond": bond, "seconds": seconds, "share": share})
         table.append([bond or "exact", f"{1e3 * seconds:.1f}", f"{share:.0%}"])
@@ -365,9 +365,9 @@ def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
 def _build_in_turn(builder: MatrixBuilder, left: torch.Tensor, right: torch.Tensor) -> None:
     turns = [(left, right)] if left.is_cuda else zip(left.split(1), right.split(1), strict=True)
     for lefts, rights in turns:
-        halves = builder.halves(lefts)
-        for part, _ in builder.pieces():
-            builder.matrix(builder.piece(halves[:, part]), rights)
+        products = builder.left_products(lefts)
+        for part, _ in builder.row_blocks():
+            builder.matrix_rows(builder.left_factor(products[:, part]), rights)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from tnmoe import hf
 from tnmoe.hf.ffn import weight_of
 from tnmoe.nn import MPOMoE, MPOProjection, Projection, StackedProjection, shared_parameters
-from tnmoe.nn.compute.grouped import Groups, grouped_linear
+from tnmoe.nn.compute.grouped import grouped_linear
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.shapes import MPOShape
 
 Size = tuple[int, int]
@@ -119,7 +120,7 @@ class LowRankProjection(Projection):
 
     def __init__(self, weight: Tensor, num_experts: int, rank: int) -> None:
         out_features, in_features = weight.shape
-        super().__init__(num_experts, out_features, in_features, False, None, None)
+        super().__init__(num_experts, out_features, in_features)
         self.common = nn.Parameter(weight.detach().clone())
         self.into = nn.Parameter(torch.empty(num_experts, rank, in_features))
         self.out_of = nn.Parameter(torch.zeros(num_experts, out_features, rank))

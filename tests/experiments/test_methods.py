@@ -11,7 +11,7 @@ from experiments.measures import Drift, active_parameters, total_parameters
 from experiments.methods import METHODS
 from tnmoe import hf
 from tnmoe.nn import shared_parameters
-from tnmoe.nn.compute.grouped import Groups
+from tnmoe.nn.compute.slots import Groups
 
 TRUNCATED = {"mpoe-half", "separate"}
 # What begins elsewhere than the dense model on purpose.

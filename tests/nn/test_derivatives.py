@@ -1,4 +1,4 @@
-"""Second derivatives, forward-mode ones, and what ``torch.func`` makes of experts."""
+"""Second derivatives, forward-mode derivatives, and experts under ``torch.func``."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from torch.autograd.gradcheck import gradgradcheck
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.compute.grouped import Groups, grouped_linear, grouped_outer, per_row
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer, per_row
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 SHAPES = {
     "interleaved": tn.MPOShape((2, 3, 2), (3, 2, 2)),
@@ -30,7 +31,9 @@ KINDS = {
 
 def make_projection(name, shared_sites="center", bias=True):
     torch.manual_seed(0)
-    made = MPOProjection(3, SHAPES[name], bias, 2, shared_sites, dtype=torch.float64)
+    made = MPOProjection(
+        3, SHAPES[name], bias=bias, max_bond=2, shared_sites=shared_sites, dtype=torch.float64
+    )
     if bias:
         torch.nn.init.normal_(made.bias)
     return made
@@ -56,7 +59,7 @@ def routed(tokens=5, experts=4, top_k=2):
 
 
 def loop(experts, states, index, weights):
-    """The definition, in torch's own operators: one token and one choice after the other."""
+    """Apply torch's own operators to one token and choice after the other: the definition."""
     up, down, gate = experts.up, experts.down, experts.gate
 
     def project(projection, expert, state):
@@ -78,7 +81,7 @@ def loop(experts, states, index, weights):
 
 
 class Calling(torch.nn.Module):
-    """A function of experts, so that their parameters can be exchanged."""
+    """Return the experts as a function of their parameters."""
 
     def __init__(self, experts, function):
         super().__init__()

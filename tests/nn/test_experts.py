@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 import tnmoe as tn
+from tests.nn.compute.cases import experts as small_experts
+from tests.nn.compute.cases import routing
 from tnmoe import nn
 from tnmoe.errors import InputError
 from tnmoe.nn.activations import ACTIVATIONS, resolve_activation
+from tnmoe.nn.compute import routes
 
 H, F_, E = 16, 24, 4
 
@@ -43,7 +46,7 @@ def run_dense(ffn: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
 
 def loop_over_tokens(experts: nn.Experts, x, index, weights) -> torch.Tensor:
-    """The definition: every token, every choice, one matrix at a time."""
+    """Apply one matrix at a time, for every token and choice: the definition."""
 
     def project(projection, expert, vector):
         bias = None if projection.bias is None else projection.bias[expert]
@@ -146,7 +149,7 @@ def test_upcycled_layer_computes_the_dense_network(dtype, gated, bias, layout, t
     torch.testing.assert_close(layer(x), run_dense(ffn, x), rtol=tolerance, atol=tolerance)
 
 
-def test_truncated_experts_hold_what_the_shape_says():
+def test_truncated_experts_have_the_parameters_of_their_shapes():
     ffn = dense_ffn()
     seen = {}
     experts = nn.MPOExperts.from_dense(
@@ -247,7 +250,7 @@ def test_noise_makes_experts_differ_around_the_pretrained_network():
     deviations = (matrices - ffn["up"]).flatten(1).norm(dim=1) / ffn["up"].norm()
     assert ((deviations > 1e-3) & (deviations < 0.1)).all()
     assert (matrices[0] != matrices[1]).any()
-    # Projections have noise of their own.
+    # Every projection has its own noise.
     same = nn.MPOExperts.from_dense(
         ffn["up"], ffn["down"], ffn["up"], num_experts=E, sites=3, noise=0.01, rng=0
     )
@@ -265,7 +268,7 @@ def test_noise_on_whole_matrices_is_relative_to_their_size():
 
 
 @pytest.mark.parametrize("make", [nn.DenseExperts, nn.MPOExperts])
-def test_a_shared_bias_is_stored_once_and_gets_the_gradients_of_all_experts(make):
+def test_a_common_bias_is_stored_once_and_gets_the_gradients_of_all_experts(make):
     torch.manual_seed(0)
     shared = make(E, H, F_, "silu", gated=True, bias="common", dtype=torch.float64)
     own = make(E, H, F_, "silu", gated=True, bias=True, dtype=torch.float64)
@@ -304,7 +307,7 @@ def test_projections_can_have_different_bonds():
 
 
 @pytest.mark.parametrize("matrices", ["up", ("gate", "down"), ["down"]])
-def test_matrices_that_are_no_mpos_are_owned_whole_and_train(matrices):
+def test_matrices_that_are_not_mpos_are_owned_whole_and_train(matrices):
     torch.manual_seed(0)
     up, down, gate = torch.randn(12, 8), torch.randn(8, 12), torch.randn(12, 8)
     made = nn.MPOExperts.from_dense(
@@ -355,7 +358,7 @@ def test_gated_units_multiply_the_activated_gate(name, expected):
     torch.testing.assert_close(resolve_activation(name, gated=True)(gate, up), expected(gate, up))
 
 
-def test_shapes_that_are_given_need_no_groups_of_the_layout():
+def test_given_shapes_need_no_groups_of_the_layout():
     shapes = {
         "up_shape": tn.MPOShape.for_matrix(9, 15, 3),
         "down_shape": tn.MPOShape.for_matrix(15, 9, 3),
@@ -370,7 +373,7 @@ def test_shapes_that_are_given_need_no_groups_of_the_layout():
 
 @pytest.mark.parametrize("layout", ["interleaved", "split"])
 @pytest.mark.parametrize("gauge", ["identity", "schmidt"])
-def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, gauge):
+def test_experts_share_no_memory_with_the_network_they_start_from(layout, gauge):
     torch.manual_seed(0)
     up, down = torch.randn(128, 64), torch.randn(64, 128)
     before = up.clone(), down.clone()
@@ -435,12 +438,15 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
             lambda: nn.MPOExperts(E, H, F_, matrices="out"),
             "must be some of up, gate, down, got 'out'",
         ),
-        (lambda: nn.MPOExperts(E, H, F_, matrices=["gate"]), "are none of the network's up, down"),
+        (
+            lambda: nn.MPOExperts(E, H, F_, matrices=["gate"]),
+            "names no matrix of the network, which has up, down",
+        ),
         (
             lambda: nn.MPOExperts.from_dense(
                 torch.ones(4, 3), torch.ones(3, 4), matrices=["gate"], sites=2
             ),
-            "are none of the network's up, down",
+            "names no matrix of the network, which has up, down",
         ),
         (lambda: nn.MPOExperts(E, H, F_, matrices=[]), r"must be some of up, gate, down, got \[\]"),
         (
@@ -449,7 +455,7 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
         ),
         (
             lambda: nn.MPOExperts(E, H, F_, sites=3, shared_sites=range(3)),
-            "experts that share all 3 sites would be one",
+            "experts that share all 3 sites would be the same",
         ),
         (
             lambda: nn.DenseExperts.from_dense(
@@ -525,3 +531,45 @@ def test_experts_share_no_memory_with_the_network_that_they_start_from(layout, g
 def test_bad_input_is_named(make, message):
     with pytest.raises(tn.InputError, match=message):
         make()
+
+
+def test_experts_one_by_one_compute_what_they_do_together(monkeypatch):
+    layer = small_experts("rebuilt")
+    states, index, weights = routing()
+    index[index == 2] = 0  # an expert without rows, another chosen twice
+    with torch.no_grad():
+        together = layer(states, index, weights)
+        monkeypatch.setattr("tnmoe.nn.experts._CACHED", 0)
+        torch.testing.assert_close(layer(states, index, weights), together)
+
+
+def test_experts_one_by_one_take_the_route_that_is_planned_for_all_of_them(monkeypatch):
+    layer, planned = small_experts(None), []
+    plan = routes.plan
+    monkeypatch.setattr("tnmoe.nn.experts._CACHED", 0)
+    monkeypatch.setattr(
+        routes, "plan", lambda cores, rows, training: planned.append(rows) or
+        plan(cores, rows, training)
+    )  # fmt: skip
+    states, index, weights = routing(tokens=40)
+    with torch.no_grad():
+        layer(states, index, weights)
+    assert set(planned) == {index.numel()}
+
+
+@pytest.mark.parametrize(
+    ("states", "index", "weights", "message"),
+    [
+        ((3, 8), [[0], [5], [1]], (3, 1), r"experts from 0 to 3, or 4 for none, got 0 to 5"),
+        ((3, 8), [[0], [-1], [1]], (3, 1), r"experts from 0 to 3, or 4 for none, got -1 to 1"),
+        ((3, 7), [[0], [1], [1]], (3, 1), r"hidden_states \(3, 7\)"),
+        ((3, 8), [[0], [1]], (2, 1), r"top_k_index \(2, 1\)"),
+        ((3, 8), [[0], [1], [1]], (2, 1), r"top_k_weights \(2, 1\)"),
+        ((3, 8), [0, 1, 1], (3, 1), r"top_k_index \(3,\)"),
+    ],
+)
+def test_routing_that_does_not_fit_is_named_and_never_read_from_elsewhere(
+    states, index, weights, message
+):
+    with pytest.raises(tn.InputError, match=message):
+        small_experts(None)(torch.randn(states), torch.tensor(index), torch.ones(weights))

@@ -72,7 +72,7 @@ def test_settings_of_experts_router_and_layer_arrive_where_they_belong():
     assert {each.dtype for each in layer.parameters()} == {torch.float64}
 
 
-def test_noise_sets_experts_apart_and_a_seed_brings_them_back():
+def test_noise_makes_experts_differ_and_a_seed_reproduces_it():
     first, second = (
         nn.MPOMoE.from_dense(**pretrained(False, False), sites=3, noise=0.1, rng=3).experts
         for _ in range(2)

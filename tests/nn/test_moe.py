@@ -47,13 +47,13 @@ def experts_of(matrices, kind, activation, biases=None):
     biases = biases or {}
     gated = "gate" in matrices
     if kind == "dense":
-        experts = nn.DenseExperts(E, H, F, activation, gated, bias=bool(biases))
+        experts = nn.DenseExperts(E, H, F, activation, gated=gated, bias=bool(biases))
         for name, stack in matrices.items():
             getattr(experts, name).stacked.data.copy_(stack)
     else:
         # Experts that share nothing can have any matrices.
         experts = nn.MPOExperts(
-            E, H, F, activation, gated, bias=bool(biases), sites=3, shared_sites="none"
+            E, H, F, activation, gated=gated, bias=bool(biases), sites=3, shared_sites="none"
         )
         for name, stack in matrices.items():
             projection = getattr(experts, name)
@@ -481,7 +481,7 @@ def test_layers_survive_copies_pickles_state_dicts_and_compilers(gated):
 
     def make():
         experts = nn.MPOExperts(
-            E, H, F, "silu", gated, bias="common", sites=3, shared_sites={"up": {0, 1}}
+            E, H, F, "silu", gated=gated, bias="common", sites=3, shared_sites={"up": {0, 1}}
         )
         return nn.MPOMoE(
             nn.TopKRouter(H, E, 2, load_bias=True), experts, torch.nn.Linear(H, H), shared_gate=True

@@ -1,4 +1,4 @@
-"""Layers go through whatever moves, casts or rearranges the parameters of a whole model."""
+"""Layers survive whatever moves, casts or rearranges the parameters of a whole model."""
 
 import copy
 
@@ -31,7 +31,7 @@ def make(kind):
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_cores_are_no_images(kind, layout):
+def test_cores_are_not_taken_for_images(kind, layout):
     layer = make(kind)
     inputs = torch.randn(5, 8)
     expected = layer(inputs)
@@ -60,7 +60,7 @@ def test_parameters_stay_the_same_objects_for_an_optimiser(swaps):
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def test_parametrized_cores_are_no_images_either():
+def test_parametrized_cores_are_not_taken_for_images_either():
     layer, inputs = make("shared centre"), torch.randn(5, 8)
     parametrize.register_parametrization(layer.experts.up, "aux_0", torch.nn.Tanh())
     parametrize.register_parametrization(layer.experts.up, "center", torch.nn.Tanh())

@@ -9,7 +9,7 @@ import torch
 import tnmoe as tn
 from tnmoe import nn
 from tnmoe.nn.compute.cache import weight_cache
-from tnmoe.nn.compute.grouped import Groups
+from tnmoe.nn.compute.slots import Groups
 
 SITES, E, H, F = 3, 3, 8, 12
 
@@ -45,7 +45,9 @@ def matrices(projection):
 @pytest.mark.parametrize("name", SHAPES)
 def test_any_set_of_sites_gives_the_matrices_of_its_cores_and_their_gradients(name, shared, route):
     torch.manual_seed(0)
-    made = nn.MPOProjection(E, SHAPES[name], True, 3, shared, dtype=torch.float64)
+    made = nn.MPOProjection(
+        E, SHAPES[name], bias=True, max_bond=3, shared_sites=shared, dtype=torch.float64
+    )
     made.route = route
     index = torch.tensor([0, 0, 2, 2, 2])
     rows = torch.randn(5, made.in_features, dtype=torch.float64)

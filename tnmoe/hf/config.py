@@ -20,11 +20,16 @@ from tnmoe.errors import (
     shown,
 )
 from tnmoe.hf.find import check_layers
-from tnmoe.nn.experts import SharedSites, check_matrices, layout_shape, per_projection
-from tnmoe.nn.projection import resolve_shared_sites
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
+from tnmoe.nn.settings import (
+    SharedSites,
+    check_matrices,
+    layout_shape,
+    per_projection,
+    resolve_shared_sites,
+)
 from tnmoe.options import (
     ANY_LAYOUTS,
     GAUGES,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tnmoe.nn.compute.grouped import Groups, Visits, cleared, grouped_linear, per_row, spread
+from tnmoe.nn.compute.grouped import grouped_linear, per_row
+from tnmoe.nn.compute.slots import DenseDispatch, Groups, combine, dispatch, zero_unrouted
 from tnmoe.nn.transforms import autocast_dtype, is_transformed, values_are_readable
 
 # Value of ``experts_implementation`` that chooses this one.
@@ -52,17 +53,15 @@ def experts_forward(
     """
     if is_transformed():
         return _run_densely(experts, hidden_states, top_k_index, top_k_weights)
-    choices = top_k_index.shape[1]
     groups = Groups.of(top_k_index.reshape(-1), experts.num_experts)
     unrouted = _unrouted(groups, experts.num_experts)
     if unrouted is not None:
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
-    rows = cleared(spread(hidden_states, groups.order, groups.inverse, choices), unrouted)
-    inner = cleared(_project(experts, _input_projection(experts), rows, groups), unrouted)
+    rows = zero_unrouted(dispatch(hidden_states, groups, top_k_index.shape[1]), unrouted)
+    inner = zero_unrouted(_project(experts, _input_projection(experts), rows, groups), unrouted)
     outputs = _project(experts, "down_proj", _activated(experts, inner), groups)
-    outputs = _normed(experts, cleared(outputs, unrouted))
-    outputs = spread(outputs, groups.inverse, groups.order).unflatten(0, top_k_index.shape)
-    return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+    outputs = _normed(experts, zero_unrouted(outputs, unrouted))
+    return combine(outputs, groups, top_k_weights).to(hidden_states.dtype)
 
 
 def _run_densely(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -70,13 +69,12 @@ def _run_densely(experts: Any, states: Tensor, index: Tensor, weights: Tensor) -
 
     For ``torch.func``, whose transforms do not let code depend on the number of an expert's tokens.
     """
-    visits = Visits.of(index, weights, experts.num_experts)
-    into = _project(experts, _input_projection(experts), visits.spread(states), visits)
-    into = visits.cleared(into)
+    table = DenseDispatch.of(index, weights, experts.num_experts)
+    into = _project(experts, _input_projection(experts), table.dispatch(states), table)
+    into = table.mask(into)
     inner = _activated(experts, into.flatten(0, 1)).unflatten(0, into.shape[:2])
-    outputs = _project(experts, "down_proj", visits.cleared(inner), visits)
-    outputs = _normed(experts, visits.cleared(outputs))
-    return visits.collect(outputs).to(states.dtype)
+    outputs = _project(experts, "down_proj", table.mask(inner), table)
+    return table.combine(_normed(experts, table.mask(outputs))).to(states.dtype)
 
 
 def _input_projection(experts: Any) -> str:
@@ -98,13 +96,13 @@ def _unrouted(groups: Groups, num_experts: int) -> Tensor | None:
     return groups.experts >= num_experts
 
 
-def _project(experts: Any, name: str, rows: Tensor, groups: Groups | Visits) -> Tensor:
+def _project(experts: Any, name: str, rows: Tensor, groups: Groups | DenseDispatch) -> Tensor:
     """Apply one projection of all experts, each to its own rows."""
     weight = getattr(experts, name)
     dtype = autocast_dtype(rows) or weight.dtype
     stacked = (weight.mT if experts.is_transposed else weight).to(dtype)
     bias = getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None
-    if isinstance(groups, Visits):
+    if isinstance(groups, DenseDispatch):
         result = torch.einsum("tei,eoi->teo", rows.to(dtype), stacked)
         return result if bias is None else result + bias
     result = grouped_linear(rows.to(dtype), stacked, groups.offsets)

@@ -12,8 +12,9 @@ from torch import nn
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, weight_of
 from tnmoe.hf.find import ffns_named
-from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.experts import DenseExperts, Experts
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
 from tnmoe.truncation.info import TruncationInfo
 

@@ -9,10 +9,12 @@ from tnmoe.contraction.rates import Rates
 from tnmoe.nn.activations import ClampedSwiGLU, Gated
 from tnmoe.nn.compute.cache import WeightCache, weight_cache
 from tnmoe.nn.compute.calibrate import calibrate
-from tnmoe.nn.compute.grouped import Groups
-from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.experts import DenseExperts, Experts
 from tnmoe.nn.moe import MPOMoE, ignore_padding
-from tnmoe.nn.projection import MPOProjection, Projection, StackedProjection
+from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.projection import Projection, StackedProjection
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.routing.load_bias import LoadBias
 from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss

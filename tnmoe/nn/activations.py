@@ -1,4 +1,4 @@
-"""What experts do between their projections: activations, alone or with a gate."""
+"""The activations between the projections of experts, alone or with a gate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Gated(nn.Module):
     Parameters
     ----------
     activation : callable
-        Elementwise, for the gate.
+        Elementwise function for the gate.
 
     Examples
     --------
@@ -35,12 +35,12 @@ class Gated(nn.Module):
         self.activation = activation
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The activated ``gate`` times ``up``, entry by entry; both of one shape (..., hidden)."""
+        """Multiply the activated ``gate`` by ``up``, entry by entry; shapes (..., hidden)."""
         return self.activation(gate) * up
 
 
 class ClampedSwiGLU(Gated):
-    """SwiGLU of gpt-oss (arXiv:2508.10925): clamped inputs, a steeper gate, and 1 added to ``up``.
+    """The SwiGLU of gpt-oss (arXiv:2508.10925): clamped inputs, a steeper gate, ``up`` plus 1.
 
     (min(max(up, −c), c) + 1) · g · σ(α g) with g = min(gate, c).
 
@@ -54,7 +54,7 @@ class ClampedSwiGLU(Gated):
     Raises
     ------
     InputError
-        If ``limit`` is not positive, or ``alpha`` is no number.
+        If ``limit`` is not positive, or ``alpha`` is not a finite number.
 
     Examples
     --------
@@ -69,7 +69,7 @@ class ClampedSwiGLU(Gated):
         self.alpha, self.limit = alpha, limit
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The formula above of ``gate`` and ``up``, entry by entry."""
+        """Apply the formula above to ``gate`` and ``up``, entry by entry."""
         up = up.clamp(-self.limit, self.limit)
         return self.activation(gate.clamp(max=self.limit)) * (up + 1)
 
@@ -91,7 +91,7 @@ def _steep_silu(x: Tensor, alpha: float) -> Tensor:
     return x * torch.sigmoid(alpha * x)
 
 
-# As transformers names them.
+# The names are those of transformers.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu2": _SquaredReLU,
@@ -118,7 +118,7 @@ GATED_ACTIVATIONS: Mapping[str, Callable[[], Gated]] = {
 
 
 def resolve_activation(activation: str | Callable[..., Tensor], gated: bool) -> Callable:
-    """What goes between projections: a function of ``up``, or of ``gate`` and ``up``.
+    """Return the function between the projections: of ``up``, or of ``gate`` and ``up``.
 
     Parameters
     ----------
@@ -126,12 +126,12 @@ def resolve_activation(activation: str | Callable[..., Tensor], gated: bool) -> 
         Name of an activation, or an elementwise function; or, for gated experts, the name of a
         gated unit or an instance of :class:`Gated`.
     gated : bool
-        Whether there is a gate. An elementwise function is then its activation.
+        Whether there is a gate, to which an elementwise function is then applied.
 
     Raises
     ------
     InputError
-        If the name is unknown, or a gated unit is given where there is no gate.
+        If the name is unknown, or a gated unit comes without a gate.
     """
     given = activation
     if isinstance(activation, str):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, flag, number_in, one_of
-from tnmoe.nn.experts import DenseExperts, Experts, MPOExperts
+from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.scopes import ScopedValues

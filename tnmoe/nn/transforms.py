@@ -1,4 +1,4 @@
-"""Under what code runs: transformations, tracing, a backward pass; and what it may do then."""
+"""The state of torch around the running code: transformations, tracing, a backward pass."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether a transformation of ``torch.func`` is under way.
+    """Whether a transformation of ``torch.func`` is running.
 
-    Code may then neither depend on the numbers in a tensor nor change a buffer.
+    Code must then neither depend on the numbers in a tensor nor change a buffer.
     """
-    # Tracing cannot look inside, and compiles the transformed function as it is.
+    # The tracer cannot see this state, and compiles the transformed function as it is.
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
 def needs_native_operators() -> bool:
-    """Whether code is differentiated or vectorised in a way that only torch's own operators know.
+    """Whether code is transformed in a way that only torch's own operators support.
 
-    The transformations of ``torch.func``, and forward-mode differentiation without them.
+    These are the transformations of ``torch.func``, and forward-mode differentiation without them.
     """
     if torch.compiler.is_compiling():
         return False
@@ -33,42 +33,42 @@ def needs_native_operators() -> bool:
 
 
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether code may depend on the numbers in a tensor, and need not wait for them."""
+    """Whether code may read the numbers in a tensor without synchronising with a device."""
     if torch.compiler.is_compiling() or is_transformed():
         return False
     return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers in a tensor: ``meta`` and ``FakeTensorMode`` have sizes alone."""
+    """Whether a tensor holds numbers: under ``meta`` and ``FakeTensorMode`` it has only sizes."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def in_backward() -> bool:
-    """Whether this is a backward pass, in which activation checkpointing runs layers again."""
+    """Whether a backward pass is running, in which activation checkpointing runs layers again."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
 
 
 def is_under_dispatch_mode() -> bool:
-    """Whether a mode looks at every operator: one that counts operations, or computes nothing."""
+    """Whether a mode intercepts every operator: to count operations, or to compute nothing."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast takes products in where a tensor is; None where it is off."""
+    """Return the dtype of autocast on a tensor's device, or None where autocast is off."""
     kind = tensor.device.type
-    # The meta device has none.
+    # The meta device has no autocast.
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
 
 def caller_context() -> Context:
-    """The context of the code that runs, and in a backward pass of who called ``backward``.
+    """Return the context of the running code, or in a backward pass that of its caller.
 
-    Torch runs the backward passes of accelerators in threads of its own.
+    Torch runs the backward passes of accelerators in its own threads.
     """
     if in_backward() and torch._C._is_key_in_tls("context"):
         return torch._C._get_obj_in_tls("context")
@@ -76,7 +76,7 @@ def caller_context() -> Context:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A block in which tensors of a device are computed with in the precision that they have."""
+    """Return a block in which operations on a device keep the dtype of their tensors."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -215,15 +215,15 @@ def upcycled(folder, name="llama", **settings):
         ),
         (
             lambda f: hf.prepare_upcycle(ungated(f), ONLY_GATES),
-            "are none of the network's up, down",
+            "names no matrix of the network, which has up, down",
         ),
         (
             lambda f: hf.inspect_checkpoint(ungated(f), ONLY_GATES),
-            r"matrices=\['gate'\] are none of the network's up, down",
+            r"matrices=\['gate'\] names no matrix of the network, which has up, down",
         ),
         (
             lambda f: hf.inspect_checkpoint(ungated(f) / "config.json", ONLY_GATES),
-            r"matrices=\['gate'\] are none of the network's up, down",
+            r"matrices=\['gate'\] names no matrix of the network, which has up, down",
         ),
         (
             lambda f: (rewrite(f, hidden_size="wide"), hf.prepare_upcycle(f, CONFIG)),

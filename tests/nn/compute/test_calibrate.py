@@ -1,4 +1,4 @@
-"""Measuring the device: the function, and the command in a process of its own."""
+"""Calibration of the device: the function, and the command in its own process."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def test_a_calibration_measures_what_is_there_and_plans_with_it(monkeypatch, tmp
     rates = nn.calibrate("cpu", store=False)
     assert rates_module.get_rates("cpu") == rates
     assert list(tmp_path.iterdir()) == []
-    # No machine is faster or slower than this by the thousand.
+    # Machines differ by less than a factor of a thousand from these.
     assert 1e8 < rates.flops < 1e15
     assert 1e7 < rates.bandwidth < 1e14
     assert 0 < rates.launch < 1e-2

@@ -5,7 +5,7 @@ import torch
 
 from tnmoe import nn
 from tnmoe.nn.compute import grouped as grouped_module
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 
 E, H, F = 4, 6, 8
 KINDS = {
@@ -34,12 +34,12 @@ def make(kind, route=None, gated=False, bias=True):
 
 
 def owned(experts):
-    """Parameters with a part of every expert."""
+    """Return the parameters that have an expert axis."""
     return {name: each for name, each in experts.named_parameters() if len(each) == E}
 
 
 def routed(avoid=None):
-    """Tokens whose experts are all but one."""
+    """Route tokens to all experts but one."""
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(12, H, generator=generator, dtype=torch.float64)
     scores = torch.rand(12, E, generator=generator, dtype=torch.float64)
@@ -50,7 +50,7 @@ def routed(avoid=None):
 
 
 def run(experts, states, index, weights, transformed=False):
-    """Output, and gradients by name."""
+    """Return the output, and gradients by name."""
     states, weights = (each.clone().requires_grad_() for each in (states, weights))
 
     def call(states, weights):
@@ -68,7 +68,7 @@ def run(experts, states, index, weights, transformed=False):
 
 
 def spoil(experts, value):
-    """Fill all that one expert owns."""
+    """Fill all parameters of one expert."""
     with torch.no_grad():
         for parameter in owned(experts).values():
             parameter[SICK] = value
@@ -161,7 +161,7 @@ def test_slots_without_an_expert_give_zeros_whatever_is_in_them(kind, compiled):
     states, index, weights = routed(avoid=E - 1)
     index[0, 1] = index[3] = E
     expected, grads = run(make(kind), states, index, weights.masked_fill(index == E, 0))
-    # The last expert, which nobody visits, is as sick as a token and a weight that are nowhere.
+    # NaN in the last expert, which has no tokens, and in a token and weights without an expert.
     sick = make(kind)
     with torch.no_grad():
         for parameter in owned(sick).values():
@@ -194,7 +194,7 @@ def test_a_layer_keeps_a_sick_token_and_padding_to_themselves(settings):
     expected = layer(states, mask)
     states[3], states[7] = torch.nan, torch.inf
     torch.testing.assert_close(layer(states, mask), expected)
-    # The last token takes no other's room.
+    # The last token does not use up capacity.
     states[11] = torch.nan
     torch.testing.assert_close(layer(states, mask)[:11], expected[:11])
 

@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.compute.grouped import Groups, grouped_linear, grouped_outer
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 E, H, F = 4, 16, 32
 
@@ -20,14 +21,14 @@ def count(function):
 
 
 def routed(top_k, tokens=24, experts=3):
-    """Tokens that go to the first experts only."""
+    """Route tokens to the first experts only."""
     torch.manual_seed(0)
     weights, index = torch.rand(tokens, experts).topk(top_k)
     return torch.randn(tokens, H), index, weights
 
 
 def loop(experts, states, index, weights):
-    """Every expert's tokens times its own matrices, by torch's own products."""
+    """Multiply every expert's tokens by its own matrices, with torch's own products."""
     total = torch.zeros_like(states)
     for expert in range(experts.num_experts):
         tokens, choice = torch.where(index == expert)
@@ -78,9 +79,9 @@ def project(name, route):
 
 
 def chain(made, rows, groups):
-    """Every expert's rows through its own cores, from the right, by torch's own products."""
+    """Contract every expert's rows with its cores from the right, with torch's own products."""
     results = []
-    for expert, block in groups.spans:
+    for expert, block in groups.blocks:
         state = torch.nn.functional.pad(rows[block], (0, made.shape.padded_in - rows.shape[1]))
         count, rest, outs = len(state), made.shape.padded_in, 1
         for core in reversed(made.expert(expert).cores):
@@ -95,11 +96,11 @@ def chain(made, rows, groups):
 
 
 def built(made, rows, groups):
-    """Matrices of the experts that have rows, and their products, by torch's own."""
+    """Build the matrices of experts that have rows and multiply, with torch's own products."""
     results = []
-    for expert, block in groups.spans:
+    for expert, block in groups.blocks:
         cores, one = made.expert(expert).cores, torch.ones(1, 1, 1, 1)
-        # A side without cores has the environment 1, which is multiplied with all the same.
+        # The environment of a side without cores is 1; the product with it counts.
         left, right = cores[: made.center_site] or [one], cores[made.center_site + 1 :] or [one]
         matrix = cores[made.center_site]
         for core in reversed(left):
@@ -138,7 +139,7 @@ def test_the_backward_that_builds_again_is_counted_as_torch_counts_its_products(
         core.requires_grad_(frozen != "cores")
     rows = torch.randn(len(groups.experts), made.in_features, requires_grad=frozen != "rows")
     visited, ranks = len(ROWS), sum(ROWS.values())
-    center, legs = made.center.numel(), made.legs
+    center, legs = made.center.numel(), made.cores.legs
     half = 2 * visited * legs.out[0] * legs.in_[0] * center
     entries = legs.out_features * legs.in_features
     whole = 2 * visited * entries * made.center.shape[-1]

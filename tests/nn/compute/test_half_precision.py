@@ -5,10 +5,11 @@ import torch
 
 import tnmoe as tn
 from tnmoe import nn
-from tnmoe.nn.compute import rebuilt as rebuilt_module
-from tnmoe.nn.compute.grouped import Groups, grouped_outer
-from tnmoe.nn.compute.half_precision import reused
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute import matrices as matrices_module
+from tnmoe.nn.compute.grouped import grouped_outer
+from tnmoe.nn.compute.half_precision import cast_for_reuse
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 HALVES = (torch.bfloat16, torch.float16)
 ROUTES = ("joint", "rebuilt", "per_expert")
@@ -24,22 +25,22 @@ EPSILONS = 2.0
 
 
 def positive(*shape, seed, dtype):
-    """Numbers that add up and do not cancel, of half precision."""
+    """Draw numbers of half precision that do not cancel in sums."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(shape, generator=generator).add_(0.5).div_(shape[-1]).to(dtype)
 
 
 def relative(error, exact, dtype):
-    """Size of an error, in the dtype's epsilons."""
+    """Return the size of an error in the dtype's epsilons."""
     return float((error.double() - exact).norm() / exact.norm()) / torch.finfo(dtype).eps
 
 
 def projections(shape, experts, dtype, shared_sites="center"):
-    """Of half-precision numbers: of that dtype, of float32, and of float64."""
+    """Make projections of the same half-precision numbers in that dtype, float32 and float64."""
 
     def empty(dtype):
         made = MPOProjection(
-            experts, shape, True, shared_sites=shared_sites, device="meta", dtype=dtype
+            experts, shape, bias=True, shared_sites=shared_sites, device="meta", dtype=dtype
         )
         return made.to_empty(device="cpu")
 
@@ -53,7 +54,7 @@ def projections(shape, experts, dtype, shared_sites="center"):
 
 
 def gradients(made, rows, groups, upstream):
-    """Output and gradients by name, ``rows`` being one."""
+    """Return the output and gradients by name, that of ``rows`` included."""
     leaf = rows.clone().requires_grad_()
     out = made(leaf, groups)
     out.backward(upstream)
@@ -62,17 +63,17 @@ def gradients(made, rows, groups, upstream):
 
 
 def check(shape, route, dtype, tokens, experts, shared_sites="center"):
-    """The gradients of a half-precision projection, and those under autocast, are right."""
+    """Check the gradients of a half-precision projection, and those under autocast."""
     half, single, double = projections(shape, experts, dtype, shared_sites)
     rows = positive(tokens, shape.in_features, seed=101, dtype=dtype)
     upstream = positive(tokens, shape.out_features, seed=102, dtype=dtype)
-    # So that float16 can hold the sums.
+    # Scaled so that float16 can hold the sums.
     upstream = (upstream.double() / tokens * 64).to(dtype)
     groups = Groups.of(torch.arange(tokens) * experts // tokens, experts)
     double.route, half.route, single.route = "rebuilt", route, route
     exact = gradients(double, rows.double(), groups, upstream.double())
     found = gradients(half, rows, groups, upstream)
-    # What autocast does: single.precision cores, rows of half precision.
+    # As autocast has it: cores of single precision, rows of half precision.
     under_autocast = gradients(single, rows, groups, upstream)
     for name, expected in exact.items():
         assert relative(found[name], expected, dtype) < EPSILONS, name
@@ -99,13 +100,17 @@ def test_errors_of_half_precision_gradients_are_small_for_65536_tokens(name, rou
 @pytest.mark.parametrize(
     ("name", "shared"), [("two sites", "center"), ("split", "center"), ("five sites", [0])]
 )
-def test_nor_do_they_grow_with_the_experts(name, route, dtype, shared):
+def test_errors_of_half_precision_gradients_do_not_grow_with_the_experts(
+    name, route, dtype, shared
+):
     check(SHAPES[name], route, dtype, 1024, experts=1024, shared_sites=shared)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_nor_with_the_pieces_that_a_matrix_is_built_in(dtype, monkeypatch):
-    monkeypatch.setattr(rebuilt_module, "_PIECE", 1)
+def test_errors_of_half_precision_gradients_do_not_grow_with_the_blocks_of_a_matrix(
+    dtype, monkeypatch
+):
+    monkeypatch.setattr(matrices_module, "_BLOCK", 1)
     check(tn.MPOShape((128, 16, 2), (1, 16, 4)), "rebuilt", dtype, 16, experts=2)
 
 
@@ -125,7 +130,7 @@ def test_outer_products_add_up_in_float32(sizes, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_layers_gradients_are_those_of_float64_with_the_same_numbers(route, dtype):
-    """Biases, the weights of choices and the states of tokens, too."""
+    """Biases, weights of slots and states of tokens included."""
     tokens, experts = 2048, 4
     half = nn.MPOExperts(experts, 12, 16, "silu", gated=True, bias=True, sites=3, dtype=dtype)
     exact = nn.MPOExperts(experts, 12, 16, "silu", gated=True, bias=True, sites=3).double()
@@ -151,11 +156,11 @@ def test_a_layers_gradients_are_those_of_float64_with_the_same_numbers(route, dt
         assert relative(ours, theirs, dtype) < EPSILONS
 
 
-def test_reused_tensors_have_the_derivatives_of_the_tensor_to_any_order():
+def test_tensors_cast_for_reuse_have_the_derivatives_of_the_tensor_to_any_order():
     core = torch.tensor([0.5, 2.0], dtype=torch.bfloat16, requires_grad=True)
 
     def cubes(core):
-        use = reused(core, torch.bfloat16)
+        use = cast_for_reuse(core, torch.bfloat16)
         return (use() * use() * use()).sum()
 
     (first,) = torch.autograd.grad(cubes(core), core, create_graph=True)

@@ -16,8 +16,8 @@ from tnmoe.contraction import apply as apply_module
 from tnmoe.contraction import expert_routes
 from tnmoe.contraction import pieces as pieces_module
 from tnmoe.contraction import plan as plan_module
-from tnmoe.nn.compute.grouped import Groups
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 ROUTES = ("joint", "rebuilt", "per_expert")
 SHAPES = {
@@ -26,13 +26,13 @@ SHAPES = {
     "padded": tn.MPOShape((2, 3, 2), (3, 2, 2), 11, 10),
     "split": tn.MPOShape.split(16, 24, 4, 4),
 }
-# With bonds of 8 its states are eight times as large as rows and results.
+# With bonds of 8 the states are eight times as large as rows and results.
 WIDE = tn.MPOShape((8, 8, 8), (8, 8, 8))
 
 
 @pytest.fixture
 def limit(monkeypatch):
-    """Sets the numbers that a state may have."""
+    """Return a function that sets how many numbers a state may have."""
 
     def forget():
         plan_module._plan_for_experts.cache_clear()
@@ -47,14 +47,14 @@ def limit(monkeypatch):
 
 def projection(shape, route, experts=3, dtype=torch.float64, **details):
     torch.manual_seed(0)
-    made = MPOProjection(experts, shape, True, dtype=dtype, **details)
+    made = MPOProjection(experts, shape, bias=True, dtype=dtype, **details)
     torch.nn.init.normal_(made.bias)
     made.route = route
     return made
 
 
 def results(made, rows, groups):
-    """Output, gradients of all parameters and of the rows, and of the sum of these gradients."""
+    """Return the output, all gradients, and the gradients of a sum of these."""
     leaf = rows.clone().requires_grad_()
     inputs = [leaf, *made.parameters()]
     out = made(leaf, groups)
@@ -107,7 +107,7 @@ def test_layers_with_tied_cores_and_slots_without_an_expert_do_as_well(route, la
 
 
 def peak_bytes(function):
-    """Most bytes that a function has allocated at a time, what it returns included."""
+    """Measure the most bytes that a function has allocated at a time, its result included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = function()
     events = profiled.profiler.kineto_results.events()
@@ -118,7 +118,7 @@ def peak_bytes(function):
 
 @pytest.mark.parametrize("route", [*ROUTES, "cached"])
 def test_memory_does_not_grow_with_the_rows_but_for_what_goes_in_and_out(route, limit):
-    """Forwards and backwards: twice the rows take twice the rows and results, and no states."""
+    """Twice the rows take memory for twice the rows and results, but not for twice the states."""
     limit(1 << 16)
     made = projection(WIDE, route, dtype=torch.float32, max_bond=8)
 
@@ -165,12 +165,12 @@ def test_states_are_as_large_as_allowed_and_no_larger(limit, monkeypatch):
     pieces = -(-100 * 4096 // (1 << 16))
     assert len(sizes) == pieces * WIDE.sites
     assert max(sizes) == 1 << 16
-    # Once more for the backward, except for the last product, of which nothing was kept.
+    # The backward computes all products again but the last, whose result it does not need.
     out.sum().backward()
     assert len(sizes) <= 2 * pieces * WIDE.sites
 
 
-def test_rows_of_no_great_size_and_split_shapes_of_any_go_through_at_once(limit, monkeypatch):
+def test_few_rows_and_any_number_with_split_shapes_are_computed_at_once(limit, monkeypatch):
     from tnmoe.nn.compute import pieces
 
     def refuse(*_, **__):
@@ -222,13 +222,6 @@ def test_pieces_are_differentiated_by_torch_func_and_checkpointed(route, limit):
     leaf = rows.clone().requires_grad_()
     checkpoint(loss, leaf, use_reentrant=False).backward()
     torch.testing.assert_close(leaf.grad, expected)
-
-
-@pytest.fixture
-def compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("compiler")
@@ -317,7 +310,7 @@ def test_plans_for_one_operator_tell_of_pieces_too(limit):
 
 @pytest.mark.parametrize("bonds", [(5, 5), (2, 3)])
 def test_plans_are_made_for_no_vectors_whose_cores_alone_are_larger_than_the_matrix(bonds):
-    """So large are the bonds of a sum that has not been compressed."""
+    """A sum that has not been compressed has such bonds."""
     plan = tn.contraction_plan(tn.MPOShape((1, 2, 1), (1, 1, 1)), bonds, 0)
     assert plan.peak_elements > 2
 

@@ -10,7 +10,7 @@ from tnmoe.nn.compute import cache
 
 def _evaluate_sharded(rank):
     """Evaluation after a step under FSDP; nothing looks at the numbers, as on an accelerator."""
-    cache._numbers_of = lambda cores: []
+    cache._samples_of = lambda cores: []
     plain, sharded = make(), make()
     fully_shard(sharded)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (plain, sharded)]

@@ -1,4 +1,4 @@
-"""What threads share: kept matrices, rates of devices and backends, at the worst of times."""
+"""Kept matrices and rates of devices, shared by threads that meet at the worst moment."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,23 +9,13 @@ import torch
 import tnmoe as tn
 from tnmoe.contraction import rates as rates_module
 from tnmoe.nn.compute import cache as cache_module
-from tnmoe.nn.compute.cache import weight_cache
-from tnmoe.nn.compute.grouped import Groups
-from tnmoe.nn.compute.rebuilt import build
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.compute.matrices import build
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.mpo_projection import MPOProjection
 
 THREADS = 8
 ROWS = torch.ones(3, 8)
 GROUPS = Groups.of(torch.tensor([0, 1, 2]), 3)
-
-
-@pytest.fixture
-def cache():
-    weight_cache.clear()
-    limit = weight_cache.limit
-    yield weight_cache
-    weight_cache.limit = limit
-    weight_cache.clear()
 
 
 def projection():
@@ -46,7 +36,7 @@ def in_threads(work, arguments):
 
 
 def meet(barrier):
-    """Wait for the other threads, if they can come."""
+    """Wait for the other threads, unless they are blocked."""
     try:
         barrier.wait(timeout=0.2)
     except threading.BrokenBarrierError:
@@ -58,14 +48,14 @@ def test_threads_together_keep_no_more_than_the_limit(cache, monkeypatch):
     product(made[0])
     cache.limit = 3 * cache.used
     cache.clear()
-    barrier, has_room = threading.Barrier(THREADS), cache.has_room
+    barrier, can_keep = threading.Barrier(THREADS), cache.can_keep
 
     def after_a_meeting(*args):
-        found = has_room(*args)
+        found = can_keep(*args)
         meet(barrier)
         return found
 
-    monkeypatch.setattr(cache, "has_room", after_a_meeting)
+    monkeypatch.setattr(cache, "can_keep", after_a_meeting)
     found = in_threads(product, made)
     monkeypatch.undo()
     assert cache.used == cache.limit
@@ -74,7 +64,7 @@ def test_threads_together_keep_no_more_than_the_limit(cache, monkeypatch):
         torch.testing.assert_close(before, product(each))
 
 
-def test_matrices_that_many_threads_want_are_built_once(cache, monkeypatch):
+def test_matrices_that_many_threads_need_are_built_once(cache, monkeypatch):
     made, built = projection(), []
     barrier = threading.Barrier(THREADS)
 
@@ -120,14 +110,14 @@ def test_matrices_of_cores_that_change_while_they_are_built_are_not_kept(
     torch.testing.assert_close(product(made), 2 * before)
 
 
-def test_a_collection_of_garbage_in_the_midst_of_a_look_up_hangs_nothing(cache, monkeypatch):
-    made, has_room = projection(), cache.has_room
+def test_a_garbage_collection_during_a_look_up_does_not_deadlock(cache, monkeypatch):
+    made, can_keep = projection(), cache.can_keep
 
     def collecting(*args):
-        cache.forget([made.center])  # as a finaliser might
-        return has_room(*args)
+        cache.forget([made.center])  # as a finaliser may do
+        return can_keep(*args)
 
-    monkeypatch.setattr(cache, "has_room", collecting)
+    monkeypatch.setattr(cache, "can_keep", collecting)
     expected = in_threads(product, [made] * THREADS)
     monkeypatch.undo()
     torch.testing.assert_close(product(made), expected[0])

@@ -23,7 +23,7 @@ from tnmoe.hf.folders.parallel import ordered_results
 from tnmoe.hf.folders.skeleton import Skeleton
 from tnmoe.hf.meta import check_unconverted_entries, config_from_entries, meta_model
 from tnmoe.hf.report import ParameterReport, parameter_report
-from tnmoe.nn.experts import check_matrices, per_projection
+from tnmoe.nn.settings import check_matrices, per_projection
 from tnmoe.shapes import MPOShape
 from tnmoe.system.memory import explain_memory_error
 from tnmoe.system.tables import format_table

@@ -1,9 +1,10 @@
-"""Experts' matrices kept between forward passes, where no gradient is asked for.
+"""Experts' matrices that are kept between forward passes, for the route ``cached``.
 
-Torch counts the changes of a tensor, but not all: writing to ``core.data`` in place, as some
-optimisers and averages of weights do, and kernels of other libraries leave no trace. So matrices
-also go when an optimiser that holds a core has made a step, when a projection changes between
-training and evaluation, and, on a CPU, when one of a few numbers that are looked at has changed.
+Torch counts the changes of a tensor, but not all of them. Writing to ``core.data`` in place, as
+some optimisers and averages of weights do, leaves no trace; nor do the kernels of other libraries.
+So the cache also drops matrices when an optimiser that holds one of their cores has made a step,
+when a projection changes between training and evaluation, and, on a CPU, when one of a few sampled
+numbers has changed.
 """
 
 from __future__ import annotations
@@ -18,67 +19,78 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import grouped_linear
-from tnmoe.nn.compute.rebuilt import Legs, build, common_dtype, environments, experts_of
-from tnmoe.nn.transforms import without_autocast
+from tnmoe.nn.compute.matrices import build
+from tnmoe.nn.compute.slots import Groups
 
-# Numbers of a core that are looked at for changes that nothing tells of.
-_LOOKED_AT = 16
+# Numbers of a core that are compared to find changes that torch does not count.
+_SAMPLES = 16
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Matrices, and what tells that their cores are still as they were."""
+    """Matrices, and what shows that their cores have not changed since.
+
+    Attributes
+    ----------
+    matrices : Tensor
+    state : tuple
+        Dtype of the matrices; address and version of every core.
+    samples : list of (Tensor, Tensor)
+        Some numbers of every core: a view of them, and a copy.
+    references : tuple of weakref.ref
+        To the cores; they drop the entry when a core is deleted.
+    """
 
     matrices: Tensor
     state: tuple
-    # Some numbers of every core, where they lie and as they were.
-    numbers: list[tuple[Tensor, Tensor]]
-    # What watches over the cores' lives.
-    watches: tuple[weakref.ref, ...]
+    samples: list[tuple[Tensor, Tensor]]
+    references: tuple[weakref.ref, ...]
 
-    def is_of(self, state: tuple) -> bool:
-        return self.state == state and all(now.equal(then) for now, then in self.numbers)
+    def is_current(self, state: tuple) -> bool:
+        return self.state == state and all(view.equal(copy) for view, copy in self.samples)
 
 
 @dataclass(eq=False)
 class _Building:
-    """Matrices in the making: others that want them wait for their turn."""
+    """Matrices that one thread builds; other threads that need the same wait for the lock."""
 
-    turn: RLock = field(default_factory=RLock)
-    # Whether a core may have changed since they were begun.
-    spoilt: bool = False
+    lock: RLock = field(default_factory=RLock)
+    # Whether a core may have changed since the building began.
+    stale: bool = False
 
 
 class WeightCache:
-    """Built matrices of projections, dropped as soon as a core changes or is gone.
+    """Built matrices of projections, dropped as soon as a core changes or is deleted.
 
-    Threads may use it at the same time. Those that want the same matrices wait until one has built
-    them; those that want others do not wait.
+    Threads may use it at the same time. Threads that need the same matrices wait until one of them
+    has built these; threads that need different matrices do not wait.
 
-    Call :meth:`clear` after writing to ``core.data`` in place in the middle of an evaluation:
-    nothing tells of it on an accelerator, and on a CPU only if it meets one of the few numbers
-    that are looked at, which a change of some numbers only, by pruning for instance, may not.
+    Call :meth:`clear` after writing to ``core.data`` in place in the middle of an evaluation. On an
+    accelerator the cache cannot notice it. On a CPU it notices only if one of a few sampled
+    numbers has changed, which pruning, for instance, may leave as they are.
 
     Parameters
     ----------
     limit : int
-        Bytes that all matrices may take together. What does not fit is built anew every time.
+        Bytes that all matrices may take together. Matrices that do not fit are built for every
+        forward pass.
 
     Examples
     --------
-    >>> weight_cache.enabled = False  # build anew, keep nothing
+    >>> weight_cache.enabled = False  # build for every forward pass, keep nothing
     >>> weight_cache.enabled, weight_cache.limit = True, 8 * 2**30
     """
 
     def __init__(self, limit: int = 2**31) -> None:
-        # By the identities of all cores: projections may have any of them in common.
+        # Keys are the identities of all cores: projections may share any of their cores.
         self._entries: dict[tuple[int, ...], _Entry] = {}
-        # What is being built. No lock is held for longer than a few look-ups, but turns; so nobody
-        # who holds one waits for another.
+        # The lock of the cache is held for a few look-ups only. The lock of a building is held
+        # longer, by a thread that waits for no other building: nothing can deadlock.
         self._buildings: weakref.WeakValueDictionary[tuple[int, ...], _Building]
         self._buildings = weakref.WeakValueDictionary()
-        # Reentrant: a garbage collection in the midst of a look-up may let matrices go.
+        # Reentrant: a garbage collection in the middle of a look-up may drop matrices.
         self._lock = RLock()
         self._enabled = True
         self.limit = limit
@@ -88,7 +100,7 @@ class WeightCache:
 
     @property
     def enabled(self) -> bool:
-        """Whether matrices are kept; setting it to False lets those go that were."""
+        """Whether matrices are kept; setting it to False drops those that were."""
         return self._enabled
 
     @enabled.setter
@@ -100,173 +112,140 @@ class WeightCache:
 
     @property
     def used(self) -> int:
-        """Bytes taken at present."""
+        """Bytes that the kept matrices take."""
         return sum(entry.matrices.nbytes for entry in list(self._entries.values()))
 
     def clear(self) -> None:
-        """Let all matrices go."""
+        """Drop all matrices."""
         self._drop(lambda key: True)
 
     def forget(self, cores: Iterable[Tensor]) -> None:
-        """Let matrices go that were built from any of ``cores``."""
+        """Drop the matrices that were built from any of these cores."""
         if not self._entries and not self._buildings:
             return
-        gone = {id(core) for core in cores}
-        self._drop(lambda key: not gone.isdisjoint(key))
+        changed = {id(core) for core in cores}
+        self._drop(lambda key: not changed.isdisjoint(key))
 
-    def _drop(self, is_meant: Callable[[tuple[int, ...]], bool]) -> None:
+    def _drop(self, applies_to: Callable[[tuple[int, ...]], bool]) -> None:
         with self._lock:
-            for key in filter(is_meant, list(self._entries)):
+            for key in filter(applies_to, list(self._entries)):
                 self._entries.pop(key, None)
             for key, building in list(self._buildings.items()):
-                building.spoilt |= is_meant(key)
+                building.stale |= applies_to(key)
 
-    def has_room(self, cores: Sequence[Tensor], size: int) -> bool:
-        """Whether matrices of ``size`` bytes, built from ``cores``, are here or would fit."""
-        # Tensors made in inference mode do not tell when they change.
-        if not self._enabled or any(core.is_inference() for core in cores):
+    def can_keep(self, cores: ExpertCores, itemsize: int) -> bool:
+        """Whether the matrices, of numbers of ``itemsize`` bytes, are here or would fit."""
+        # Tensors made in inference mode do not count their changes.
+        if not self._enabled or any(core.is_inference() for core in cores.stored):
             return False
-        return _identity(cores) in self._entries or self.used + size <= self.limit
+        if _key_of(cores) in self._entries:
+            return True
+        shape = cores.shape
+        numbers = cores.num_experts * shape.out_features * shape.in_features
+        return self.used + numbers * itemsize <= self.limit
 
-    def get(
-        self,
-        center: Tensor,
-        aux: Sequence[Tensor],
-        site: int,
-        legs: Legs,
-        size: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Matrices (E, out, in) of all experts, built if they are not here as they are now.
+    def get(self, cores: ExpertCores, dtype: torch.dtype) -> Tensor:
+        """Return the matrices (E, out, in) of all experts, built now unless they are current.
 
         Parameters
         ----------
-        center : Tensor, shape (D, out, in, D') or (E, D, out, in, D')
-            Central core, shared or every expert's own.
-        aux : sequence of Tensor, shapes (E, D, out, in, D') or (1, D, out, in, D')
-            The other sites, every expert's own or shared.
-        site : int
-            How many of them lie left of the centre.
-        legs : Legs
-            Legs of the sites on either side of the centre.
-        size : tuple of int
-            Rows and columns that the matrices are cut to.
+        cores : ExpertCores
+            In any dtype.
         dtype : torch.dtype
             Of the result.
         """
-        cores = (center, *aux)
-
-        def built() -> Tensor:
-            return _built(center, aux, site, legs, size).to(dtype).contiguous()
-
-        needed = experts_of(center, aux) * size[0] * size[1] * dtype.itemsize
-        if not self.has_room(cores, needed):
-            return built()
-        key = _identity(cores)
-        state = (dtype, *((core.data_ptr(), core._version) for core in cores))
+        if not self.can_keep(cores, dtype.itemsize):
+            return _build_in(dtype, cores)
+        key = _key_of(cores)
+        state = (dtype, *((core.data_ptr(), core._version) for core in cores.stored))
         entry = self._entries.get(key)
-        if entry is not None and entry.is_of(state):
+        if entry is not None and entry.is_current(state):
             return entry.matrices
-        del entry  # so that the old matrices are gone before there are new ones
+        del entry  # frees the old matrices before new ones are built
         with self._lock:
             building = self._buildings.setdefault(key, _Building())
-        with building.turn:
+        with building.lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.is_of(state):
-                return entry.matrices  # another thread built them meanwhile
+            if entry is not None and entry.is_current(state):
+                return entry.matrices  # another thread has built them meanwhile
             del entry
             self._entries.pop(key, None)
-            building.spoilt = False
-            matrices = built()
-            self._keep(key, cores, building, matrices, state)
+            building.stale = False
+            matrices = _build_in(dtype, cores)
+            self._keep(cores, building, matrices, state)
         return matrices
 
     def _keep(
-        self,
-        key: tuple[int, ...],
-        cores: Sequence[Tensor],
-        building: _Building,
-        matrices: Tensor,
-        state: tuple,
+        self, cores: ExpertCores, building: _Building, matrices: Tensor, state: tuple
     ) -> None:
-        """Keep matrices, unless there is no room for them or a core has changed meanwhile."""
-        entries = self._entries
-        watches = tuple(weakref.ref(core, lambda _: entries.pop(key, None)) for core in cores)
-        entry = _Entry(matrices, state, _numbers_of(cores), watches)
+        """Keep matrices, unless they no longer fit or a core has changed meanwhile."""
+        entries, key = self._entries, _key_of(cores)
+        references = tuple(
+            weakref.ref(core, lambda _: entries.pop(key, None)) for core in cores.stored
+        )
+        entry = _Entry(matrices, state, _samples_of(cores.stored), references)
         with self._lock:
-            if not building.spoilt and self.has_room(cores, matrices.nbytes):
+            if not building.stale and self.can_keep(cores, matrices.itemsize):
                 entries[key] = entry
 
 
-def _built(
-    center: Tensor, aux: Sequence[Tensor], site: int, legs: Legs, size: tuple[int, int]
-) -> Tensor:
-    """Matrices in the precision of their cores."""
-    cores = (center, *aux)
-    with without_autocast(center.device):
-        dtype = common_dtype(cores)
-        center, *aux = (core.to(dtype) for core in cores)
-        left, right = environments(aux[:site], aux[site:], experts_of(center, aux))
-        return build(center, left, right, legs)[:, : size[0], : size[1]]
+def _build_in(dtype: torch.dtype, cores: ExpertCores) -> Tensor:
+    return build(cores).to(dtype).contiguous()
 
 
-def _numbers_of(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Some numbers of every core, where they lie and copied; an accelerator is not waited for."""
+def _samples_of(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return views and copies of some numbers of every core; of none on an accelerator.
+
+    To compare them there would synchronise with it.
+    """
     if cores[0].device.type != "cpu":
         return []
-    flat = (
-        core.detach().view(-1)[:: max(1, core.numel() // _LOOKED_AT)]
+    views = (
+        core.detach().view(-1)[:: max(1, core.numel() // _SAMPLES)]
         if core.is_contiguous()
         else core.detach()
         for core in cores
     )
-    return [(numbers, numbers.clone()) for numbers in flat]
+    return [(view, view.clone()) for view in views]
 
 
-def _identity(cores: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(id, cores))
+def _key_of(cores: ExpertCores) -> tuple[int, ...]:
+    return tuple(map(id, cores.stored))
 
 
 weight_cache = WeightCache()
 
 
-def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     weight_cache.forget(core for group in optimizer.param_groups for core in group["params"])
 
 
-register_optimizer_step_post_hook(_after_any_step)
+register_optimizer_step_post_hook(_forget_stepped)
 
 
-def cached_linear(
-    rows: Tensor,
-    offsets: Tensor,
-    center: Tensor,
-    aux: Sequence[Tensor],
-    site: int,
-    legs: Legs,
-    size: tuple[int, int],
-) -> Tensor:
-    """``grouped_linear`` with the matrices that the cache has, or that it gets now.
+def cached_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
+    """Multiply rows by their experts' matrices, which the cache has or builds. No gradients.
 
-    One operator to ``torch.compile``: a compiled model, too, finds the matrices as they are when
-    it runs. There is no gradient.
+    Parameters and result are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
+    ``torch.compile`` sees one operator: a compiled model, too, takes the matrices that are current
+    when it runs.
     """
     if torch.compiler.is_compiling():
-        numbers = [*legs.out, *legs.in_, *size, site]
-        return torch.ops.tnmoe.cached_linear(rows, offsets, center, list(aux), numbers)
-    matrices = weight_cache.get(center, aux, site, legs, size, rows.dtype)
-    return grouped_linear(rows, matrices, offsets)
+        numbers = [cores.center_site, cores.shape.out_features, cores.shape.in_features]
+        return torch.ops.tnmoe.cached_linear(rows, list(cores.stored), groups.offsets, numbers)
+    return grouped_linear(rows, weight_cache.get(cores, rows.dtype), groups.offsets)
 
 
 @torch.library.custom_op("tnmoe::cached_linear", mutates_args=())
 def _cached_linear(
-    rows: Tensor, offsets: Tensor, center: Tensor, aux: Sequence[Tensor], numbers: Sequence[int]
+    rows: Tensor, stored: Sequence[Tensor], offsets: Tensor, numbers: Sequence[int]
 ) -> Tensor:
-    out, in_, (rows_out, columns, site) = numbers[:3], numbers[3:6], numbers[6:]
-    legs = Legs(tuple(out), tuple(in_))  # type: ignore[arg-type]
-    return cached_linear(rows, offsets, center, aux, site, legs, (rows_out, columns))
+    """Multiply by the matrices of stored cores; numbers: site of the centre, rows, columns."""
+    center_site, *size = numbers
+    cores = ExpertCores.of(stored, center_site, (size[0], size[1]))
+    return grouped_linear(rows, weight_cache.get(cores, rows.dtype), offsets)
 
 
 @_cached_linear.register_fake
-def _(rows, offsets, center, aux, numbers):  # type: ignore[no-untyped-def]
-    return rows.new_empty(rows.shape[0], numbers[6])
+def _(rows, stored, offsets, numbers):  # type: ignore[no-untyped-def]
+    return rows.new_empty(rows.shape[0], numbers[1])

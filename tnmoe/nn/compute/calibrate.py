@@ -1,4 +1,4 @@
-"""A small measurement of the device, so that routes are planned for this very one."""
+"""A short measurement of a device, for plans that fit this very device."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor
 from tnmoe.contraction.rates import Rates, set_rates
 from tnmoe.nn.compute.devices import usable_device, wait_for
 
+# Calls of which the fastest counts.
 _REPEATS = 15
 
 
 @torch.no_grad()
 def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
-    """Measure what a device does per second, and plan with it from now on.
+    """Measure the rates of a device, and plan with them from now on.
 
-    Takes about a second. Large and narrow matrix products, a product that reads much more than it
-    computes, and a tiny one; in single precision on a CPU, in bfloat16 elsewhere.
+    This takes about a second. It times a large and a narrow matrix product, one that reads much
+    more than it computes, and a tiny one: in single precision on a CPU, in bfloat16 elsewhere.
 
     Parameters
     ----------
     device : torch.device or str
-        Where to measure; the result holds for its kind.
+        Device to measure; the rates are used for all devices of its type.
     store : bool
-        Whether later processes shall plan with it too: it is stored in the folder that
+        Whether later processes plan with the rates, too. They are stored in the folder that
         ``TNMOE_CACHE`` names, or in the user's cache folder.
 
     Returns
@@ -36,7 +37,7 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
     Raises
     ------
     InputError
-        If there is no such device.
+        If torch has no such device here.
 
     Examples
     --------
@@ -56,11 +57,11 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
 
     launch = product(8, 8, 8)
     flops = 2 * size**3 / product(size, size, size)
-    of_narrow = 2 * size * narrow * size / product(size, narrow, size)
+    narrow_flops = 2 * size * narrow * size / product(size, narrow, size)
     bytes_read = long**2 * dtype.itemsize
     rates = Rates(
         flops=flops,
-        half_depth=max(0.0, narrow * (flops / of_narrow - 1)),
+        half_depth=max(0.0, narrow * (flops / narrow_flops - 1)),
         bandwidth=bytes_read / product(2, long, long),
         launch=launch,
     )
@@ -69,7 +70,7 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
 
 
 def _seconds(call: Callable[[], Tensor], on: Tensor) -> float:
-    """Best of some calls: what slows one down is not the device's own."""
+    """Return the seconds of the fastest call: what slows others down is not the device."""
     seconds = []
     for _ in range(_REPEATS):
         wait_for(on)

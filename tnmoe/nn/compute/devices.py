@@ -1,4 +1,4 @@
-"""Which devices torch can compute on here."""
+"""The devices that torch can compute on here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tnmoe.errors import InputError
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, with its index if it has one; an InputError where torch has none such."""
+    """Return the device, with its index if it has one; raise an InputError if it is not here."""
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -21,7 +21,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def wait_for(tensor: Tensor) -> None:
-    """Wait until the device of a tensor has done what it was given."""
+    """Wait until the device of a tensor has finished all queued work."""
     kind = tensor.device.type
     if kind == "cuda":
         torch.cuda.synchronize(tensor.device)

@@ -1,7 +1,7 @@
-"""How many operations tnmoe's operators take, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""Operation counts of tnmoe's operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 Without these formulas it would count nothing there. As for torch's own products, a multiply-add
-counts as two, and what is no product as none.
+counts as two operations; only products count.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-import tnmoe.nn.compute.cache  # noqa: F401 - its operator is counted here
-from tnmoe.nn.compute.grouped import blocks_of
-from tnmoe.nn.compute.rebuilt import Legs
+import tnmoe.nn.compute.routes  # noqa: F401 - registers the operators
+from tnmoe.nn.compute.cores import Legs
+from tnmoe.nn.compute.slots import blocks_of
 from tnmoe.nn.transforms import has_values
 
 _OPERATORS = torch.ops.tnmoe
@@ -44,60 +44,52 @@ def _rebuilt_linear(
     legs: Sequence[int],
     **_: Any,
 ) -> int:
-    half, whole, product = _parts(rows, center, left, offsets, legs)
-    return half + whole + product
+    return sum(_parts(rows, center, left, offsets, legs))
 
 
 @register_flop_formula(_OPERATORS.rebuilt_linear_backward, get_raw=True)
 def _rebuilt_linear_backward(
     grad: Tensor,
     rows: Tensor,
-    center: Tensor,
-    left: Tensor,
-    right: Tensor,
+    factors: Sequence[Tensor],
     offsets: Tensor,
     legs: Sequence[int],
-    wants_rows: bool,
-    wants_cores: bool,
+    needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    half, whole, product = _parts(rows, center, left, offsets, legs)
-    # Halves are built again, and matrices where rows have gradients; every product that cores are
-    # a factor of has two gradients.
-    of_rows = (whole + product) * wants_rows
-    of_cores = (product + 2 * whole + 2 * half) * wants_cores
-    return half + of_rows + of_cores
+    center, left, _right = factors
+    needs_rows, needs_factors = needs
+    products, matrices, linear = _parts(rows, center, left, offsets, legs)
+    # Left products are built again, and matrices where rows have gradients. A product of two
+    # factors that have gradients takes two in the backward.
+    grad_rows = (matrices + linear) * needs_rows
+    grad_factors = (linear + 2 * matrices + 2 * products) * needs_factors
+    return products + grad_rows + grad_factors
 
 
 @register_flop_formula(_OPERATORS.cached_linear, get_raw=True)
 def _cached_linear(
-    rows: Tensor,
-    offsets: Tensor,
-    center: Tensor,
-    aux: Sequence[Tensor],
-    numbers: Sequence[int],
-    **_: Any,
+    rows: Tensor, stored: Sequence[Tensor], offsets: Tensor, numbers: Sequence[int], **_: Any
 ) -> int:
-    return 2 * _rows_of(rows, offsets) * rows.shape[1] * numbers[6]
+    return 2 * _rows_of(rows, offsets) * rows.shape[1] * numbers[1]
 
 
 def _parts(
-    rows: Tensor, center: Tensor, left: Tensor, offsets: Tensor, legs: Sequence[int]
+    rows: Tensor, center: Tensor, left: Tensor, offsets: Tensor, numbers: Sequence[int]
 ) -> tuple[int, int, int]:
-    """Operations of all halves, of the matrices made of them, and of the product with rows."""
-    of = Legs(tuple(legs[:3]), tuple(legs[3:]))  # type: ignore[arg-type]
-    experts = len(left)
+    """Count the operations of left products, of matrices from them, and of rows times these."""
+    legs, experts = Legs.from_numbers(numbers), len(left)
     if offsets.device.type == "cpu" and _has_numbers(offsets):
-        # Nothing is built there for experts without rows.
+        # A CPU builds nothing for experts without rows.
         experts = len(list(blocks_of(offsets)))
-    entries = of.out_features * of.in_features
-    half = experts * left.shape[1] * center.numel()
-    whole = experts * entries * center.shape[-1]
-    return 2 * half, 2 * whole, 2 * _rows_of(rows, offsets) * entries
+    entries = legs.out_features * legs.in_features
+    products = experts * left.shape[1] * center.numel()
+    matrices = experts * entries * center.shape[-1]
+    return 2 * products, 2 * matrices, 2 * _rows_of(rows, offsets) * entries
 
 
 def _rows_of(rows: Tensor, offsets: Tensor) -> int:
-    """How many rows have an expert; all of them where that cannot be known."""
+    """Count the rows that have an expert, or all rows where ``offsets`` has no numbers."""
     return int(offsets[-1]) if _has_numbers(offsets) else len(rows)
 
 

@@ -1,8 +1,8 @@
 """Sums of half-precision numbers, made in float32.
 
-A sum in half precision stops growing when a term is below its last digit: of 65,536 ones it has
+A sum in half precision stops growing when a term is below its last digit: that of 65,536 ones is
 256 in bfloat16 and 2,048 in float16. Torch's own products and sums add up in float32 and round
-once. What is left to do is here: sums of the results of several of them.
+once. This module adds up the results of several of them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tnmoe.nn.transforms import needs_native_operators
 
 
 def is_half(dtype: torch.dtype) -> bool:
-    """Whether sums are to be made in another dtype."""
+    """Whether a dtype is a half precision, which sums must not be made in."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to add up numbers of a dtype in: float32 at least."""
+    """Return the dtype in which to sum numbers of a dtype: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left · right to ``sums``, which is in the :func:`sum_dtype` of theirs.
+    """Add left · right to ``sums``, which has the :func:`sum_dtype` of the factors.
 
     Parameters
     ----------
@@ -42,33 +42,33 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
         sums.baddbmm_(left, right)
 
 
-def reused(tensor: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A tensor in a dtype, for several uses whose gradients add up in float32 at least.
+def cast_for_reuse(tensor: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Cast a tensor for several uses, and sum their gradients in float32 at least.
 
-    Autograd adds up gradients in the dtype of what was used.
+    Autograd sums the gradients of a tensor in the tensor's own dtype.
 
     Parameters
     ----------
     tensor : Tensor
     dtype : torch.dtype
-        That it is used in.
+        What to cast to.
 
     Returns
     -------
     callable
-        Gives the tensor for one use.
+        Returns the cast tensor; call it once per use.
 
     Examples
     --------
     >>> core = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
-    >>> use = reused(core, torch.bfloat16)
+    >>> use = cast_for_reuse(core, torch.bfloat16)
     >>> sum(use().sum().float() for _ in range(300)).backward()
-    >>> core.grad  # 256 if they were added up in bfloat16
+    >>> core.grad  # a sum in bfloat16 would stop at 256
     tensor([300., 300., 300.], dtype=torch.bfloat16)
     """
     if not is_half(dtype):
-        once = tensor.to(dtype)
-        return lambda: once
+        cast = tensor.to(dtype)
+        return lambda: cast
     wide = tensor.to(sum_dtype(tensor.dtype))
     if needs_native_operators():
         return lambda: wide.to(dtype)
@@ -79,7 +79,7 @@ def reused(tensor: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 class _Narrowed(torch.autograd.Function):
-    """``wide.to(narrow.dtype)``, without a copy for every use: ``narrow`` is that already."""
+    """``wide.to(narrow.dtype)`` without a copy per use: ``narrow`` holds the result already."""
 
     @staticmethod
     def forward(ctx, wide, narrow):  # type: ignore[no-untyped-def]

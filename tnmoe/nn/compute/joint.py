@@ -1,7 +1,7 @@
-"""Rows of activations taken through a chain of cores, in which all but one are per expert.
+"""Rows of all experts taken together through the cores, from the right: the route ``joint``.
 
-Nothing is built: every expert's rows are multiplied by its own small cores, and the rows of all
-experts together by the core they share.
+No matrix is built. Every expert's rows are multiplied by its own small cores, and the rows of all
+experts together by each core that they share.
 """
 
 from __future__ import annotations
@@ -12,59 +12,102 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnmoe.nn.compute.grouped import Groups, grouped_linear
+from tnmoe.contraction.core_by_core import core_by_core_width
+from tnmoe.contraction.pieces import rows_per_piece
+from tnmoe.nn.compute.cores import ExpertCores
+from tnmoe.nn.compute.grouped import grouped_linear
+from tnmoe.nn.compute.pieces import apply_in_pieces
+from tnmoe.nn.compute.slots import Groups
 
 
-def joint_linear(
-    rows: Tensor, chains: Sequence[Sequence[Tensor]], groups: Groups
-) -> tuple[Tensor, ...]:
-    """Rows times their experts' matrices, core by core from the right, of one chain or several.
+def joint_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
+    """Multiply padded rows by their experts' matrices, core by core from the right.
 
-    Cores that chains have in common are contracted once. Only the same tensors count, from the
-    right: the input sides of an up and a gate projection, if they are tied.
-
-    Parameters
-    ----------
-    rows : Tensor, shape (T, in)
-        Sorted by expert; ``in`` is the product of the cores' input legs.
-    chains : sequence of sequence of Tensor, shapes (D, out, in, D') or (E, D, out, in, D')
-        One core per site; those with an expert axis are each expert's own.
-    groups : Groups
-        Which rows are whose.
-
-    Returns
-    -------
-    tuple of Tensor, shapes (T, out)
-        Of every chain.
+    Parameters and result are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
 
     Notes
     -----
     The state has axes (rows, inputs to come, bond to the cores already contracted, outputs so
-    far). A core, as it lies, is the matrix (bond · output, input · bond) that takes it to the
-    next one, so that neither is ever permuted. Where output legs lie left of the shared core and
-    input legs right of it (:meth:`MPOShape.split`), the shared core is one dense product for all
-    rows.
+    far). A core, as it is stored, is the matrix (bond · output, input · bond) that takes it to the
+    next one, so neither is ever permuted. Where output legs lie left of the shared core and input
+    legs right of it (:meth:`MPOShape.split`), the shared core is one dense product for all rows.
     """
-    common = 0
-    for sites in zip(*map(reversed, chains), strict=False):
-        if len(chains) < 2 or any(core is not sites[0] for core in sites):
+    return tied_joint_linear(rows, [cores], groups)[0]
+
+
+def tied_joint_linear(
+    rows: Tensor, stacks: Sequence[ExpertCores], groups: Groups
+) -> Sequence[Tensor]:
+    """Multiply the same padded rows by the matrices of several projections of one shape.
+
+    The last cores, as far as the projections store the same tensors there, are contracted once:
+    for instance the input sides of an up and a gate projection, if they are tied.
+
+    Parameters
+    ----------
+    rows, groups
+        As for :func:`joint_linear`.
+    stacks : sequence of ExpertCores
+        One per projection.
+
+    Returns
+    -------
+    sequence of Tensor, shapes (T, padded out)
+        One per projection.
+    """
+    sites = stacks[0].shape.sites
+    separate = sites - _count_tied(stacks)
+
+    def through_cores(rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
+        tied, rest = cores[: sites - separate], cores[sites - separate :]
+        state = _State(rows, rows.shape[1], 1).through(tied, groups)
+        chains = (rest[n * separate : (n + 1) * separate] for n in range(len(stacks)))
+        ends = (state.through(chain, groups) for chain in chains)
+        return [end.tensor.reshape(len(rows), end.outs) for end in ends]
+
+    chains = [stack.sites() for stack in stacks]
+    cores = [*chains[0][separate:], *(core for chain in chains for core in chain[:separate])]
+    step = min(map(_rows_at_once, stacks))
+    return apply_in_pieces(through_cores, rows, cores, groups, step)
+
+
+def _rows_at_once(cores: ExpertCores) -> int:
+    width = core_by_core_width(cores.shape, cores.bond_dims)
+    return rows_per_piece(width, max(cores.shape.padded_in, cores.shape.padded_out))
+
+
+def _count_tied(stacks: Sequence[ExpertCores]) -> int:
+    """Count the last sites at which several projections store the same tensors."""
+    if len(stacks) < 2:
+        return 0
+    count = 0
+    for cores in zip(*(reversed(stack.stored) for stack in stacks), strict=True):
+        if any(core is not cores[0] for core in cores):
             break
-        common += 1
-    first = chains[0]
-    state = _State(rows, rows.shape[1], 1).through(first[len(first) - common :], groups)
-    ends = (state.through(cores[: len(cores) - common], groups) for cores in chains)
-    return tuple(end.tensor.reshape(len(rows), end.outs) for end in ends)
+        count += 1
+    return count
 
 
 @dataclass(frozen=True)
 class _State:
-    """Rows on their way: inputs to come, and outputs so far, of each."""
+    """Rows between two cores.
+
+    Attributes
+    ----------
+    tensor : Tensor
+        Axes (rows, inputs to come, bond, outputs so far), some of them merged.
+    rest : int
+        Inputs to come, of every row.
+    outs : int
+        Outputs so far, of every row.
+    """
 
     tensor: Tensor
     rest: int
     outs: int
 
     def through(self, cores: Sequence[Tensor], groups: Groups) -> _State:
+        """Contract a chain of cores, from the right."""
         state, rest, outs = self.tensor, self.rest, self.outs
         count = len(groups.experts)
         for core in reversed(cores):
@@ -77,13 +120,13 @@ class _State:
 
 
 def _multiply(state: Tensor, matrix: Tensor, groups: Groups, factor: int) -> Tensor:
-    """Matrix times state (rows · factor, k, n); ``factor`` rows of it make one of a group."""
+    """Multiply a state (rows · factor, k, n); ``factor`` rows of it belong to one row."""
     if state.shape[2] == 1:
         rows = state.squeeze(2)
         if matrix.ndim == 2:
             return rows @ matrix.T
         return grouped_linear(rows, matrix, groups.offsets * factor)
     if matrix.ndim == 2:
-        everyone = torch.full_like(groups.offsets[:1], len(state))
-        return grouped_linear(state, matrix[None], everyone)
+        one_group = torch.full_like(groups.offsets[:1], len(state))
+        return grouped_linear(state, matrix[None], one_group)
     return grouped_linear(state, matrix, groups.offsets * factor)

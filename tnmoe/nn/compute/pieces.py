@@ -1,4 +1,4 @@
-"""Rows that go through in pieces, so that what lies in between has a bounded size."""
+"""Rows that are computed in pieces, to bound the memory of intermediate arrays."""
 
 from __future__ import annotations
 
@@ -8,49 +8,52 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tnmoe.nn.compute.grouped import Groups
-from tnmoe.nn.compute.half_precision import reused
+from tnmoe.nn.compute.half_precision import cast_for_reuse
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.transforms import needs_native_operators
 
-Through = Callable[[Tensor, list[Tensor], Groups], Sequence[Tensor]]
+# Computes rows in the order of experts from themselves, cores in their dtype, and their groups.
+RowFunction = Callable[[Tensor, list[Tensor], Groups], Sequence[Tensor]]
 
 
-def in_pieces(
-    through: Through, rows: Tensor, cores: Sequence[Tensor], groups: Groups, step: int
+def apply_in_pieces(
+    function: RowFunction, rows: Tensor, cores: Sequence[Tensor], groups: Groups, step: int
 ) -> Sequence[Tensor]:
-    """What a function gives of rows, ``step`` of them after the other.
+    """Apply a function to pieces of ``step`` rows, one after the other.
 
-    In training a piece is computed again for the backward, which keeps nothing of it till then.
-    The gradients of the cores add up in float32 at least.
+    In training the backward computes each piece again, and the forward keeps nothing of it. The
+    gradients of the cores are summed in float32 at least.
 
     Parameters
     ----------
-    through : callable
-        Takes rows, cores in their dtype and groups, and returns tensors with as many rows, each of
-        which depends on no other.
+    function : callable
+        Takes rows, cores in their dtype and groups. Returns tensors with as many rows, each of
+        which depends on its own row alone.
     rows : Tensor, shape (T, n)
-        Sorted by expert.
+        In the order of experts.
     cores : sequence of Tensor
+        In any dtype.
     groups : Groups
-        Which rows are whose.
+        Which rows belong to which expert.
     step : int
+        Rows of a piece.
 
     Returns
     -------
     sequence of Tensor, shapes (T, ...)
     """
     if len(rows) <= step:
-        return through(rows, [core.to(rows.dtype) for core in cores], groups)
-    uses = [reused(core, rows.dtype) for core in cores]
-    # The transformations of torch.func do not let anything be computed again.
-    again = torch.is_grad_enabled() and not needs_native_operators()
+        return function(rows, [core.to(rows.dtype) for core in cores], groups)
+    uses = [cast_for_reuse(core, rows.dtype) for core in cores]
+    # Transformations of torch.func forbid checkpoints.
+    recompute = torch.is_grad_enabled() and not needs_native_operators()
     results, start = [], 0
     for piece in rows.split(step):
         inputs = piece, [use() for use in uses], groups.part(start, start + len(piece))
         start += len(piece)
-        if again:
-            made = checkpoint(through, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if recompute:
+            result = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            made = through(*inputs)
-        results.append(made)
+            result = function(*inputs)
+        results.append(result)
     return [torch.cat(parts) for parts in zip(*results, strict=True)]

@@ -1,294 +1,54 @@
-"""Experts' matrices from the cores they share: built, used and dropped, forwards and backwards.
+"""Rows times matrices that are built, used and dropped: the route ``rebuilt``.
 
-With the auxiliary cores left of the centre contracted to ``left`` (E, out·in, D) and those right
-of it to ``right`` (E, D', out·in), a matrix is built in two products: ``left`` times the central
-core, which gives a *half*, and half times ``right``. On a CPU that is done for one expert after
-the other, and from the half on for some rows of its matrix after the other: what is built is
-used while it is still in a cache. On an accelerator it is done for all at once, so that it is
-not waited for.
+On a CPU the rows of one block of one expert's matrix exist at a time, and only the matrices of
+experts that have rows are built. The backward builds the matrices again: the forward keeps the
+cores alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from math import ceil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnmoe.backends import backend_named
-from tnmoe.contraction.build import left_environment, right_environment
-from tnmoe.nn.compute.grouped import blocks_of, grouped_linear, grouped_outer
+from tnmoe.nn.compute.cores import ExpertCores, Legs
+from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer
 from tnmoe.nn.compute.half_precision import add_product, sum_dtype
+from tnmoe.nn.compute.matrices import MatrixBuilder, environments, padded_matrices
+from tnmoe.nn.compute.slots import Groups, blocks_of
 from tnmoe.nn.transforms import needs_native_operators
 
-_TORCH = backend_named("torch")
-_CONTIGUOUS = torch.contiguous_format
 
+def rebuilt_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
+    """Multiply padded rows by their experts' matrices, which are built on the way.
 
-@dataclass(frozen=True)
-class Legs:
-    """Output and input legs left of the centre, of the centre, and right of it."""
-
-    out: tuple[int, int, int]
-    in_: tuple[int, int, int]
-
-    @property
-    def out_features(self) -> int:
-        return self.out[0] * self.out[1] * self.out[2]
-
-    @property
-    def in_features(self) -> int:
-        return self.in_[0] * self.in_[1] * self.in_[2]
-
-
-def experts_of(center: Tensor, aux: Sequence[Tensor]) -> int:
-    """How many experts cores are for; shared auxiliary ones are stacks of one."""
-    return max(len(core) for core in ([*aux, center] if center.ndim == 5 else aux))
-
-
-def common_dtype(cores: Iterable[Tensor]) -> torch.dtype:
-    """The dtype to multiply cores of several dtypes in: frozen and trained ones may differ."""
-    return reduce(torch.promote_types, (core.dtype for core in cores))
-
-
-def environments(
-    left: Sequence[Tensor], right: Sequence[Tensor], experts: int
-) -> tuple[Tensor, Tensor]:
-    """Products of the stacked cores on either side of the centre.
-
-    Parameters
-    ----------
-    left, right : sequence of Tensor, shapes (E, D, out, in, D') or (1, D, out, in, D')
-        Every expert's own cores, or shared ones.
-    experts : int
-        Number of experts E.
-
-    Returns
-    -------
-    Tensor, Tensor
-        Shapes (E, out·in, D) and (E, D', out·in), outputs before inputs; (E, 1, 1) for a side
-        without cores.
+    Where experts own their central cores, all matrices are built at once. Parameters and result
+    are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
     """
-    of_left = left_environment(_TORCH, _aligned(left))[0]
-    of_right = right_environment(_TORCH, _aligned(right))[0]
-    one = (*left, *right)[0].new_ones(1, 1, 1)
-    # Of one alone where a side is shared as a whole.
-    return tuple(
-        (one if side is None else side).expand(experts, -1, -1) for side in (of_left, of_right)
-    )  # type: ignore[return-value]
-
-
-def _aligned(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Stacks of cores, all as long as the longest."""
-    longest = max([1, *map(len, stacks)])
-    return [stack.expand(longest, -1, -1, -1, -1) for stack in stacks]
-
-
-@torch.no_grad()
-def build(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
-    """Matrices (E, out, in) of all experts, without a gradient.
-
-    Parameters
-    ----------
-    center : Tensor, shape (D, out, in, D') or (E, D, out, in, D')
-        Central core, shared or every expert's own.
-    left : Tensor, shape (E, out·in, D)
-        Environments left of it.
-    right : Tensor, shape (E, D', out·in)
-        Environments right of it.
-    legs : Legs
-        How their axes split.
-    """
-    if center.ndim == 5:
-        owned = zip(center, left.split(1), right.split(1), strict=True)
-        return torch.cat([build(*cores, legs) for cores in owned])
-    builder = MatrixBuilder(center, legs)
-    result = center.new_empty(len(left), legs.out_features, legs.in_features)
-    step = 1 if center.device.type == "cpu" else len(left)
-    for lefts, rights, out in zip(*(x.split(step) for x in (left, right, result)), strict=True):
-        halves = builder.halves(lefts)
-        for part, rows in builder.pieces():
-            builder.matrix(builder.piece(halves[:, part]), rights, out[:, rows])
-    return result
-
-
-class MatrixBuilder:
-    """Builds matrices of one layer, and takes gradients apart, in arrays that it uses again.
-
-    What a method returns is overwritten by its next call.
-    """
-
-    def __init__(self, center: Tensor, legs: Legs) -> None:
-        self.center, self.legs = center.reshape(center.shape[0], -1), legs
-        self.bond = center.shape[-1]
-        self._arrays: dict[str, Tensor] = {}
-
-    def array(self, name: str, *shape: int) -> Tensor:
-        """An array of that shape, the one of that name if there is one."""
-        if name not in self._arrays or self._arrays[name].shape != shape:
-            self._arrays[name] = self.center.new_empty(shape)
-        return self._arrays[name]
-
-    def pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Output legs left of the centre that are dealt with together, and the matrix's rows."""
-        count, each = self.legs.out[0], self.legs.out[1] * self.legs.out[2]
-        step = count
-        if self.center.device.type == "cpu":
-            step = ceil(count / ceil(count * each * self.legs.in_features / _PIECE))
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            yield slice(start, stop), slice(start * each, stop * each)
-
-    def halves(self, left: Tensor) -> Tensor:
-        """(e, out·in, D) → (e, out left, in left, out centre, in centre · D')."""
-        experts, rows, bond = left.shape
-        half = self.array("half", experts * rows, self.center.shape[1])
-        torch.mm(left.reshape(experts * rows, bond), self.center, out=half)
-        (out_left, out_center, _), in_left = self.legs.out, self.legs.in_[0]
-        return half.view(experts, out_left, in_left, out_center, -1)
-
-    def halves_backward(
-        self, grad: Tensor, left: Tensor, of_left: Tensor, of_center: Tensor
-    ) -> None:
-        """Gradient of ``left``; that of the central core, summed over experts, is added."""
-        experts, rows, bond = left.shape
-        grad = grad.view(experts * rows, -1)
-        add_product(of_center.view(bond, -1), left.reshape(experts * rows, bond).T, grad)
-        torch.mm(grad, self.center.T, out=of_left.view(experts * rows, bond))
-
-    def piece(self, halves: Tensor) -> Tensor:
-        """Some left output legs' halves, outputs before inputs: (e, rows, D')."""
-        experts, count, in_left, out_center, _ = halves.shape
-        if in_left > 1 and out_center > 1:
-            piece = self.array("piece", experts, count, out_center, in_left, halves.shape[4])
-            halves = piece.copy_(halves.transpose(2, 3))
-        return halves.view(experts, -1, self.bond)
-
-    def matrix(self, piece: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-        """A piece times right environments: rows of the matrices, (e, rows, in)."""
-        if out is None:
-            out = self.empty_matrix(piece)
-        if self._in_order:
-            torch.bmm(piece, right, out=out.view(len(piece), piece.shape[1], -1))
-            return out
-        product = self.array("product", len(piece), piece.shape[1], right.shape[2])
-        torch.bmm(piece, right, out=product)
-        self._blocks(out).copy_(self._apart(product))
-        return out
-
-    def empty_matrix(self, piece: Tensor) -> Tensor:
-        """An array for the rows of matrices that a piece gives."""
-        in_left, in_center, _ = self.legs.in_
-        rows = piece.shape[1] // (in_left * in_center) * self.legs.out[2]
-        return self.array("matrix", len(piece), rows, self.legs.in_features)
-
-    def matrix_backward(
-        self, grad: Tensor, piece: Tensor, right: Tensor, of_halves: Tensor, of_right: Tensor
-    ) -> None:
-        """Gradient of the halves in a piece is written, that of ``right`` is added."""
-        if self._in_order:
-            product = grad.view(len(piece), piece.shape[1], -1)
-        else:
-            product = self.array("product", len(piece), piece.shape[1], right.shape[2])
-            self._apart(product).copy_(self._blocks(grad))
-        add_product(of_right, piece.mT, product)
-        experts, count, in_left, out_center, run = of_halves.shape
-        if in_left == 1 or out_center == 1:
-            torch.bmm(product, right.mT, out=of_halves.view(piece.shape))
-            return
-        of_piece = torch.bmm(product, right.mT, out=self.array("gradient of piece", *piece.shape))
-        of_halves.copy_(of_piece.view(experts, count, out_center, in_left, run).transpose(2, 3))
-
-    @property
-    def _in_order(self) -> bool:
-        """Whether a piece times right environments is rows of the matrices as they lie."""
-        return self.legs.out[2] == 1 or self.legs.in_[0] * self.legs.in_[1] == 1
-
-    def _blocks(self, matrices: Tensor) -> Tensor:
-        """(e, rows, in) → (e, out left · centre, in left · centre, out right, in right)."""
-        in_left, in_center, in_right = self.legs.in_
-        legs = (self.legs.out[2], in_left * in_center, in_right)
-        return matrices.view(len(matrices), -1, *legs).transpose(2, 3)
-
-    def _apart(self, product: Tensor) -> Tensor:
-        """A piece times right environments, with the same axes."""
-        in_left, in_center, in_right = self.legs.in_
-        return product.view(len(product), -1, in_left * in_center, self.legs.out[2], in_right)
-
-
-# Numbers in the rows of a matrix that are built and used together, so that they stay in a cache.
-_PIECE = 1 << 19
-
-
-def rebuilt_linear(
-    rows: Tensor, center: Tensor, left: Tensor, right: Tensor, legs: Legs, offsets: Tensor
-) -> Tensor:
-    """``grouped_linear`` with matrices that are built on the way and never kept.
-
-    On a CPU some rows of one expert's matrix exist at a time, and only matrices of experts that
-    have rows are built. Only the cores are kept for the backward, which builds the matrices again.
-
-    Parameters
-    ----------
-    rows : Tensor, shape (T, in)
-        Sorted by expert.
-    center, left, right, legs
-        As for :func:`build`.
-    offsets : Tensor of int32, shape (E,)
-        Where the rows of every expert end.
-
-    Returns
-    -------
-    Tensor, shape (T, out)
-    """
+    cores = cores.to(rows.dtype).mask_unused(groups)
+    if cores.owns_center:
+        return grouped_linear(rows, padded_matrices(cores), groups.offsets)
+    left, right = environments(cores)
     if needs_native_operators():
-        matrices = _whole(_half(center, left, legs), right, legs)
-        return grouped_linear(rows, matrices.flatten(4, 6).flatten(1, 3), offsets)
+        matrices = _matrices(_left_products(cores.center, left, cores.legs), right, cores.legs)
+        return grouped_linear(rows, matrices, groups.offsets)
     return torch.ops.tnmoe.rebuilt_linear(
-        rows, center, left, right, offsets, [*legs.out, *legs.in_]
+        rows, cores.center, left, right, groups.offsets, cores.legs.numbers
     )
-
-
-def _half(center: Tensor, left: Tensor, legs: Legs) -> Tensor:
-    """Halves of all experts in torch's own operators.
-
-    Axes (E, out left, in left, out centre, in centre, D').
-    """
-    return torch.einsum("eabd,dopf->eabopf", left.unflatten(1, _left(legs)), center)
-
-
-def _whole(half: Tensor, right: Tensor, legs: Legs) -> Tensor:
-    """Matrices, with axes (E, out left, centre, right, in left, centre, right)."""
-    return torch.einsum("eabopf,efcg->eaocbpg", half, right.unflatten(2, _right(legs)))
-
-
-def _left(legs: Legs) -> tuple[int, int]:
-    return legs.out[0], legs.in_[0]
-
-
-def _right(legs: Legs) -> tuple[int, int]:
-    return legs.out[2], legs.in_[2]
 
 
 @torch.library.custom_op("tnmoe::rebuilt_linear", mutates_args=())
 def _rebuilt_linear(
-    rows: Tensor,
-    center: Tensor,
-    left: Tensor,
-    right: Tensor,
-    offsets: Tensor,
-    legs: Sequence[int],
+    rows: Tensor, center: Tensor, left: Tensor, right: Tensor, offsets: Tensor, legs: Sequence[int]
 ) -> Tensor:
-    builder = _builder(center, legs)
+    builder = MatrixBuilder(center, Legs.from_numbers(legs))
     result = rows.new_empty(rows.shape[0], builder.legs.out_features)
-    for experts, block in _turns(offsets):
-        halves, rights = builder.halves(left[experts]), right[experts]
-        for part, outs in builder.pieces():
-            weight = builder.matrix(builder.piece(halves[:, part]), rights)
+    for experts, block in _batches_of_experts(offsets):
+        products, rights = builder.left_products(left[experts]), right[experts]
+        for part, outs in builder.row_blocks():
+            weight = builder.matrix_rows(builder.left_factor(products[:, part]), rights)
             if len(weight) == 1:
                 torch.mm(rows[block], weight[0].T, out=result[block, outs])
             else:
@@ -300,53 +60,72 @@ def _rebuilt_linear(
 def _rebuilt_linear_backward(
     grad: Tensor,
     rows: Tensor,
-    center: Tensor,
-    left: Tensor,
-    right: Tensor,
+    factors: Sequence[Tensor],
     offsets: Tensor,
     legs: Sequence[int],
-    wants_rows: bool,
-    wants_cores: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    builder = _builder(center, legs)
-    # That of the left environments is no sum.
-    dtype, of_left = sum_dtype(rows.dtype), torch.zeros_like(left, memory_format=_CONTIGUOUS)
-    of_rows, of_center, of_right = (
-        torch.zeros_like(each, dtype=dtype, memory_format=_CONTIGUOUS)
-        for each in (rows, center, right)
+    """Compute the gradients of the rows and of the factors: centre, left and right.
+
+    ``needs`` says whether rows, and whether factors, have gradients; zeros stand for the rest.
+    """
+    center, left, right = factors
+    needs_rows, needs_factors = needs
+    builder = MatrixBuilder(center, Legs.from_numbers(legs))
+    grad_rows, grad_center, grad_right = (
+        _zeros_like(tensor, sum_dtype(rows.dtype)) for tensor in (rows, center, right)
     )
-    for experts, block in _turns(offsets):
-        halves, rights = builder.halves(left[experts]), right[experts]
-        of_halves = builder.array("gradient of halves", *halves.shape)
-        for part, outs in builder.pieces():
-            piece = builder.piece(halves[:, part])
-            weight = builder.matrix(piece, rights) if wants_rows else builder.empty_matrix(piece)
-            if len(weight) > 1:
-                if wants_rows:
-                    of_rows = grouped_linear(grad, weight.mT, offsets)
-                if wants_cores:
-                    weight = grouped_outer(grad, rows, offsets)
-            else:
-                if wants_rows:
-                    add_product(of_rows[block], grad[block, outs], weight[0])
-                if wants_cores:
-                    torch.mm(grad[block, outs].T, rows[block], out=weight[0])
-            if wants_cores:
-                of_part = of_halves[:, part]
-                builder.matrix_backward(weight, piece, rights, of_part, of_right[experts])
-        if wants_cores:
-            builder.halves_backward(of_halves, left[experts], of_left[experts], of_center)
-    of_rows, of_center, of_right = (each.to(rows.dtype) for each in (of_rows, of_center, of_right))
-    return of_rows, of_center, of_left, of_right
+    # No sum: every expert's part is written once.
+    grad_left = _zeros_like(left, left.dtype)
+    for experts, block in _batches_of_experts(offsets):
+        products, rights = builder.left_products(left[experts]), right[experts]
+        grad_products = builder.array("gradient of left products", *products.shape)
+        for part, outs in builder.row_blocks():
+            factor = builder.left_factor(products[:, part])
+            if needs_rows:
+                weight = builder.matrix_rows(factor, rights)
+                grad_rows = _add_grad_of_rows(grad_rows, block, grad[:, outs], weight, offsets)
+            if needs_factors:
+                weight = builder.empty_rows(factor)
+                weight = _grad_of_weight(grad[:, outs], rows, block, weight, offsets)
+                grad_part = grad_products[:, part]
+                builder.matrix_rows_backward(weight, factor, rights, grad_part, grad_right[experts])
+        if needs_factors:
+            builder.left_products_backward(
+                grad_products, left[experts], grad_left[experts], grad_center
+            )
+    grad_rows, grad_center, grad_right = (
+        each.to(rows.dtype) for each in (grad_rows, grad_center, grad_right)
+    )
+    return grad_rows, grad_center, grad_left, grad_right
 
 
-def _builder(center: Tensor, legs: Sequence[int]) -> MatrixBuilder:
-    out, in_ = tuple(legs[:3]), tuple(legs[3:])
-    return MatrixBuilder(center, Legs(out, in_))  # type: ignore[arg-type]
+def _zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _turns(offsets: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Experts and their rows, as they are dealt with together."""
+def _add_grad_of_rows(
+    total: Tensor, block: slice, grad: Tensor, weight: Tensor, offsets: Tensor
+) -> Tensor:
+    """Add what a block of one expert's matrix gives; all experts' whole matrices give it all."""
+    if len(weight) > 1:
+        return grouped_linear(grad, weight.mT, offsets)
+    add_product(total[block], grad[block], weight[0])
+    return total
+
+
+def _grad_of_weight(
+    grad: Tensor, rows: Tensor, block: slice, out: Tensor, offsets: Tensor
+) -> Tensor:
+    """Return the gradient of a block of one expert's matrix, or of all experts' matrices."""
+    if len(out) > 1:
+        return grouped_outer(grad, rows, offsets)
+    torch.mm(grad[block].T, rows[block], out=out[0])
+    return out
+
+
+def _batches_of_experts(offsets: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield experts whose matrices are built together, and their rows."""
     if offsets.device.type != "cpu":
         yield slice(None), slice(None)
         return
@@ -356,55 +135,68 @@ def _turns(offsets: Tensor) -> Iterator[tuple[slice, slice]]:
 
 @_rebuilt_linear.register_fake
 def _(rows, center, left, right, offsets, legs):  # type: ignore[no-untyped-def]
-    return rows.new_empty(rows.shape[0], legs[0] * legs[1] * legs[2])
+    return rows.new_empty(rows.shape[0], Legs.from_numbers(legs).out_features)
 
 
 @_rebuilt_linear_backward.register_fake
-def _(grad, rows, center, left, right, offsets, legs, wants_rows, wants_cores):  # type: ignore[no-untyped-def]
-    return tuple(each.new_empty(each.shape) for each in (rows, center, left, right))
+def _(grad, rows, factors, offsets, legs, needs):  # type: ignore[no-untyped-def]
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (rows, *factors))
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.legs = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    wanted = ctx.needs_input_grad
+    needs = ctx.needs_input_grad
+    rows, *factors, offsets = ctx.saved_tensors
     # With create_graph=True the gradients have gradients themselves, to any order.
-    apart = needs_native_operators() or (
+    native = needs_native_operators() or (
         torch.is_grad_enabled() and not torch.compiler.is_compiling()
     )
-    backward: Any = _backward_apart if apart else torch.ops.tnmoe.rebuilt_linear_backward
+    backward: Any = _native_backward if native else torch.ops.tnmoe.rebuilt_linear_backward
     gradients = backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.legs, wanted[0], any(wanted[1:4])
+        grad.contiguous(), rows, factors, offsets, ctx.legs, [needs[0], any(needs[1:4])]
     )
-    return (
-        *(each if want else None for each, want in zip(gradients, wanted, strict=False)),
-        None,
-        None,
-    )
+    wanted = (each if need else None for each, need in zip(gradients, needs, strict=False))
+    return (*wanted, None, None)
 
 
-def _backward_apart(  # type: ignore[no-untyped-def]
-    grad, rows, center, left, right, offsets, legs, wants_rows, wants_cores
+_rebuilt_linear.register_autograd(_backward, setup_context=_save_inputs)
+
+
+# The same in torch's own operators, which have gradients themselves. Letters of the legs: outputs
+# a, o, c and inputs b, p, g left of the centre, at it, and right of it; bonds d and f.
+
+
+def _left_products(center: Tensor, left: Tensor, legs: Legs) -> Tensor:
+    left = left.unflatten(1, (legs.out[0], legs.in_[0]))
+    return torch.einsum("eabd,dopf->eabopf", left, center)
+
+
+def _matrices(products: Tensor, right: Tensor, legs: Legs) -> Tensor:
+    """Multiply left products by R: matrices (E, out, in)."""
+    right = right.unflatten(2, (legs.out[2], legs.in_[2]))
+    return torch.einsum("eabopf,efcg->eaocbpg", products, right).flatten(4, 6).flatten(1, 3)
+
+
+def _native_backward(  # type: ignore[no-untyped-def]
+    grad, rows, factors, offsets, numbers, needs
 ):
-    """What the backward operator computes, in operators that have gradients themselves."""
-    legs = Legs(tuple(legs[:3]), tuple(legs[3:]))
-    half = _half(center, left, legs)
-    of_rows = of_center = of_left = of_right = None
-    if wants_rows:
-        matrices = _whole(half, right, legs).flatten(4, 6).flatten(1, 3)
-        of_rows = grouped_linear(grad, matrices.mT, offsets)
-    if wants_cores:
-        of_matrices = grouped_outer(grad, rows, offsets)
-        of_matrices = of_matrices.unflatten(2, legs.in_).unflatten(1, legs.out)
-        of_right = torch.einsum("eabopf,eaocbpg->efcg", half, of_matrices).flatten(2)
-        right = right.unflatten(2, _right(legs))
-        of_half = torch.einsum("eaocbpg,efcg->eabopf", of_matrices, right)
-        of_left = torch.einsum("eabopf,dopf->eabd", of_half, center).flatten(1, 2)
-        of_center = torch.einsum("eabd,eabopf->dopf", left.unflatten(1, _left(legs)), of_half)
-    return of_rows, of_center, of_left, of_right
-
-
-_rebuilt_linear.register_autograd(_backward, setup_context=_keep)
+    """Compute the gradients of the backward operator."""
+    (center, left, right), legs = factors, Legs.from_numbers(numbers)
+    products = _left_products(center, left, legs)
+    grad_rows = grad_center = grad_left = grad_right = None
+    if needs[0]:
+        grad_rows = grouped_linear(grad, _matrices(products, right, legs).mT, offsets)
+    if needs[1]:
+        grad_matrices = grouped_outer(grad, rows, offsets)
+        grad_matrices = grad_matrices.unflatten(2, legs.in_).unflatten(1, legs.out)
+        grad_right = torch.einsum("eabopf,eaocbpg->efcg", products, grad_matrices).flatten(2)
+        right = right.unflatten(2, (legs.out[2], legs.in_[2]))
+        grad_products = torch.einsum("eaocbpg,efcg->eabopf", grad_matrices, right)
+        grad_left = torch.einsum("eabopf,dopf->eabd", grad_products, center).flatten(1, 2)
+        left = left.unflatten(1, (legs.out[0], legs.in_[0]))
+        grad_center = torch.einsum("eabd,eabopf->dopf", left, grad_products)
+    return grad_rows, grad_center, grad_left, grad_right

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnmoe.errors import InputError, flag, integer_from_zero, number_in
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.training.shared_cores import require_shared_parameters
 
 Probability = float | Callable[[int], float]

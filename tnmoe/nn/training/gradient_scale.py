@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tnmoe.errors import InputError, number_in
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.training.hooks import AttachedHooks, Removable, hook_gradient
 from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
 
@@ -58,7 +58,7 @@ class SharedGradientScale(AttachedHooks):
         handles += [
             _GatheredScale(each, _factor(each, self.scale), set(factors))
             for each in mpo_projections(model)
-            if each._is_gathered
+            if each.is_gathered
         ]
         super().__init__(*handles)
 
@@ -84,7 +84,7 @@ class _GatheredScale(AttachedHooks):
         gathered = [
             core
             for site in projection.shared_sites
-            for core in projection._tensors_at(site)
+            for core in projection.tensors_at(site)
             if core.requires_grad and id(core) not in self._parameters
         ]
         multiplied = partial(_multiplied, factor=self._factor)

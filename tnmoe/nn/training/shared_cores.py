@@ -14,7 +14,7 @@ from torch import nn
 
 from tnmoe.errors import InputError
 from tnmoe.nn.adapters import modules_in_use
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 
 
 def mpo_projections(model: nn.Module) -> Iterator[MPOProjection]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tnmoe.errors import InputError, index_in
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.projection import MPOProjection
+from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.options import MATRICES
 
 
@@ -67,7 +67,7 @@ def _checked_layers(layers: Iterable[nn.Module]) -> list[Experts]:
     if wrong := [type(each).__name__ for each in experts if not isinstance(each, Experts)]:
         raise InputError(f"layers must be Experts, or an MPOMoE of them, got {', '.join(wrong)}")
     modules = (module for each in experts for module in each.modules())
-    if any(isinstance(module, MPOProjection) and module._is_gathered for module in modules):
+    if any(isinstance(module, MPOProjection) and module.is_gathered for module in modules):
         raise InputError("layers are sharded or offloaded already: tie them before that")
     return experts
 

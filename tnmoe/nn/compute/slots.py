@@ -1,0 +1,228 @@
+"""Slots, i.e. (token, choice) pairs: their order by expert, their dispatch, their combination."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tnmoe.nn.transforms import needs_native_operators
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Slots sorted by expert, so that the rows of each expert are adjacent.
+
+    Attributes
+    ----------
+    experts : Tensor of int64, shape (rows,)
+        Expert of every row.
+    offsets : Tensor of int32, shape (E,)
+        Where the rows of every expert end. On an accelerator they stay there.
+    rows : int
+        Number of slots of the layer, for which its routes are planned.
+    order : Tensor of int64, shape (rows,)
+        Slot at every row.
+    inverse : Tensor of int64, shape (rows,)
+        Row of every slot.
+
+    Examples
+    --------
+    >>> groups = Groups.of(torch.tensor([2, 0, 2]), num_experts=3)
+    >>> groups.experts, groups.order
+    (tensor([0, 2, 2]), tensor([1, 0, 2]))
+    >>> groups.offsets.tolist()
+    [1, 1, 3]
+    """
+
+    experts: Tensor = field(repr=False)
+    offsets: Tensor
+    rows: int
+    order: Tensor = field(repr=False)
+    inverse: Tensor = field(repr=False)
+
+    @classmethod
+    def of(cls, expert_of_slot: Tensor, num_experts: int) -> Groups:
+        """Sort slots by their experts.
+
+        Parameters
+        ----------
+        expert_of_slot : Tensor of int64, shape (rows,)
+            Token by token, choice by choice. Index E marks a slot without an expert; these slots
+            come last.
+        num_experts : int
+            Number of experts E.
+        """
+        rows = expert_of_slot.shape[0]
+        experts, order = expert_of_slot.sort(stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(rows, device=order.device)
+        # Unlike bincount, a search in the sorted experts is deterministic and never synchronises.
+        indices = torch.arange(num_experts, device=order.device)
+        ends = torch.searchsorted(experts, indices, right=True)
+        return cls(experts, ends.to(torch.int32), rows, order, inverse)
+
+    @property
+    def used(self) -> Tensor:
+        """Which experts have rows, (E,) of bool; does not synchronise with an accelerator."""
+        return self.offsets.diff(prepend=self.offsets.new_zeros(1)) > 0
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, slice]]:
+        """Experts that have rows, and those rows. Synchronises with an accelerator."""
+        return list(blocks_of(self.offsets))
+
+    def part(self, start: int, stop: int) -> Groups:
+        """Return the rows from ``start`` to ``stop``; as slots, they are numbered from 0.
+
+        Routes stay those that are planned for all ``rows``.
+        """
+        alone = torch.arange(stop - start, device=self.order.device)
+        ends = self.offsets.clamp(start, stop) - start
+        return Groups(self.experts[start:stop], ends, self.rows, alone, alone)
+
+    def head(self, rows: int) -> Groups:
+        """Return the first rows; routes are planned for these alone."""
+        return replace(self.part(0, rows), rows=rows)
+
+    def by_expert(self) -> Iterator[tuple[slice, Groups]]:
+        """Yield the rows of each expert that has any, and the part with these rows alone."""
+        for _, block in self.blocks:
+            yield block, self.part(block.start, block.stop)
+
+
+@dataclass(frozen=True)
+class DenseDispatch:
+    """A table of tokens and experts, for code that may not depend on how many slots experts have.
+
+    Every expert has a row for every token: zeros where the token did not choose the expert.
+
+    Attributes
+    ----------
+    chosen : Tensor of bool, shape (T, E, 1)
+        Whether a token chose an expert.
+    weights : Tensor, shape (T, E)
+        Weight of every expert in a token's sum.
+    """
+
+    chosen: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, weights: Tensor, num_experts: int) -> DenseDispatch:
+        """Build the table from the experts and weights of tokens, both (T, k).
+
+        Only indices from 0 to E − 1 mark an expert.
+        """
+        chosen = index[..., None] == torch.arange(num_experts, device=index.device)
+        return cls(chosen.any(1)[..., None], torch.where(chosen, weights[..., None], 0).sum(1))
+
+    @property
+    def used(self) -> Tensor:
+        """Which experts have tokens, (E,) of bool."""
+        return self.chosen[..., 0].any(0)
+
+    def dispatch(self, states: Tensor) -> Tensor:
+        """Give every expert a row for every token: (T, H) → (T, E, H)."""
+        return self.mask(states[:, None])
+
+    def mask(self, rows: Tensor) -> Tensor:
+        """Set rows (T, E, n), and their gradients, to zero where the expert was not chosen."""
+        return torch.where(self.chosen, rows, 0)
+
+    def combine(self, outputs: Tensor) -> Tensor:
+        """Sum the weighted outputs of every token: (T, E, H) → (T, H)."""
+        return (self.mask(outputs) * self.weights[..., None]).sum(1)
+
+
+def blocks_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, and those rows. Synchronises with an accelerator."""
+    for expert, (start, stop) in enumerate(pairwise([0, *offsets.tolist()])):
+        if stop > start:
+            yield expert, slice(start, stop)
+
+
+def dispatch(states: Tensor, groups: Groups, choices: int) -> Tensor:
+    """Gather every slot's token in the order of experts: (T, H) → (T · choices, H).
+
+    Equal to ``states[groups.order // choices]``, without the scattered addition that indexing has
+    as its gradient.
+    """
+    return _gather(states, groups.order, groups.inverse, choices)
+
+
+def combine(rows: Tensor, groups: Groups, weights: Tensor) -> Tensor:
+    """Sum the weighted rows of every token's slots.
+
+    Parameters
+    ----------
+    rows : Tensor, shape (T · choices, H)
+        In the order of experts.
+    groups : Groups
+        That order.
+    weights : Tensor, shape (T, choices)
+        Weight of every slot.
+
+    Returns
+    -------
+    Tensor, shape (T, H)
+    """
+    slots = _gather(rows, groups.inverse, groups.order)
+    return sum_choices(slots.unflatten(0, weights.shape) * weights[..., None])
+
+
+def sum_choices(slots: Tensor) -> Tensor:
+    """Sum over the choices of every token: (T, choices, H) → (T, H)."""
+    return slots.sum(1) if slots.shape[1] > 1 else slots.squeeze(1)
+
+
+def zero_unrouted(rows: Tensor, unrouted: Tensor | None) -> Tensor:
+    """Set rows (T, …), and their gradients, to zero where ``unrouted`` (T,) is true.
+
+    A product with 0 would let NaN and infinity through.
+    """
+    if unrouted is None:
+        return rows
+    return rows.masked_fill(unrouted.view(-1, *[1] * (rows.ndim - 1)), 0)
+
+
+def _gather(rows: Tensor, order: Tensor, inverse: Tensor, choices: int = 1) -> Tensor:
+    """Return ``rows[order // choices]``; the gradient gathers along ``inverse``."""
+    if torch.is_grad_enabled() and not needs_native_operators():
+        return _Gather.apply(rows, order, inverse, choices)
+    return _gathered(rows, order, choices)
+
+
+def _gathered(rows: Tensor, order: Tensor, choices: int) -> Tensor:
+    return rows.index_select(0, order // choices if choices > 1 else order)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, order, inverse, choices):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order, inverse)
+        ctx.choices = choices
+        return _gathered(rows, order, choices)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _GatherAdjoint.apply(grad, *ctx.saved_tensors, ctx.choices), None, None, None
+
+
+class _GatherAdjoint(torch.autograd.Function):
+    """The adjoint of :class:`_Gather`: sums over the slots of every token."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse, choices):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order, inverse)
+        ctx.choices = choices
+        slots = rows.index_select(0, inverse)
+        return slots.view(-1, choices, rows.shape[1]).sum(1) if choices > 1 else slots
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Gather.apply(grad, *ctx.saved_tensors, ctx.choices), None, None, None

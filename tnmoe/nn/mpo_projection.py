@@ -1,0 +1,343 @@
+"""Projections whose matrices are MPOs that share the cores of some sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from math import prod, sqrt
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnmoe.contraction.plan import ContractionPlan
+from tnmoe.errors import InputError, generator_of, index_in
+from tnmoe.mpo import MPO
+from tnmoe.nn.compute import routes
+from tnmoe.nn.compute.cache import weight_cache
+from tnmoe.nn.compute.cores import ExpertCores
+from tnmoe.nn.compute.matrices import exact_matrices
+from tnmoe.nn.compute.slots import DenseDispatch, Groups
+from tnmoe.nn.projection import Bias, Projection
+from tnmoe.nn.settings import SharedSites, resolve_shared_sites
+from tnmoe.nn.stored_cores import StoredCores
+from tnmoe.options import Route
+from tnmoe.shapes import MPOShape
+from tnmoe.shared_mpo import SharedMPO, replicate
+
+
+class MPOProjection(StoredCores, Projection):
+    """Matrices as MPOs: experts share the cores of some sites, and own those of the others.
+
+    The module stores a core that experts own as a stack with an expert axis, and a shared core
+    once.
+
+    Parameters
+    ----------
+    num_experts : int
+        Number of experts E.
+    shape : MPOShape
+        Legs and size of every expert's matrix; at least two sites.
+    bias : bool or "common"
+        Whether every expert has a bias of its own, or all experts have one in common.
+    max_bond : int, optional
+        Largest bond dimension; exact bonds by default.
+    shared_sites : {"center", "none"} or iterable of int
+        Sites whose cores all experts share; not all of them.
+    device, dtype
+        Device and dtype of the parameters, as for torch's own layers.
+
+    Attributes
+    ----------
+    center : Parameter, shape (D, out, in, D') if shared, or (E, D, out, in, D')
+        The central core.
+    aux_0, aux_1, … : Parameter, shape (E, D, out, in, D'), or (1, D, out, in, D') if shared
+        The cores of the other sites, left to right; :attr:`aux` has all of them.
+    shared_sites : frozenset of int
+        Sites whose cores all experts share.
+    route : {"joint", "per_expert", "rebuilt", "cached"} or None
+        How rows are multiplied; planned for every forward pass if None.
+
+    Raises
+    ------
+    InputError
+        If sizes, bonds or shared sites do not fit the shape, or it has a single site.
+
+    Examples
+    --------
+    >>> matrices = MPOProjection(4, MPOShape((2, 4, 2), (2, 2, 2)))
+    >>> matrices.center.shape, [core.shape[0] for core in matrices.aux]
+    (torch.Size([4, 4, 2, 4]), [4, 4])
+    """
+
+    route: Route | None = None
+
+    def __init__(
+        self,
+        num_experts: int,
+        shape: MPOShape,
+        *,
+        bias: Bias = False,
+        max_bond: int | None = None,
+        shared_sites: SharedSites = "center",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            shape.out_features,
+            shape.in_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        if shape.sites < 2:
+            raise InputError(
+                f"experts that share cores need a shape of at least 2 sites, got {shape}"
+            )
+        self.shape = shape
+        shared = resolve_shared_sites(shared_sites, shape.sites, shape.center_site)
+        cores = []
+        for site, size in enumerate(shape.core_shapes(max_bond)):
+            experts = () if site in shared else (self.num_experts,)
+            cores.append(torch.empty(*experts, *size, device=device, dtype=dtype))
+        self._store(cores, shape.center_site)
+        self.reset_parameters()
+
+    @classmethod
+    def from_mpo(
+        cls,
+        mpo: MPO,
+        num_experts: int,
+        shared_sites: SharedSites = "center",
+        noise: float = 0.0,
+        rng: np.random.Generator | int | None = None,
+    ) -> MPOProjection:
+        """Start all experts as one MPO of torch tensors, without copies of the shared cores.
+
+        Parameters
+        ----------
+        mpo : MPO
+            The matrix, with any bonds and centre.
+        num_experts, shared_sites
+            As for the class.
+        noise : float
+            Noise on every expert's own cores, relative to each core's root mean square.
+        rng : numpy Generator or int, optional
+            Source of the noise.
+
+        Raises
+        ------
+        InputError
+            If the cores are not torch tensors, or sites, noise or numbers do not fit.
+        """
+        _check_torch(mpo.cores)
+        center_site = mpo.shape.center_site if mpo.center_site is None else mpo.center_site
+        projection = cls(num_experts, mpo.shape, max_bond=1, device="meta")
+        shared = resolve_shared_sites(shared_sites, mpo.shape.sites, center_site)
+        rng = generator_of(rng)
+        cores = [
+            core if site in shared else replicate(core, projection.num_experts, noise, rng)
+            for site, core in enumerate(mpo.cores)
+        ]
+        projection._store(cores, center_site)
+        return projection
+
+    @classmethod
+    def from_shared_mpo(cls, shared: SharedMPO) -> MPOProjection:
+        """Take over the cores of a SharedMPO, with any bonds and centre.
+
+        Parameters
+        ----------
+        shared : SharedMPO
+            Of torch tensors. Experts share its central core and own the others.
+
+        Raises
+        ------
+        InputError
+            If the cores are not torch tensors.
+        """
+        _check_torch([shared.center])
+        projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
+        cores = list(shared.aux)
+        cores.insert(shared.center_site, shared.center)
+        projection._store(cores, shared.center_site)
+        return projection
+
+    @property
+    def cores(self) -> ExpertCores:
+        """The cores of all sites as they are now, for the functions of ``tnmoe.nn.compute``."""
+        return ExpertCores(
+            self._stored(),
+            self.shape,
+            self.center_site,
+            self.num_experts,
+            self._bond_dims,
+            transient=self.is_gathered,
+        )
+
+    def to_shared_mpo(self) -> SharedMPO:
+        """Return a SharedMPO that shares memory and gradients with this module.
+
+        Raises
+        ------
+        InputError
+            If experts own their central cores.
+        """
+        cores = self.cores
+        if cores.owns_center:
+            raise InputError("a SharedMPO has one central core, but these experts own theirs")
+        left, right = cores.stacked()
+        return SharedMPO(cores.center, [*left, *right], self.shape, self.center_site)
+
+    def expert(self, index: int) -> MPO:
+        """Return one expert's matrix as an MPO that shares memory and gradients with this module.
+
+        Parameters
+        ----------
+        index : int
+            From 0 to E − 1.
+
+        Raises
+        ------
+        InputError
+            If there is no such expert.
+        """
+        index = index_in("expert", index, self.num_experts)
+        cores = self.cores
+        sites = (core if core.ndim == 4 else core[index] for core in cores.sites())
+        return MPO([core.to(cores.center.dtype) for core in sites], self.shape)
+
+    def weight(self) -> Tensor:
+        return exact_matrices(self.cores)
+
+    def _masked_weight(self, groups: Groups | DenseDispatch) -> Tensor:
+        return exact_matrices(self.cores.mask_unused(groups))
+
+    def plan(self, rows: int, training: bool) -> ContractionPlan:
+        """Plan a route; ``print`` the plan to see what every route would cost.
+
+        Parameters
+        ----------
+        rows : int
+            Slots of all experts together.
+        training : bool
+            Whether a backward pass follows, for which no matrices are kept.
+
+        Returns
+        -------
+        ContractionPlan
+        """
+        return routes.plan(self.cores, rows, training)
+
+    def uses_joint_route(self, rows: int) -> bool:
+        return (self.route or self.plan(rows, training=False).route) == "joint"
+
+    def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        return routes.expert_linear(rows, self.cores, groups, self.route)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw isometric auxiliary cores and a Gaussian central one, which carries the scale."""
+        for number, stack in enumerate(self.aux):
+            for core in stack:
+                _draw_isometry(core, from_left=number < self.center_site)
+        variance = self.shape.padded_out / (3 * prod(self.center.shape[-4:]))
+        self.center.normal_(std=sqrt(variance))
+        if self.bias is not None:
+            bound = 1 / sqrt(self.in_features)
+            self.bias.uniform_(-bound, bound)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as any module does; a change of mode drops kept matrices."""
+        if mode != self.training:
+            weight_cache.forget(self._stored())
+        return super().train(mode)
+
+    # Torch may swap tensors with others when it moves or loads them. It refuses that for tensors
+    # with weak references, which the cache holds.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        weight_cache.forget(self._stored())
+        return super()._apply(partial(_apply_to_core, fn), recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        weight_cache.forget(self._stored())
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, shape={self.shape}, bond_dims={self._bond_dims}, "
+            f"shared_sites={sorted(self.shared_sites)}"
+        )
+
+
+def project_pair(
+    first: nn.Module, second: nn.Module, rows: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """Apply two projections to the same rows; contract cores once that both store.
+
+    Parameters
+    ----------
+    first, second : Projection, or a wrapper of one
+        With as many experts and inputs.
+    rows, groups
+        As for :meth:`Projection.forward`.
+
+    Returns
+    -------
+    tuple of Tensor, shapes (T, out)
+    """
+    if (
+        isinstance(first, MPOProjection)
+        and isinstance(second, MPOProjection)
+        # To contract cores once is not to call the modules, which would skip their hooks.
+        and not (_has_hooks(first) or _has_hooks(second))
+        and first.last_core is second.last_core
+        and first.shape == second.shape
+    ):
+        one, two = first.cores, second.cores
+        if all(
+            (route or routes.choose_route(cores, rows, groups)) == "joint"
+            for route, cores in ((first.route, one), (second.route, two))
+        ):
+            products = routes.tied_linear(rows, one, two, groups)
+            return first.add_bias(products[0], groups), second.add_bias(products[1], groups)
+    return first(rows, groups), second(rows, groups)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than run the forward of its class."""
+    return bool(
+        # Where accelerate puts its own.
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _draw_isometry(core: Tensor, from_left: bool) -> None:
+    """Fill a core (D, out, in, D') such that it preserves norms towards the centre."""
+    if core.is_meta:
+        return
+    rows = prod(core.shape[:-1]) if from_left else core.shape[0]
+    # LAPACK has no half precision.
+    isometry = torch.empty_like(core, dtype=torch.promote_types(core.dtype, torch.float32))
+    core.copy_(nn.init.orthogonal_(isometry.view(rows, -1)).view_as(core))
+
+
+def _apply_to_core(fn: Callable[[Tensor], Tensor], core: Tensor) -> Tensor:
+    """Move or cast a core by a function that may also change the memory format of images.
+
+    Such functions take tensors of four or five axes for images. Two further axes protect cores.
+    """
+    if core.ndim not in (4, 5) or type(core) not in (Tensor, nn.Parameter):
+        return fn(core)
+    return fn(core.detach()[None, None])[0, 0]
+
+
+def _check_torch(cores: Iterable[Any]) -> None:
+    if foreign := {type(core).__name__ for core in cores if not isinstance(core, Tensor)}:
+        raise InputError(f"cores must be torch tensors, got {', '.join(foreign)}")
