@@ -20,7 +20,6 @@ from tnmoe.nn.compute.grouped import grouped_linear
 from tnmoe.nn.compute.pieces import apply_in_pieces
 from tnmoe.nn.compute.slots import Groups
 
-
 _cached_width = lru_cache(maxsize=4096)(core_by_core_width)
 
 
