@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `make env` creates; nothing else needs to be installed by hand.
+# Everything runs in .venv, which `make env` creates. Nothing needs to be installed by hand.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,18 +8,18 @@ READY := $(VENV)/.ready
 .PHONY: help env demo test lint docs reproduce bench clean
 
 help:
-	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare (about 7 minutes)"
-	@echo "make test   run the tests but the slow ones (about 7 minutes; ARGS='-m \"\"': all)"
-	@echo "make lint   ruff and mypy"
-	@echo "make docs   the site: tutorials, recipes, explanations, reference (about four minutes)"
-	@echo "make bench  everything beside its peers, on one page (half an hour; ARGS=--quick: minutes)"
-	@echo "make reproduce  the experiments: hours, resumable (ARGS=--quick: 12 minutes)"
-	@echo "make env    only create the environment in $(VENV)"
-	@echo "make clean  remove $(VENV), demo-output and docs/_build, with all that they hold"
+	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare it (about 7 minutes)"
+	@echo "make test   run all tests except the slow ones (about 7 minutes; ARGS='-m \"\"': all tests)"
+	@echo "make lint   run ruff and mypy"
+	@echo "make docs   build the site: tutorials, how-tos, explanations, reference (about 4 minutes)"
+	@echo "make bench  compare speed and errors with other libraries (half an hour; ARGS=--quick: minutes)"
+	@echo "make reproduce  run the experiments (hours, resumable; ARGS=--quick: 12 minutes)"
+	@echo "make env    create the environment in $(VENV), and nothing else"
+	@echo "make clean  remove $(VENV), demo-output and docs/_build with all their contents"
 
 env: $(READY)
 
-# Made anew only when what it is made from changes.
+# Created again only when one of these files changes.
 $(READY): pyproject.toml requirements/constraints.txt requirements/data.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tnmoe needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,11 +32,11 @@ $(READY): pyproject.toml requirements/constraints.txt requirements/data.txt
 demo: env
 	$(BIN)/tnmoe demo --output demo-output --overwrite $(ARGS)
 
-# ARGS='-m ""' adds the slow ones, ARGS='-m "" --cov' also measures which lines they run.
+# ARGS='-m ""' adds the slow tests; ARGS='-m "" --cov' also measures the lines that tests run.
 test: env
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
 
-# ARGS=--quick or none; for other options call the scripts (benchmarks/README.md).
+# ARGS=--quick or nothing; for other options, call the scripts (benchmarks/README.md).
 bench: $(VENV)/.bench
 	$(BIN)/python -W ignore benchmarks/algebra.py $(ARGS)
 	$(BIN)/python -W ignore benchmarks/experts.py $(ARGS)
@@ -50,7 +50,7 @@ $(VENV)/.bench: $(READY) requirements/bench.txt
 		--no-deps --no-build-isolation --requirement requirements/bench.txt
 	touch $@
 
-# Goes on where it was stopped. ARGS=--quick: minutes; --text OLD NEW: other texts.
+# Resumes where it stopped. ARGS=--quick: minutes; --text OLD NEW: other texts.
 reproduce: env
 	$(BIN)/python -m experiments $(ARGS)
 
@@ -59,7 +59,7 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Warnings are errors. Pages run on all cores; those whose code and library did not change are not run again.
+# Warnings are errors. Pages run on all cores; a page runs again only if its code or the library changed.
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --jobs auto --fail-on-warning --keep-going --quiet $(ARGS) docs docs/_build/html
 	$(BIN)/python -m pytest --quiet docs/test_site.py

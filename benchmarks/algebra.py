@@ -1,11 +1,11 @@
-"""tnmoe beside tensorly, quimb, torchTT and tntorch: times, errors, and what each cannot do.
+"""tnmoe beside tensorly, quimb, torchTT and tntorch: times, errors, and missing operations.
 
     python benchmarks/algebra.py --quick
     python benchmarks/algebra.py --cases 'decompose*' --repeats 9
     python benchmarks/algebra.py --large --cases 'decompose 14336*' --limit 300
 
-All libraries take turns within one run (machine.py says what a turn is); medians are reported
-beside the error against the dense answer in double precision. See README.md for the columns.
+All libraries take turns within one run; machine.py describes a turn. The script reports medians
+beside the error against the dense answer in double precision. README.md explains the columns.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from peers import Library, Unsupported, libraries
 
 from tnmoe.system.tables import format_table
 
+# Turns of a case by default, and in quick runs.
+REPEATS, QUICK_REPEATS = 7, 3
 HEADERS = ("library", "median ms", "rel. error", "parameters", "/ tnmoe", "/ floor", "")
 
 
 def main() -> None:
+    """Run the selected cases, and write and print their results."""
     options = parse_arguments()
     limit_memory(options.memory, options.device)
     keep_freed_memory()
@@ -65,12 +68,13 @@ def main() -> None:
         rows = run_isolated(case, libs, options) if case.large else run_case(case, libs, options)
         report["cases"].append(finish(case, rows, rates, options))
         print(as_text(report["cases"][-1]), flush=True)
-        # After every case, so that an interrupted run leaves what it has.
+        # After every case, so that an interrupted run keeps its results.
         output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {output}")
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, a few minutes")
     parser.add_argument("--large", action="store_true", help="also 14336x4096: minutes per peer")
@@ -78,7 +82,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--libraries", nargs="*", default=["*"], help="patterns of library names")
     parser.add_argument("--repeats", type=int, help="timed calls (default 7; 3 if quick or large)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds one call may take")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB of addresses, on the CPU")
+    parser.add_argument(
+        "--memory", type=float, default=16.0, help="GiB of address space, on the CPU"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--matrix", choices=("structured", "gaussian"), default="structured")
@@ -91,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def selected(options: argparse.Namespace) -> list[Case]:
+    """Return the cases that the options name."""
     cases = all_cases(options.quick, options.dtype, options.matrix)
     return [
         case
@@ -101,12 +108,13 @@ def selected(options: argparse.Namespace) -> list[Case]:
 
 
 def default_output(options: argparse.Namespace) -> Path:
+    """Return the result file of this machine."""
     name = f"algebra-{hardware_slug(options.device)}{'-quick' * options.quick}.json"
     return Path(__file__).parent / "results" / name
 
 
 def run_case(case: Case, libs: list[Library], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per library: a first call for its error, then turns by all that were in time."""
+    """Return a row per library: a first call shows its error, then the fast ones take turns."""
     inputs = case.make()
     calls, rows = {}, []
     for library in taking_part(case, libs, options.libraries):
@@ -114,7 +122,7 @@ def run_case(case: Case, libs: list[Library], options: argparse.Namespace) -> li
         rows.append(row)
         if call is not None:
             calls[library] = (row, call)
-    for _ in range(options.repeats or (3 if options.quick else 7)):
+    for _ in range(options.repeats or (QUICK_REPEATS if options.quick else REPEATS)):
         for library, (row, call) in calls.items():
             row["seconds"].append(timed_turn(call, library, row["first call s"]))
     return rows
@@ -123,7 +131,7 @@ def run_case(case: Case, libs: list[Library], options: argparse.Namespace) -> li
 def first_call(
     case: Case, library: Library, inputs: list[Any], limit: float
 ) -> tuple[dict[str, Any], Any]:
-    """A row with the error or the reason why there is none, and the call if it may be repeated."""
+    """Call a library once; return a row with its error or failure, and the call to repeat."""
     row: dict[str, Any] = {"library": library.name, "seconds": []}
     try:
         arguments = case.arguments(library, inputs)
@@ -133,7 +141,7 @@ def first_call(
     except Unsupported as reason:
         return {**row, "note": str(reason)}, None
     except Exception as error:
-        # A peer's failure is a result like any other and must not end the run.
+        # A peer's failure is a result, and must not end the run.
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             return {**row, "note": "out of memory"}, None
         lines = str(error).splitlines() or [""]
@@ -148,13 +156,13 @@ def first_call(
 def finish(
     case: Case, rows: list[dict[str, Any]], rates: dict[str, float], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Medians, which results are as good as asked, the floor, and tnmoe against the best peer."""
+    """Add medians, verdicts on accuracy, the floor, and the ratio of the best peer to tnmoe."""
     done = [row for row in rows if row["seconds"]]
     for row in done:
         row["median s"] = median(row["seconds"])
     bar = acceptable_error(case, done, options.dtype)
     for row in done:
-        # The comparison is written so that a NaN does not pass.
+        # Written so that NaN does not pass.
         row["good"] = row["error"] <= bar
         if not row["good"]:
             row["note"] = "too inaccurate to compare"
@@ -179,7 +187,7 @@ def finish(
 
 
 def acceptable_error(case: Case, rows: list[dict[str, Any]], dtype: str) -> float:
-    """What counts as the same answer: the tolerance asked for, rounding, or near the best."""
+    """Return the largest error that counts: the case's tolerance, rounding, or near the best."""
     rounding = 1e-5 if dtype == "float32" else 1e-13
     if "rtol" in case.options:
         return case.options["rtol"] * 1.001 + rounding
@@ -191,7 +199,7 @@ def acceptable_error(case: Case, rows: list[dict[str, Any]], dtype: str) -> floa
 def floor_seconds(
     case: Case, best: dict[str, Any] | None, rates: dict[str, float], itemsize: int
 ) -> float | None:
-    """The unavoidable products, or reading the inputs and writing the result; see cases.py."""
+    """Return the seconds of the unavoidable products, or of reading and writing; see cases.py."""
     if best is None:
         return None
     products = case.flops(best["bonds"]) / rates["gemm flops/s"]
@@ -200,7 +208,7 @@ def floor_seconds(
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The table of one case with its verdict."""
+    """Write the table of one case with its verdict."""
     table = []
     for row in result["rows"]:
         if not row["seconds"]:
@@ -222,18 +230,17 @@ def as_text(result: dict[str, Any]) -> str:
         speedups = ", ".join(
             f"{name} {ratio:.2f}x" for name, ratio in result["fastest peer / tnmoe"].items()
         )
-        lines.append(
-            f"against the fastest peer of that accuracy, {result['fastest peer']}: {speedups}"
-        )
+        lines.append(f"against the fastest accurate peer, {result['fastest peer']}: {speedups}")
     return "\n".join(lines) + "\n"
 
 
 def _ratio(value: float | None) -> str:
+    """Write a ratio with two decimals."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def _numbers(value: Any) -> int:
-    """Numbers held by an input, at any depth."""
+    """Count the numbers in an input, at any depth."""
     if hasattr(value, "nbytes"):
         return value.size
     return sum(map(_numbers, value)) if isinstance(value, (list, tuple)) else 0

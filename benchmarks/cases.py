@@ -1,8 +1,9 @@
-"""What is measured: inputs as NumPy arrays, exact answers, and the least work there is to do.
+"""The cases: inputs as NumPy arrays, exact answers, and the least work of each.
 
-The floor of a case is a yardstick, not a proven bound: the time of the dense products that the
-standard algorithm cannot do without, at the machine's own rate of matrix products, or of reading
-the inputs and writing the result once, whichever is longer. Factorisations count as nothing.
+The floor of a case is a yardstick and not a proven bound. It is the longer of two times: that of
+the dense products that the standard algorithm cannot avoid, at the machine's own rate of matrix
+products, and that of reading the inputs and writing the result once. Factorisations count as
+nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import tnmoe as tn
 class Case:
     """One operation on one input.
 
-    ``make`` builds the arguments (matrices as arrays, operators as tuples of cores) and is called
-    only when the case is run. ``flops`` counts the products for the bonds of a result (None where
-    the result is no operator, and then unused).
+    ``make`` builds the arguments (matrices as arrays, operators as tuples of cores) when the case
+    runs. ``flops`` counts the products for the bonds of a result; the bonds are None, and unused,
+    where the result is not an operator.
     """
 
     name: str
@@ -38,13 +39,13 @@ class Case:
     large: bool = False
 
     def arguments(self, library: Library, inputs: Sequence[Any]) -> list[Any]:
-        """The inputs in the library's own types."""
+        """Convert the inputs to the library's own types."""
         return [_convert(library, value) for value in inputs]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How good one result is: error, bonds and parameters where it is an operator."""
+    """The quality of one result: its error, and the bonds and parameters of an operator."""
 
     error: float
     bonds: tuple[int, ...] | None = None
@@ -52,7 +53,7 @@ class Outcome:
 
 
 def taking_part(case: Case, libraries: Sequence[Library], patterns: Sequence[str]) -> list[Library]:
-    """Libraries whose names fit a pattern and that have their own way of doing the case."""
+    """Return libraries that match a pattern and have an algorithm of their own for the case."""
     return [
         library
         for library in libraries
@@ -64,8 +65,8 @@ def taking_part(case: Case, libraries: Sequence[Library], patterns: Sequence[str
 def assess(case: Case, library: Library, inputs: Sequence[Any], result: Any) -> Outcome:
     """Compare one library's result with the dense answer, all in double precision."""
     if case.operation in ("norm", "inner", "apply"):
-        given = np.asarray(library.to_numpy(result), np.float64)
-        return Outcome(_relative(given, expected(case, inputs)))
+        array = np.asarray(library.to_numpy(result), np.float64)
+        return Outcome(_relative(array, expected(case, inputs)))
     cores = [np.asarray(core, np.float64) for core in library.cores(result, case.shape)]
     bonds = tuple(core.shape[0] for core in cores[1:])
     error = _relative(dense(cores), expected(case, inputs))
@@ -73,7 +74,7 @@ def assess(case: Case, library: Library, inputs: Sequence[Any], result: Any) -> 
 
 
 def expected(case: Case, inputs: Sequence[Any]) -> np.ndarray:
-    """The dense answer in double precision, computed by nobody's tensor-network code."""
+    """Compute the dense answer in double precision, without any tensor-network library."""
     if case.operation == "decompose":
         return inputs[0].astype(np.float64)
     if case.operation == "round_sum":
@@ -88,7 +89,7 @@ def expected(case: Case, inputs: Sequence[Any]) -> np.ndarray:
 
 
 def dense(cores: Cores) -> np.ndarray:
-    """The matrix of a chain, in double precision: site after site, then one permutation."""
+    """Build the matrix of a chain in double precision, site by site with one last permutation."""
     tensor = np.ones((1, 1))
     for core in cores:
         core = np.asarray(core, np.float64)
@@ -103,7 +104,7 @@ def dense(cores: Cores) -> np.ndarray:
 def random_cores(
     shape: tn.MPOShape, bond: int, rng: np.random.Generator, dtype: str, decay: float = 1.0
 ) -> tuple[np.ndarray, ...]:
-    """Gaussian cores of unit scale in no gauge, successive bond indices weaker by ``decay``."""
+    """Draw Gaussian cores in no gauge; successive bond indices are weaker by ``decay``."""
     bonds = (1, *shape.bond_dims(bond), 1)
     cores = []
     for left, right, out, in_ in zip(
@@ -115,7 +116,7 @@ def random_cores(
 
 
 def test_matrix(shape: tn.MPOShape, kind: str, dtype: str) -> np.ndarray:
-    """``gaussian``, or ``structured``: an operator of bond 48 with decay, under 0.5 % of noise."""
+    """Make a matrix: ``gaussian``, or ``structured`` with bond 48, decay and 0.5 % of noise."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(shape.out_features, shape.in_features))
     if kind == "gaussian":
@@ -126,7 +127,7 @@ def test_matrix(shape: tn.MPOShape, kind: str, dtype: str) -> np.ndarray:
 
 
 def family(shape: tn.MPOShape, dtype: str) -> list[tuple[np.ndarray, ...]]:
-    """Eight operators of bond 32 that share a part of bond 24; the sum has bond 88 at most."""
+    """Make eight operators of bond 32 with a common part of bond 24; their sum has bond 88."""
     rng = np.random.default_rng(1)
     common = random_cores(shape, 24, rng, dtype, decay=0.8)
     members = []
@@ -138,7 +139,7 @@ def family(shape: tn.MPOShape, dtype: str) -> list[tuple[np.ndarray, ...]]:
 
 
 def all_cases(quick: bool, dtype: str, kind: str) -> Iterator[Case]:
-    """Every case; the small ones for ``quick``."""
+    """Yield every case, or the small ones for ``quick``."""
     sizes = [(768, 768)] if quick else [(768, 768), (3072, 768), (4096, 1024), (14336, 4096)]
     for out, in_ in sizes:
         yield from decompositions(tn.MPOShape.for_matrix(out, in_, sites=5), dtype, kind)
@@ -146,6 +147,8 @@ def all_cases(quick: bool, dtype: str, kind: str) -> Iterator[Case]:
 
 
 def decompositions(shape: tn.MPOShape, dtype: str, kind: str) -> Iterator[Case]:
+    """Yield the decompositions of a matrix of a shape: exact, by bond and by tolerance."""
+
     def make() -> list[Any]:
         return [test_matrix(shape, kind, dtype), shape]
 
@@ -162,6 +165,7 @@ def decompositions(shape: tn.MPOShape, dtype: str, kind: str) -> Iterator[Case]:
 
 
 def algebra(shape: tn.MPOShape, dtype: str) -> Iterator[Case]:
+    """Yield sums, a product, products with vectors, a norm and an inner product."""
     size = f"{shape.out_features}x{shape.in_features}"
     summed = shape.bond_dims(8 * 32)
 
@@ -198,10 +202,10 @@ def algebra(shape: tn.MPOShape, dtype: str) -> Iterator[Case]:
 
 
 def decompose_flops(shape: tn.MPOShape, bonds: tuple[int, ...] | None) -> int:
-    """Both outer unfoldings of the centre: their Gram matrices and their projections.
+    """Count the Gram matrices and projections of both outer unfoldings of the centre.
 
-    With legs L·C·R around the centre and bonds l, r kept there: 2·L²·CR and 2·l·L·CR from the
-    left, then 2·lC·R² and 2·lC·R·r from the right.
+    With legs L·C·R around the centre and kept bonds l and r: 2·L²·CR and 2·l·L·CR from the left,
+    then 2·lC·R² and 2·lC·R·r from the right.
     """
     if bonds is None:
         return 0
@@ -217,7 +221,7 @@ def decompose_flops(shape: tn.MPOShape, bonds: tuple[int, ...] | None) -> int:
 def rounding_flops(
     shape: tn.MPOShape, given: tuple[int, ...], bonds: tuple[int, ...] | None
 ) -> int:
-    """Per core l·d·r: 2·l·d·r² to orthogonalise it, 2·l·d·r·l' to project it to the kept bond."""
+    """Count, per core l·d·r, 2·l·d·r² to orthogonalise it and 2·l·d·r·l' to project it."""
     if bonds is None:
         return 0
     old, new = (1, *given, 1), (1, *bonds, 1)
@@ -228,12 +232,12 @@ def rounding_flops(
 
 
 def apply_flops(shape: tn.MPOShape, bonds: tuple[int, ...], batch: int, _: object) -> int:
-    """The cheaper of chain and dense."""
+    """Count the products of the cheaper route: the chain, or the rebuilt matrix."""
     return tn.contraction_plan(shape, bonds, batch=batch).flops
 
 
 def inner_flops(shape: tn.MPOShape, bonds: tuple[int, ...], _: object) -> int:
-    """An environment carried through both chains: 2·l·l·d·r + 2·l·d·r·r per site."""
+    """Count an environment carried through both chains: 2·l·l·d·r + 2·l·d·r·r per site."""
     full = (1, *bonds, 1)
     return sum(
         2 * full[site] * leg * full[site + 1] * (full[site] + full[site + 1])
@@ -242,9 +246,10 @@ def inner_flops(shape: tn.MPOShape, bonds: tuple[int, ...], _: object) -> int:
 
 
 def _operators(shape: tn.MPOShape, count: int, dtype: str) -> list[Cores]:
+    """Draw one operator, or two whose inner product is far from zero."""
     rng = np.random.default_rng(3)
     first = random_cores(shape, 64, rng, dtype)
-    # Close enough to the first that their inner product is no difference of large numbers.
+    # So close to the first that their inner product is no difference of large numbers.
     second = tuple(core + np.asarray(0.1, dtype) * abs(core) for core in first)
     return [first, second][:count]
 
@@ -252,6 +257,7 @@ def _operators(shape: tn.MPOShape, count: int, dtype: str) -> list[Cores]:
 def _operator_and_vectors(
     shape: tn.MPOShape, bond: int | None, batch: int, dtype: str
 ) -> list[Any]:
+    """Draw an operator and a batch of vectors."""
     rng = np.random.default_rng(4)
     largest = max(shape.bond_dims()) if bond is None else bond
     cores = random_cores(shape, largest, rng, dtype)
@@ -259,24 +265,26 @@ def _operator_and_vectors(
 
 
 def _direct_sum(a: Cores, b: Cores) -> tuple[np.ndarray, ...]:
-    """Cores of the sum of two operators: block diagonal, a row and a column at the ends."""
+    """Add two operators: block-diagonal cores, with a row and a column at the ends."""
     cores = [np.concatenate([a[0], b[0]], axis=3)]
-    for one, two in zip(a[1:-1], b[1:-1], strict=True):
-        sizes = (one.shape[0] + two.shape[0], *one.shape[1:3], one.shape[3] + two.shape[3])
-        core = np.zeros(sizes, one.dtype)
-        core[: one.shape[0], ..., : one.shape[3]] = one
-        core[one.shape[0] :, ..., one.shape[3] :] = two
+    for first, second in zip(a[1:-1], b[1:-1], strict=True):
+        left, *legs, right = first.shape
+        core = np.zeros((left + second.shape[0], *legs, right + second.shape[3]), first.dtype)
+        core[:left, ..., :right] = first
+        core[left:, ..., right:] = second
         cores.append(core)
     return (*cores, np.concatenate([a[-1], b[-1]], axis=0))
 
 
 def _convert(library: Library, value: Any) -> Any:
+    """Convert arrays, cores and lists of them to a library's types."""
     if isinstance(value, np.ndarray):
         return library.array(value)
     if isinstance(value, tuple):
         return library.operator(value)
-    return [_convert(library, one) for one in value] if isinstance(value, list) else value
+    return [_convert(library, item) for item in value] if isinstance(value, list) else value
 
 
-def _relative(given: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(given - wanted) / np.linalg.norm(wanted))
+def _relative(result: np.ndarray, answer: np.ndarray) -> float:
+    """Return the relative error in the Frobenius norm."""
+    return float(np.linalg.norm(result - answer) / np.linalg.norm(answer))

@@ -1,4 +1,4 @@
-"""The layers that the benchmark of experts compares, each as ``layer(states, index, weights)``."""
+"""The layers that the benchmark of experts compares; all are ``layer(states, index, weights)``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 import tnmoe as tn
 from tnmoe.nn import MPOExperts, MPOProjection
 
+# Sizes of tnmoe's layers: bonds (None: exact) and groups of the split layout.
 BONDS = (None, 128, 64, 32, 16, 8)
 GROUPS = (32, 64, 128)
 
 
 class DenseFFN(nn.Module):
-    """One feed-forward network for all tokens: what a mixture of experts is measured against."""
+    """One feed-forward network for all tokens, for comparison."""
 
     def __init__(self, hidden: int, inner: int, gated: bool) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class DenseFFN(nn.Module):
 
 
 class SwitchLoop(nn.Module):
-    """transformers' Switch experts: a loop, index_add_."""
+    """transformers' Switch experts: a loop over experts with index_add_."""
 
     def __init__(self, experts: int, hidden: int, inner: int) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class _PlainStacked(_Stacked):
 
 
 def grouped_mm(experts: int, hidden: int, inner: int, gated: bool) -> nn.Module:
-    """Make a layer of transformers' grouped_mm function on stacked parameters."""
+    """Build stacked parameters for transformers' grouped_mm function."""
     config = SimpleNamespace(
         experts=experts, hidden=hidden, inner=inner, gated=gated,
         _experts_implementation="grouped_mm",
@@ -88,7 +89,7 @@ def grouped_mm(experts: int, hidden: int, inner: int, gated: bool) -> nn.Module:
 
 
 class Published(nn.Module):
-    """MPOE as its paper describes it: every expert is rebuilt at every forward, core by core."""
+    """MPOE as its paper describes it: every forward pass rebuilds every expert core by core."""
 
     def __init__(self, experts: int, hidden: int, inner: int, max_bond: int | None) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class Published(nn.Module):
 
 
 class FactorisedLayers(nn.Module):
-    """Another library's factorised linear layers, one per expert and projection: nothing shared."""
+    """Another library's factorised linear layers, one per expert and projection; none is shared."""
 
     def __init__(self, experts: int, hidden: int, inner: int, make: Callable) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class FactorisedLayers(nn.Module):
 
 
 class _TorchTT(nn.Module):
-    """torchTT's layer works on tensorised vectors."""
+    """torchTT's layer, which works on tensorised vectors."""
 
     def __init__(self, in_legs: list[int], out_legs: list[int], bond: int) -> None:
         super().__init__()
@@ -157,11 +158,12 @@ class _TorchTT(nn.Module):
 
 
 def torchtt_layers(experts: int, hidden: int, inner: int, bond: int) -> nn.Module:
+    """Build experts of torchTT's layers."""
     return FactorisedLayers(experts, hidden, inner, partial(_TorchTT, bond=bond))
 
 
 def tensorly_layers(experts: int, hidden: int, inner: int, bond: int) -> nn.Module:
-    """tensorly-torch's layer in MPO form; it rebuilds the matrix, its faster way here."""
+    """Build experts of tensorly-torch's layer in MPO form, in its faster way: by rebuilding."""
 
     def make(in_legs: list[int], out_legs: list[int]) -> nn.Module:
         import tltorch
@@ -180,7 +182,7 @@ def tensorly_layers(experts: int, hidden: int, inner: int, bond: int) -> nn.Modu
 def mpo_experts(
     experts: int, hidden: int, inner: int, gated: bool, route: str | None = None, **details: object
 ) -> MPOExperts:
-    """Our layer; ``route`` fixes what is planned otherwise."""
+    """Build our layer; a ``route`` replaces the planned one."""
     layer = MPOExperts(experts, hidden, inner, "silu" if gated else "relu", gated=gated, **details)
     for module in layer.modules():
         if isinstance(module, MPOProjection):
@@ -189,6 +191,7 @@ def mpo_experts(
 
 
 def split_shapes(hidden: int, inner: int, group: int) -> dict[str, tn.MPOShape]:
+    """Return the shapes of the split layout with groups of a size."""
     return {
         "up_shape": tn.MPOShape.split(inner, hidden, group, group),
         "down_shape": tn.MPOShape.split(hidden, inner, group, group),
@@ -198,7 +201,7 @@ def split_shapes(hidden: int, inner: int, group: int) -> dict[str, tn.MPOShape]:
 def layers(
     experts: int, hidden: int, inner: int, gated: bool
 ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Names and makers of all layers of one size."""
+    """Yield the names and the makers of all layers of one size."""
     sizes = (experts, hidden, inner)
     yield "dense FFN", lambda: DenseFFN(hidden, inner, gated)
     yield "Switch loop", lambda: _ungated(gated, SwitchLoop(*sizes))
@@ -224,13 +227,14 @@ def layers(
 
 
 def _ungated(gated: bool, layer: nn.Module) -> nn.Module:
+    """Return a layer that has no gate, or refuse a gated case."""
     if gated:
         raise Unsupported("no gate")
     return layer
 
 
 def inputs(tokens: int, experts: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, their experts (one each, equally likely) and weights of 1."""
+    """Draw tokens and one expert for each, all equally likely, with weights of 1."""
     rng = np.random.default_rng(0)
     states = torch.tensor(rng.standard_normal((tokens, hidden), dtype=np.float32))
     index = torch.tensor(rng.integers(0, experts, (tokens, 1)))

@@ -3,11 +3,11 @@
     python benchmarks/experts.py --quick
     python benchmarks/experts.py --experts 8 --tokens 512 4096
     python benchmarks/experts.py --layers 'tnmoe*' grouped_mm --modes train
-    python benchmarks/experts.py --check-plan      # every route beside the one that is planned
+    python benchmarks/experts.py --check-plan      # every route beside the planned one
     python benchmarks/experts.py --building        # building matrices beside the machine's rate
     python benchmarks/experts.py --peak --tokens 512   # memory of a training step
 
-Layers take turns within a run (machine.py says what a turn is); medians are over turns.
+Layers take turns within a run; machine.py describes a turn. Medians are taken over turns.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ PACKAGES = ("tnmoe", "transformers", "torchTT", "tensorly-torch")
 BASELINES = ("Switch loop", "grouped_mm")
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 ROUTES = ("joint", "per_expert", "rebuilt", "cached")
+# A route that is predicted to take longer than this multiple of the fastest is not measured.
+HOPELESS = 6
 
 
 def main() -> None:
+    """Measure all cases, and write and print the results."""
     options = parse_arguments()
     limit_memory(options.memory, options.device)
     keep_freed_memory()
-    # All layers of a case are there at once; none shall lack room for its matrices.
+    # All layers of a case exist at once, and each must be able to cache its matrices.
     weight_cache.limit = 8 * 2**30
     threads = set_threads()
     library = OnTorch(options.device)
@@ -93,6 +96,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="8 and 512 tokens, a few minutes")
     parser.add_argument("--ffn", nargs="*", default=["768x3072"], choices=FFNS)
@@ -102,10 +106,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="*", default=["infer", "train"])
     parser.add_argument("--layers", nargs="*", default=["*"], help="patterns of layer names")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--check-plan", action="store_true")
-    parser.add_argument("--building", action="store_true")
-    parser.add_argument("--peak", action="store_true")
-    parser.add_argument("--memory", type=float, default=18.0, help="GiB of addresses, on the CPU")
+    parser.add_argument("--check-plan", action="store_true", help="time every route")
+    parser.add_argument("--building", action="store_true", help="time the building of matrices")
+    parser.add_argument("--peak", action="store_true", help="memory of a training step")
+    parser.add_argument("--memory", type=float, default=18.0, help="GiB of address space (CPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
@@ -114,13 +118,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def default_output(options: argparse.Namespace) -> Path:
+    """Return the result file of this machine."""
     kind = "-plan" * options.check_plan + "-building" * options.building + "-peak" * options.peak
     name = f"experts{kind}-{hardware_slug(options.device)}{'-quick' * options.quick}.json"
     return Path(__file__).parent / "results" / name
 
 
 def inputs_on(device: str, case: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """States, their experts and weights."""
+    """Draw states, their experts and weights on a device."""
     with torch.device(device):
         states, index, weights = expert_layers.inputs(
             case["tokens"], case["experts"], FFNS[case["ffn"]][0]
@@ -129,15 +134,15 @@ def inputs_on(device: str, case: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     return states.to(dtype), index, weights.to(dtype)
 
 
-def made_on(device: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Make a layer on a device, in the dtype that is measured there."""
-    # Not as the default of everything: torch then looks at every call, which takes microseconds.
+def build_on(device: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a layer on a device, in the dtype that the benchmark measures there."""
+    # Only for this block: with a default device, torch spends microseconds on every call.
     with torch.device(device):
         return make().to(getattr(torch, DTYPES[device]))
 
 
-def call_of(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], mode: str) -> Callable:
-    """Return the function to time: a forward pass, or one with its backward."""
+def make_call(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], mode: str) -> Callable:
+    """Return the function to time: a forward pass, or a forward and a backward pass."""
     states, index, weights = inputs
 
     def infer() -> torch.Tensor:
@@ -154,7 +159,7 @@ def call_of(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], mode: str)
 
 
 def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) -> dict[str, Any]:
-    """All layers in both modes."""
+    """Time all layers in both modes."""
     hidden, inner = FFNS[case["ffn"]]
     inputs = inputs_on(options.device, case)
     makers = [
@@ -167,8 +172,8 @@ def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace)
         calls = {}
         for name, make in makers:
             try:
-                layer = made_on(options.device, make)
-                call = call_of(layer, inputs, mode)
+                layer = build_on(options.device, make)
+                call = make_call(layer, inputs, mode)
                 call()
                 calls[name] = call, timed(call, library)[0]
                 rows[name]["weight bytes"] = weight_bytes(layer)
@@ -184,12 +189,12 @@ def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace)
 
 
 def peak(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) -> dict[str, Any]:
-    """Memory of a training step: weights, gradients and what lives between them."""
+    """Measure the memory of a training step: weights, gradients and activations."""
     rows: dict[str, Any] = {}
     hidden, inner = FFNS[case["ffn"]]
     for name, _ in expert_layers.layers(case["experts"], hidden, inner, case["gated"]):
         if any(fnmatch(name, pattern) for pattern in options.layers):
-            # A process of its own: what an allocator keeps of one layer is not the next one's.
+            # A new process, so that no layer uses memory that the allocator kept from another.
             with get_context("spawn").Pool(1) as pool:
                 rows[name] = pool.apply(_peak_of, (name, case, options.device))
     table = [
@@ -202,18 +207,18 @@ def peak(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) ->
 
 
 def _peak_of(name: str, case: dict[str, Any], device: str) -> dict[str, Any]:
-    """Bytes above those that the process had before the layer was made."""
+    """Return the peak of a training step, above the memory in use before the layer was made."""
     set_threads()
     hidden, inner = FFNS[case["ffn"]]
     inputs = inputs_on(device, case)
-    some = torch.ones(512, 512, requires_grad=True, device=device)
+    warm_up = torch.ones(512, 512, requires_grad=True, device=device)
     makers = dict(expert_layers.layers(case["experts"], hidden, inner, case["gated"]))
-    # What the first product loads and keeps is no layer's.
-    some.matmul(some).sum().backward()
+    # The first product loads libraries, whose memory belongs to no layer.
+    warm_up.matmul(warm_up).sum().backward()
     with PeakMemory(device) as memory:
         try:
-            layer = made_on(device, makers[name])
-            step = call_of(layer, inputs, "train")
+            layer = build_on(device, makers[name])
+            step = make_call(layer, inputs, "train")
             step()
             step()
         except (Unsupported, RuntimeError, MemoryError) as reason:
@@ -222,12 +227,14 @@ def _peak_of(name: str, case: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def weight_bytes(layer: torch.nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in layer.parameters())
+    """Count the bytes of a layer's parameters."""
+    return sum(weight.numel() * weight.element_size() for weight in layer.parameters())
 
 
 def take_turns(
     calls: dict[str, tuple[Callable, float]], library: OnTorch, repeats: int
 ) -> dict[str, list[float]]:
+    """Time calls in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (call, expected) in calls.items():
@@ -236,6 +243,7 @@ def take_turns(
 
 
 def as_text(case: dict[str, Any], rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
+    """Write the table of a case."""
     headers, table = ["layer"], []
     for mode in modes:
         headers += [f"{mode} ms", "/ best MoE"]
@@ -262,7 +270,7 @@ def as_text(case: dict[str, Any], rows: dict[str, dict[str, Any]], modes: list[s
 def check_plan(
     case: dict[str, Any], library: OnTorch, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One projection by every route: is the planned one the fastest, and by how much not?"""
+    """Time one projection by every route, and compare the planned route with the fastest."""
     hidden, inner = FFNS[case["ffn"]]
     states, index, _ = inputs_on(options.device, case)
     groups = Groups.of(index.reshape(-1), case["experts"])
@@ -277,9 +285,9 @@ def check_plan(
     found, table = [], []
     for (name, shape, bond), mode in product(shapes, options.modes):
         make = partial(MPOProjection, case["experts"], shape, max_bond=bond)
-        projection = made_on(options.device, make)
+        projection = build_on(options.device, make)
         planned = projection.plan(case["tokens"], mode == "train")
-        limit = 6 * min(planned.seconds.values())
+        limit = HOPELESS * min(planned.seconds.values())
         calls = {
             route: partial(_one_route, projection, route, states, groups, mode == "train")
             for route in ROUTES
@@ -302,9 +310,9 @@ def check_plan(
 def _medians_when_cold(
     calls: dict[str, Callable], library: OnTorch, repeats: int
 ) -> dict[str, float]:
-    """Median seconds of calls in turn, between which other arrays go through the caches.
+    """Time calls in turns with cold caches, and return the medians.
 
-    A model has many layers: what one of them needs is in no cache when its turn comes.
+    A model has many layers, so the arrays of a layer are in no cache when its turn comes.
     """
     other = torch.ones(2**25, device=library.device)
     for call in calls.values():
@@ -334,11 +342,11 @@ def _one_route(
 
 @torch.no_grad()
 def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
-    """Time the building of 8 experts' matrices, as a share of the machine's rate."""
+    """Time the building of 8 experts' matrices, and compare its rate with the machine's."""
     found, table = [], []
     for bond in expert_layers.BONDS:
         shape = tn.MPOShape.for_matrix(3072, 768, 5)
-        projection = made_on(library.device, partial(MPOProjection, 8, shape, max_bond=bond))
+        projection = build_on(library.device, partial(MPOProjection, 8, shape, max_bond=bond))
         cores = projection.cores
         left, right = environments(cores)
         call = partial(_build_in_turn, MatrixBuilder(cores.center, cores.legs), left, right)

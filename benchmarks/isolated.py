@@ -1,4 +1,4 @@
-"""Large cases, one process per library: it can run out of time or memory without harm to others."""
+"""Large cases with one process per library, which may run out of time or memory alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from peers import Library
 def run_isolated(
     case: Case, libs: list[Library], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row per library; they run one after another, so there are no turns here."""
+    """Return a row per library; the libraries run one after another and take no turns."""
     return [
         _run_one(case, library, options) for library in taking_part(case, libs, options.libraries)
     ]
 
 
 def _run_one(case: Case, library: Library, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one library on a case in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "row.json"
         request = {
@@ -42,7 +43,7 @@ def _run_one(case: Case, library: Library, options: argparse.Namespace) -> dict[
         done = subprocess.run(
             [sys.executable, str(worker), json.dumps(request)], capture_output=True, text=True
         )
-        # The worker writes after every call, so whatever it managed counts.
+        # The worker writes after every call, so its finished calls count.
         row = {"library": library.name, "seconds": []}
         if answer.exists():
             row = json.loads(answer.read_text())
@@ -52,7 +53,7 @@ def _run_one(case: Case, library: Library, options: argparse.Namespace) -> dict[
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a worker ended without a time, in a few words."""
+    """Say in a few words why a worker ended without a time."""
     if done.returncode == -signal.SIGALRM:
         return "over the time limit"
     if done.returncode in (-9, 137) or "memory" in done.stderr.lower():

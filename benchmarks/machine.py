@@ -1,4 +1,4 @@
-"""The clock, the machine's own rates, and what a reader must know about where it ran."""
+"""The clock, the machine's own rates, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from peers import Library
 
-# NumPy's and torch's thread pools go on spinning for tens of milliseconds after a call. On a
-# machine with few cores the next library's short calls then take whole time slices: 24 ms were
-# seen for 0.14 ms. Shorter spinning of one pool only moves the penalty to the other, and a pause
-# alone puts the threads to sleep. So a turn waits, runs untimed until the own pool has taken over,
-# and then times several calls in a row.
+# NumPy's and torch's thread pools spin for tens of milliseconds after a call. On a machine with few
+# cores, the next library's short calls then take whole time slices: a call of 0.14 ms took 24 ms.
+# If one pool spins for a shorter time, the other pays instead; after a pause alone, the threads are
+# asleep. A turn therefore waits, makes untimed calls until its own threads are awake, and then
+# times several calls in a row.
 SETTLE_S = 0.1
 WAKE_S = 0.1
 BLOCK_S = 0.1
@@ -32,7 +32,7 @@ BLOCK_CALLS = 25
 
 
 def timed(call: Callable[[], Any], library: Library) -> tuple[float, Any]:
-    """Seconds of one call, and its result."""
+    """Time one call, and return the seconds and its result."""
     library.synchronize()
     start = time.perf_counter()
     result = call()
@@ -41,7 +41,7 @@ def timed(call: Callable[[], Any], library: Library) -> tuple[float, Any]:
 
 
 def timed_turn(call: Callable[[], Any], library: Library, expected: float) -> float:
-    """Median seconds of the calls in one library's turn; a long call is its only one."""
+    """Return the median seconds of the calls in one library's turn; a long call is made once."""
     time.sleep(SETTLE_S)
     if expected > WAKE_S:
         return timed(call, library)[0]
@@ -52,7 +52,7 @@ def timed_turn(call: Callable[[], Any], library: Library, expected: float) -> fl
 def _repeat(
     call: Callable[[], Any], library: Library, duration: float, limit: int | None
 ) -> list[float]:
-    """Seconds of calls in a row, for about a duration and at most ``limit`` calls."""
+    """Time calls in a row, for about a duration and at most ``limit`` calls."""
     seconds: list[float] = []
     while sum(seconds) < duration and (limit is None or len(seconds) < limit):
         seconds.append(timed(call, library)[0])
@@ -60,15 +60,15 @@ def _repeat(
 
 
 def limit_memory(gibibytes: float, device: str) -> None:
-    """Let what needs more fail alone, before the machine ends the whole run."""
+    """Limit the memory of the process, so that one call fails and not the whole run."""
     if device == "cpu":
-        # CUDA reserves far more addresses than it uses, so there the device itself is the limit.
+        # CUDA reserves far more addresses than it uses; there the device itself is the limit.
         size = int(gibibytes * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 class PeakMemory:
-    """The most memory in use within a block, above what was in use before it, in bytes."""
+    """The peak of the memory in use in a block, in bytes above the memory in use before it."""
 
     def __init__(self, device: str) -> None:
         self.device, self.peak = device, 0
@@ -89,6 +89,7 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int:
+    """Read a size of this process from Linux, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
@@ -96,10 +97,10 @@ def _resident(field: str) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C allocator keep what is freed, so that no call pays for new pages and the next not.
+    """Let the C allocator keep freed memory, so that no call has to pay for new pages.
 
-    glibc adapts by itself what it keeps, in steps that depend on everything allocated before:
-    factors of 3 were seen between equal calls. Elsewhere nothing is done.
+    By itself, glibc adapts the amount that it keeps to all earlier allocations, and equal calls
+    differed by factors of 3. Without glibc the function does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -111,16 +112,16 @@ def keep_freed_memory() -> None:
 
 
 def set_threads() -> int:
-    """Give every library the same number of threads; ``OMP_NUM_THREADS`` decides if set."""
+    """Give every library the same number of threads: ``OMP_NUM_THREADS``, or all cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = int(os.environ.get("OMP_NUM_THREADS", cores or 1))
-    # NumPy's BLAS does the same by itself; torch would count physical cores only.
+    # NumPy's BLAS does so by itself; torch counts physical cores only.
     torch.set_num_threads(threads)
     return threads
 
 
 def gemm_rate(dtype: str, device: str) -> float:
-    """Operations per second of a large matrix product: the best of NumPy's and torch's."""
+    """Measure the operations per second of a large product, the best of NumPy's and torch's."""
     size = 8192 if device == "cuda" else 2048
     a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
     calls: list[Callable[[], Any]] = [lambda: a @ a]
@@ -131,14 +132,14 @@ def gemm_rate(dtype: str, device: str) -> float:
 
 
 def copy_rate(dtype: str, device: str) -> float:
-    """Bytes read and written per second by a copy of 64 MiB."""
+    """Measure the bytes read and written per second by a copy of 64 MiB."""
     a = torch.ones(2**26, dtype=torch.uint8, device=device).view(getattr(torch, dtype))
     b = torch.empty_like(a)
     return 2 * 2**26 / _best(lambda: b.copy_(a), device)
 
 
 def environment(packages: Iterable[str], device: str, threads: int) -> dict[str, Any]:
-    """All that the JSON needs to be read on its own, versions of the packages included."""
+    """Describe the machine, the commit and the versions of packages for the JSON."""
     versions = {package: version(package) for package in packages}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -154,13 +155,14 @@ def environment(packages: Iterable[str], device: str, threads: int) -> dict[str,
 
 
 def hardware_slug(device: str) -> str:
-    """A file name for the hardware."""
+    """Name the hardware in a way that fits into a file name."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     threads = "" if device == "cuda" else f"-{torch.get_num_threads()}t"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + threads
 
 
 def cpu_name() -> str:
+    """Return the model name of the CPU."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -170,6 +172,7 @@ def cpu_name() -> str:
 
 
 def _best(call: Callable[[], Any], device: str) -> float:
+    """Return the shortest of six timings."""
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -181,6 +184,7 @@ def _best(call: Callable[[], Any], device: str) -> float:
 
 
 def _git(*arguments: str) -> str:
+    """Ask git about this repository; return an empty string without git."""
     try:
         done = subprocess.run(
             ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent

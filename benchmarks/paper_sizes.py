@@ -1,6 +1,7 @@
 """The sizes behind MPOE's paper (arXiv:2203.01104), counted by tnmoe.hf.parameter_report.
 
-Run: python benchmarks/paper_sizes.py [--json FILE]. Nothing is built: configurations are enough.
+Run: python benchmarks/paper_sizes.py [--json FILE]. The script needs only configurations and builds
+no model.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ MODELS = {
     "GPT-2": GPT2Config(architectures=["GPT2LMHeadModel"]),
 }  # fmt: skip
 
-# Model, experts, and every which network is converted.
+# The model, the number of experts, and N where every N-th network is converted.
 CASES = [(name, experts, 1) for name in MODELS for experts in (4, 8, 16)]
 CASES += [("T5-base", 128, 1), ("T5-base", 128, 2)]
 
 
 def measure(name: str, experts: int, every: int) -> dict[str, object]:
-    """Parameters of the whole model in all its forms."""
+    """Count the parameters of a whole model in all its forms."""
     row: dict[str, object] = {"model": name, "experts": experts, "every": every}
     for layout in ("interleaved", "split"):
         config = hf.MPOEConfig(num_experts=experts, every=every, layout=layout)
@@ -39,8 +40,9 @@ def measure(name: str, experts: int, every: int) -> dict[str, object]:
 
 
 def main() -> None:
+    """Print the table, and write it as JSON if a file is given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     rows = [measure(*case) for case in CASES]
     columns = ["model", "experts", "every", "dense", "moe", "interleaved", "interleaved ratio",

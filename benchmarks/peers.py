@@ -1,12 +1,12 @@
 """One small class per library: the best documented call for each operation of the benchmark.
 
-An operation that a library does not have raises :class:`Unsupported` with the reason, which ends
-up in the table. Arguments arrive in the library's own types, made by ``array`` and ``operator``
-before any clock runs; results go back to NumPy through ``cores`` and ``to_numpy`` afterwards.
+An operation that a library lacks raises :class:`Unsupported` with the reason, which the table
+shows. ``array`` and ``operator`` convert arguments to the library's own types before the clock
+starts; ``cores`` and ``to_numpy`` convert results back to NumPy after it stops.
 
-Libraries with faster but less accurate algorithms appear again: "… fast" takes Gram matrices in
-place of SVDs (quimb, tntorch) and zip-up products (quimb); "… random" takes randomized SVDs
-(tensorly, quimb) and successive randomized compression (quimb), for fixed bonds only.
+Libraries with faster but less accurate algorithms appear again. "… fast" uses Gram matrices instead
+of SVDs (quimb, tntorch) and zip-up products (quimb). "… random" uses randomized SVDs (tensorly,
+quimb) and successive randomized compression (quimb), for fixed bonds only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import quimb.tensor as qtn
@@ -29,23 +29,30 @@ import tnmoe as tn
 from tnmoe import interop
 
 with warnings.catch_warnings():
-    # torchTT says five times that its C++ solvers, which are not measured here, were not built.
+    # torchTT warns five times that its C++ solvers, which the benchmark does not use, are missing.
     warnings.simplefilter("ignore")
     import torchtt
 
 Cores = Sequence[np.ndarray]
 
 
-class Unsupported(Exception):  # noqa: N818 - it is an answer, not an error
+class Limits(TypedDict, total=False):
+    """The limits of a truncation; without any, nothing is truncated."""
+
+    max_bond: int
+    rtol: float
+
+
+class Unsupported(Exception):  # noqa: N818 - an answer, not an error
     """The library lacks the operation."""
 
 
 class Library:
-    """What the benchmark asks of a library; the defaults say that it is missing."""
+    """The operations that the benchmark times; by default, a library lacks them."""
 
     name: str
     package: str
-    # The operations a variant does in its own way; the others would only be measured twice.
+    # The operations in which a variant differs; the benchmark skips the rest.
     only: tuple[str, ...] | None = None
 
     def array(self, array: np.ndarray) -> Any:
@@ -61,31 +68,23 @@ class Library:
         raise Unsupported("no operators")
 
     def cores(self, operator: Any, shape: tn.MPOShape) -> list[np.ndarray]:
-        """Cores (left bond, out, in, right bond)."""
+        """Return the cores (left bond, out, in, right bond)."""
         return [
             self.to_numpy(core).reshape(core.shape[0], out, in_, core.shape[-1])
             for core, out, in_ in zip(operator.cores, shape.out_dims, shape.in_dims, strict=True)
         ]
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> Any:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> Any:
         raise Unsupported("no decomposition")
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
         raise Unsupported("no sums or rounding")
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
         raise Unsupported("no products of operators")
 
     def apply(self, operator: Any, x: Any) -> Any:
-        """Vectors (batch, in) to (batch, out)."""
+        """Map vectors (batch, in) to (batch, out)."""
         raise Unsupported("no products with vectors")
 
     def norm(self, operator: Any) -> Any:
@@ -118,19 +117,11 @@ class Tnmoe(Library):
     def operator(self, cores: Cores) -> tn.MPO:
         return tn.MPO([self.array(core) for core in cores])
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> tn.MPO:
-        return tn.decompose(matrix, shape, max_bond=max_bond, rtol=rtol)
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> tn.MPO:
+        return tn.decompose(matrix, shape, **limits)
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> tn.MPO:
-        return reduce(add, operators).compress(max_bond=max_bond, rtol=rtol)
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> tn.MPO:
+        return reduce(add, operators).compress(**limits)
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> tn.MPO:
         return (a @ b).compress(max_bond=max_bond)
@@ -150,7 +141,7 @@ class TnmoeTorch(OnTorch, Tnmoe):
 
 
 class Tensorly(Library):
-    """Fixed ranks only; operators are decomposed and rebuilt, nothing else."""
+    """Fixed ranks only; tensorly decomposes operators and rebuilds matrices, and no more."""
 
     name, package, svd = "tensorly", "tensorly", "truncated_svd"
 
@@ -160,44 +151,31 @@ class Tensorly(Library):
     def cores(self, operator: Any, shape: tn.MPOShape) -> list[np.ndarray]:
         return list(operator)
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> TTMatrix:
-        if rtol is not None:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> TTMatrix:
+        if "rtol" in limits:
             raise Unsupported("no rtol")
         tensor = matrix.reshape(*shape.out_dims, *shape.in_dims)
-        ranks = (1, *shape.bond_dims(max_bond), 1)
+        ranks = (1, *shape.bond_dims(limits.get("max_bond")), 1)
         return tensor_train_matrix(tensor, rank=ranks, svd=self.svd)
 
     def apply(self, operator: TTMatrix, x: Any) -> Any:
-        # The only way it has: build the matrix.
+        # Its only way is to build the matrix.
         return tl.dot(x, tl.transpose(operator.to_matrix()))
 
 
 class TensorlyRandom(Tensorly):
-    """Not ``symeig_svd``: it forms the Gram matrix of the longer side, minutes for these shapes."""
+    """Randomized SVDs: ``symeig_svd`` forms the longer side's Gram matrix, which takes minutes."""
 
     name, svd = "tensorly random", "randomized_svd"
     only = ("decompose",)
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> TTMatrix:
-        if max_bond is None:
-            raise Unsupported("needs a fixed bond")
-        return super().decompose(matrix, shape, max_bond)
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> TTMatrix:
+        require_bond(limits)
+        return super().decompose(matrix, shape, **limits)
 
 
 class Quimb(Library):
-    """``MatrixProductOperator.from_dense`` needs equal legs, so a paired ``MatrixProductState``."""
+    """A ``MatrixProductState`` of paired legs: operators ``from_dense`` must have equal legs."""
 
     name, package, split, product = "quimb", "quimb", "svd", "direct"
 
@@ -220,25 +198,19 @@ class Quimb(Library):
         return arrays
 
     def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
+        self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]
     ) -> qtn.MatrixProductState:
         tensor = pair_legs(matrix, shape)
-        if max_bond is None and rtol is None and self.split == "svd":
-            # Nothing is cut, so the cheaper QR decomposition does.
+        if not limits and self.split == "svd":
+            # Without truncation, the cheaper QR decomposition is enough.
             options: dict[str, Any] = {"method": "qr"}
         else:
-            options = {"method": self.split, **_quimb_limits(shape.sites, max_bond, rtol)}
+            options = {"method": self.split, **_quimb_limits(shape.sites, limits)}
         return qtn.MatrixProductState.from_dense(tensor, tensor.shape, **options)
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
         total = reduce(lambda a, b: a.add_MPO(b), operators)
-        total.compress(method=self.split, **_quimb_limits(total.L, max_bond, rtol))
+        total.compress(method=self.split, **_quimb_limits(total.L, limits))
         return total
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
@@ -277,22 +249,14 @@ class QuimbRandom(Quimb):
     only = ("decompose", "round_sum", "round_product")
 
     def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
+        self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]
     ) -> qtn.MatrixProductState:
-        if max_bond is None:
-            raise Unsupported("needs a fixed bond")
-        return super().decompose(matrix, shape, max_bond)
+        require_bond(limits)
+        return super().decompose(matrix, shape, **limits)
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
-        if max_bond is None:
-            raise Unsupported("needs a fixed bond")
-        return super().round_sum(operators, max_bond)
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
+        require_bond(limits)
+        return super().round_sum(operators, **limits)
 
 
 class TorchTT(OnTorch):
@@ -301,23 +265,15 @@ class TorchTT(OnTorch):
     def operator(self, cores: Cores) -> Any:
         return torchtt.TT([self.array(core) for core in cores])
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> Any:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> Any:
         legs = list(zip(shape.out_dims, shape.in_dims, strict=True))
-        return torchtt.TT(matrix, shape=legs, **_torchtt_limits(max_bond, rtol))
+        return torchtt.TT(matrix, shape=legs, **_torchtt_limits(limits))
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
-        return reduce(add, operators).round(**_torchtt_limits(max_bond, rtol))
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
+        return reduce(add, operators).round(**_torchtt_limits(limits))
 
     def round_product(self, a: Any, b: Any, max_bond: int) -> Any:
-        return (a @ b).round(**_torchtt_limits(max_bond, None))
+        return (a @ b).round(**_torchtt_limits({"max_bond": max_bond}))
 
     def apply(self, operator: Any, x: Any) -> Any:
         return (operator @ x.reshape(len(x), *operator.N)).reshape(len(x), -1)
@@ -326,17 +282,17 @@ class TorchTT(OnTorch):
         return operator.norm()
 
     def inner(self, a: Any, b: Any) -> Any:
-        # Its dot knows tensors only, so each core's two legs are read as one.
+        # Its dot takes tensors only, so the two legs of a core count as one.
         return torchtt.dot(_as_tensor(a), _as_tensor(b))
 
 
 class Tntorch(OnTorch):
-    """Tensors with paired legs do all but ``apply``; its operators have no product."""
+    """Tensors with paired legs for all but ``apply``; tntorch's operators have no product."""
 
     name, package, algorithm = "tntorch", "tntorch", "svd"
 
     def operator(self, cores: Cores) -> Any:
-        # It multiplies rows of inputs from the left: its operator is our transpose.
+        # tntorch multiplies rows of inputs from the left: its operator is our transpose.
         swapped = [self.array(np.ascontiguousarray(core.swapaxes(1, 2))) for core in cores]
         ranks = [core.shape[-1] for core in cores[:-1]]
         legs = [[core.shape[axis] for core in cores] for axis in (2, 1)]
@@ -348,27 +304,18 @@ class Tntorch(OnTorch):
             return [core.swapaxes(1, 2) for core in super().cores(operator, swapped)]
         return super().cores(operator, shape)
 
-    def decompose(
-        self,
-        matrix: Any,
-        shape: tn.MPOShape,
-        max_bond: int | None = None,
-        rtol: float | None = None,
-    ) -> Any:
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> Any:
         tensor = pair_legs(matrix, shape)
         result = tntorch.Tensor(tensor)
-        ranks = list(shape.bond_dims(max_bond))
-        eps = 1e-14 if rtol is None else rtol
-        result.round_tt(eps=eps, rmax=ranks, algorithm=self.algorithm)
+        ranks = list(shape.bond_dims(limits.get("max_bond")))
+        result.round_tt(eps=limits.get("rtol", 1e-14), rmax=ranks, algorithm=self.algorithm)
         result.transposed = False
         return result
 
-    def round_sum(
-        self, operators: Sequence[Any], max_bond: int | None = None, rtol: float | None = None
-    ) -> Any:
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> Any:
         total = reduce(add, [operator.flatten() for operator in operators])
-        eps = 1e-14 if rtol is None else rtol
-        total.round_tt(eps=eps, rmax=max_bond, algorithm=self.algorithm)
+        eps, bond = limits.get("rtol", 1e-14), limits.get("max_bond")
+        total.round_tt(eps=eps, rmax=bond, algorithm=self.algorithm)
         total.transposed = True
         return total
 
@@ -388,7 +335,7 @@ class TntorchFast(Tntorch):
 
 
 def libraries(device: str) -> list[Library]:
-    """All libraries, tnmoe first; those of torch on ``device``, the others on the CPU."""
+    """Return all libraries, tnmoe first; libraries on torch use ``device``, the rest the CPU."""
     return [
         Tnmoe(),
         TnmoeTorch(device),
@@ -404,24 +351,31 @@ def libraries(device: str) -> list[Library]:
 
 
 def pair_legs(matrix: Any, shape: tn.MPOShape) -> Any:
-    """The matrix as a tensor with one axis (out_k, in_k) per site."""
+    """Turn a matrix into a tensor with one axis (out_k, in_k) per site."""
     tensor = matrix.reshape(*shape.out_dims, *shape.in_dims)
     axes = [axis for site in range(shape.sites) for axis in (site, shape.sites + site)]
     permute = tensor.permute if isinstance(tensor, torch.Tensor) else tensor.transpose
     return permute(axes).reshape(shape.legs)
 
 
-def _quimb_limits(sites: int, max_bond: int | None, rtol: float | None) -> dict[str, Any]:
-    """``rsum2`` discards less than the share ``cutoff`` of the squared norm, per bond."""
-    cutoff = 0.0 if rtol is None else rtol**2 / (sites - 1)
-    return {"max_bond": max_bond, "cutoff": cutoff, "cutoff_mode": "rsum2"}
+def require_bond(limits: Limits) -> None:
+    """Refuse a case without a fixed bond."""
+    if "max_bond" not in limits:
+        raise Unsupported("needs a fixed bond")
 
 
-def _torchtt_limits(max_bond: int | None, rtol: float | None) -> dict[str, Any]:
-    """``eps`` bounds the relative error of the whole; 0 cuts nothing."""
-    limits: dict[str, Any] = {"eps": 0.0 if rtol is None else rtol}
-    return limits if max_bond is None else {**limits, "rmax": max_bond}
+def _quimb_limits(sites: int, limits: Limits) -> dict[str, Any]:
+    """Return quimb's limits: per bond, ``rsum2`` discards ``cutoff`` of the squared norm."""
+    cutoff = limits.get("rtol", 0.0) ** 2 / (sites - 1)
+    return {"max_bond": limits.get("max_bond"), "cutoff": cutoff, "cutoff_mode": "rsum2"}
+
+
+def _torchtt_limits(limits: Limits) -> dict[str, Any]:
+    """Return torchTT's limits: ``eps`` bounds the relative error of the whole operator."""
+    arguments: dict[str, Any] = {"eps": limits.get("rtol", 0.0)}
+    return arguments | ({"rmax": limits["max_bond"]} if "max_bond" in limits else {})
 
 
 def _as_tensor(operator: Any) -> Any:
+    """Merge the two legs of every core."""
     return torchtt.TT([core.flatten(1, 2) for core in operator.cores])

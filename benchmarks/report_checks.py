@@ -1,4 +1,4 @@
-"""What is measured or counted without peers, on the page: routes, building, sizes of models."""
+"""The page's sections without peers: routes, building of matrices, sizes of models."""
 
 from __future__ import annotations
 
@@ -7,42 +7,47 @@ from typing import Any
 from report_parts import (
     NONE,
     Kind,
-    count,
+    escaped,
+    finite,
     first_case,
+    format_count,
+    format_ratio,
     network,
-    number,
-    plain,
     ratio,
     table,
-    times,
     tokens,
 )
 
 ROUTES = """\
-tnmoe has several ways from tokens to outputs of experts, and plans one from a model of the
-machine: *shared* (nothing is built; the central core is one product for all tokens of all
-experts), *chain* (tokens through each expert's cores), *dense* (matrices are built, used and
-dropped), *cached* (matrices are kept, at inference). Here one projection is run by every route
-that is not expected to be hopeless, with cold caches, and the planned one is compared with the
-fastest."""
+tnmoe knows four routes from the tokens of a layer to the outputs of its experts, and plans one with
+a model of the machine:
+
+- *joint*: nothing is built; the central core multiplies the tokens of all experts in one product.
+- *per_expert*: the tokens of each expert go through its own chain of cores.
+- *rebuilt*: each expert's matrix is built, used and dropped.
+- *cached*: the matrices are built once and kept, at inference.
+
+The benchmark ran one projection by every route that was predicted to take at most six times as long
+as the fastest, with cold caches, and compared the planned route with the fastest one measured."""
 
 BUILDING_LEGEND = """\
-Building the matrices of 8 experts (3072x768, interleaved legs) from their cores, as a training step
-does: the rate of the products that this takes, as a share of the rate that a large matrix product
-reached in the same run. 100 % would be as fast as the machine can multiply."""
+The benchmark built the matrices of 8 experts (3072x768, interleaved legs) from their cores, as a
+training step does. The table shows the rate of the products that this takes, as a share of the rate
+that a large matrix product reached in the same run. At 100 %, the machine multiplies as fast as it
+can."""
 
 SIZES_LEGEND = """\
-Parameters of whole models, counted from their configurations and not measured: exact bonds, five
-sites, routers included, experts in every network or in every 2nd. *Times smaller* is the ordinary
-mixture over MPOE; for E experts it cannot exceed E."""
+Parameters of whole models, counted from their configurations: exact bonds, five sites, routers
+included, experts in every network or in every second one. *Times smaller* divides the parameters of
+the ordinary mixture by those of MPOE; for E experts it cannot exceed E."""
 
 
 def _exceptions(result: dict[str, Any]) -> list[list[str]]:
-    """The cases in which another route is more than 10 % faster than the planned one."""
+    """List the cases in which another route is more than 10 % faster than the planned one."""
     lines = []
     for case in result["cases"]:
         for route in case["routes"]:
-            if (number(route["excess"]) or 0.0) > 0.1:
+            if (finite(route["excess"]) or 0.0) > 0.1:
                 seconds = route["seconds"]
                 fastest = min(seconds, key=lambda name: seconds[name])
                 slower = ratio(seconds[route["planned"]], seconds[fastest])
@@ -50,12 +55,12 @@ def _exceptions(result: dict[str, Any]) -> list[list[str]]:
                 cells = (
                     network(case),
                     tokens(case),
-                    plain(route["shape"]),
+                    escaped(route["shape"]),
                     mode,
                     route["planned"],
                     fastest,
                 )
-                lines.append([*cells, times(slower)])
+                lines.append([*cells, format_ratio(slower)])
     return lines
 
 
@@ -76,7 +81,7 @@ def _building_body(result: dict[str, Any]) -> str:
     rows = [
         [
             str(row["bond"] or "exact"),
-            NONE if number(row["share"]) is None else f"{row['share']:.0%}",
+            NONE if finite(row["share"]) is None else f"{row['share']:.0%}",
         ]
         for row in result["building"]
     ]
@@ -88,13 +93,13 @@ def _sizes_body(rows: list[dict[str, Any]]) -> str:
                "MPOE interleaved", "times smaller", "MPOE split", "times smaller")  # fmt: skip
     cells = [
         [
-            plain(row["model"]),
-            count(row["experts"]),
+            escaped(row["model"]),
+            format_count(row["experts"]),
             ("1st", "2nd")[row["every"] - 1],
-            *map(count, (row["dense"], row["moe"], row["interleaved"])),
-            times(number(row["interleaved ratio"])),
-            count(row["split"]),
-            times(number(row["split ratio"])),
+            *map(format_count, (row["dense"], row["moe"], row["interleaved"])),
+            format_ratio(finite(row["interleaved ratio"])),
+            format_count(row["split"]),
+            format_ratio(finite(row["split ratio"])),
         ]
         for row in rows
     ]

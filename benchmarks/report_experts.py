@@ -1,4 +1,4 @@
-"""The results of experts.py on the page: layers beside other mixtures, in time and in memory."""
+"""The page's section on layers: tnmoe's experts beside other mixtures, in time and in memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from report_parts import (
     NONE,
     Kind,
-    above,
     bold,
     bullets,
+    counted,
+    escaped,
+    finite,
     first_case,
-    least,
-    many,
+    format_ratio,
+    is_above_one,
     network,
-    number,
-    plain,
     ratio,
+    smallest,
     table,
-    times,
     tokens,
 )
 
@@ -32,34 +32,40 @@ MEASURES = {
 }
 
 LEGEND = """\
-Whole layers on the same tokens. *Inference* is a forward pass, *training* a forward and a backward
-pass, taking turns with the other layers; *memory* is the most that a training step in a process of
-its own has in use, above what was in use before the layer was made. All are ratios to the **best
-MoE**, the better of transformers' two ordinary mixtures in the same case. *Weights* compares in the
-same way how many numbers a layer holds; one that holds fewer can express less. Weights are random:
-this is about time and memory, not about what layers learn.
+The benchmark runs whole layers on the same tokens, and the layers take turns.
+
+- *Inference* is a forward pass, *training* a forward and a backward pass.
+- *Memory* is the peak of a training step in a new process, above the memory in use before the layer
+  was made.
+- *Weights* is the number of weights that a layer holds. A layer with fewer can express less.
+
+All figures are ratios to the **best MoE**, the better of transformers' two ordinary mixtures in the
+same case. Weights are random: the figures are about time and memory, and say nothing about what a
+layer learns.
 
 - **Switch loop**, **grouped\\_mm**: transformers' ordinary mixtures, in which every expert is a
-  network of its own: its Switch experts in a loop, and its grouped products on stacked weights.
-- **dense FFN**: one network for all tokens. No mixture; it is here for orientation.
-- **tnmoe exact**, **bond B**: this library. Every matrix is a chain of small tensors, the cores;
-  the experts share the central one, and each has the others to itself. The bonds between the cores
+  separate network: its Switch experts in a loop, and its grouped products on stacked weights.
+- **dense FFN**: one network for all tokens. It is not a mixture, and stands here for orientation.
+- **tnmoe exact**, **bond B**: this library. Every matrix is a chain of small tensors, its cores.
+  The experts share the central core, and each expert owns its other cores. The bonds between cores
   are as large as any matrix needs, or at most B.
-- **tnmoe split G**: the same with output legs left and input legs right of the central core, in
-  groups of G; no expert's matrix is ever built.
+- **tnmoe split G**: the same with output legs to the left and input legs to the right of the
+  central core, in groups of G. No expert's matrix is ever built.
 - **published exact**, **bond B**: the same mixture as its paper describes it (MPOE,
-  arXiv:2203.01104), every expert rebuilt core by core at every forward; written for this benchmark.
-- **torchTT**, **tensorly-torch bond B**: those libraries' factorised layers, one per expert and
-  matrix. Nothing is shared.
+  arXiv:2203.01104): every forward pass rebuilds every expert core by core. Written for this
+  benchmark.
+- **torchTT**, **tensorly-torch bond B**: the factorised layers of these libraries, one per expert
+  and matrix. The experts share nothing.
 
-A case is named by the sizes of the network (768x3072: tokens of 768 numbers, 3072 inside), whether
-it is gated, the number of experts and the number of tokens. Every token goes to one expert, chosen
-at random. At inference tnmoe may build the experts' matrices once and keep them, which takes an
-ordinary mixture's memory; the layer then does what that mixture does: hence many ratios near 1."""
+The name of a case holds the sizes of the network (768x3072: tokens of 768 numbers, 3072 hidden
+units), whether it is gated, the number of experts and the number of tokens. Every token goes to one
+expert, chosen at random. At inference, tnmoe may build the experts' matrices once and keep them, in
+as much memory as an ordinary mixture needs. The layer then computes what that mixture computes, so
+many ratios are near 1."""
 
 
 def losses(result: dict[str, Any]) -> str:
-    """Where even tnmoe's best layer is behind, and how often each of its layers is."""
+    """List the cases in which tnmoe's best layer is behind, and count them for every layer."""
     cases = [each for each in _measured(result) if _best(*each)]
     if not cases:
         return "No case has an ordinary mixture to compare with."
@@ -69,13 +75,15 @@ def losses(result: dict[str, Any]) -> str:
         f"In {count} cases even the best of tnmoe's layers is behind the *best MoE*, the better of "
         "transformers' two ordinary mixtures.",
         bullets(behind),
-        "In how many cases each layer is behind, and the worst ratio (all are listed below):",
+        "For every layer, the cases in which it is behind, and the worst ratio (all are listed "
+        "below):",
         _by_layer(cases),
     ]
     return "\n\n".join(filter(None, lines))
 
 
 def body(result: dict[str, Any]) -> str:
+    """Write the tables of all ratios, and a list of all cases in which a peer is ahead."""
     listed = bullets(filter(None, (_all_losses(*each) for each in _measured(result))))
     return "\n\n".join(
         [
@@ -83,14 +91,14 @@ def body(result: dict[str, Any]) -> str:
             "–: not measured.",
             *_tables(result),
             "**Every case in which a peer is ahead of a layer of tnmoe**, with the ratio to the "
-            "best MoE, or to the layer of the same bond that is named:",
+            "best MoE, or to the named layer of the same bond:",
             listed or "- none",
         ]
     )
 
 
 def _measured(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every case with every measure that any of its layers has."""
+    """Yield every case with every measure that any of its layers has."""
     for case in result["cases"]:
         for measure in MEASURES:
             if any(measure in row for row in case["layers"].values()):
@@ -98,27 +106,27 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _turns(result: dict[str, Any]) -> str:
-    """How many turns the medians are of; empty for memory, which needs none."""
+    """Say how many turns the medians are taken over; memory needs no turns."""
     figures = [row.get(mode) for case, mode in _measured(result) for row in case["layers"].values()]
     timed = [figure for figure in figures if isinstance(figure, dict)]
     turns = max((len(figure.get("seconds", ())) for figure in timed), default=0)
-    return f"Medians of {many(turns, 'turn')}. " if turns else ""
+    return f"Medians of {counted(turns, 'turn')}. " if turns else ""
 
 
 def _value(case: dict[str, Any], name: str, measure: str) -> float | None:
     given = case["layers"].get(name, {}).get(measure)
-    return number(given.get("median s") if isinstance(given, dict) else given)
+    return finite(given.get("median s") if isinstance(given, dict) else given)
 
 
 def _note(case: dict[str, Any], name: str, measure: str) -> str:
     row = case["layers"].get(name, {})
     given = row.get(measure)
     note = (given if isinstance(given, dict) else row).get("note")
-    return plain(note) if note else NONE
+    return escaped(note) if note else NONE
 
 
 def _best(case: dict[str, Any], measure: str) -> float | None:
-    return least(_value(case, name, measure) for name in BASELINES)
+    return smallest(_value(case, name, measure) for name in BASELINES)
 
 
 def _to_best(case: dict[str, Any], name: str, measure: str) -> float | None:
@@ -130,8 +138,8 @@ def _ours(case: dict[str, Any]) -> list[str]:
 
 
 def _is_behind(case: dict[str, Any], name: str, measure: str) -> bool:
-    """A layer without a figure is behind as well."""
-    return _value(case, name, measure) is None or above(_to_best(case, name, measure))
+    """Compare a layer with the best MoE; a layer without a figure counts as behind."""
+    return _value(case, name, measure) is None or is_above_one(_to_best(case, name, measure))
 
 
 def _all_behind(case: dict[str, Any], measure: str) -> bool:
@@ -139,21 +147,24 @@ def _all_behind(case: dict[str, Any], measure: str) -> bool:
 
 
 def _leader(case: dict[str, Any], measure: str) -> str:
-    """tnmoe's best layer of a case and its ratio."""
+    """Name tnmoe's best layer of a case, with its ratio."""
     ratios = {name: _to_best(case, name, measure) for name in _ours(case)}
-    best = least(ratios.values())
-    names = (plain(name) for name, value in ratios.items() if value == best)
-    return "no figure" if best is None else f"{next(names)} {times(best)}"
+    best = smallest(ratios.values())
+    names = (escaped(name) for name, value in ratios.items() if value == best)
+    return "no figure" if best is None else f"{next(names)} {format_ratio(best)}"
 
 
 def _by_layer(cases: list[tuple[dict[str, Any], str]]) -> str:
-    """Layers down; per measure in how many cases each is behind, and its worst ratio."""
+    """Tabulate for every layer and measure how often it is behind, and its worst ratio."""
     names = dict.fromkeys(name for case, _ in cases for name in _ours(case))
     measures = dict.fromkeys(measure for _, measure in cases)
     headers = [f"behind in {MEASURES[measure]} (worst ratio)" for measure in measures]
     return table(
         ["layer", *headers],
-        [[plain(name), *(_tally(cases, name, measure) for measure in measures)] for name in names],
+        [
+            [escaped(name), *(_tally(cases, name, measure) for measure in measures)]
+            for name in names
+        ],
     )
 
 
@@ -161,20 +172,20 @@ def _tally(cases: list[tuple[dict[str, Any], str]], name: str, measure: str) -> 
     there = [case for case, what in cases if what == measure and name in case["layers"]]
     worst = max((_to_best(case, name, measure) or 0.0 for case in there), default=0.0)
     behind = sum(_is_behind(case, name, measure) for case in there)
-    return f"{behind} of {len(there)} ({times(worst or None)})"
+    return f"{behind} of {len(there)} ({format_ratio(worst or None)})"
 
 
 def _all_losses(case: dict[str, Any], measure: str) -> str:
-    """One line with every layer that is behind a peer; empty where there is none."""
+    """Write one line with every layer that is behind a peer; empty if no layer is."""
     texts = []
     for name in _ours(case):
         if _is_behind(case, name, measure):
-            texts.append(f"{plain(name)} {_cell(case, name, measure)}")
+            texts.append(f"{escaped(name)} {_cell(case, name, measure)}")
         for peer in case["layers"]:
             same_bond = peer.endswith(name.removeprefix("tnmoe"))
             value = ratio(_value(case, name, measure), _value(case, peer, measure))
-            if peer not in _ours(case) and same_bond and above(value):
-                texts.append(f"{plain(name)} **{times(value)} × {plain(peer)}**")
+            if peer not in _ours(case) and same_bond and is_above_one(value):
+                texts.append(f"{escaped(name)} **{format_ratio(value)} × {escaped(peer)}**")
     return f"{_name(case, measure)}: {', '.join(texts)}" if texts else ""
 
 
@@ -187,7 +198,7 @@ def _name(case: dict[str, Any], measure: str) -> str:
 
 
 def _tables(result: dict[str, Any]) -> Iterator[str]:
-    """Per network, number of experts and measure: layers down, tokens across."""
+    """Yield a table per network, number of experts and measure: layers down, tokens across."""
     for _, group in groupby(result["cases"], key=_group):
         cases = list(group)
         for measure in dict.fromkeys(measure for _, measure in _measured({"cases": cases})):
@@ -197,14 +208,14 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
 
 def _table(cases: list[dict[str, Any]], measure: str) -> str:
     names = dict.fromkeys(name for case in cases for name in case["layers"])
-    # Weights do not depend on the tokens, so any case that has them will do.
+    # The number of weights does not depend on the tokens: take the first case that has it.
     known = [case for case in cases if _best(case, "weight bytes")][:1]
     return table(
         ["layer", *(["weights"] * len(known)), *map(tokens, cases)],
         [
             [
-                plain(name),
-                *(times(_to_best(case, name, "weight bytes")) for case in known),
+                escaped(name),
+                *(format_ratio(_to_best(case, name, "weight bytes")) for case in known),
                 *(_cell(case, name, measure) for case in cases),
             ]
             for name in names
@@ -216,7 +227,7 @@ def _cell(case: dict[str, Any], name: str, measure: str) -> str:
     value = _to_best(case, name, measure)
     if value is None:
         return _note(case, name, measure)
-    return bold(times(value), name.startswith("tnmoe") and above(value))
+    return bold(format_ratio(value), name.startswith("tnmoe") and is_above_one(value))
 
 
 EXPERTS = Kind(

@@ -1,4 +1,4 @@
-"""What the sections of the report are made of: kinds of results, ratios, tables in Markdown."""
+"""Parts of the report's sections: kinds of results, ratios, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from html import escape
 from math import isfinite
 from typing import Any
 
+# Stands where there is no figure.
 NONE = "–"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What one script measures, and how the page shows it.
+    """A kind of measurement, and the way in which the page shows it.
 
-    ``fits`` tells its results from others. ``losses`` puts into Markdown where tnmoe is behind in
-    one result, ``body`` all the rest. ``packages`` are those whose versions decide the figures.
+    ``fits`` recognises its results. ``losses`` writes in Markdown where tnmoe is behind in one
+    result, and ``body`` writes all the rest. The versions of ``packages`` determine the figures.
     """
 
     title: str
@@ -28,38 +29,40 @@ class Kind:
 
 
 def first_case(result: Any) -> dict[str, Any]:
-    """The first of the cases that a script measured; empty where there is none."""
+    """Return the first case that a script measured, or an empty one if there is none."""
     cases = result.get("cases") if isinstance(result, dict) else None
     return cases[0] if isinstance(cases, list) and cases and isinstance(cases[0], dict) else {}
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None for whatever else a result may hold."""
+def finite(value: Any) -> float | None:
+    """Return a finite number, or None for anything else that a result may hold."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     return value if usable else None
 
 
 def ratio(value: Any, reference: Any) -> float | None:
-    """Of two medians of one run; None unless both are there."""
-    value, reference = number(value), number(reference)
+    """Divide two medians of one run; return None unless both exist."""
+    value, reference = finite(value), finite(reference)
     return None if value is None or not reference else value / reference
 
 
-def least(values: Iterable[Any]) -> float | None:
-    return min((value for value in values if number(value) is not None), default=None)
+def smallest(values: Iterable[Any]) -> float | None:
+    """Return the smallest finite number; None if there is none."""
+    return min((value for value in values if finite(value) is not None), default=None)
 
 
-def above(value: float | None, bar: float = 1.0) -> bool:
-    """As printed, so that no reader sees a 1.00 that counts as more than 1."""
-    return value is not None and round(value, 2) > bar
+def is_above_one(value: float | None) -> bool:
+    """Compare the rounded ratio, so that a printed 1.00 never counts as more than 1."""
+    return value is not None and round(value, 2) > 1
 
 
-def below(value: float | None, bar: float = 1.0) -> bool:
-    return value is not None and round(value, 2) < bar
+def is_below_one(value: float | None) -> bool:
+    """Compare the rounded ratio, so that a printed 1.00 never counts as less than 1."""
+    return value is not None and round(value, 2) < 1
 
 
-def times(value: float | None) -> str:
-    """A ratio: two decimals, or two digits where it is small and three where it is large."""
+def format_ratio(value: float | None) -> str:
+    """Write a ratio with two decimals; a small one with two digits, a large one with three."""
     if value is None:
         return NONE
     if value < 0.1:
@@ -67,23 +70,25 @@ def times(value: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def scientific(value: Any) -> str:
-    """An error; one that is not a number says so."""
-    if number(value) is None:
+def format_error(value: Any) -> str:
+    """Write an error with two digits; say so where it is not finite."""
+    if finite(value) is None:
         return "not finite" if isinstance(value, float) else NONE
     return f"{value:.1e}" if value else "0"
 
 
-def count(value: Any) -> str:
-    return NONE if number(value) is None else f"{value:,}"
+def format_count(value: Any) -> str:
+    """Write a whole number with thousands separators."""
+    return NONE if finite(value) is None else f"{value:,}"
 
 
 def bold(text: str, when: bool = True) -> str:
+    """Make a text bold, if it should be."""
     return f"**{text}**" if when else text
 
 
-def plain(value: Any) -> str:
-    """Text that Markdown shows as it is: names and error messages hold its signs."""
+def escaped(value: Any) -> str:
+    """Escape the signs of Markdown, which names and error messages contain."""
     text = " ".join(str(value).split())
     for sign in "\\|*_`~[]":
         text = text.replace(sign, f"\\{sign}")
@@ -91,28 +96,33 @@ def plain(value: Any) -> str:
 
 
 def network(case: dict[str, Any]) -> str:
-    """Of a case of experts: what its tables have in common."""
-    return f"{plain(case['ffn'])}{', gated' * case['gated']}, {many(case['experts'], 'expert')}"
+    """Name the network and the number of experts of a case."""
+    return (
+        f"{escaped(case['ffn'])}{', gated' * case['gated']}, {counted(case['experts'], 'expert')}"
+    )
 
 
 def tokens(case: dict[str, Any]) -> str:
-    return many(case["tokens"], "token")
+    """Name the number of tokens of a case."""
+    return counted(case["tokens"], "token")
 
 
-def many(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun in the singular or plural."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of finished cells, numbers to the right."""
+    """Lay out finished cells as a table, with all columns but the first to the right."""
     marks = ["---", *["---:"] * (len(headers) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (headers, marks, *rows))
 
 
 def bullets(lines: Iterable[str]) -> str:
+    """Write lines as a list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
-def folded(summary: str, body: str) -> str:
-    """What a reader opens with a click; the summary is text, and in HTML no Markdown."""
+def collapsible(summary: str, body: str) -> str:
+    """Hide Markdown below a summary that opens with a click; the summary is plain text."""
     return f"<details><summary>{escape(summary)}</summary>\n\n{body}\n\n</details>"

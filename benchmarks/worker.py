@@ -1,4 +1,4 @@
-"""One library on one large case, in a process of its own; started by isolated.py."""
+"""One library on one large case; isolated.py starts this script in a new process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from cases import all_cases
 from machine import keep_freed_memory, limit_memory, set_threads, timed
 from peers import libraries
 
-# What checking a result in double precision may add to the first call.
+# Seconds that the check of a result in double precision may add to the first call.
 CHECK_S = 60
 
 
 def main() -> None:
+    """Make the first call and the timed calls, and write the row after each of them."""
     request = json.loads(sys.argv[1])
     limit_memory(request["memory"], request["device"])
     keep_freed_memory()
     set_threads()
     cases = all_cases(False, request["dtype"], request["matrix"])
     case = next(case for case in cases if case.name == request["case"])
-    library = next(one for one in libraries(request["device"]) if one.name == request["library"])
+    library = next(lib for lib in libraries(request["device"]) if lib.name == request["library"])
     inputs = case.make()
     # An alarm without a handler ends the process even in the middle of a LAPACK call.
     signal.alarm(ceil(request["limit"]) + CHECK_S)

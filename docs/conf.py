@@ -1,4 +1,4 @@
-"""The site. `make docs` builds it; neither it nor its building needs a network."""
+"""The site's configuration. `make docs` builds the site, without a network."""
 
 import os
 import re
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 project = "tnmoe"
 author = "The tnmoe authors"
-copyright = author  # noqa: A001 - Sphinx's name
+copyright = author  # noqa: A001 - Sphinx requires this name
 version = release = tnmoe.__version__
 
 extensions = [
@@ -51,12 +51,12 @@ napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 toc_object_entries_show_parents = "hide"
-# A reference to a function, method or attribute has to lead somewhere. Types in docstrings are
-# prose ("sequence of int") and may not.
+# Every reference to a function, method or attribute must lead somewhere. Types in docstrings are
+# prose ("sequence of int") and need not.
 nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*"), ("py:.*", r"(torch|numpy|transformers)\..*")]
 
-# Pages are notebooks. They run when they or the library change.
+# Pages are notebooks. They run again when they or the library change.
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
@@ -64,64 +64,70 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-# What a notebook's outputs depend on besides its own code.
-_sources = [*sorted(HERE.parent.glob("tnmoe/**/*.py")), HERE / "ipython_kernel_config.py"]
+# A notebook's outputs depend on these files besides its own code.
+_sources = [*sorted(HERE.parent.glob("tnmoe/**/*.py")), *sorted(HERE.glob("ipython_*.py"))]
 _state = sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
 nb_execution_cache_path = str(HERE / "_build" / "runs" / _state)
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# For the notebooks: warnings would show paths, and what was measured on this machine other plans.
+# The notebooks' kernels start with these files and settings.
 _profile = HERE / "_build" / "ipython" / "profile_default"
-_profile.mkdir(parents=True, exist_ok=True)
+(_profile / "startup").mkdir(parents=True, exist_ok=True)
 copyfile(HERE / "ipython_kernel_config.py", _profile / "ipython_kernel_config.py")
+copyfile(HERE / "ipython_startup.py", _profile / "startup" / "ipython_startup.py")
 os.environ["IPYTHONDIR"] = str(_profile.parent)
-os.environ["PYTHONWARNINGS"] = "ignore"
-os.environ["TNMOE_CACHE"] = str(HERE / "_build" / "measured")
+os.environ["PYTHONWARNINGS"] = "ignore"  # warnings would show paths of this machine
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Pages do not show transformers' hints and progress bars.
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-# Formulas as MathML: they need neither a script nor a font from elsewhere.
+# Formulas are MathML, which needs neither a script nor a font from elsewhere.
 _SPELLINGS = {r"\dots": r"\ldots", r"\Big(": r"\Bigl(", r"\Big)": r"\Bigr)"}
 
 
-def _formula(translator: nodes.NodeVisitor, node: nodes.math | nodes.math_block) -> None:
+def _write_formula(translator: nodes.NodeVisitor, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML."""
     tex = node.astext()
-    for ours, theirs in _SPELLINGS.items():
-        tex = tex.replace(ours, theirs)
+    for latex, known in _SPELLINGS.items():
+        tex = tex.replace(latex, known)
     translator.body.append(tex2mathml(tex, as_block=isinstance(node, nodes.math_block)))
     raise nodes.SkipNode
 
 
-# An entry of several names, and its type, its description, or both.
-_SEVERAL = re.compile(r"^(\w+(?:, \w+)+)( : .*\n(?: +.*\n)*|\n(?: +.*\n)+)", re.M)
+# An entry of several names with its type, its description, or both.
+_SEVERAL_NAMES = re.compile(r"^(\w+(?:, \w+)+)( : .*\n(?: +.*\n)*|\n(?: +.*\n)+)", re.M)
 
 
-def _for_napoleon(
+def _prepare_for_napoleon(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Write a docstring so that napoleon understands it."""
+    """Rewrite a docstring so that napoleon understands it."""
     if what in ("attribute", "data", "property"):
-        # What their first line has before a colon it takes for a type: now that is a comment.
+        # Napoleon takes the words before a colon in the first line for a type. An empty comment
+        # now stands in that line.
         lines[:0] = ["..", ""]
-    # It knows entries of several names for parameters, and not for attributes.
+    # Napoleon knows entries of several names among parameters, but not among attributes.
     before, heading, attributes = "\n".join(lines).partition("\nAttributes\n----------\n")
-    each = _SEVERAL.sub(
-        lambda entry: "".join(one + entry[2] for one in entry[1].split(", ")), attributes
+    separate = _SEVERAL_NAMES.sub(
+        lambda entry: "".join(field + entry[2] for field in entry[1].split(", ")), attributes
     )
-    lines[:] = (before + heading + each).split("\n")
+    lines[:] = (before + heading + separate).split("\n")
 
 
 _ALIAS = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
 
 
-def _signature(
+def _clean_signature(  # noqa: PLR0917 - Sphinx passes seven positional arguments
     app: Sphinx, what: str, name: str, obj: object, options: object, text: str | None, result: str
 ) -> tuple[str, str] | None:
-    """Signatures as they are written in the code.
+    """Return a signature and its result as the code spells them.
 
-    Factories of dataclasses are no valid signatures, what protocols inherit says nothing, and in
-    unions Sphinx leaves the object that stands for an alias.
+    Sphinx shows three things otherwise. A dataclass's factory becomes an invalid default. A
+    protocol's inherited signature says nothing. In unions, an alias becomes the object that stands
+    for it.
     """
     if text is None:
         return None
@@ -131,28 +137,30 @@ def _signature(
 
 
 class _TypesAreClasses(SphinxPostTransform):
-    """Words of types, as H in "shape (…, H)", are no references to attributes of these names."""
+    """A limit on types: they refer to classes and data, so H in "shape (…, H)" is no attribute."""
 
-    default_priority = 5  # before references are resolved
+    default_priority = 5  # before Sphinx resolves references
 
     def run(self, **kwargs: object) -> None:
+        """Empty the targets of types that name neither a class nor data."""
         domain = self.env.domains.python_domain
         for node in list(self.document.findall(pending_xref)):
             if (node["refdomain"], node["reftype"]) == ("py", "class"):
                 place = (self.env, node.get("py:module"), node.get("py:class"), node["reftarget"])
                 mode = int(node.hasattr("refspecific"))
                 if not any(domain.find_obj(*place, kind, mode) for kind in ("class", "data")):
-                    node["reftarget"] = ""  # leads nowhere
+                    node["reftarget"] = ""  # this leads nowhere
 
 
 def setup(app: Sphinx) -> None:
+    """Register what this file adds to Sphinx."""
     app.add_post_transform(_TypesAreClasses)
-    app.connect("autodoc-process-docstring", _for_napoleon, priority=400)  # before napoleon
-    app.connect("autodoc-process-signature", _signature)
-    app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
+    app.connect("autodoc-process-docstring", _prepare_for_napoleon, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", _clean_signature)
+    app.add_html_math_renderer("mathml", (_write_formula, None), (_write_formula, None))
     for field in PyObject.doc_field_types:
         if field.name == "variable":
-            field.label = "Attributes"  # as in the docstrings; Sphinx says Variables
+            field.label = "Attributes"  # as in the docstrings; Sphinx writes Variables
 
 
 html_math_renderer = "mathml"

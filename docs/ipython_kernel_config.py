@@ -1,11 +1,11 @@
-"""What the notebooks of the site run with: conf.py puts it where their kernels look for it."""
+"""Settings of the notebooks' kernels: conf.py puts this file where the kernels look."""
 
-c = get_config()  # noqa: F821 - of IPython
+c = get_config()  # noqa: F821 - IPython defines it
 
-# Of an expected error a reader needs its last line, not the files that it went through.
+# A reader needs the last line of an expected error, not the files in its traceback.
 c.InteractiveShell.xmode = "Minimal"
 
-# Sharp on every screen, and the same in every build.
+# Pictures are sharp on every screen and the same in every build.
 c.InlineBackend.figure_formats = {"svg"}
 c.InlineBackend.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
 c.InlineBackend.rc = {"svg.hashsalt": "tnmoe"}

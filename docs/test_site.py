@@ -1,4 +1,4 @@
-"""The built site, page by page as a browser gets it. `make docs` runs this when it has built it."""
+"""Tests of the built site, page by page as a browser gets it. `make docs` runs them at its end."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ PAGES = {
     if "_static" not in path.parts
 }
 REFERENCE = [name for name in PAGES if name.startswith("reference/")]
-# Where the site was built: none of it is of interest to a reader.
+# Paths of the machine that built the site must not appear in it.
 PLACES = {str(DOCS.parent), tempfile.gettempdir(), str(Path.home()), sys.prefix} - {"/"}
 
 
 @cache
 def parsed(name: str) -> BeautifulSoup:
+    """Return a page's parsed HTML."""
     return BeautifulSoup(PAGES[name].read_text(encoding="utf-8"), "html.parser")
 
 
 @cache
 def anchors(page: str) -> dict[str, Tag]:
-    """What links into a page may lead to."""
+    """Return the tags of a page that a link can lead to."""
     return {tag["id"]: tag for tag in parsed(page).find_all(id=True)}
 
 
 def entries() -> Iterator[tuple[str, str]]:
-    """All documented objects with their pages."""
+    """Yield the page and name of every documented object."""
     for page in REFERENCE:
         for term in parsed(page).select("dl.py > dt[id]"):
             yield page, term["id"]
@@ -49,12 +50,13 @@ ENTRIES = list(entries())
 
 
 def entry(page: str, name: str) -> tuple[Tag, Tag]:
-    """Signature and description."""
+    """Return the tags of an object's signature and description."""
     term = anchors(page)[name]
     return term, term.find_next_sibling("dd")
 
 
 def resolved(name: str) -> object:
+    """Return the object of a dotted name."""
     value: object = importlib.import_module("tnmoe")
     path = "tnmoe"
     for attribute in name.split(".")[1:]:
@@ -67,14 +69,14 @@ def resolved(name: str) -> object:
 
 
 def words(text: str) -> list[str]:
-    """Words of a text without its markup."""
+    """Return the words of a text without its markup."""
     text = re.sub(r":\w+:`~(?:[\w]+\.)*(\w+)`", r"\1", text)
     text = re.sub(r":\w+:`([^`]+)`", r"\1", text)
     return re.findall(r"[^\W_]+", text)
 
 
 def section(text: str, heading: str) -> str:
-    """A section of a NumPy-style docstring."""
+    """Return a section of a NumPy-style docstring, or nothing."""
     found = re.search(rf"^{heading}\n-+\n(.*?)(?=^[A-Z]\w+\n-+$|\Z)", text, re.M | re.S)
     return found[1] if found else ""
 
@@ -110,22 +112,23 @@ def test_fields_are_those_of_the_docstring(page, name):
     for fields in body.find_all("dl", class_="field-list", recursive=False):
         for label in fields.find_all("dt", recursive=False):
             heading = label.get_text().strip(" :")
-            told = section(text, heading)
-            assert told, f"{heading} is in no docstring"
+            documented = section(text, heading)
+            assert documented, f"{heading} is in no docstring"
             if heading in ("Parameters", "Attributes"):
-                listed = re.findall(r"^([\w*][\w*, ]*?)(?: :.*)?$", told, re.M)
-                names = {each.strip("* ") for line in listed for each in line.split(",")}
+                listed = re.findall(r"^([\w*][\w*, ]*?)(?: :.*)?$", documented, re.M)
+                names = {name.strip("* ") for line in listed for name in line.split(",")}
                 cell = label.find_next_sibling("dd")
-                shown = {each.get_text().strip("*") for each in cell.find_all("strong")}
+                shown = {tag.get_text().strip("*") for tag in cell.find_all("strong")}
                 assert names <= shown
 
 
 def defaults(term: Tag) -> list[str]:
-    return [each.get_text() for each in term.select(".default_value")]
+    """Return the default values in a signature."""
+    return [value.get_text() for value in term.select(".default_value")]
 
 
 @pytest.mark.parametrize(("page", "name"), ENTRIES, ids=[name for _, name in ENTRIES])
-def test_signatures_are_written_in_words_that_a_reader_knows(page, name):
+def test_signatures_use_words_that_a_reader_knows(page, name):
     term, _ = entry(page, name)
     text = term.get_text()
     assert not re.search(r"ForwardRef|<\w+ ?>|object at 0x|lambda|typing\.|\bAny, ?\.\.\.", text)
@@ -162,7 +165,7 @@ def test_no_markup_is_left_and_no_anchor_is_missing(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pictures_are_sharp_there_and_told_in_words(page):
+def test_pictures_are_sharp_present_and_described_in_words(page):
     for image in parsed(page).select("article img"):
         file = (PAGES[page].parent / image["src"]).resolve()
         assert file.is_file()
@@ -180,7 +183,7 @@ def test_a_page_knows_nothing_of_the_machine_that_built_it(page):
         str(value) for tag in parsed(page).find_all(True) for value in tag.attrs.values()
     )
     for place in PLACES:
-        # Colours split the paths of a listing: its text is looked at as well.
+        # Highlighting splits the paths of a listing into tags, so its text counts as well.
         assert place not in html
         assert place not in text
     for image in parsed(page).select("article img"):

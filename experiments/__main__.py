@@ -13,7 +13,7 @@ from experiments.report import write_report
 from experiments.schedule import run_all
 from experiments.settings import SCALES, all_settings
 from experiments.texts import Text, default_texts
-from tnmoe.cli.arguments import from_one
+from tnmoe.cli.arguments import int_from_one
 from tnmoe.errors import InputError
 from tnmoe.nn.compute.devices import usable_device
 from tnmoe.system.locks import locked
@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
     add("--scale", choices=SCALES, default="full", help="sizes and steps (default: %(default)s)")
     add("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
     add("--settings", nargs="+", metavar="NAME", help="settings to run (default: all but mpnet)")
-    add("--seeds", type=from_one, help="number of seeds (default: each setting's own)")
+    add("--seeds", type=int_from_one, help="number of seeds (default: each setting's own)")
     add(
         "--text",
         nargs=2,
@@ -87,9 +87,12 @@ def _options() -> argparse.Namespace:
     add("--report-only", action="store_true", help="report on existing results; run nothing")
     add("--device", default="cpu", help="torch device (default: %(default)s)")
     add(
-        "--jobs", type=from_one, default=os.cpu_count() or 1, help="runs at a time (default: cores)"
+        "--jobs",
+        type=int_from_one,
+        default=os.cpu_count() or 1,
+        help="runs at a time (default: cores)",
     )
-    add("--threads", type=from_one, default=1, help="threads of a run (default: %(default)s)")
+    add("--threads", type=int_from_one, default=1, help="threads of a run (default: %(default)s)")
     add(
         "--tensorboard",
         action="store_true",

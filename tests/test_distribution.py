@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 HOME = "https://github.com/tnmoe/tnmoe"
+PICTURES = "https://raw.githubusercontent.com/tnmoe/tnmoe/main"
 CONSTRAINTS = ROOT / "requirements/constraints.txt"
 
 
@@ -75,9 +76,11 @@ def test_what_a_package_index_shows_leads_somewhere(built):
     links = re.findall(r"\]\(([^)]*)\)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     assert len(links) > 5
     assert all(link.startswith("https://") for link in links), links
-    own = [link for link in links if link.startswith(HOME)]
-    files = [link.removeprefix(f"{HOME}/blob/main/").partition("#")[0] for link in own]
+    own = [link for link in links if link.startswith((HOME, PICTURES))]
+    files = [re.sub(f"^({HOME}/blob/main|{PICTURES})/|#.*", "", link) for link in own]
     assert files
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert all(picture.startswith(PICTURES) for picture in pictures), pictures
     assert all((ROOT / file).is_file() for file in files), files
     addresses = dict(line.split(", ") for line in shown.get_all("Project-URL"))
     assert {"Homepage", "Documentation", "Changelog", "Issues"} <= set(addresses)

@@ -1,4 +1,4 @@
-"""save and load: the same object back, whole or not at all."""
+"""``save`` and ``load`` give back the same object, whole or not at all."""
 
 import json
 import os
@@ -157,7 +157,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 
 def test_numbers_of_another_kind_than_the_file_says_are_refused(tmp_path):
-    """Bits of bfloat16 are stored; its numbers, read as bits, would become others."""
+    """A file stores the bits of bfloat16; plain numbers read as bits would change."""
     tn.save(tmp_path / "x", example("bfloat16", "MPO", "torch"))
     with safe_open(tmp_path / "x", framework="np") as file:
         metadata = file.metadata()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TABLE = re.findall(r"^\| (`.*`) \| .* \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+PACKAGE = ROOT / "tnmoe"
+ROOMS = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| room | holds |")[2]
+TABLE = re.findall(r"^\| (`.*`) \| .* \|$", ROOMS.partition("\n\n")[0], re.M)
 ROWS = {
     name.removesuffix(".py").strip("/"): number
     for number, row in enumerate(TABLE)
@@ -15,8 +17,8 @@ ROWS = {
 }
 MODULES = sorted(
     path
-    for path in (ROOT / "tnmoe").rglob("*.py")
-    if path != ROOT / "tnmoe/__init__.py"  # gathers what users import
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"  # gathers what users import
 )
 
 
@@ -28,9 +30,9 @@ def row_of(module: str) -> int:
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of tnmoe that a file imports when it is imported."""
+    """Modules of tnmoe that a file imports anywhere: inside functions and for types as well."""
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             if node.module == "tnmoe":
                 found |= {f"tnmoe.{each.name}" for each in node.names if each.name[0] != "_"}
@@ -46,3 +48,8 @@ def test_a_module_imports_only_what_stands_above_it(path):
     own = row_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
     below = {name for name in imported(path) if row_of(name) > own}
     assert not below
+
+
+@pytest.mark.parametrize("room", ROWS)
+def test_every_room_of_the_table_exists(room):
+    assert (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").is_file()

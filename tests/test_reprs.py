@@ -1,4 +1,4 @@
-"""Objects print as a line, whatever they hold."""
+"""Objects print as one short line, however much they hold."""
 
 import re
 

@@ -26,6 +26,15 @@ def test_exact_bonds_are_the_smaller_side_of_every_cut(shape):
     assert shape.bond_dims() == tuple(min(prod(legs[:c]), prod(legs[c:])) for c in cuts)
 
 
+@given(shapes())
+def test_legs_around_a_site_multiply_to_the_padded_matrix(shape):
+    for site in range(shape.sites):
+        outs, ins = shape.legs_around(site)
+        assert (prod(outs), prod(ins)) == (shape.padded_out, shape.padded_in)
+        assert (outs[1], ins[1]) == (shape.out_dims[site], shape.in_dims[site])
+        assert shape.is_split(site) == (outs[2] == 1 == ins[0])
+
+
 @given(shapes(), st.integers(1, 40))
 def test_limited_bonds_obey_the_limit_and_never_exceed_what_neighbours_use(shape, max_bond):
     bonds = (1, *shape.bond_dims(max_bond), 1)

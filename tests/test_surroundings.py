@@ -1,6 +1,6 @@
-"""What is switched on around the algebra does not change what it computes.
+"""Settings of torch and NumPy around the algebra do not change what it computes.
 
-Every operation is done in plain surroundings and in others, and its results compared bit by bit.
+Every operation runs with default settings and with other ones; its results agree bit by bit.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def numbers(*size, dtype="float32", seed=0):
 
 
 def operator(seed, bond=8, dtype="float32"):
-    """Of these bonds, and with Schmidt values that decay."""
+    """An operator with bonds of a size, and with Schmidt values that decay."""
     legs = (1, bond, bond, 1)
     sizes = [(legs[site], 4, 4, legs[site + 1]) for site in range(3)]
     decay = 0.7 ** torch.arange(bond)
@@ -284,12 +284,12 @@ check(new)
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="settings of torch 2.9"
 )
 def test_settings_are_afterwards_what_they_were():
-    """In a process of its own, since torch lets no one undo a mixture of old and new settings."""
+    """In a new process, since torch cannot undo a mixture of old and new settings."""
     subprocess.run([sys.executable, "-c", SETTINGS], check=True)
 
 
 def test_threads_keep_products_precise_for_each_other():
-    """A block that ends in one thread leaves the precision of another one's alone."""
+    """A block that ends in one thread does not change the precision in another thread's block."""
     backend = get_backend(torch.ones(1))
     a, b = numbers(256, 256), numbers(256, 256, seed=1)
     precise = a @ b

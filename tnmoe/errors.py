@@ -1,4 +1,4 @@
-"""The two errors that tnmoe raises about what its caller gave or has installed, and checks."""
+"""The two exceptions for what a caller gave or has not installed, and checks that raise them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 
 import numpy as np
 
-# Characters of a message that are kept, from its beginning and from its end.
+# A longer message loses its middle; these many characters stay of its beginning and of its end.
 _KEPT = 600, 300
+# A message that quotes a value quotes at most this many characters of it.
+_SHOWN = 120
 
 
 class InputError(ValueError):
-    """Something the caller gave does not fit; the message names it and what was expected.
+    """An argument that does not fit; the message names it and says what was expected.
 
-    The command line turns it into one line and exit code 2. A plain ``ValueError`` from inside
-    tnmoe is therefore a bug, and keeps its traceback.
+    The command line prints the message on one line and exits with status 2. A plain ``ValueError``
+    from inside tnmoe is a bug and keeps its traceback.
 
     Parameters
     ----------
     message : str
-        It may quote what others wrote: it becomes a single line, and what is very long loses its
-        middle.
+        Shown on a single line. A message of more than 900 characters loses its middle, since it
+        may quote text that somebody else wrote.
 
     Examples
     --------
@@ -37,16 +39,19 @@ class InputError(ValueError):
 
 
 class MissingExtraError(ImportError):
-    """Optional dependencies are not installed; the message names the extra that brings them.
+    """Optional dependencies that are missing or too old, and the extra that installs them.
 
     Parameters
     ----------
-    feature, extra : str
-        What needs them, and the extra.
+    feature : str
+        The feature that needs the packages.
+    extra : str
+        The extra of tnmoe that installs them.
     missing : iterable of str
         Packages that are not installed.
     old : mapping of str to str, optional
-        What is needed, as ``transformers>=5.0``, where another version is installed; and which.
+        For each package that is too old, the requirement (``transformers>=5.0``) and the version
+        that is installed.
 
     Examples
     --------
@@ -65,30 +70,26 @@ class MissingExtraError(ImportError):
         missing = list(missing)
         lacks = [f"{needed}, but {found} is installed" for needed, found in (old or {}).items()]
         if missing:
-            *others, last = missing
-            names = f"{', '.join(others)} and {last}" if others else last
-            lacks.insert(0, f"{names}, which {'are' if others else 'is'} not installed")
+            *first, last = missing
+            names = f"{', '.join(first)} and {last}" if first else last
+            lacks.insert(0, f"{names}, which {'are' if first else 'is'} not installed")
         super().__init__(f"{feature} needs {', and '.join(lacks)}: pip install 'tnmoe[{extra}]'")
 
 
 def as_line(message: object) -> str:
-    """A message on one line, without the middle of what is very long."""
+    """Put a message on one line, and cut the middle out of a very long one."""
     line = " ".join(str(message).split())
     first, last = _KEPT
     return f"{line[:first]} … {line[-last:]}" if len(line) > first + last else line
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, also where the system did not say it but a library."""
+    """Return the system's reason for an error, or the library's own text where there is none."""
     return as_line(error.strerror or error) or type(error).__name__
 
 
-# Characters of a value that a message shows.
-_SHOWN = 120
-
-
 def shown(value: Any) -> str:
-    """The value as a message shows it: on one line, and not for ever."""
+    """Return the repr of a value for a message: on one line, and cut where it is long."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python writes no integers of thousands of digits
@@ -97,7 +98,7 @@ def shown(value: Any) -> str:
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Raise an InputError unless the value is one of those."""
+    """Raise an InputError unless the value is one of the allowed ones."""
     allowed = tuple(allowed)
     if value not in allowed:
         raise InputError(
@@ -106,18 +107,24 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar, or an array or tensor without axes, as Python's own; others as they are."""
+    """Turn a NumPy scalar, or an array or tensor without axes, into a Python scalar.
+
+    Any other value comes back unchanged.
+    """
     return value.item() if getattr(value, "shape", None) == () else value
 
 
 def flag(name: str, value: Any) -> bool:
-    """The value as a bool, 0 and 1 included; an InputError for any other."""
+    """Return the value as a bool; raise an InputError unless it is a bool, 0 or 1."""
     one_of(name, plain(value), (False, True))
     return bool(value)
 
 
 def number_in(name: str, value: Any, interval: str) -> float:
-    """The value as a float; an InputError unless it is a number in an interval like "[0, 1)"."""
+    """Return the value as a float; raise an InputError unless it lies in an interval.
+
+    The interval is written as in mathematics: "[0, 1)" holds 0 and does not hold 1.
+    """
     low, high = map(float, interval[1:-1].split(","))
     scalar = plain(value)
     try:
@@ -132,14 +139,14 @@ def number_in(name: str, value: Any, interval: str) -> float:
 
 
 def _integer(value: Any) -> int | None:
-    """The value as an int, NumPy's and torch's included; None if it is no integer, or a bool."""
+    """Return an integer of Python, NumPy or torch as an int; None for anything else, or a bool."""
     scalar = plain(value)
     is_integer = isinstance(scalar, Integral) and not isinstance(scalar, bool)
     return int(scalar) if is_integer else None
 
 
 def positive_int(name: str, value: Any) -> int:
-    """The value as an int, NumPy's and torch's included; an InputError unless it is 1 or more."""
+    """Return an integer of Python, NumPy or torch as an int; raise an InputError below 1."""
     number = _integer(value)
     if number is None or number < 1:
         raise InputError(f"{name} must be a positive integer, got {shown(value)}")
@@ -147,7 +154,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def integer_from_zero(name: str, value: Any) -> int:
-    """The value as an int, NumPy's and torch's included; an InputError unless it is 0 or more."""
+    """Return an integer of Python, NumPy or torch as an int; raise an InputError below 0."""
     number = _integer(value)
     if number is None or number < 0:
         raise InputError(f"{name} must be an integer of at least 0, got {shown(value)}")
@@ -155,8 +162,8 @@ def integer_from_zero(name: str, value: Any) -> int:
 
 
 def index_in(name: str, value: Any, count: int) -> int:
-    """The value as an int, NumPy's and torch's included; an InputError unless it counts from 0."""
-    if type(value) is int and 0 <= value < count:  # the usual case, in inner loops
+    """Return an integer from 0 to ``count - 1`` as an int; raise an InputError for any other."""
+    if type(value) is int and 0 <= value < count:  # inner loops nearly always come here
         return value
     number = _integer(value)
     if number is None or not 0 <= number < count:
@@ -165,7 +172,10 @@ def index_in(name: str, value: Any, count: int) -> int:
 
 
 def generator_of(rng: Any) -> np.random.Generator:
-    """A NumPy Generator as it is, or one of that seed; an InputError where it is neither."""
+    """Return a NumPy Generator: the given one, or a new one from a seed.
+
+    Raise an InputError for a value that is neither.
+    """
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:

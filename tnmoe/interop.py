@@ -1,4 +1,4 @@
-"""Operators to and from tensorly (``TTMatrix``) and quimb (``MatrixProductOperator``)."""
+"""Conversion to and from tensorly's ``TTMatrix`` and quimb's ``MatrixProductOperator``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def __dir__() -> list[str]:
 
 
 def to_tensorly(mpo: MPO) -> Any:
-    """The operator as a ``tensorly.tt_matrix.TTMatrix``, whose cores are laid out as ours.
+    """Turn an MPO into a ``tensorly.tt_matrix.TTMatrix``, whose cores have the same layout.
 
     Parameters
     ----------
     mpo : MPO
-        A shape without padding; tensorly's backend must be the library of its cores.
+        An operator without padding. tensorly's backend must be the library of its cores.
 
     Returns
     -------
@@ -35,7 +35,7 @@ def to_tensorly(mpo: MPO) -> Any:
     InputError
         If the shape is padded, which tensorly cannot express.
     TypeError
-        If it is no MPO.
+        If ``mpo`` is not an MPO.
     MissingExtraError
         If tensorly is not installed.
 
@@ -49,26 +49,26 @@ def to_tensorly(mpo: MPO) -> Any:
     require_extra("to_tensorly", "interop", "tensorly")
     from tensorly.tt_matrix import TTMatrix
 
-    _check(mpo)
+    _check_unpadded(mpo)
     return TTMatrix(list(mpo.cores))
 
 
 def from_tensorly(operator: Any) -> MPO:
-    """An operator of tensorly as an MPO; no gauge is assumed.
+    """Turn an operator of tensorly into an MPO; no gauge is assumed.
 
     Parameters
     ----------
     operator : tensorly.tt_matrix.TTMatrix, or list or tuple of array
-        Cores of shapes (D, out, in, D'), arrays of any supported library. Those of several dtypes
-        get one that holds them all.
+        Cores of shapes (D, out, in, D'), arrays of any supported library. Cores of different dtypes
+        are converted to one dtype that holds all of their numbers.
 
     Raises
     ------
     InputError
-        If it is none of these: a ``TTTensor``, say, whose cores have one leg each. Also if the
-        outermost bonds are not 1, or the numbers are integers.
+        If ``operator`` is something else, such as a ``TTTensor``, whose cores have one leg each.
+        Also if the outermost bonds are not 1, or the numbers are integers.
     TypeError
-        If its arrays belong to no supported library.
+        If the arrays belong to no supported library.
 
     Examples
     --------
@@ -87,14 +87,14 @@ def from_tensorly(operator: Any) -> MPO:
 
 
 def to_quimb(mpo: MPO) -> Any:
-    """The operator as a ``quimb.tensor.MatrixProductOperator``.
+    """Turn an MPO into a ``quimb.tensor.MatrixProductOperator``.
 
-    Its upper indices (rows of ``to_dense``) are the output legs, the lower ones the input legs.
+    The upper indices (rows of ``to_dense``) are the output legs, the lower indices the input legs.
 
     Parameters
     ----------
     mpo : MPO
-        A shape without padding.
+        An operator without padding.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def to_quimb(mpo: MPO) -> Any:
     InputError
         If the shape is padded, which quimb cannot express.
     TypeError
-        If it is no MPO.
+        If ``mpo`` is not an MPO.
     MissingExtraError
         If quimb is not installed.
 
@@ -119,38 +119,41 @@ def to_quimb(mpo: MPO) -> Any:
     require_extra("to_quimb", "interop", "quimb")
     from quimb.tensor import MatrixProductOperator
 
-    _check(mpo)
+    _check_unpadded(mpo)
     xp = get_backend(mpo.cores[0])
     arrays = [xp.permute(core, (0, 3, 1, 2)) for core in mpo.cores]
-    # quimb leaves out the outermost bonds.
+    # quimb's first and last tensors lack the outermost bonds, which have dimension 1.
     arrays[0] = arrays[0][0]
     arrays[-1] = arrays[-1][0] if mpo.shape.sites == 1 else arrays[-1][:, 0]
     return MatrixProductOperator(arrays, shape="lrud")
 
 
 def from_quimb(operator: Any) -> MPO:
-    """An operator of quimb as an MPO; no gauge is assumed.
+    """Turn an operator of quimb into an MPO; no gauge is assumed.
 
-    Its sites become ours in the order of ``operator.sites``, whatever its indices and tags are
-    called and however its axes lie. Of a sub-system, only the sites that are there count. All
-    tensors of a site are contracted, and others are with the site beside them. No bond between two
-    neighbours is a bond of 1, several are one of all their values together. The scale that quimb
-    keeps as ``exponent`` goes into the cores.
+    The sites keep the order of ``operator.sites``. Names of indices and tags, and the order of
+    axes, do not matter. Of a sub-system, only the sites that it holds are converted.
+
+    All tensors of a site are contracted into one core. A tensor that belongs to no site is
+    contracted into the core of a site that it has a bond to. Neighbours without a bond get a bond
+    of dimension 1; several bonds between two neighbours become one. The scale that quimb keeps as
+    ``exponent`` goes into the cores.
 
     Parameters
     ----------
     operator : quimb.tensor.MatrixProductOperator
-        With open ends; or another operator of quimb whose tensors form a chain. Its arrays are of
-        any supported library; those of several dtypes get one that holds them all.
+        An operator with open ends, or another operator of quimb whose tensors form a chain. Its
+        arrays are of any supported library. Tensors of different dtypes are converted to one dtype
+        that holds all of their numbers.
 
     Raises
     ------
     InputError
-        If it is no operator of quimb: a ``MatrixProductState``, say, which has one leg per site.
-        Also if a bond joins other sites than neighbours, as in a cyclic operator, if one tensor
-        has the legs of several sites, or an index is left open.
+        If ``operator`` is not an operator of quimb; a ``MatrixProductState``, for example, has one
+        leg per site. Also if a bond joins two sites that are not neighbours, as in a cyclic
+        operator, if one tensor has the legs of several sites, or if an index is left open.
     TypeError
-        If its arrays belong to no supported library.
+        If the arrays belong to no supported library.
 
     Examples
     --------
@@ -164,93 +167,90 @@ def from_quimb(operator: Any) -> MPO:
             "expected a MatrixProductOperator of quimb, with an upper and a lower index per site, "
             f"got a {type(operator).__name__}"
         )
-    legs = _legs(operator)
+    legs = _leg_names(operator)
     if not legs:
         raise InputError(f"the {type(operator).__name__} has no index of any site")
-    owners = _owners(operator, legs)
-    bonds = _bonds(operator, legs, owners)
-    groups: list[list[Any]] = [[] for _ in legs]
-    for tid, position in owners.items():
-        groups[position].append(operator.tensor_map[tid])
+    sites = _site_of_tensors(operator, legs)
+    bonds = _bond_names(operator, legs, sites)
+    tensors: list[list[Any]] = [[] for _ in legs]
+    for tid, site in sites.items():
+        tensors[site].append(operator.tensor_map[tid])
     cores = [
-        _core(group, left, site_legs, right)
-        for group, left, site_legs, right in zip(
-            groups, [[], *bonds], legs, [*bonds, []], strict=True
-        )
+        _contract_site(*site)
+        for site in zip(tensors, [[], *bonds], legs, [*bonds, []], strict=True)
     ]
     exponent = float(getattr(operator, "exponent", 0.0))
     if exponent:
-        # A part to every core: the whole may be more than a number can hold.
+        # Every core gets a share: the whole scale may be more than one number can hold.
         cores = [core * 10.0 ** (exponent / len(cores)) for core in cores]
     return MPO(_in_common_dtype(cores))
 
 
-# Names of a site's upper and lower index; None where the operator lacks it.
-_Legs = tuple[str | None, str | None]
+# Names of a site's upper and lower index; None where the operator lacks the index.
+_LegNames = tuple[str | None, str | None]
 
 
-def _legs(operator: Any) -> list[_Legs]:
-    """The indices of every site that is there."""
+def _leg_names(operator: Any) -> list[_LegNames]:
+    """Return the legs of every site that the operator holds, in the order of its sites."""
     pairs = ((operator.upper_ind(site), operator.lower_ind(site)) for site in operator.sites)
-    there = [tuple(ind if ind in operator.ind_map else None for ind in pair) for pair in pairs]
-    return [legs for legs in there if any(legs)]  # type: ignore[misc]
+    present = [tuple(ind if ind in operator.ind_map else None for ind in pair) for pair in pairs]
+    return [legs for legs in present if any(legs)]  # type: ignore[misc]
 
 
-def _owners(operator: Any, legs: list[_Legs]) -> dict[Any, int]:
-    """The position of the site that each tensor belongs to, by the tensor's key in quimb."""
-    owners: dict[Any, int] = {}
-    for position, pair in enumerate(legs):
+def _site_of_tensors(operator: Any, legs: list[_LegNames]) -> dict[Any, int]:
+    """Assign every tensor, by its key in quimb (``tid``), to the number of a site."""
+    sites: dict[Any, int] = {}
+    for site, pair in enumerate(legs):
         for ind in filter(None, pair):
             for tid in operator.ind_map[ind]:
-                if owners.setdefault(tid, position) != position:
+                if sites.setdefault(tid, site) != site:
                     raise InputError(
-                        f"a tensor of the operator has legs of several sites, {ind} of one of "
-                        "them: split it into a tensor per site first"
+                        f"a tensor of the operator has legs of several sites, {ind} among them: "
+                        "split it into one tensor per site first"
                     )
-    others = [tid for tid in operator.tensor_map if tid not in owners]
-    while others:
-        beside = {tid: _beside(operator, tid, owners) for tid in others}
-        # What is joined to nothing is a factor of the whole.
-        found = {tid: at for tid, at in beside.items() if at is not None} or dict.fromkeys(
-            others, 0
-        )
-        owners |= found
-        others = [tid for tid in others if tid not in owners]
-    return owners
+    # Tensors without legs join a neighbour, layer by layer from the sites outwards.
+    rest = [tid for tid in operator.tensor_map if tid not in sites]
+    while rest:
+        neighbors = {tid: _neighboring_site(operator, tid, sites) for tid in rest}
+        found = {tid: site for tid, site in neighbors.items() if site is not None}
+        # Tensors without a bond to any site are factors of the whole: the first site takes them.
+        sites |= found or dict.fromkeys(rest, 0)
+        rest = [tid for tid in rest if tid not in sites]
+    return sites
 
 
-def _beside(operator: Any, tid: Any, owners: dict[Any, int]) -> int | None:
-    """The first position that a tensor has a bond to, if any."""
+def _neighboring_site(operator: Any, tid: Any, sites: dict[Any, int]) -> int | None:
+    """Return the first site that a tensor has a bond to; None if it has a bond to no site."""
     inds = operator.tensor_map[tid].inds
-    joined = {other for ind in inds for other in operator.ind_map[ind]}
-    return min((owners[other] for other in joined if other in owners), default=None)
+    joined = {neighbor for ind in inds for neighbor in operator.ind_map[ind]}
+    return min((sites[neighbor] for neighbor in joined if neighbor in sites), default=None)
 
 
-def _bonds(operator: Any, legs: list[_Legs], owners: dict[Any, int]) -> list[list[str]]:
-    """The indices between neighbours; an InputError if there are others that matter."""
+def _bond_names(operator: Any, legs: list[_LegNames], sites: dict[Any, int]) -> list[list[str]]:
+    """Return the indices between each two neighbours; raise an InputError for any other bond."""
     bonds: list[list[str]] = [[] for _ in legs[1:]]
     physical = {ind for pair in legs for ind in pair}
     for ind, tids in operator.ind_map.items():
-        first, *others = sorted({owners[tid] for tid in tids})
-        if operator.ind_size(ind) == 1 and ind not in physical:
-            continue
-        if ind in physical or (not others and len(tids) > 1):
-            if others or (ind in physical and len(tids) > 1):
+        first, *further = sorted({sites[tid] for tid in tids})
+        if ind in physical:
+            if len(tids) > 1:
                 raise InputError(f"the index {ind} of a site belongs to several tensors")
-            continue
-        if not others:
-            raise InputError(f"the index {ind} of the operator is left open, and no site's")
-        if others != [first + 1]:
+        elif operator.ind_size(ind) == 1 or (not further and len(tids) > 1):
+            continue  # it carries nothing, or joins tensors of one site
+        elif not further:
+            raise InputError(f"the index {ind} of the operator is left open, and is no site's leg")
+        elif further != [first + 1]:
             raise InputError(
-                f"the bond {ind} joins sites {[first, *others]}, which an MPO with open ends "
-                "cannot: it has bonds between two neighbours only, and is not cyclic"
+                f"the bond {ind} joins sites {[first, *further]}: an MPO has bonds between "
+                "neighbours only, and is not cyclic"
             )
-        bonds[first].append(ind)
+        else:
+            bonds[first].append(ind)
     return bonds
 
 
-def _core(tensors: list[Any], left: list[str], legs: _Legs, right: list[str]) -> Array:
-    """One site's tensors contracted, (D, out, in, D')."""
+def _contract_site(tensors: list[Any], left: list[str], legs: _LegNames, right: list[str]) -> Array:
+    """Contract the tensors of one site into a core (D, out, in, D')."""
     from quimb.tensor import tensor_contract
 
     xp = get_backend(tensors[0].data)
@@ -264,18 +264,18 @@ def _core(tensors: list[Any], left: list[str], legs: _Legs, right: list[str]) ->
 
 
 def _in_common_dtype(cores: list[Array]) -> list[Array]:
-    """Cores of several dtypes in one that holds them all."""
+    """Convert cores to one dtype that holds the numbers of all."""
     xp = get_backend(cores[0])
-    alike = all(get_backend(core) is xp for core in cores)
-    if not alike or len({xp.dtype_name(core) for core in cores}) == 1:
-        return cores  # where they cannot be helped, MPO says so
+    one_library = all(get_backend(core) is xp for core in cores)
+    if not one_library or len({xp.dtype_name(core) for core in cores}) == 1:
+        return cores  # MPO refuses cores of several libraries
     return in_one_dtype(xp, cores)
 
 
-def _check(mpo: MPO) -> None:
-    """Raise unless it is an MPO that other libraries can express."""
+def _check_unpadded(mpo: MPO) -> None:
+    """Raise unless the argument is an MPO without padding, which all libraries can express."""
     if not isinstance(mpo, MPO):
         raise TypeError(f"expected an MPO, got {type(mpo).__qualname__}")
     shape = mpo.shape
     if (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features):
-        raise InputError(f"only tnmoe knows padded shapes: {shape}")
+        raise InputError(f"only tnmoe supports padded shapes: {shape}")

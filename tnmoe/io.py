@@ -1,4 +1,4 @@
-"""Saving and loading MPOs as safetensors: no pickle, nothing half-written."""
+"""Saving and loading of MPOs as safetensors: no pickle, and no half-written file."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from tnmoe.system.durable import write_atomically
 from tnmoe.system.files import parse_json, read_safetensors_header
 from tnmoe.system.memory import explain_memory_error
 
+# Written into every file; a change of the format gets a new number.
 _FORMAT = 1
 
 
 def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     """Write an MPO or a SharedMPO to one safetensors file.
 
-    The file is written beside its place, synced and renamed into it, so that an interrupted save
-    leaves an older file as it was, after a power cut too.
+    :func:`save` writes a temporary file beside ``path``, syncs it and renames it. An interrupted
+    save leaves an existing file as it was, even after a power cut.
 
     Parameters
     ----------
     path : path
-        File to write; replaced if it exists.
+        File to write. An existing file is replaced.
     obj : MPO or SharedMPO
-        What to save, of any array library. Complex cores are stored as pairs of real numbers,
-        bfloat16 as the 16 bits of each.
+        The operator to save, from any array library. Complex numbers are stored as pairs of real
+        numbers, bfloat16 numbers as their 16 bits.
 
     Raises
     ------
     TypeError
-        If ``obj`` is neither.
+        If ``obj`` is neither an MPO nor a SharedMPO.
     OSError
         If the file cannot be written.
 
@@ -75,21 +76,21 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
         "center_site": obj.center_site,
     }
     stored = {name: _as_stored(xp, array) for name, array in arrays.items()}
-    # One entry, since safetensors writes several in an order that changes from call to call.
+    # One entry: safetensors writes several in an order that changes from call to call.
     contents = safetensors.numpy.save(stored, {"tnmoe": json.dumps(description)})
     write_atomically(Path(path), contents)
 
 
 def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO:
-    """Read back what :func:`save` wrote.
+    """Read a file that :func:`save` wrote.
 
     Parameters
     ----------
     path : path
         File to read.
     library : str, optional
-        Array library of the result, "numpy", "torch" or the name of a registered backend; by
-        default the one it was saved from. Arrays are on the CPU.
+        Array library of the result: "numpy", "torch" or the name of a registered backend. By
+        default the library of the saved operator. Arrays are on the CPU.
 
     Returns
     -------
@@ -98,8 +99,8 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     Raises
     ------
     InputError
-        If it is a folder, or a file that is damaged or was not written by :func:`save`; if there
-        is no such library, or it lacks the dtype.
+        If ``path`` is a folder, is damaged, or was not written by :func:`save`; if there is no
+        such library, or the library lacks the dtype.
     OSError
         If the file cannot be read.
 
@@ -113,13 +114,13 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     """
     if os.path.isdir(path):
         raise InputError(
-            f"{path} is a folder: this reads a file that tnmoe.save wrote, and "
-            "tnmoe.hf.from_pretrained a converted model"
+            f"{path} is a folder: tnmoe.load reads a file that tnmoe.save wrote; use "
+            "tnmoe.hf.from_pretrained for a converted model"
         )
     read_safetensors_header(path)
     try:
         description, arrays = _read(path, library)
-        return _object(path, description, arrays)
+        return _rebuild(path, description, arrays)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
     except (AttributeError, KeyError, TypeError, IndexError) as error:
@@ -127,9 +128,10 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
 
 
 def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str, Array]]:
+    """Read the description and the arrays of a file, the arrays in the given library."""
     with explain_memory_error(f"reading {path}"), safe_open(path, framework="np") as file:
-        told = (file.metadata() or {}).get("tnmoe", "{}")
-        description = parse_json(told, f"the description in {path}")
+        entry = (file.metadata() or {}).get("tnmoe", "{}")
+        description = parse_json(entry, f"the description in {path}")
         if description.get("format") != _FORMAT:
             raise InputError(
                 f"{path} was not written by this version of tnmoe.save: expected format {_FORMAT}, "
@@ -140,7 +142,7 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
     one_of("library", library, available_backends())
     one_of(f"the dtype in {path}", dtype, (*REAL_DTYPES, *COMPLEX_DTYPES))
     xp = backend_named(library)
-    arrays = {name: xp.from_numpy(_numbers(each, dtype)) for name, each in stored.items()}
+    arrays = {name: xp.from_numpy(_from_stored(array, dtype)) for name, array in stored.items()}
     try:
         return description, {name: xp.astype(array, dtype) for name, array in arrays.items()}
     except TypeError as error:
@@ -149,10 +151,10 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
         ) from error
 
 
-def _object(
+def _rebuild(
     path: str | os.PathLike, description: dict, arrays: dict[str, Array]
 ) -> MPO | SharedMPO:
-    """What was saved, from its description and its arrays."""
+    """Build the operator again from its description and its arrays."""
     kind, center_site = description["kind"], description["center_site"]
     one_of(f"the kind in {path}", kind, ("MPO", "SharedMPO"))
     try:
@@ -160,30 +162,34 @@ def _object(
             cores = [arrays[f"cores.{site}"] for site in range(len(arrays))]
             return MPO(cores, _shape(description, cores), center_site)
         aux = [arrays[f"aux.{site}"] for site in range(len(arrays) - 1)]
-        middle = arrays["center"]
-        place = index_in("center_site", center_site, len(arrays))
-        shape = _shape(description, [*aux[:place], middle, *aux[place:]])
-        return SharedMPO(middle, aux, shape, center_site)
+        center = arrays["center"]
+        site = index_in("center_site", center_site, len(arrays))
+        shape = _shape(description, [*aux[:site], center, *aux[site:]])
+        return SharedMPO(center, aux, shape, center_site)
     except InputError as error:
         raise InputError(f"{path} does not hold what tnmoe.save writes: {error}") from error
 
 
 def _shape(description: dict, cores: Sequence[Array]) -> MPOShape:
-    """The shape that a description gives; it is compared with cores before it is computed with."""
+    """Return the described shape; raise an InputError unless the legs of the cores agree with it.
+
+    The check comes first, so that a hostile description is never computed with.
+    """
     out, in_ = ([int(core.shape[axis]) for core in cores] for axis in (-3, -2))
-    told = [description[f"{side}_dims"] for side in ("out", "in")]
-    if told != [out, in_]:
+    described = [description[f"{side}_dims"] for side in ("out", "in")]
+    if described != [out, in_]:
         raise InputError(
-            f"the cores have (out, in) legs {shown([out, in_])}, which do not fit {shown(told)}"
+            f"the cores have (out, in) legs {shown([out, in_])}, "
+            f"which do not fit {shown(described)}"
         )
     return MPOShape(out, in_, description["out_features"], description["in_features"])
 
 
 def _as_stored(xp: Backend, array: Array) -> np.ndarray:
-    """The numbers as safetensors and NumPy both hold them, in one piece.
+    """Return a contiguous array of a dtype that both safetensors and NumPy know.
 
-    Complex numbers become (real, imaginary) along a new first axis, bfloat16 the upper halves of
-    the float32 that NumPy has for them.
+    Complex numbers become (real, imaginary) along a new first axis. A bfloat16 number becomes the
+    upper half of the float32 that NumPy holds for it.
     """
     numbers, dtype = xp.to_numpy(array), xp.dtype_name(array)
     if dtype in COMPLEX_DTYPES:
@@ -193,8 +199,8 @@ def _as_stored(xp: Backend, array: Array) -> np.ndarray:
     return np.ascontiguousarray(numbers)
 
 
-def _numbers(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """The numbers out of what :func:`_as_stored` made of them; bfloat16 as float32."""
+def _from_stored(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Undo :func:`_as_stored`; bfloat16 numbers come back as float32."""
     if dtype in COMPLEX_DTYPES:
         if stored.ndim == 0 or len(stored) != 2:
             raise TypeError(f"expected real and imaginary parts, got shape {stored.shape}")

@@ -405,7 +405,7 @@ class MPO:
             return MPO(narrowed(self._backend, cores, name), self.shape, center_site)
 
     def vidal(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Return the symmetric (Vidal) form: cores Γ and Schmidt values λ of the bonds between.
+        """Return the symmetric (Vidal) form: cores Γ and Schmidt values λ of their bonds.
 
         The operator is the chain Γ₁·diag(λ₁)·Γ₂·diag(λ₂)·…·Γₙ. λΓ is a left isometry at every
         site but the last, and Γλ a right isometry at every site but the first. Schmidt values that

@@ -1,6 +1,6 @@
-"""Options that are one of a few words: the type that editors see, and the words to check against.
+"""Options whose values are words: their types for editors, and the words that checks allow.
 
-The command line takes its choices from here, too, before it has loaded torch.
+The command line takes its choices from here too, since it must not load torch to show them.
 """
 
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ ADD_METHODS = get_args(AddMethod)
 MatmulMethod = Literal["direct", "zipup", "randomized"]
 MATMUL_METHODS = get_args(MatmulMethod)
 
-# Routes from activations to outputs: of one MPO the first two, of experts all.
+# Routes from activations to outputs: of a layer of experts, and of one MPO alone
 Route = Literal["joint", "per_expert", "rebuilt", "cached"]
 OperatorRoute = Literal["chain", "rebuilt"]
 
@@ -26,7 +26,7 @@ Matrix = Literal["up", "gate", "down"]
 MATRICES = get_args(Matrix)
 NamedSites = Literal["center", "none"]
 
-# Routers, their losses and what was recorded of them
+# Routers, their losses and their records
 ScoreFunction = Literal["softmax", "sigmoid"]
 SCORE_FUNCTIONS = get_args(ScoreFunction)
 SecondExpert = Literal["all", "none", "threshold", "random"]
@@ -45,7 +45,7 @@ MaskEngine = Literal["auto", "optimizer", "autograd"]
 MASK_ENGINES = get_args(MaskEngine)
 ExportFormat = Literal["moe", "dense"]
 EXPORT_FORMATS = get_args(ExportFormat)
-# torch takes seeds from 0 up to this number, which is excluded.
+# torch takes seeds from 0 up to, and without, this number.
 SEEDS = 2**64
 
 # Pictures

@@ -1,4 +1,4 @@
-"""Sentences and output folders of the demo."""
+"""Sentences come from packages or from CSV files; a bad file is named."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,6 @@ import pytest
 
 import tnmoe as tn
 from tnmoe.demo.data import packaged_model, packaged_reviews, read_sentences, split
-from tnmoe.demo.output import whole_folder
 
 
 def write_csv(path, rows, header="text,label"):
@@ -77,90 +76,3 @@ def test_sentences_come_through_a_pipe_that_the_user_names(tmp_path):
 def binary(path):
     path.write_bytes(b"text,label\n\xff\xfe\x00,1\n")
     return path
-
-
-def test_a_folder_appears_whole(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with whole_folder(target) as folder:
-        (folder / "a").write_text("1")
-        assert not target.exists()
-    assert (target / "a").read_text() == "1"
-    assert os.listdir(target.parent) == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_leaves_nothing_new_and_the_old_untouched(tmp_path, error):
-    target = tmp_path / "out"
-    with whole_folder(target) as folder:
-        (folder / "old").write_text("kept")
-
-    def fail():
-        with whole_folder(target, overwrite=True) as folder:
-            (folder / "new").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert os.listdir(tmp_path) == ["out"]
-    assert sorted(os.listdir(target)) == [".tnmoe-files", "old"]
-
-
-def test_overwriting_replaces_what_was_written_and_nothing_else(tmp_path):
-    target = tmp_path / "out"
-    with whole_folder(target) as folder:
-        (folder / "old").write_text("")
-    with pytest.raises(tn.InputError, match="is not empty"), whole_folder(target):
-        pass
-    with whole_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("")
-    assert os.listdir(tmp_path) == ["out"]
-    assert sorted(os.listdir(target)) == [".tnmoe-files", "new"]
-    (target / "thesis.txt").write_text("years of work")
-    message = r"out holds what tnmoe did not write there.*: thesis.txt;"
-    with pytest.raises(tn.InputError, match=message), whole_folder(target, overwrite=True):
-        raise AssertionError("before any work")
-    assert (target / "thesis.txt").exists()
-
-
-def test_what_cannot_take_its_place_is_kept_and_named(tmp_path):
-    target = tmp_path / "out"
-
-    def work():
-        with whole_folder(target) as folder:
-            (folder / "made").write_text("minutes of work")
-            target.mkdir()
-            (target / "thesis.txt").write_text("years of work")
-
-    with pytest.raises(tn.InputError, match=r"out is not empty: .*; the results are in ") as caught:
-        work()
-    kept = Path(str(caught.value).split("the results are in ")[1])
-    assert (kept / "made").read_text() == "minutes of work"
-    assert (target / "thesis.txt").read_text() == "years of work"
-
-
-def test_one_run_at_a_time_writes_to_a_folder_and_a_killed_one_does_not_count(tmp_path):
-    target = tmp_path / "out"
-    if (process := os.fork()) == 0:
-        with whole_folder(target) as folder:
-            (folder / "half").write_text("")
-            os._exit(9)
-    os.waitpid(process, 0)
-    with whole_folder(target) as folder:
-        (folder / "new").write_text("")
-        owner = f"out is in use by process {os.getpid()} on "
-        with pytest.raises(tn.InputError, match=owner), whole_folder(target):
-            pass
-    assert os.listdir(tmp_path) == ["out"]
-    assert sorted(os.listdir(target)) == [".tnmoe-files", "new"]
-
-
-def test_places_that_cannot_be_written_are_named(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    for target, message in (
-        (file, "is a file, not a folder"),
-        (file / "out", "cannot write to .*: (Not a directory|File exists)"),
-    ):
-        with pytest.raises(tn.InputError, match=message), whole_folder(target):
-            pass
-    assert file.read_text() == ""

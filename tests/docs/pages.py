@@ -1,4 +1,4 @@
-"""Code of the documentation's pages, and the extras that they say they need."""
+"""The code of the documentation's pages, and the extras that the pages name."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ FENCE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.M | re.S)
 NEEDS = re.compile(r"^(?:Needs `)?pip install '?tnmoe(?:\[([\w,]+)\])?'?", re.M)
 LINES_AT_THE_TOP = 30
 
-# Of a cell, the lines that tell the site how to show it.
+# The first lines of a cell, which say how the site shows it.
 OPTIONS = re.compile(r"(?:^:.*\n)*")
 
 PAGES = {
@@ -21,7 +21,7 @@ PAGES = {
 
 
 def extras(text: str) -> frozenset[str] | None:
-    """Those that a page names at its top; None if it names no way to install tnmoe."""
+    """Return the extras at a page's top; None if the page does not say how to install tnmoe."""
     top = "\n".join(text.splitlines()[:LINES_AT_THE_TOP])
     found = NEEDS.search(top)
     if found is None:
@@ -30,16 +30,16 @@ def extras(text: str) -> frozenset[str] | None:
 
 
 def cells(text: str) -> list[tuple[str, bool]]:
-    """What a reader runs of a notebook, and whether it is meant to fail."""
+    """Return the cells of a notebook that a reader runs, and whether each should fail."""
     found = []
     for body in CELL.findall(text):
         options = OPTIONS.match(body)[0]
-        # Other cells belong to the site, not to the reader.
+        # The remaining cells belong to the site, not to the reader.
         if "remove-cell" not in options and "remove-input" not in options:
             found.append((body.removeprefix(options), "raises-exception" in options))
     return found
 
 
 def fences(text: str) -> list[tuple[str, str]]:
-    """Language and code of plain blocks."""
+    """Return language and code of the plain blocks."""
     return FENCE.findall(text)

@@ -1,4 +1,4 @@
-"""The page that compares libraries: versions, figures and claims are those of today."""
+"""The comparison page: its versions, figures and statements are up to date."""
 
 import inspect
 import json
@@ -30,7 +30,7 @@ PAIRED = (8, 12, 8)
 
 
 def tables(text):
-    """(run, line above, header, {first cell: other cells}) of every table."""
+    """Yield (run, line above, header, {first cell: other cells}) for each table."""
     run = title = None
     rows = []
     for line in [*text.splitlines(), ""]:
@@ -71,9 +71,9 @@ def test_both_tables_of_features_are_complete():
 )
 def test_versions_are_those_that_are_tested(name):
     version = {key.lower(): value for key, value in pinned().items()}[name.lower()]
-    told = re.findall(rf"(?<![\w-]){name} (\d+\.\d+(?:\.\d+)*)", PAGE)
-    assert told
-    assert set(told) == {version}
+    named = re.findall(rf"(?<![\w-]){name} (\d+\.\d+(?:\.\d+)*)", PAGE)
+    assert named
+    assert set(named) == {version}
 
 
 def test_every_note_is_used_and_explained():
@@ -173,7 +173,7 @@ def test_only_tnmoe_decomposes_half_precision_on_a_cpu(on_torch):
             decompose(matrix)
 
 
-def test_transformers_and_peft_have_what_the_page_grants_them():
+def test_transformers_and_peft_have_what_the_page_says():
     assert {"batched_mm", "grouped_mm", "deepgemm", "sonicmoe"} <= set(ALL_EXPERTS_FUNCTIONS)
     assert {"ep_size", "tp_size", "pp_size", "fsdp_size"} <= set(
         inspect.signature(DistributedConfig).parameters
@@ -181,6 +181,6 @@ def test_transformers_and_peft_have_what_the_page_grants_them():
     assert "target_parameters" in inspect.signature(peft.LoraConfig).parameters
 
 
-def test_tnmoe_lacks_what_the_page_says_it_lacks():
+def test_tnmoe_lacks_what_the_page_says():
     assert not hasattr(tn, "decompose_shared")
     assert not hasattr(nn, "MPOLinear")

@@ -15,8 +15,8 @@ RESULTS = {
     path.stem: read(path)["results"] for path in (ROOT / "experiments/results").glob("*.json")
 }
 
-# Setting, method, other method, and what the page says of the first: -1 better, 1 worse, 0 not
-# told apart.
+# Setting, method, other method, and the page's verdict on the first: -1 better, 1 worse, 0 no
+# clear difference.
 STATEMENTS = [
     ("decoder", "moe", "dense", 0),
     ("decoder", "mpoe", "moe", 0),
@@ -92,6 +92,35 @@ STATEMENTS = [
 ]
 
 
+# Names of settings in the page's tables; a row without one is about the decoder.
+SETTINGS = {
+    "": "decoder",
+    "MiniLM": "minilm",
+    "SmolLM2-135M": "smollm2",
+    "flan-t5-small": "flan-t5",
+    "small T5": "t5",
+}
+VERDICTS = {-1: "better", 0: "no clear difference", 1: "worse"}
+ROWS = re.findall(
+    r"^\| (?:([\w -]+) \| )?`([\w.-]+)` \| `([\w.-]+)` \| ([+−][\d.]+) ± ([\d.]+) \| ([\w ]+) \|$",
+    PAGE,
+    re.M,
+)
+
+
+@pytest.mark.parametrize(("model", "method", "other", "mean", "width", "verdict"), ROWS)
+def test_rows_are_those_of_the_results(model, method, other, mean, width, verdict):
+    found = difference(RESULTS[SETTINGS[model]], method, other, "loss")
+    assert float(mean.replace("−", "-")) == pytest.approx(found.mean, abs=0.00005001)
+    assert float(width) == pytest.approx((found.high - found.low) / 2, abs=0.00005001)
+    assert verdict == VERDICTS[int(found.low > 0) - int(found.high < 0)]
+
+
+def test_every_statement_stands_in_a_table():
+    rows = {(SETTINGS[model], method, other) for model, method, other, *_ in ROWS}
+    assert {statement[:3] for statement in STATEMENTS} <= rows
+
+
 @pytest.mark.parametrize(("setting", "method", "other", "sign"), STATEMENTS)
 def test_statements_are_those_of_the_intervals(setting, method, other, sign):
     found = difference(RESULTS[setting], method, other, "loss")
@@ -101,7 +130,7 @@ def test_statements_are_those_of_the_intervals(setting, method, other, sign):
     assert f"`{other}`" in PAGE
 
 
-def test_on_minilm_mixtures_with_a_shared_core_are_hardly_behind_the_ordinary_one():
+def test_on_minilm_mixtures_with_a_shared_core_are_almost_as_good_as_the_ordinary_one():
     for method in ("mpoe", "split-64"):
         assert difference(RESULTS["minilm"], method, "moe", "loss").high < 0.01
 
@@ -109,14 +138,14 @@ def test_on_minilm_mixtures_with_a_shared_core_are_hardly_behind_the_ordinary_on
 def test_with_two_experts_a_small_t5_is_as_good_with_2_2_times_fewer_parameters():
     compared = difference(RESULTS["t5"], "mpoe-top2", "moe-top2", "loss")
     assert compared.high < 0.01
-    sizes = {each["method"]: each["parameters"] for each in RESULTS["t5"]}
+    sizes = {run["method"]: run["parameters"] for run in RESULTS["t5"]}
     assert sizes["moe-top2"] / sizes["mpoe-top2"] == pytest.approx(2.2, abs=0.05)
     gained = difference(RESULTS["t5"], "moe-top2", "dense", "loss").mean
     assert gained == pytest.approx(-0.007, abs=0.0005)
 
 
 def test_on_minilm_accuracies_are_within_one_percent():
-    names = {each["method"] for each in RESULTS["minilm"]}
+    names = {run["method"] for run in RESULTS["minilm"]}
     means = [np.mean([*values(RESULTS["minilm"], name, "accuracy").values()]) for name in names]
     assert len(means) == 9
     assert max(means) - min(means) < 0.01
@@ -140,12 +169,12 @@ def test_on_smollm2_the_split_layout_is_as_good_as_the_ordinary_mixture_and_all_
     best = {name: values(RESULTS["smollm2"], name, "loss") for name in ("dense", "moe", "mpoe")}
     means = [sum(losses.values()) / 3 for losses in best.values()]
     assert max(means) - min(means) < 0.02
-    before = {each["before"]["loss"] for each in RESULTS["smollm2"]}
+    before = {run["before"]["loss"] for run in RESULTS["smollm2"]}
     assert min(before) - sum(means) / 3 == pytest.approx(0.36, abs=0.005)
 
 
 def test_the_grid_has_as_many_methods_as_the_page_says():
-    assert len({each["method"] for each in RESULTS["decoder"]}) == 47
+    assert len({run["method"] for run in RESULTS["decoder"]}) == 47
 
 
 def test_methods_that_are_named_were_run():
@@ -166,7 +195,7 @@ def test_shares_of_the_gain_are_those_of_the_means():
     assert 0.42 < gained["split-64-top2"] / gained["moe-top2"] < 0.5
 
 
-def test_the_mask_costs_the_more_the_more_it_masks():
+def test_a_mask_that_discards_more_updates_costs_more():
     worse = [
         difference(RESULTS["decoder"], name, "mpoe", "loss").mean
         for name in ("mpoe-mask-0.25", "mpoe-mask-0.5", "mpoe-mask-0.9", "mpoe-frozen")
@@ -190,7 +219,7 @@ def test_steps_cost_what_the_page_says():
 
 
 def test_sizes_are_those_of_the_results():
-    sizes = {each["method"]: each["parameters"] for each in RESULTS["decoder"]}
+    sizes = {run["method"]: run["parameters"] for run in RESULTS["decoder"]}
     assert sizes["moe-e32"] / sizes["mpoe-e32"] == pytest.approx(5.1, abs=0.05)
     assert sizes["share-rest"] / sizes["mpoe"] == pytest.approx(2.9, abs=0.05)
     assert values(RESULTS["decoder"], "mpoe", "loss").keys() == {0, 1, 2}

@@ -1,4 +1,4 @@
-"""The how-to pages against the code: messages, options and commands that they name are there."""
+"""The messages, options and commands that the how-to pages name exist in the code."""
 
 import argparse
 import ast
@@ -31,12 +31,12 @@ FENCES = [
 ]
 COMMAND_LINES = [(name, line) for name, line in FENCES if line.startswith("tnmoe ")]
 
-# Letters that a text of the source must have besides what is put into it, to be told from others.
-ENOUGH = 8
+# A shorter text of the source, without its inserted values, would match too many messages.
+LEAST_LETTERS = 8
 
 
 def pattern(node: ast.expr) -> str:
-    """A regular expression for what an expression of the source may give."""
+    """Return a regular expression for the values of an expression of the source."""
     match node:
         case ast.Constant(value=str(text)):
             return re.escape(text)
@@ -48,18 +48,19 @@ def pattern(node: ast.expr) -> str:
 
 
 def letters(text: str) -> int:
+    """Count the letters of a text, without its inserted values."""
     return len(re.findall("[a-z]", text.replace(".+", "")))
 
 
 @pytest.fixture(scope="module")
 def texts():
-    """Regular expressions for all texts of the package."""
+    """Return regular expressions for all texts of the package."""
     trees = [
         ast.parse(path.read_text(encoding="utf-8"))
         for path in Path(tnmoe.__file__).parent.rglob("*.py")
     ]
     nodes = [each for tree in trees for each in ast.walk(tree) if isinstance(each, ast.expr)]
-    return [re.compile(each) for each in set(map(pattern, nodes)) if letters(each) >= ENOUGH]
+    return [re.compile(each) for each in set(map(pattern, nodes)) if letters(each) >= LEAST_LETTERS]
 
 
 def test_quoted_messages_are_those_of_the_source(texts):
@@ -69,8 +70,8 @@ def test_quoted_messages_are_those_of_the_source(texts):
 
 
 def test_a_message_that_is_not_in_the_source_is_not_found(texts):
-    for other in ("LlamaForCausalLM has been eaten by the dog", f"{MESSAGES[1]}, or pray"):
-        assert not any(text.fullmatch(other) for text in texts)
+    for message in ("LlamaForCausalLM has been eaten by the dog", f"{MESSAGES[1]}, or pray"):
+        assert not any(text.fullmatch(message) for text in texts)
 
 
 def test_messages_are_quoted_once():

@@ -1,4 +1,4 @@
-"""Pages run where the wheel is installed with the extras that they name, and nothing else is."""
+"""Pages run in an environment that has the wheel, the extras that they name, and nothing else."""
 
 import json
 import os
@@ -14,23 +14,28 @@ from tests.docs.pages import NEEDS, PAGES, ROOT, cells, extras, fences
 from tests.test_readme import EXAMPLES, README
 
 NOTEBOOKS = {name: cells(text) for name, text in PAGES.items() if cells(text)}
-# Their plain blocks are whole programs, and what a shell is told to do with them.
+# On these pages the plain blocks are whole programs and the shell commands that run them.
 PROGRAMS = {
     "howto/demo": ("code.py", r"tnmoe demo --model.*"),
     "howto/distributed": ("train.py", None),
 }
+# What each extra brings besides itself, and how much it installs: larger environments come later.
+BRINGS = {"hf": {"torch"}, "peft": {"hf", "torch"}, "demo": {"hf", "torch", "plot"}}
+WEIGHTS = {"plot": 1, "torch": 10, "hf": 20, "demo": 30, "peft": 40}
+# Threads of gloo print this when a process ends. About one plain torch run in six does so.
+ABORTED = "terminate called without an active exception"
 RUNNER = """
 import json, re, subprocess, sys
 
 def shell(line):
     done = subprocess.run(line, shell=True, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\\n")
-    # Pages show what bad input gives, too: status 2 and a message.
+    # Pages also show bad input, which ends with status 2 and a message.
     assert done.returncode in (0, 2) and "not installed" not in done.stderr, line
 
 names = {"__name__": "__main__", "__shell": shell}
 for cell, fails in json.load(sys.stdin):
-    # A line that begins with tnmoe is for a shell.
+    # A line that begins with tnmoe is a shell command.
     cell = re.sub(r"^tnmoe .*", lambda line: f"__shell({line[0]!r})", cell, flags=re.M)
     try:
         exec(compile(cell, "cell", "exec"), names)
@@ -41,7 +46,7 @@ for cell, fails in json.load(sys.stdin):
 """
 
 
-def test_every_page_with_code_names_what_it_needs_and_no_extra_that_there_is_not():
+def test_every_page_with_code_names_the_extras_that_it_needs():
     known = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
     for name in (*NOTEBOOKS, *PROGRAMS):
         needed = extras(PAGES[name])
@@ -50,16 +55,11 @@ def test_every_page_with_code_names_what_it_needs_and_no_extra_that_there_is_not
 
 
 def test_sections_of_the_readme_name_what_they_need():
-    numpy, torch = NEEDS.findall(README.read_text(encoding="utf-8"))
-    assert (numpy, torch) == ("", "torch")
-
-
-# What gloo's threads say of a process that ends: about one plain torch run in six does so here.
-ABORTED = "terminate called without an active exception"
+    assert NEEDS.findall(README.read_text(encoding="utf-8")) == ["", "torch", "hf"]
 
 
 def run_again_if_torch_aborts(*command, **more):
-    """Run a command up to four times, if it did its work and failed only at its end."""
+    """Run a command, up to four times if torch aborts it at its end."""
     for _ in range(3):
         try:
             return run(*command, **more)
@@ -70,6 +70,7 @@ def run_again_if_torch_aborts(*command, **more):
 
 
 def run(*command, cwd, **more):
+    """Run a command with the installed wheel, and check that it succeeds."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     clean |= {
         "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "TNMOE_CACHE": str(cwd), "OMP_NUM_THREADS": "1",
@@ -83,23 +84,23 @@ def run(*command, cwd, **more):
 
 
 def make_environment(folder, wheel, needed, parent=None):
-    """A virtual environment, with links to what one with fewer extras has already."""
+    """Make a virtual environment that links to the files of ``parent``, which has fewer extras."""
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     python = folder / "bin/python"
     if parent is not None:
-        (ours,), (theirs,) = (each.glob("lib/python*/site-packages") for each in (folder, parent))
-        run("/bin/cp", "--archive", "--link", "--force", f"{theirs}/.", ours, cwd=folder)
+        (new,), (old,) = (path.glob("lib/python*/site-packages") for path in (folder, parent))
+        run("/bin/cp", "--archive", "--link", "--force", f"{old}/.", new, cwd=folder)
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     constraints = ROOT / "requirements/constraints.txt"
     named = f"{wheel}[{','.join(sorted(needed))}]" if needed else wheel
     run(*pip, "--constraint", constraints, named, cwd=folder)
-    # The command, which is not among what was linked.
+    # The links lack the command.
     run(*pip, "--no-deps", "--force-reinstall", wheel, cwd=folder)
     return python
 
 
 def work(name):
-    """What to run for a page: arguments of Python, and its standard input."""
+    """Return the runs that a page needs: arguments of Python and its standard input."""
     if name in EXAMPLES:
         return [(("-W", "error", "-c", EXAMPLES[name]), None)]
     if name not in PROGRAMS:
@@ -114,44 +115,47 @@ def work(name):
     return [(("-c", RUNNER), json.dumps([[first, False], *((line, False) for line in lines)]))]
 
 
+def weight(needed):
+    return sum(WEIGHTS[extra] for extra in needed)
+
+
+def all_brought(needed):
+    """Return some extras with all those that they bring."""
+    return needed.union(*(BRINGS.get(extra, set()) for extra in needed))
+
+
+def make_smallest_first(folder, wheel, wanted):
+    """Yield each set of extras with the Python of its environment, built on an earlier one."""
+    made = {}
+    for needed in sorted(wanted, key=weight):
+        parents = [earlier for earlier in made if all_brought(earlier) <= all_brought(needed)]
+        parent = made[max(parents, key=weight)].parents[1] if parents else None
+        name = "-".join(sorted(needed)) or "core"
+        made[needed] = make_environment(folder / name, wheel, needed, parent)
+        yield needed, made[needed]
+
+
 @pytest.mark.slow
 def test_pages_run_with_what_they_name(tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     needs = {name: extras(PAGES[name]) for name in (*NOTEBOOKS, *PROGRAMS)}
-    needs |= {"numpy": frozenset(), "torch": frozenset({"torch"})}
-    made, failed = {}, {}
+    needs |= {"numpy": frozenset(), "torch": frozenset({"torch"}), "hf": frozenset({"hf"})}
+    failed = {}
 
-    def run_page(name):
+    def run_page(name, python):
         folder = tmp_path / "run" / name
         folder.mkdir(parents=True)
-        # A page on adding a library speaks of the toy among the tests of a clone.
+        # The page about array libraries uses the toy among the tests of a clone.
         (folder / "tests").symlink_to(ROOT / "tests")
         try:
             for arguments, given in work(name):
-                run_again_if_torch_aborts(made[needs[name]], *arguments, cwd=folder, input=given)
+                run_again_if_torch_aborts(python, *arguments, cwd=folder, input=given)
         except AssertionError as error:
             failed[name] = str(error)
 
-    # What brings more comes later, and has what came before to build on.
-    weight = {"plot": 1, "torch": 10, "hf": 20, "demo": 30, "peft": 40}
     with ThreadPoolExecutor(2) as pool:
-        for needed in sorted(set(needs.values()), key=lambda each: sum(weight[e] for e in each)):
-            brings = {frozenset(): 0, **{each: sum(weight[e] for e in each) for each in made}}
-            parents = [each for each in made if is_below(each, needed)]
-            parent = max(parents, key=brings.get, default=None)
-            made[needed] = make_environment(
-                tmp_path / ("-".join(sorted(needed)) or "core"), wheel, needed,
-                made[parent].parents[1] if parent is not None else None,
-            )  # fmt: skip
+        for needed, python in make_smallest_first(tmp_path, wheel, set(needs.values())):
             for name in (name for name in needs if needs[name] == needed):
-                pool.submit(run_page, name)
+                pool.submit(run_page, name, python)
     assert not failed, "\n\n".join(f"{name}:\n{text}" for name, text in failed.items())
-
-
-def is_below(fewer, more):
-    """Whether an environment with some extras holds nothing that others do not bring."""
-    brings = {"hf": {"hf", "torch"}, "peft": {"peft", "hf", "torch"},
-              "demo": {"demo", "hf", "torch", "plot"}}  # fmt: skip
-    one, other = (set().union(*(brings.get(e, {e}) for e in each)) for each in (fewer, more))
-    return one <= other

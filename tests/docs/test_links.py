@@ -1,4 +1,4 @@
-"""Links between documents lead to files, headings and pages that are there. Nothing goes online."""
+"""Links between documents lead to existing files, headings and pages. Nothing goes online."""
 
 import re
 from pathlib import Path
@@ -24,19 +24,19 @@ ONLINE = ("http://", "https://", "mailto:")
 
 
 def prose(path: Path) -> str:
-    """The page without its code."""
+    """Return the page without its code."""
     return FENCE.sub("", path.read_text(encoding="utf-8"))
 
 
 def toctrees(path: Path) -> list[str]:
-    """Pages that the page lists."""
+    """Return the pages in the page's tables of contents."""
     fences = FENCE.findall(path.read_text(encoding="utf-8"))
     lines = [line for _, kind, body in fences if kind == "{toctree}" for line in body.splitlines()]
     return [line for line in lines if line and not line.startswith(":")]
 
 
 def anchors(path: Path) -> set[str]:
-    """What GitHub and MyST call the headings of a page, and explicit targets."""
+    """Return the anchors that GitHub and MyST give the headings, and explicit targets."""
     text = prose(path)
     found: set[str] = set(re.findall(r"^\(([\w-]+)\)=$", text, re.M))
     for heading in re.findall(r"^#{1,6} +(.+?) *$", text, re.M):
@@ -48,7 +48,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def broken(path: Path) -> list[str]:
-    """Links of a page that lead nowhere."""
+    """Return the links of a page that lead nowhere."""
     missing = []
     text = CODE.sub(lambda code: code[0] if code[1] else "", prose(path))
     for link in LINK.findall(text) + REFERENCE.findall(text):
@@ -88,7 +88,7 @@ def test_broken_links_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_of_tests_that_a_page_names_are_there(path):
+def test_files_of_tests_that_a_page_names_exist(path):
     named = set(re.findall(r"`(tests/[\w/.]+)`", path.read_text(encoding="utf-8")))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     assert named or path.name != "promises.md"

@@ -244,7 +244,7 @@ def routers(dtype=torch.float64):
         },
         "expert choice of all": nn.ExpertChoiceRouter(H, E, E, dtype=dtype),
         "no straight-through": nn.TopKRouter(H, E, straight_through=False, dtype=dtype),
-        "room for all": nn.TopKRouter(H, E, 2, capacity_factor=E, dtype=dtype),
+        "capacity for all": nn.TopKRouter(H, E, 2, capacity_factor=E, dtype=dtype),
     }
 
 

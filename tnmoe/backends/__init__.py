@@ -1,7 +1,7 @@
 """Array libraries behind one small protocol, found by an array's type and imported lazily.
 
-The library ``lib`` is supported when the module ``tnmoe.backends.lib`` exists; adding that one
-file is all there is to supporting another. A backend that lives elsewhere is registered.
+The module ``tnmoe.backends.lib`` is the backend of the package ``lib``. To support another library,
+add its module; nothing else changes. A backend that lives outside tnmoe is registered.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _registering = RLock()
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the array libraries tnmoe has a backend for, installed or not."""
+    """Return the names of the array libraries that have a backend, installed or not."""
     return tuple(sorted({*_BUILT_IN, *(backend.name for backend in list(_registered.values()))}))
 
 
 def backend_named(name: str) -> Backend:
-    """The backend of the library called ``name``.
+    """Return the backend of the library called ``name``.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def backend_named(name: str) -> Backend:
 
 
 def get_backend(array: Any) -> Backend:
-    """The backend of ``array``, by its type.
+    """Return the backend of an array, found by the array's type.
 
     Raises
     ------
@@ -87,15 +87,15 @@ def register(backend: Backend, *types: type) -> None:
     backend : Backend
         The operations of a :class:`Backend` for these arrays.
     *types : type
-        Classes of arrays, at least one. Their subclasses are found, too.
+        Classes of arrays, at least one. Subclasses are found as well.
 
     Raises
     ------
     TypeError
-        If ``backend`` lacks operations of the protocol, which the message names, or ``types`` are
-        not classes.
+        If ``backend`` lacks operations of the protocol, which the message names, or ``types`` holds
+        something that is not a class.
     InputError
-        If there are no types, a type has a backend already, or another backend has the name.
+        If ``types`` is empty, a type has a backend already, or another backend has the same name.
 
     Examples
     --------
@@ -126,7 +126,7 @@ def register(backend: Backend, *types: type) -> None:
 
 
 def _missing(backend: Any) -> list[str]:
-    """What an object lacks to be a Backend."""
+    """Name the attributes and methods that an object lacks to be a Backend."""
     unnamed = not isinstance(getattr(backend, "name", None), str)
     methods = [name for name in _METHODS if not callable(getattr(backend, name, None))]
     return ["name"] * unnamed + methods
@@ -134,6 +134,7 @@ def _missing(backend: Any) -> list[str]:
 
 @cache
 def _backend_of_type(kind: type) -> Backend:
+    """Return the backend of a class or of the nearest base that has one."""
     for base in kind.__mro__:
         if (name := _owner(base)) is not None:
             return backend_named(name)
@@ -143,13 +144,14 @@ def _backend_of_type(kind: type) -> Backend:
 
 
 def _owner(kind: type) -> str | None:
-    """Name of the backend for a class itself, its bases aside."""
+    """Return the name of the backend that a class itself has, whatever its bases have."""
     if kind in _registered:
         return _registered[kind].name
     library = kind.__module__.partition(".")[0]
-    # Libraries have other classes, too: layers, say.
+    # Not every class of a library is an array: torch also has layers.
     return library if library in _BUILT_IN and hasattr(kind, "shape") else None
 
 
 def _name_of(kind: type) -> str:
+    """Return the full name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"

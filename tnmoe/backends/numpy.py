@@ -1,4 +1,4 @@
-"""NumPy arrays."""
+"""The backend of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NumpyBackend:
         return array.dtype.name
 
     def astype(self, array: np.ndarray, dtype: str) -> np.ndarray:
-        if dtype == "bfloat16":  # there is one once another library has taught it to NumPy
+        if dtype == "bfloat16":  # np.dtype knows it only after another library registered it
             raise TypeError("NumPy has no bfloat16")
         return array.astype(dtype, copy=False)
 
@@ -33,7 +33,7 @@ class NumpyBackend:
     def max_abs(self, array: np.ndarray) -> float:
         if np.iscomplexobj(array):
             return float(np.maximum(self.max_abs(array.real), self.max_abs(array.imag)))
-        # Two passes without a copy; both NaN if there is one.
+        # Two passes without a copy; both give NaN if the array holds one.
         return float(max(array.max(), -array.min())) if array.size else 0.0
 
     def norm(self, array: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ class NumpyBackend:
         return numbers.astype(like.dtype)
 
     def full_precision(self, like: np.ndarray) -> AbstractContextManager[None]:
-        # A square that vanishes beside others is no error, whatever the caller makes of its own.
+        # A small square may underflow in a sum, even where the caller made underflow an error.
         return np.errstate(under="ignore")
 
     def tracked(self, array: np.ndarray) -> bool:
@@ -97,9 +97,9 @@ class NumpyBackend:
             return np.linalg.svd(matrix, full_matrices=False)[:2]
         except np.linalg.LinAlgError:
             if matrix.ndim > 2:
-                pairs = [self.left_svd(one) for one in matrix]
+                pairs = [self.left_svd(single) for single in matrix]
                 return np.stack([u for u, _ in pairs]), np.stack([s for _, s in pairs])
-            # Divide and conquer (gesdd) can fail to converge where plain QR iteration does not.
+            # QR iteration (gesvd) converges where divide and conquer (gesdd) can fail.
             from scipy.linalg import svd
 
             return svd(matrix, full_matrices=False, lapack_driver="gesvd")[:2]

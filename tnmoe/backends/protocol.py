@@ -1,6 +1,6 @@
-"""What an array library must offer: the operations that libraries spell differently.
+"""The protocol of a backend: the operations that array libraries spell differently.
 
-The rest is spelt alike in all of them and is used directly. An array has
+tnmoe uses directly what all libraries spell alike. An array has
 
 - ``shape``, ``ndim``, ``dtype`` (any object that can be compared and printed), ``real``, ``imag``,
 - ``reshape(*sizes)`` or ``reshape(sizes)``, and ``clip(least)``,
@@ -8,9 +8,9 @@ The rest is spelt alike in all of them and is used directly. An array has
 - ``+ - * / **``, negation and ``==``, with arrays that broadcast and with Python's numbers, which
   leave the precision of the array as it is,
 - ``@``, with leading axes as a batch,
-- ``float(array)`` for one number.
+- ``float(array)`` for an array of one number.
 
-It is never written into, and never given to a function of NumPy.
+tnmoe never writes into an array, and never passes one to a function of NumPy.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ Array = Any
 REAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPLEX_DTYPES = ("complex64", "complex128")
 
-# Half precision has no linear algebra; it is computed in float32 and rounded at the end.
+# Libraries lack linear algebra in half precision: tnmoe computes in float32 and rounds at the end.
 COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32"}
-# The dtype in which sums of squares of a dtype lose nothing that it can hold.
+# The dtype in which a sum of squares loses nothing that the dtype itself can hold.
 WIDE_DTYPE = {"float32": "float64", "complex64": "complex128"}
+# The largest finite number of a dtype, and the distance from 1 to the next number. They stand here
+# because NumPy does not know bfloat16.
 LARGEST = {
     "float16": 65504.0,
     "bfloat16": (2 - 2.0**-7) * 2.0**127,
@@ -50,100 +52,112 @@ EPSILON = {
 
 
 class Backend(Protocol):
-    """One array library. Arrays keep their device throughout.
+    """One array library. Every result is on the device of its operands.
 
-    In every method ``array`` is an array of the library, ``arrays`` a sequence of them, ``matrix``
-    one with matrices along its last two axes, leading axes being a batch, and ``like`` an array
-    whose dtype and device the result gets.
+    In every method, ``array`` is an array of the library and ``arrays`` a sequence of arrays.
+    ``matrix`` holds matrices in its last two axes; leading axes are a batch. The result gets the
+    dtype and the device of ``like``.
     """
 
     name: str
 
     def dtype_name(self, array: Array) -> str:
-        """Name of the dtype, as NumPy spells it (plus ``bfloat16``)."""
+        """Return the name of the dtype as NumPy spells it, or ``bfloat16``."""
 
     def astype(self, array: Array, dtype: str) -> Array:
-        """The array in the dtype of that name; itself where it has that ``dtype`` already.
+        """Return the array in the dtype named ``dtype``, or itself if it has that dtype already.
 
-        Raises a TypeError where the library has no such dtype.
+        Raise a TypeError if the library has no such dtype.
         """
 
     def to_numpy(self, array: Array) -> np.ndarray:
-        """A NumPy copy or view, detached from any gradient; bfloat16 as float32."""
+        """Return a NumPy copy or view without gradients; bfloat16 becomes float32."""
 
     def from_numpy(self, array: np.ndarray, like: Array | None = None) -> Array:
-        """A NumPy array as one of this library.
+        """Turn a NumPy array into one of this library.
 
-        Without ``like`` the dtype stays and the array is on the CPU.
+        Without ``like``, the result keeps the dtype and is on the CPU.
         """
 
     def full_precision(self, like: Array) -> AbstractContextManager[None]:
-        """A block in which products on the device of ``like`` have the precision of their dtype.
+        """Give products on the device of ``like`` the full precision of their dtype in a block.
 
-        Whatever makes products rougher outside, such as ``torch.autocast`` or TF32, does not count
-        in the block. Blocks may lie inside each other, and in several threads at once.
+        Settings that lower the precision of products, such as ``torch.autocast`` or TF32, have no
+        effect in the block. Blocks may be nested, and may run in several threads at once.
         """
 
     def tracked(self, array: Array) -> bool:
-        """Whether gradients flow through what is computed from the array."""
+        """Check whether gradients flow through results that are computed from the array."""
 
     def max_abs(self, array: Array) -> float:
-        """Largest absolute real or imaginary part; NaN if there is one, 0 for an empty array."""
+        """Return the largest absolute real or imaginary part.
+
+        The result is NaN if the array holds a NaN, and 0 if the array is empty.
+        """
 
     def norm(self, array: Array) -> Array:
-        """Euclidean norm of all entries, a real scalar; squares neither over- nor underflow."""
+        """Return the Euclidean norm of all entries, a real scalar.
+
+        Squares of entries neither overflow nor underflow on the way.
+        """
 
     def conj(self, array: Array) -> Array:
-        """Complex conjugate; real arrays unchanged."""
+        """Return the complex conjugate; a real array comes back unchanged."""
 
     def permute(self, array: Array, axes: Sequence[int]) -> Array:
-        """The axes in the order of ``axes``."""
+        """Put the axes into the order of ``axes``."""
 
     def transpose(self, matrix: Array) -> Array:
-        """Rows and columns swapped."""
+        """Swap rows and columns."""
 
     def adjoint(self, matrix: Array) -> Array:
-        """Conjugate transpose."""
+        """Return the conjugate transpose."""
 
     def trace(self, array: Array, first: int, second: int) -> Array:
-        """Sum over the diagonal of two axes of one size, ``first`` and ``second``.
+        """Sum over the diagonal of the axes ``first`` and ``second``, which have the same size.
 
-        Negative ones count from the last.
+        A negative axis counts from the last.
         """
 
     def pad(self, matrix: Array, rows: int, columns: int) -> Array:
-        """The matrix with zeros added at its end, until it has ``rows`` and ``columns``."""
+        """Append zeros until the matrix has ``rows`` rows and ``columns`` columns."""
 
     def stack(self, arrays: Sequence[Array]) -> Array:
-        """Arrays of one shape along a new first axis."""
+        """Stack arrays of one shape along a new first axis."""
 
     def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
-        """Arrays joined along ``axis``."""
+        """Join arrays along ``axis``."""
 
     def zeros(self, shape: Sequence[int], like: Array) -> Array:
-        """Zeros of a ``shape``."""
+        """Return an array of zeros with a ``shape``."""
 
     def eye(self, size: int, like: Array) -> Array:
-        """Identity matrix of ``size`` rows."""
+        """Return the identity matrix with ``size`` rows."""
 
     def normal(self, shape: Sequence[int], rng: np.random.Generator, like: Array) -> Array:
-        """Standard normal numbers of a ``shape`` from ``rng``; complex ones have variance 1."""
+        """Draw normal numbers of a ``shape`` from ``rng``, complex ones with variance 1."""
 
     # Where a library has gradients, those of qr, left_svd and eigh stay finite for singular
-    # matrices and equal singular values; they are right for every function of the result that does
-    # not depend on the arbitrary choices inside it (signs, phases, bases of equal singular values).
+    # matrices and for equal singular values. They are right for every function of the result
+    # that does not depend on arbitrary choices: signs, phases, bases of equal singular values.
 
     def qr(self, matrix: Array) -> tuple[Array, Array]:
-        """Reduced QR decomposition."""
+        """Return the reduced QR decomposition."""
 
     def left_svd(self, matrix: Array) -> tuple[Array, Array]:
-        """U and s of a reduced SVD, s descending; falls back to slower, safer algorithms."""
+        """Return U and s of a reduced SVD, largest singular value first.
+
+        Fall back to slower and safer algorithms where the usual one does not converge.
+        """
 
     def eigh(self, matrix: Array) -> tuple[Array, Array]:
-        """Eigenvalues of a Hermitian matrix, descending, and its eigenvectors in columns."""
+        """Return eigenvalues of a Hermitian matrix, largest first, and eigenvectors as columns."""
 
     def eigvalsh(self, matrix: Array) -> Array:
-        """Only the eigenvalues of a Hermitian matrix, descending."""
+        """Return only the eigenvalues of a Hermitian matrix, largest first."""
 
     def triangle(self, matrix: Array) -> Array:
-        """The small factor T of A = T Q, for A wider than tall: T Tᴴ = A Aᴴ without squaring."""
+        """Return the small factor T of A = T Q, for a matrix that is wider than tall.
+
+        T Tᴴ = A Aᴴ, without squaring A.
+        """

@@ -13,29 +13,30 @@ from tnmoe.cli import calibrate, convert, demo, inspect
 from tnmoe.errors import InputError, MissingExtraError, as_line, reason
 from tnmoe.system.memory import is_memory_error, memory_error_summary
 
-# Conventional exit codes: 2 for what the user gave, 130 for Ctrl-C.
+# Conventional exit codes: 2 for a mistake in the input, 130 for Ctrl-C.
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the console script exits with what this returns."""
+    """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
-    # Nothing may reach for a network, whatever a model's configuration asks for.
+    # No model's configuration may make transformers use a network.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # What transformers thinks of a configuration that is refused would hide the line that says why.
+    # Where tnmoe refuses a configuration, transformers' warnings would hide the line that says why.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show
+            warnings.showwarning = _print_warning
             options.run(options)
     except BrokenPipeError:
-        # Whoever read the output has seen enough.
+        # The reader of the output, such as head, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BAD_INPUT
     except Exception as error:
-        if (told := _told(error, options.interrupted)) is None:
+        message = _message(error, options.interrupted)
+        if message is None:
             raise
-        print(f"tnmoe: {as_line(told)}", file=sys.stderr)
+        print(f"tnmoe: {as_line(message)}", file=sys.stderr)
         return _BAD_INPUT
     except KeyboardInterrupt:
         print(f"tnmoe: interrupted; {options.interrupted}", file=sys.stderr)
@@ -43,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _told(error: Exception, interrupted: str) -> str | None:
-    """What to say of an error; nothing of one that is a bug.
+def _message(error: Exception, interrupted: str) -> str | None:
+    """Return a user's message for an error; None for a bug, which keeps its traceback.
 
-    ``interrupted`` is what becomes of the work.
+    ``interrupted`` says what has become of the work.
     """
     if isinstance(error, InputError | MissingExtraError):
         return str(error)
@@ -58,12 +59,13 @@ def _told(error: Exception, interrupted: str) -> str | None:
     return None
 
 
-def _show(message: Warning | str, *_: object, **__: object) -> None:
-    """Show a warning on a line, without the one of the program that it comes from."""
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning on one line, without the line of code that raised it."""
     print(f"tnmoe: warning: {as_line(message)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Build the parser of the command and of its subcommands."""
     parser = argparse.ArgumentParser(
         prog="tnmoe", description="Tensor-network mixtures of experts."
     )

@@ -1,4 +1,4 @@
-"""Arguments that say what they expected, and those that several commands have."""
+"""Types of arguments that say what they expect, and the arguments that commands share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from tnmoe.hf import MPOEConfig
 
 
-def _checked(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
-    """An argparse type that says what it expected."""
+# Units of a file's size, in bytes.
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _argument_type(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    """Return an argparse type whose error says what it expects."""
 
     def parse(text: str) -> Any:
         try:
@@ -31,22 +35,22 @@ def _checked(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[st
     return parse
 
 
-from_zero = _checked(int, lambda n: n >= 0, "an integer from 0 up")
-from_one = _checked(int, lambda n: n >= 1, "an integer from 1 up")
-from_two = _checked(int, lambda n: n >= 2, "an integer from 2 up")
-seed = _checked(int, lambda n: 0 <= n < SEEDS, "an integer of 64 bits from 0 up")
-positive = _checked(float, lambda x: 0 < x < inf, "a positive number")
-weight = _checked(float, lambda x: 0 <= x < inf, "a number from 0 up")
-share = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+int_from_zero = _argument_type(int, lambda n: n >= 0, "an integer from 0 up")
+int_from_one = _argument_type(int, lambda n: n >= 1, "an integer from 1 up")
+int_from_two = _argument_type(int, lambda n: n >= 2, "an integer from 2 up")
+seed = _argument_type(int, lambda n: 0 <= n < SEEDS, "an integer of 64 bits from 0 up")
+positive_number = _argument_type(float, lambda x: 0 < x < inf, "a positive number")
+weight = _argument_type(float, lambda x: 0 <= x < inf, "a number from 0 up")
+fraction = _argument_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
-def numbers(text: str) -> list[int]:
-    """Integers from 1 up between commas."""
-    return [from_one(part) for part in text.split(",")]
+def bond_dims(text: str) -> list[int]:
+    """Parse integers from 1 up, separated by commas."""
+    return [int_from_one(part) for part in text.split(",")]
 
 
 def layers(text: str) -> list[int] | str:
-    """Positions between commas, or a regular expression."""
+    """Parse positions, separated by commas; any other text is a regular expression."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -54,63 +58,84 @@ def layers(text: str) -> list[int] | str:
 
 
 def size(text: str) -> int:
-    """Bytes, as ``5GB`` or ``500MB``."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    """Parse a number of bytes, such as ``5GB`` or ``500MB``."""
     number, unit = text[:-2], text[-2:].upper()
-    num_bytes = int(positive(number) * units[unit]) if unit in units else 0
+    num_bytes = int(positive_number(number) * _UNITS[unit]) if unit in _UNITS else 0
     if num_bytes < 1:
         raise argparse.ArgumentTypeError(f"expected a size like 5GB or 500MB, got {shown(text)}")
     return num_bytes
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Arguments that :func:`config_of` makes an MPOEConfig of."""
-    group = parser.add_argument_group("what it becomes")
-
-    def add(name: str, meaning: str, **details: Any) -> None:
-        group.add_argument(name, help=meaning, default=argparse.SUPPRESS, **details)
-
-    add("--config", "JSON file with entries of an MPOEConfig; what follows wins", type=Path)
-    add("--experts", "experts per layer (default: 8)", type=from_one, dest="num_experts")
-    add("--top-k", "experts per token (default: 1)", type=from_one, dest="num_experts_per_tok")
-    add(
+# The arguments that describe an MPOEConfig: name, help, and settings of argparse.
+_CONFIG: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    (
+        "--config",
+        "JSON file with entries of an MPOEConfig; the options below override them",
+        {"type": Path},
+    ),
+    ("--experts", "experts per layer (default: 8)", {"type": int_from_one, "dest": "num_experts"}),
+    (
+        "--top-k",
+        "experts per token (default: 1)",
+        {"type": int_from_one, "dest": "num_experts_per_tok"},
+    ),
+    (
         "--layout",
-        "how matrices split over sites; dense: an ordinary mixture (default: interleaved)",
-        choices=ANY_LAYOUTS,
-    )
-    add("--sites", "sites of an interleaved MPO (default: 5)", type=from_two)
-    add("--max-bond", "largest bond dimension (default: exact)", type=from_one)
-    add(
+        "how a matrix is split over the sites of its MPO; dense makes an ordinary mixture "
+        "(default: interleaved)",
+        {"choices": ANY_LAYOUTS},
+    ),
+    ("--sites", "sites of an interleaved MPO (default: 5)", {"type": int_from_two}),
+    ("--max-bond", "largest bond dimension (default: exact)", {"type": int_from_one}),
+    (
         "--matrices",
-        "which become MPOs, between commas (default: up,gate,down)",
-        type=lambda text: text.split(","),
-    )
-    add(
+        "matrices that become MPOs, separated by commas (default: up,gate,down)",
+        {"type": lambda text: text.split(",")},
+    ),
+    (
         "--layers",
-        "networks to convert: positions between commas, or a regular expression (default: all)",
-        type=layers,
-    )
-    add("--every", "of those, the last of each so many (default: 1)", type=from_one)
-    add(
-        "--gauge",
-        "how auxiliary cores of exact bonds start (default: identity)",
-        choices=GAUGES,
-    )
-    add("--expert-noise", "relative noise that sets experts apart (default: 0)", type=weight)
-    add("--balance-weight", "weight of the load-balancing loss (default: 0.01)", type=weight)
-    add("--z-weight", "weight of the router z-loss (default: 0)", type=weight)
-    add("--mask-probability", "share of steps that spare shared tensors", type=share)
+        "networks to convert: positions, separated by commas, or a regular expression "
+        "(default: all)",
+        {"type": layers},
+    ),
+    (
+        "--every",
+        "convert only every N-th of those networks: 2 means the second, the fourth and so on "
+        "(default: 1)",
+        {"type": int_from_one, "metavar": "N"},
+    ),
+    ("--gauge", "initial auxiliary cores at exact bonds (default: identity)", {"choices": GAUGES}),
+    (
+        "--expert-noise",
+        "relative noise that makes the experts differ at the start (default: 0)",
+        {"type": weight},
+    ),
+    ("--balance-weight", "weight of the load-balancing loss (default: 0.01)", {"type": weight}),
+    ("--z-weight", "weight of the router z-loss (default: 0)", {"type": weight}),
+    (
+        "--mask-probability",
+        "fraction of training steps that leave shared cores unchanged (default: 0)",
+        {"type": fraction},
+    ),
+)
 
 
-def config_of(options: argparse.Namespace) -> MPOEConfig:
-    """The MPOEConfig that the command line asks for."""
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments from which :func:`config_from_options` makes an MPOEConfig."""
+    group = parser.add_argument_group("the converted model")
+    for name, meaning, settings in _CONFIG:
+        group.add_argument(name, help=meaning, default=argparse.SUPPRESS, **settings)
+
+
+def config_from_options(options: argparse.Namespace) -> MPOEConfig:
+    """Build the MPOEConfig that the options of a command describe."""
     from tnmoe.hf import MPOEConfig
     from tnmoe.system.files import read_json
 
-    given = vars(options)
+    values = vars(options)
     entries: dict[str, Any] = {}
-    if path := given.get("config"):
+    if path := values.get("config"):
         entries = read_json(path, pipes=True)
     known = {field.name for field in fields(MPOEConfig)}
-    entries |= {name: value for name, value in given.items() if name in known}
+    entries |= {name: value for name, value in values.items() if name in known}
     return MPOEConfig.from_dict(entries)

@@ -1,4 +1,4 @@
-"""``tnmoe calibrate``: measure the machine that routes are planned for."""
+"""``tnmoe calibrate``: measure the machine for which tnmoe plans routes through experts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the subcommand to the parser."""
     parser = commands.add_parser(
         "calibrate",
-        help="measure this machine, so that the fastest way through experts is planned for it",
+        help="measure this machine, so that tnmoe plans the fastest route through experts for it",
         description=(
             "Measure for about a second how fast this machine multiplies and moves matrices, and "
-            "store it in the user's cache folder, or in $TNMOE_CACHE. Without it, routes are "
-            "planned for a typical machine."
+            "store the rates in $TNMOE_CACHE or, by default, in the user's cache folder. Without "
+            "them, tnmoe plans routes for a typical machine."
         ),
     )
     parser.add_argument("--device", help="torch device (default: cpu)", default="cpu")
@@ -21,6 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    """Measure the machine, and print the rates and where they are stored."""
     from tnmoe.contraction.rates import rates_path
     from tnmoe.nn import calibrate
     from tnmoe.nn.compute.devices import usable_device

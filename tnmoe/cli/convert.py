@@ -1,4 +1,4 @@
-"""``tnmoe upcycle`` and ``tnmoe export``: from folder to folder, larger than memory if need be."""
+"""``tnmoe upcycle`` and ``tnmoe export``: conversions from one folder into another."""
 
 from __future__ import annotations
 
@@ -7,63 +7,72 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnmoe.cli.arguments import add_config, config_of, from_one, seed, size
+from tnmoe.cli.arguments import add_config, config_from_options, int_from_one, seed, size
 from tnmoe.options import EXPORT_FORMATS
 
 if TYPE_CHECKING:
     from tnmoe.hf import Conversion
 
 _HOW = (
-    " Weights are read and written a layer at a time, so that a checkpoint may be larger than "
-    "memory. What was interrupted goes on with the same command, and comes out the same. Pickled "
-    "weights are never read; the source is not touched."
+    " The command reads and writes weights layer by layer, so a checkpoint may be larger than "
+    "memory. Run an interrupted command again, and it goes on where it stopped, with the same "
+    "result. The command never reads pickled weights and never changes the source."
 )
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """Add both commands."""
+    """Add both subcommands to the parser."""
     upcycle = commands.add_parser(
         "upcycle",
         help="turn a dense checkpoint into an MPOE checkpoint",
         description=(
-            "Turn the feed-forward networks of a checkpoint into mixtures of experts that share a "
-            "central tensor, without changing what the model computes." + _HOW
+            "Turn the feed-forward networks of a checkpoint into mixtures of experts that share "
+            "their central cores, without changing what the model computes." + _HOW
         ),
     )
-    _add_folders(upcycle, "Hugging Face folder with config.json and safetensors files")
+    _add_common(upcycle, "Hugging Face folder with config.json and safetensors files")
     add_config(upcycle)
-    upcycle.add_argument("--seed", type=seed, default=0, help="seed of routers and noise")
+    upcycle.add_argument(
+        "--seed", type=seed, default=0, help="seed of routers and noise (default: 0)"
+    )
     upcycle.set_defaults(run=_upcycle)
     export = commands.add_parser(
         "export",
-        help="turn an MPOE checkpoint into one that other software runs",
+        help="turn an MPOE checkpoint into one that other software can run",
         description=(
             "Turn an MPOE checkpoint into an ordinary mixture of its family (Mixtral, Qwen-MoE, "
-            "Switch), or into a dense model with the mean of its experts." + _HOW
+            "Switch), or into a dense model whose matrices are the means of the experts'." + _HOW
         ),
     )
-    _add_folders(export, "Hugging Face folder with an MPOE checkpoint")
+    _add_common(export, "Hugging Face folder with an MPOE checkpoint")
     export.add_argument(
         "--to",
         choices=EXPORT_FORMATS,
         default="moe",
-        help="moe: the same function; dense: the mean of the experts (default: moe)",
+        help="moe computes the same function; dense takes the mean of the experts (default: moe)",
     )
     export.set_defaults(run=_export)
 
 
-def _add_folders(parser: argparse.ArgumentParser, source: str) -> None:
+def _add_common(parser: argparse.ArgumentParser, source: str) -> None:
+    """Add the arguments that both conversions take."""
     parser.add_argument("source", type=Path, help=source)
-    parser.add_argument("target", type=Path, help="folder to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace what tnmoe wrote there")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    parser.add_argument("--jobs", type=from_one, help="layers at a time (default: all cores)")
+    parser.add_argument("target", type=Path, help="folder to create")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that tnmoe wrote there"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the command would do, and stop"
+    )
+    parser.add_argument(
+        "--jobs", type=int_from_one, help="layers to convert at a time (default: all cores)"
+    )
     parser.add_argument(
         "--shard-size",
         type=size,
         default=5 * 10**9,
         metavar="SIZE",
-        help="bytes of a file of weights at most (default: 5GB)",
+        help="largest size of a file of weights (default: 5GB)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(interrupted="the same command goes on from there")
@@ -72,7 +81,8 @@ def _add_folders(parser: argparse.ArgumentParser, source: str) -> None:
 def _upcycle(options: argparse.Namespace) -> None:
     from tnmoe.hf import prepare_upcycle
 
-    _convert(options, prepare_upcycle(options.source, config_of(options), options.seed))
+    config = config_from_options(options)
+    _convert(options, prepare_upcycle(options.source, config, options.seed))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -81,37 +91,42 @@ def _export(options: argparse.Namespace) -> None:
     _convert(options, prepare_export(options.source, options.to))
 
 
-def _convert(options: argparse.Namespace, plan: Conversion) -> None:
+def _convert(options: argparse.Namespace, conversion: Conversion) -> None:
+    """Run a prepared conversion unless it is a dry run, and print a report."""
     files = []
     if options.dry_run:
-        plan.check_target(options.target, options.overwrite)
+        conversion.check_target(options.target, options.overwrite)
     else:
         from tnmoe.system.progress import progress_callback
 
         with progress_callback("converting", "B") as show:
-            files = plan.run(
+            files = conversion.run(
                 options.target,
                 overwrite=options.overwrite,
                 jobs=options.jobs,
                 shard_bytes=options.shard_size,
                 on_progress=show,
             )
-    report = _report(options, plan, files)
+    report = _report(options, conversion, files)
     print(json.dumps(report, indent=2) if options.json else _as_text(report))
 
 
-def _report(options: argparse.Namespace, plan: Conversion, files: list[Path]) -> dict[str, Any]:
+def _report(
+    options: argparse.Namespace, conversion: Conversion, files: list[Path]
+) -> dict[str, Any]:
+    """Describe a conversion as plain data."""
     return {
         "source": str(options.source),
         "target": str(options.target),
-        "layers": [piece.name for piece in plan.pieces if piece.make],
-        "parameters": {"source": plan.source.num_params, "target": plan.num_params},
-        "bytes": {"source": plan.source.num_bytes, "target": plan.num_bytes},
+        "layers": [piece.name for piece in conversion.pieces if piece.make],
+        "parameters": {"source": conversion.source.num_params, "target": conversion.num_params},
+        "bytes": {"source": conversion.source.num_bytes, "target": conversion.num_bytes},
         "files": [path.name for path in files],
     }
 
 
 def _as_text(report: dict[str, Any]) -> str:
+    """Write a report for people."""
     layers, parameters, sizes = report["layers"], report["parameters"], report["bytes"]
     lines = [
         f"layers      {len(layers)}: {' … '.join(dict.fromkeys((layers[0], layers[-1])))}",
@@ -122,4 +137,4 @@ def _as_text(report: dict[str, Any]) -> str:
     ]
     if report["files"]:
         return "\n".join([*lines, f"written     {report['target']}: {', '.join(report['files'])}"])
-    return "\n".join([*lines, f"nothing written yet: {report['target']} would be made"])
+    return "\n".join([*lines, f"nothing written yet: {report['target']} would be created"])

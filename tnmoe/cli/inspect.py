@@ -1,4 +1,4 @@
-"""``tnmoe inspect``: what a conversion would find in a model, and make of it."""
+"""``tnmoe inspect``: a preview of the conversion of a model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import argparse
 import json
 from pathlib import Path
 
-from tnmoe.cli.arguments import add_config, config_of, from_one, numbers
+from tnmoe.cli.arguments import add_config, bond_dims, config_from_options, int_from_one
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """Add the command."""
+    """Add the subcommand to the parser."""
     parser = commands.add_parser(
         "inspect",
         help="show a model's feed-forward networks, and what they would become",
         description=(
-            "Show the feed-forward networks of a model, how their matrices split over the sites of "
-            "an MPO, how many parameters a mixture of experts would have, and, where there are "
-            "weights, the entropy of the Schmidt values of every bond in nats and what relative "
-            "error smaller bonds would make at most. Weights are read a network at a time."
+            "Show the feed-forward networks of a model, how their matrices would be split over the "
+            "sites of an MPO, and how many parameters a mixture of experts would have. If the "
+            "folder holds weights, also show for every bond the entropy of its Schmidt values in "
+            "nats, and an upper bound on the relative error of smaller bonds. The command reads "
+            "weights network by network."
         ),
     )
     parser.add_argument(
@@ -26,22 +27,25 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--bonds",
-        type=numbers,
-        help="bond dimensions to predict errors for, between commas "
+        type=bond_dims,
+        help="bond dimensions whose errors to predict, separated by commas "
         "(default: a quarter and half of the largest)",
     )
     parser.add_argument("--no-weights", action="store_true", help="do not read the weights")
-    parser.add_argument("--jobs", type=from_one, help="networks at a time (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=int_from_one, help="networks to read at a time (default: all cores)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
+    """Inspect the model and print what was found."""
     from tnmoe.hf import inspect_checkpoint
     from tnmoe.system.progress import progress_callback
 
-    config = config_of(options)
+    config = config_from_options(options)
     with progress_callback("reading", " networks") as show:
         found = inspect_checkpoint(
             options.model,

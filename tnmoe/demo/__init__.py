@@ -1,7 +1,7 @@
-"""``tnmoe demo``: the main job, end to end, on a real pretrained model and a real task.
+"""``tnmoe demo``: conversion, fine-tuning and comparison of a real pretrained model.
 
-This file holds only the settings, so that the command line can show them without importing torch;
-``tnmoe.demo.run`` is where the work starts.
+This file holds only the settings, so that the command line can show them without importing torch.
+The work starts in ``tnmoe.demo.run``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tnmoe.options import Layout
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Settings of the demo; the defaults are those of ``make demo``."""
+    """Settings of the demo, with the defaults of ``make demo``."""
 
     output: Path = Path("demo-output")
     model: Path | None = None
@@ -35,6 +35,9 @@ class DemoOptions:
     overwrite: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        data = asdict(self)
-        return {k: str(v) if isinstance(v, Path) else v for k, v in data.items()}
+        """Return the settings as plain data for JSON."""
+        settings = asdict(self)
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in settings.items()
+        }

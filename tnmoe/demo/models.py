@@ -1,4 +1,4 @@
-"""The demo's pretrained model in its three forms: dense, ordinary mixture, MPOE."""
+"""The demo's pretrained model in its three forms: dense, ordinary mixture and MPOE."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("dense", "MoE", "MPOE")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Tokenizer of a Hugging Face folder; an InputError where there is none."""
+    """Load the tokenizer of a Hugging Face folder; raise an InputError if there is none."""
     tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer", folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_dense(folder: Path, label_names: tuple[str, ...], seed: int) -> PreTrainedModel:
-    """Pretrained classifier in float32; whatever the folder lacks is drawn with the seed."""
+    """Load a pretrained classifier in float32; draw the weights that the folder lacks."""
     torch.manual_seed(seed)
     model = _load(
         AutoModelForSequenceClassification.from_pretrained,
@@ -56,7 +56,7 @@ def load_form(
     seed: int,
     on_matrix: Callable[[str, TruncationInfo], None] | None = None,
 ) -> PreTrainedModel:
-    """One of the three forms; all start from the same weights, the classifier's included."""
+    """Load one of the three forms; all start from the same weights, with the same classifier."""
     model = load_dense(folder, label_names, seed)
     if kind == "MoE":
         hf.upcycle(model, replace(config, layout="dense"))
@@ -66,19 +66,20 @@ def load_form(
 
 
 def quiet_transformers() -> None:
-    """Neither progress bars over milliseconds nor the news that a classifier starts untrained."""
+    """Silence transformers' progress bars and its warning that a classifier is untrained."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def _load(load: Callable[..., Any], what: str, folder: Path, **arguments: Any) -> Any:
+    """Call a loader of transformers without network or foreign code, and name its failures."""
     check_folder(folder)
     check_inside(folder)
     quiet_transformers()
     try:
-        # Without a word, transformers would ask on standard input whether to run a folder's code.
+        # transformers would otherwise ask on standard input whether to run the folder's code.
         with no_foreign_code():
             return load(folder, local_files_only=True, trust_remote_code=False, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"cannot load a {what} from {folder}: {reason}") from error
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"cannot load a {what} from {folder}: {first_line}") from error

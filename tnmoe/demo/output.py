@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all."""
+"""The output folder of the demo, which appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from tnmoe.errors import InputError
 from tnmoe.system.folders import check_target
 from tnmoe.system.unfinished import UnfinishedFolder
 
+# Marks unfinished folders of the demo, as opposed to those of conversions.
 _PURPOSE = "tnmoe demo"
 
 
 @contextmanager
-def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which becomes ``target`` when the block ends well.
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Provide a new folder, and move it to ``target`` when the block ends without an exception.
 
-    On any exception it is removed and ``target`` stays as it was. If it cannot take its place in
-    the end, it is kept, and the message says where.
+    After an exception, the new folder is removed and ``target`` stays as it was. If the block
+    succeeds and the move fails, the new folder is kept and the message names it.
 
     Parameters
     ----------
     target : Path
-        Folder to make.
+        Folder to create.
     overwrite : bool
-        Replace what tnmoe wrote there.
+        Replace files that tnmoe wrote there.
 
     Yields
     ------
@@ -35,8 +36,8 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises
     ------
     InputError
-        If ``target`` cannot be made, is a file, is being made by another process, is not empty
-        and ``overwrite`` is not given, or holds what tnmoe did not write there.
+        If ``target`` cannot be created, is a file, or is being written by another process; if it
+        is not empty and ``overwrite`` is False; or if it holds files that tnmoe did not write.
     """
     unfinished = UnfinishedFolder(target)
     with unfinished.lock():

@@ -22,12 +22,14 @@ from tnmoe.system.tables import format_table
 
 # Two-sided 95 % of a normal distribution.
 _Z95 = 1.96
-# Of pictures: sharp on dense screens.
+# Pictures are sharp on dense screens at this many dots per inch.
 _DPI = 200
+# Inches of one pair of axes.
+_WIDTH, _HEIGHT = 6.4, 4.8
 
 
 def result_table(results: list[Result]) -> str:
-    """One line per model: size, held-out results before and after, cost."""
+    """Lay out one line per model: its size, its held-out results before and after, its cost."""
     headers = [
         "model",
         "parameters",
@@ -54,31 +56,30 @@ def _row(result: Result) -> list[Any]:
     ]
 
 
-def compare(one: Evaluation, other: Evaluation) -> tuple[float, float]:
-    """Mean difference of held-out losses, sentence by sentence, and its 95 % half-width."""
-    differences = (one.losses - other.losses).astype(np.float64)
-    return float(differences.mean()), float(
-        _Z95 * differences.std(ddof=1) / np.sqrt(len(differences))
-    )
+def compare(first: Evaluation, second: Evaluation) -> tuple[float, float]:
+    """Return the mean difference of two models' losses per sentence, and its 95 % half-width."""
+    differences = (first.losses - second.losses).astype(np.float64)
+    half_width = _Z95 * differences.std(ddof=1) / np.sqrt(len(differences))
+    return float(differences.mean()), float(half_width)
 
 
 def verdict(results: list[Result]) -> str:
-    """Plain words on which model is better, and what the comparison cannot tell."""
+    """Say in words which model is better, and what the comparison does not show."""
     by_kind = {result.kind: result for result in results}
     best = min(results, key=lambda result: result.after.loss)
     mpoe = by_kind["MPOE"]
     lines = [f"Lowest held-out loss: {best.kind} ({best.after.loss:.4f})."]
     for kind in ("dense", "MoE"):
-        other = by_kind[kind]
-        difference, width = compare(mpoe.after, other.after)
+        baseline = by_kind[kind]
+        difference, width = compare(mpoe.after, baseline.after)
         if abs(difference) <= width:
             word = f"shows no clear difference from {kind}"
         else:
             word = f"is {'better' if difference < 0 else 'worse'} than {kind}"
-        accuracy = mpoe.after.accuracy - other.after.accuracy
+        accuracy = mpoe.after.accuracy - baseline.after.accuracy
         lines.append(
             f"MPOE {word}: held-out loss {difference:+.4f} ± {width:.4f}, accuracy "
-            f"{100 * accuracy:+.1f} points, with {mpoe.parameters / other.parameters:.2f} times "
+            f"{100 * accuracy:+.1f} points, with {mpoe.parameters / baseline.parameters:.2f} times "
             "its parameters."
         )
     lines.append(
@@ -94,7 +95,7 @@ def report_data(
     preservation: dict[str, float],
     results: list[Result],
 ) -> dict[str, Any]:
-    """Everything the demo found, as plain data."""
+    """Gather all findings of the demo as plain data."""
     return {
         "options": options,
         "environment": {
@@ -123,17 +124,17 @@ def _result_data(result: Result) -> dict[str, Any]:
         "peak_bytes": result.peak_bytes,
         "masked_steps": result.masked_steps,
         "training_losses": [_finite(loss) for loss in result.losses],
-        "expert_load": None if result.after.expert_counts is None else load_of(result).tolist(),
+        "expert_load": None if result.after.expert_counts is None else expert_load(result).tolist(),
     }
 
 
 def _finite(number: float) -> float | None:
-    """The number, or None where JSON has no word for it: a diverged loss, say."""
+    """Return a number that JSON can hold; None for infinity and NaN, as of a diverged loss."""
     return number if isfinite(number) else None
 
 
-def load_of(result: Result) -> np.ndarray:
-    """Share of the held-out tokens per layer and expert after fine-tuning."""
+def expert_load(result: Result) -> np.ndarray:
+    """Return the share of the held-out tokens per layer and expert after fine-tuning."""
     counts = result.after.expert_counts
     assert counts is not None
     return counts / counts.sum(-1, keepdims=True)
@@ -153,11 +154,11 @@ def draw_pictures(folder: Path, results: list[Result], spectra: dict[str, np.nda
         plot.loss_curves(losses, figure.axes[0])
         figure.savefig(folder / "loss_curves.png", dpi=_DPI)
     mixtures = [result for result in results if result.after.expert_counts is not None]
-    layers = len(load_of(mixtures[0]))
+    layers = len(expert_load(mixtures[0]))
     figure = _figure(len(mixtures), rows_size(layers)[1])
-    brightest = max(float(load_of(result).max()) for result in mixtures)
+    brightest = max(float(expert_load(result).max()) for result in mixtures)
     for axes, result in zip(figure.axes, mixtures, strict=True):
-        plot.expert_load(load_of(result), axes, brightest)
+        plot.expert_load(expert_load(result), axes, brightest)
         axes.set_title(f"{result.kind}: {axes.get_title()}")
     figure.savefig(folder / "expert_load.png", dpi=_DPI)
     figure = _figure(1)
@@ -165,9 +166,9 @@ def draw_pictures(folder: Path, results: list[Result], spectra: dict[str, np.nda
     figure.savefig(folder / "schmidt_spectra.png", dpi=_DPI)
 
 
-def _figure(columns: int, height: float = 4.8) -> Figure:
-    """A figure that needs no display."""
-    figure = Figure(figsize=(6.4 * columns, height), layout="constrained")
+def _figure(columns: int, height: float = _HEIGHT) -> Figure:
+    """Make a figure with axes in a row, which needs no display."""
+    figure = Figure(figsize=(_WIDTH * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.subplots(1, columns)
     return figure

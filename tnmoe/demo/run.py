@@ -1,4 +1,4 @@
-"""The demo itself: convert, check, fine-tune three models, compare, write."""
+"""The demo itself: convert, check, fine-tune three models, compare them, write the results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from tnmoe import hf
 from tnmoe.demo import DemoOptions, report
 from tnmoe.demo.data import Sentences, packaged_model, packaged_reviews, read_sentences, split
 from tnmoe.demo.models import KINDS, load_dense, load_form, load_tokenizer
-from tnmoe.demo.output import whole_folder
-from tnmoe.demo.training import CHECKED, Job, Result, fine_tune, logits_of, predict, run_apart
+from tnmoe.demo.output import atomic_folder
+from tnmoe.demo.training import (
+    CHECKED_SENTENCES,
+    Job,
+    Result,
+    fine_tune,
+    load_and_predict,
+    predict,
+    run_in_new_process,
+)
 from tnmoe.nn.compute.devices import usable_device
 from tnmoe.system.progress import progress_bar
 from tnmoe.truncation.info import TruncationInfo
@@ -29,7 +37,7 @@ def run_demo(options: DemoOptions) -> None:
     Raises
     ------
     InputError
-        If a file, folder or setting does not fit; the output folder is then not touched.
+        If a file, folder or setting does not fit. The output folder then stays as it was.
     """
     config = hf.MPOEConfig(
         num_experts=options.num_experts,
@@ -42,7 +50,7 @@ def run_demo(options: DemoOptions) -> None:
     )
     device = _chosen_device(options.device)
     folder = options.model or packaged_model()
-    with whole_folder(options.output, options.overwrite) as output:
+    with atomic_folder(options.output, options.overwrite) as output:
         train, held_out = split(_sentences(options), options.seed)
         print(f"model {folder}\n{len(train):,} sentences to train on, {len(held_out):,} held out")
         parameters, preservation, spectra = _convert(folder, held_out, config, options.seed)
@@ -57,6 +65,7 @@ def run_demo(options: DemoOptions) -> None:
 
 
 def _sentences(options: DemoOptions) -> Sentences:
+    """Read the user's sentences, or by default one source of the packaged reviews."""
     if options.data is not None:
         return read_sentences(options.data)
     return read_sentences(packaged_reviews(), source="rotten_tomatoes")
@@ -70,6 +79,7 @@ def _job(
     config: hf.MPOEConfig,
     device: str,
 ) -> Job:
+    """Describe the fine-tuning of the dense model; the other forms differ in their kind only."""
     return Job(
         kind="dense",
         model=folder,
@@ -85,7 +95,7 @@ def _job(
 
 
 def _chosen_device(name: str) -> str:
-    """The name of a torch device, ``auto`` resolved."""
+    """Return the name of a torch device; ``auto`` becomes CUDA or the CPU."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return str(usable_device(name))
@@ -94,9 +104,9 @@ def _chosen_device(name: str) -> str:
 def _convert(
     folder: Path, held_out: Sentences, config: hf.MPOEConfig, seed: int
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, np.ndarray]]:
-    """Build the MPOE model, print its size, and make sure that it computes what the dense did."""
+    """Build the MPOE model, print its size, and check that it computes what the dense one did."""
     tokenizer = load_tokenizer(folder)
-    texts = held_out.texts[:CHECKED]
+    texts = held_out.texts[:CHECKED_SENTENCES]
     dense = load_dense(folder, held_out.label_names, seed)
     parameters = hf.parameter_report(dense, config)
     expected = predict(dense, tokenizer, texts)
@@ -126,14 +136,14 @@ def _convert(
 
 def _fine_tune(job: Job, kind: str, output: Path) -> Result:
     checkpoint = output / "model" if kind == "MPOE" else None
-    return run_apart(fine_tune, replace(job, kind=kind, checkpoint=checkpoint))
+    return run_in_new_process(fine_tune, replace(job, kind=kind, checkpoint=checkpoint))
 
 
 def _check_reload(output: Path, held_out: Sentences, result: Result) -> float:
-    """Largest difference of the outputs when a new process loads the fine-tuned checkpoint."""
+    """Load the checkpoint in a new process; return the largest difference of the outputs."""
     assert result.checkpoint_logits is not None
     texts = held_out.texts[: len(result.checkpoint_logits)]
-    reloaded = run_apart(logits_of, output / "model", texts)
+    reloaded = run_in_new_process(load_and_predict, output / "model", texts)
     difference = float(np.abs(reloaded - result.checkpoint_logits).max())
     print(f"checkpoint loaded in a new process: largest difference {difference:.1e}")
     if not difference <= PRESERVATION_LIMIT:

@@ -1,4 +1,4 @@
-"""Fine-tuning one form of the model, in a process of its own, and measuring it."""
+"""Fine-tuning and evaluation of one form of the model, in a process of its own."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ from tnmoe.demo.models import load_form, load_tokenizer, quiet_transformers
 from tnmoe.nn import GradientMask, record_routing
 from tnmoe.system.progress import end_line, progress_bar
 
+# Longer sentences are cut; reviews of one sentence are shorter.
 MAX_TOKENS = 128
 # Held-out sentences on which a converted or reloaded model is checked.
-CHECKED = 64
+CHECKED_SENTENCES = 64
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a fine-tuning run depends on."""
+    """All that a fine-tuning run depends on."""
 
     kind: str
     model: Path
@@ -57,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out results, sentence by sentence."""
+    """Held-out losses and correctness, sentence by sentence, and tokens per layer and expert."""
 
     losses: np.ndarray
     correct: np.ndarray
@@ -74,7 +75,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Result:
-    """What a fine-tuning run gave and cost."""
+    """Results and costs of a fine-tuning run."""
 
     kind: str
     parameters: int
@@ -88,19 +89,19 @@ class Result:
 
     @property
     def seconds_per_step(self) -> float:
-        """Median over the steps."""
+        """Median seconds of a step; NaN without a step."""
         return float(np.median(self.step_seconds)) if self.step_seconds else float("nan")
 
 
-def run_apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a new process: its memory is its own, and nothing is left behind.
+def run_in_new_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a new process, so that its peak memory is its own.
 
-    Ctrl-C is this process's to handle: the new one never sees it, and is ended from here.
+    Only this process handles Ctrl-C. The new process never sees the signal, and this one ends it.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_keep_progress_private) as pool:
         try:
-            with _interrupts_held():
+            with _interrupts_deferred():
                 future = pool.submit(function, *arguments)
             return future.result()
         except BrokenProcessPool as error:
@@ -113,19 +114,19 @@ def run_apart(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _keep_progress_private() -> None:
-    """Give progress bars a lock of this process's own; one shared by all would outlive it."""
+    """Give progress bars a lock within this process; a shared lock would outlive the process."""
     tqdm.set_lock(threading.RLock())
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Put off Ctrl-C until the block ends; a process that starts in it never gets one."""
-    # multiprocessing unblocks signals when it starts its tracker: that has to come first.
+def _interrupts_deferred() -> Iterator[None]:
+    """Defer Ctrl-C until the block ends, and block it in every process that starts in the block."""
+    # Starting multiprocessing's tracker unblocks signals, so it comes first.
     resource_tracker.ensure_running()
     seen: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
-    # The handler keeps this process from stopping half-way through starting another; the blocked
-    # signal is what the other inherits.
+    # The handler protects this process while it starts another. The other process inherits the
+    # blocked signal.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -137,7 +138,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def fine_tune(job: Job) -> Result:
-    """Evaluate, fine-tune, evaluate again; save the model where the job names a checkpoint."""
+    """Evaluate, fine-tune and evaluate again; save the model if the job names a checkpoint."""
     tokenizer = load_tokenizer(job.model)
     model = load_form(job.kind, job.model, job.train.label_names, job.config, job.seed)
     torch.nn.Module.to(model, job.device)
@@ -150,9 +151,9 @@ def fine_tune(job: Job) -> Result:
         try:
             model.save_pretrained(job.checkpoint)
             tokenizer.save_pretrained(job.checkpoint)
-        except SafetensorError as error:  # a full disk, say, as Rust words it
+        except SafetensorError as error:  # Rust's own error, for a full disk for example
             raise OSError(f"cannot write the checkpoint: {error}") from error
-        checkpoint_logits = predict(model.cpu(), tokenizer, job.held_out.texts[:CHECKED])
+        checkpoint_logits = predict(model.cpu(), tokenizer, job.held_out.texts[:CHECKED_SENTENCES])
     return Result(
         kind=job.kind,
         parameters=model.num_parameters(),
@@ -169,7 +170,7 @@ def fine_tune(job: Job) -> Result:
 def _train(
     model: PreTrainedModel, tokenizer: Any, job: Job
 ) -> tuple[list[float], list[float], int]:
-    """Losses and seconds of every step, and how many of them spared the central tensors."""
+    """Train the model; return every step's loss and seconds, and the number of masked steps."""
     torch.manual_seed(job.seed)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.learning_rate, weight_decay=0.01)
@@ -200,7 +201,7 @@ def _train(
 def _step_loss(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor, job: Job
 ) -> dict[str, Tensor]:
-    """The task's loss, and with the routers' losses for mixtures."""
+    """Compute the loss of the task and the total, which adds the routers' losses of a mixture."""
     with record_routing(model) as routing:
         task = F.cross_entropy(model(**inputs).logits, labels)
     if job.kind == "dense":
@@ -214,7 +215,7 @@ def _step_loss(
 def evaluate(
     model: PreTrainedModel, tokenizer: Any, sentences: Sentences, batch_size: int, title: str
 ) -> Evaluation:
-    """Loss, correctness and expert load on sentences, without dropout."""
+    """Measure loss, correctness and expert load on sentences, without dropout."""
     training = model.training
     model.eval()
     losses, correct, counts = [], [], []
@@ -236,20 +237,21 @@ def evaluate(
     )
 
 
-def logits_of(folder: Path, texts: tuple[str, ...]) -> np.ndarray:
-    """What a saved model says of texts."""
+def load_and_predict(folder: Path, texts: tuple[str, ...]) -> np.ndarray:
+    """Load a saved model and return its logits for texts."""
     quiet_transformers()
     return predict(hf.from_pretrained(folder), load_tokenizer(folder), texts)
 
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, tokenizer: Any, texts: tuple[str, ...]) -> np.ndarray:
-    """Logits of texts in evaluation mode."""
+    """Return the logits of texts in evaluation mode."""
     inputs = _tokenize(tokenizer, texts, str(model.device))
     return model.eval()(**inputs).logits.cpu().numpy()
 
 
 def _tokenize(tokenizer: Any, texts: Any, device: str) -> dict[str, Tensor]:
+    """Encode texts as one padded batch on a device."""
     encoded = tokenizer(
         list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
     )
@@ -259,12 +261,13 @@ def _tokenize(tokenizer: Any, texts: Any, device: str) -> dict[str, Tensor]:
 def _encode(
     tokenizer: Any, sentences: Sentences, indices: list[int], device: str
 ) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode some sentences and their labels as one batch on a device."""
     labels = torch.tensor([sentences.labels[i] for i in indices], device=device)
     return _tokenize(tokenizer, [sentences.texts[i] for i in indices], device), labels
 
 
 def _batches(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices, every epoch in a new seeded order."""
+    """Yield batches of indices without end; every epoch has a new order, drawn with the seed."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while True:
@@ -275,7 +278,7 @@ def _batches(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 
 def _peak_bytes(device: str) -> int:
-    """Largest memory so far: of the device where it has its own, else of this process."""
+    """Return the peak memory so far: of a GPU, or of this process on the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

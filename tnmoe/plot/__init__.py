@@ -1,8 +1,9 @@
-"""Pictures. Every function draws on ``ax`` (by default that of a new figure) and returns it.
+"""Pictures of operators, routers, training and sizes.
 
-A new figure is one of pyplot's, so that notebooks and ``plt.show()`` show it; axes that are given
-are drawn on without pyplot. Nothing needs a display. Series differ in colour, marker and line
-style, and the colours are those that colour-blind readers can tell apart.
+Every function draws on the axes ``ax`` and returns them. Without ``ax`` it makes a new figure with
+pyplot, which notebooks and ``plt.show()`` display; with ``ax`` it does not import pyplot. No
+function needs a display. Series differ in colour, marker and line style, and colour-blind readers
+can distinguish the colours.
 """
 
 from tnmoe.system.extras import require_extra

@@ -1,4 +1,4 @@
-"""What callers give to be drawn, as arrays of the right shape; otherwise an InputError."""
+"""Checks of the data to draw: they return arrays of the right shape, or raise an InputError."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ import numpy as np
 from tnmoe.backends import get_backend
 from tnmoe.errors import InputError
 
-_AXES = {1: "a sequence", 2: "a table"}
+# What a message calls arrays with this number of axes.
+_KINDS = {1: "a sequence", 2: "a table"}
 
 
-def numbers(
+def check_numbers(
     name: str, values: Any, axes: int = 1, lowest: float = -np.inf, gaps: bool = False
 ) -> np.ndarray:
-    """Real numbers with so many axes, at least one; NaN and infinity only where gaps may be."""
-    with suppress(TypeError):  # lists belong to no array library
+    """Return an array of at least one real number, with the given number of axes.
+
+    NaN and infinity are allowed only with ``gaps``, which lines leave out.
+    """
+    with suppress(TypeError):  # a list belongs to no array library
         values = get_backend(values).to_numpy(values)
     try:
         array = np.asarray(values, dtype=None if np.iscomplexobj(values) else float)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} must be {_AXES[axes]} of numbers: {error}") from error
+        raise InputError(f"{name} must be {_KINDS[axes]} of numbers: {error}") from error
     if array.ndim != axes or array.size == 0 or np.iscomplexobj(array):
         raise InputError(
-            f"{name} must be {_AXES[axes]} of real numbers, at least one, "
+            f"{name} must be {_KINDS[axes]} of real numbers, at least one, "
             f"got {array.dtype} of shape {array.shape}"
         )
     wrong = (array < lowest) | (~np.isfinite(array) & (not gaps))
@@ -36,8 +40,8 @@ def numbers(
     return array
 
 
-def named(name: str, values: Any) -> Mapping[Any, Any]:
-    """A mapping from names, with an entry at least."""
+def check_mapping(name: str, values: Any) -> Mapping[Any, Any]:
+    """Return the mapping; raise an InputError unless it is one and has an entry."""
     if not isinstance(values, Mapping):
         raise InputError(f"{name} must be a mapping from names, got {type(values).__qualname__}")
     if not values:

@@ -1,9 +1,9 @@
-"""Networks of cores as diagrams."""
+"""Diagrams of tensor networks."""
 
 from __future__ import annotations
 
 from math import log2
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -22,28 +22,33 @@ _COPY = "#7FB8D8"  # the auxiliary cores' colour, lighter
 _NODE = 0.21  # half the width of a core
 _LEG = 0.62  # from the middle of a core to the end of a leg
 _SHIFT = 0.075  # from one core of a stack to the next
-_LEFT, _RIGHT, _BOTTOM, _TOP = 1.05, 0.6, 0.9, 0.9
-_LEAST_WIDTH = 4.2
+_LEFT, _RIGHT, _BOTTOM, _TOP = 1.05, 0.6, 0.9, 0.9  # margins around the outermost cores
+_MIN_WIDTH = 4.2
+# Cores in a stack, however many experts there are.
+_MAX_STACK = 3
+# Points of the labels.
+_MIN_FONT, _MAX_FONT = 6.0, 10.0
 
 
 def network(operator: MPOShape | MPO | SharedMPO, ax: Axes | None = None) -> Axes:
-    """Diagram of an operator: cores in a row, joined by bonds, with their legs.
+    """Draw an operator as a row of cores with their bonds and legs.
 
-    Output legs point up and input legs down. Lines are labelled with their dimensions and grow
-    wider with the logarithm of those; legs of size 1 are dotted. The central core is a square. In a
-    mixture it is drawn once, and the cores that every expert has of its own are stacks.
+    Output legs point up and input legs down. A line is labelled with its dimension, and its width
+    grows with the logarithm of the dimension; legs of size 1 are dotted. The central core is a
+    square. The diagram of a mixture shows the shared central core once, and a stack for every core
+    that each expert has for itself.
 
     Parameters
     ----------
     operator : MPOShape, MPO or SharedMPO
-        A shape is drawn with its exact bonds.
+        The operator to draw; a shape is drawn with its exact bonds.
     ax : Axes, optional
-        A new figure's grow with the number of sites.
+        Axes to draw on. The width of a new figure grows with the number of sites.
 
     Raises
     ------
     InputError
-        If ``operator`` is none of these.
+        If ``operator`` has another type.
 
     Examples
     --------
@@ -53,40 +58,50 @@ def network(operator: MPOShape | MPO | SharedMPO, ax: Axes | None = None) -> Axe
     128 × 48, 3 sites
     7,312 parameters
     """
-    shape, bonds, center_site, experts, params = _read(operator)
-    ax = new_axes(ax, (max(4.8, shape.sites + 1.2), 3.2))
-    # Short rows get room at their sides and are not drawn larger than others.
-    spare = max(0.0, _LEAST_WIDTH - (shape.sites - 1 + _LEFT + _RIGHT)) / 2
-    xlim = (-_LEFT - spare, shape.sites - 1 + _RIGHT + spare)
-    ax.set(xlim=xlim, ylim=(-_BOTTOM, _TOP), aspect="equal")
+    drawn = _describe(operator)
+    sites = drawn.shape.sites
+    ax = new_axes(ax, (max(4.8, sites + 1.2), 3.2))
+    # A short row gets wider margins, so that its cores are not larger than those of a long row.
+    spare = max(0.0, _MIN_WIDTH - (sites - 1 + _LEFT + _RIGHT)) / 2
+    ax.set(xlim=(-_LEFT - spare, sites - 1 + _RIGHT + spare), ylim=(-_BOTTOM, _TOP), aspect="equal")
     ax.axis("off")
-    unit = _points_per_site(ax)
-    for bond, dim in enumerate(bonds):
-        _line(ax, (bond, 0), (bond + 1, 0), dim, unit)
-        _text(ax, bond + 0.5, -0.04 - _width(dim) / 2, str(dim), unit, va="top")
-    for site, (out, in_) in enumerate(zip(shape.out_dims, shape.in_dims, strict=True)):
-        _leg(ax, site, _LEG, out, unit)
-        _leg(ax, site, -_LEG, in_, unit)
-        _core(ax, site, site == center_site, experts, unit)
-    _text(ax, -_LEFT, _LEG, "output legs", unit, ha="left", va="center", color="0.35")
-    _text(ax, -_LEFT, -_LEG, "input legs", unit, ha="left", va="center", color="0.35")
-    _legend(ax, shape.sites, experts)
-    ax.set_title(_title(shape, experts, params), fontsize="medium")
+    pen = _Pen(ax)
+    for bond, dim in enumerate(drawn.bonds):
+        pen.line((bond, 0), (bond + 1, 0), dim)
+        pen.text(bond + 0.5, -0.04 - _width(dim) / 2, str(dim), va="top")
+    for site, (out, in_) in enumerate(zip(drawn.shape.out_dims, drawn.shape.in_dims, strict=True)):
+        _draw_leg(pen, site, _LEG, out)
+        _draw_leg(pen, site, -_LEG, in_)
+        _draw_core(pen, site, site == drawn.center_site, drawn.experts)
+    pen.text(-_LEFT, _LEG, "output legs", ha="left", va="center", color="0.35")
+    pen.text(-_LEFT, -_LEG, "input legs", ha="left", va="center", color="0.35")
+    _add_legend(ax, sites, drawn.experts)
+    ax.set_title(_title(drawn), fontsize="medium")
     return ax
 
 
-def _read(
-    operator: MPOShape | MPO | SharedMPO,
-) -> tuple[MPOShape, tuple[int, ...], int, int | None, int]:
-    """Shape, bonds, centre, number of experts (None for one operator) and of parameters."""
+class _Network(NamedTuple):
+    """The facts about an operator that its diagram shows; no experts for a single operator."""
+
+    shape: MPOShape
+    bonds: tuple[int, ...]
+    center_site: int
+    experts: int | None
+    num_params: int
+
+
+def _describe(operator: MPOShape | MPO | SharedMPO) -> _Network:
+    """Gather the facts that the diagram shows."""
     if isinstance(operator, MPOShape):
-        return operator, operator.bond_dims(), operator.center_site, None, operator.num_params()
+        return _Network(
+            operator, operator.bond_dims(), operator.center_site, None, operator.num_params()
+        )
     if isinstance(operator, MPO):
         shape = operator.shape
         center_site = shape.center_site if operator.center_site is None else operator.center_site
-        return shape, operator.bond_dims, center_site, None, operator.num_params
+        return _Network(shape, operator.bond_dims, center_site, None, operator.num_params)
     if isinstance(operator, SharedMPO):
-        return (
+        return _Network(
             operator.shape, operator.bond_dims, operator.center_site, operator.num_experts,
             operator.num_params,
         )  # fmt: skip
@@ -95,65 +110,69 @@ def _read(
     )
 
 
-def _points_per_site(ax: Axes) -> float:
-    """Distance between two sites on paper."""
-    box, (left, right) = ax.get_window_extent(), ax.get_xlim()
-    per_unit = min(box.width / (right - left), box.height / (_BOTTOM + _TOP))
-    return per_unit * 72 / ax.figure.dpi
+class _Pen:
+    """Axes to draw on, with lines and letters in proportion to the distance between two sites."""
+
+    def __init__(self, ax: Axes) -> None:
+        self.ax = ax
+        box, (left, right) = ax.get_window_extent(), ax.get_xlim()
+        pixels = min(box.width / (right - left), box.height / (_BOTTOM + _TOP))
+        self._points_per_site = pixels * 72 / ax.figure.dpi
+
+    def line(self, start: tuple[float, float], end: tuple[float, float], dim: int) -> None:
+        """Draw a bond or leg of a dimension."""
+        x, y = zip(start, end, strict=True)
+        style: dict[str, Any] = {"color": "black"}
+        if dim == 1:
+            style = {"color": GREY, "linestyle": ":"}
+        width = self._points_per_site * _width(dim)
+        self.ax.plot(x, y, linewidth=width, zorder=1, solid_capstyle="butt", **style)
+
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        """Write a text, centred and black unless the style says otherwise."""
+        size = min(max(_MIN_FONT, 0.14 * self._points_per_site), _MAX_FONT)
+        self.ax.text(x, y, text, **{"fontsize": size, "ha": "center", "color": "black", **style})
 
 
-def _core(ax: Axes, site: int, central: bool, experts: int | None, unit: float) -> None:
-    """A square for the central core; a circle for an auxiliary one, or a stack of them."""
+def _draw_core(pen: _Pen, site: int, central: bool, experts: int | None) -> None:
+    """Draw a square for the central core, and a circle or a stack for an auxiliary one."""
     if central:
         corner = (site - _NODE, -_NODE)
         core: Patch = Rectangle(corner, 2 * _NODE, 2 * _NODE, facecolor=_CENTRAL)
     else:
         core = Circle((site, 0), _NODE, facecolor=_AUXILIARY)
         if experts is not None:
-            _stack(ax, site, experts, unit)
+            _draw_stack(pen, site, experts)
     core.set(edgecolor="white", zorder=3)
-    ax.add_patch(core)
-    _text(ax, site, 0, str(site), unit, va="center", color="white", zorder=4)
+    pen.ax.add_patch(core)
+    pen.text(site, 0, str(site), va="center", color="white", zorder=4)
 
 
-def _stack(ax: Axes, site: int, experts: int, unit: float) -> None:
-    """What stands behind the first expert's core: up to two more, and how many they are."""
-    copies = min(experts, 3) - 1
+def _draw_stack(pen: _Pen, site: int, experts: int) -> None:
+    """Draw the cores behind the first expert's core, and the number of experts."""
+    copies = min(experts, _MAX_STACK) - 1
     for copy in range(copies, 0, -1):
         middle = (site + copy * _SHIFT, copy * _SHIFT)
-        ax.add_patch(Circle(middle, _NODE, facecolor=_COPY, edgecolor="white", zorder=2))
+        pen.ax.add_patch(Circle(middle, _NODE, facecolor=_COPY, edgecolor="white", zorder=2))
     edge = _NODE + copies * _SHIFT
-    _text(ax, site + 0.85 * edge, 0.9 * edge, f"×{experts}", unit, ha="left", va="bottom")
+    pen.text(site + 0.85 * edge, 0.9 * edge, f"×{experts}", ha="left", va="bottom")
 
 
-def _leg(ax: Axes, site: int, end: float, dim: int, unit: float) -> None:
-    """A leg from the core up or down, with its dimension at the end."""
-    _line(ax, (site, 0), (site, end), dim, unit)
+def _draw_leg(pen: _Pen, site: int, end: float, dim: int) -> None:
+    """Draw a leg from the core up or down, with its dimension at the end."""
+    pen.line((site, 0), (site, end), dim)
     if dim > 1:
         up = end > 0
-        _text(ax, site, end + (0.03 if up else -0.03), str(dim), unit, va="bottom" if up else "top")
+        pen.text(site, end + (0.03 if up else -0.03), str(dim), va="bottom" if up else "top")
 
 
 def _width(dim: int) -> float:
-    """Width of a line, which grows with the logarithm of its dimension."""
+    """Return the width of a line, which grows with the logarithm of its dimension."""
     return 0.012 + 0.007 * log2(dim)
 
 
-def _line(
-    ax: Axes, start: tuple[float, float], end: tuple[float, float], dim: int, unit: float
-) -> None:
-    x, y = zip(start, end, strict=True)
-    style: dict[str, Any] = {"color": GREY, "linestyle": ":"} if dim == 1 else {"color": "black"}
-    ax.plot(x, y, linewidth=unit * _width(dim), zorder=1, solid_capstyle="butt", **style)
-
-
-def _text(ax: Axes, x: float, y: float, text: str, unit: float, **where: Any) -> None:
-    size = min(max(6.0, 0.14 * unit), 10.0)
-    ax.text(x, y, text, **{"fontsize": size, "ha": "center", "color": "black", **where})
-
-
-def _legend(ax: Axes, sites: int, experts: int | None) -> None:
-    """What squares and circles are, below the diagram."""
+def _add_legend(ax: Axes, sites: int, experts: int | None) -> None:
+    """Explain squares and circles below the diagram."""
     names = [("central core", "s", _CENTRAL), ("auxiliary cores", "o", _AUXILIARY)]
     if experts is not None:
         names = [
@@ -170,9 +189,10 @@ def _legend(ax: Axes, sites: int, experts: int | None) -> None:
     )  # fmt: skip
 
 
-def _title(shape: MPOShape, experts: int | None, params: int) -> str:
-    size = f"{shape.out_features} × {shape.in_features}"
-    if experts is not None:
-        size = f"{experts} experts of {size}"
-    sites = "1 site" if shape.sites == 1 else f"{shape.sites} sites"
-    return f"{size}, {sites}\n{params:,} parameters"
+def _title(drawn: _Network) -> str:
+    """Name the size of the operator and count its parameters."""
+    size = f"{drawn.shape.out_features} × {drawn.shape.in_features}"
+    if drawn.experts is not None:
+        size = f"{drawn.experts} experts of {size}"
+    sites = "1 site" if drawn.shape.sites == 1 else f"{drawn.shape.sites} sites"
+    return f"{size}, {sites}\n{drawn.num_params:,} parameters"

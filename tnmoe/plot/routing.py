@@ -1,4 +1,4 @@
-"""How routers use their experts: load per expert and layer, and over time."""
+"""Pictures of routing: the load of experts per layer and over time, and routers' statistics."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from matplotlib.axes import Axes
 
 from tnmoe.errors import InputError, number_in, one_of
 from tnmoe.options import Statistic
-from tnmoe.plot.data import named, numbers
+from tnmoe.plot.data import check_mapping, check_numbers
 from tnmoe.plot.style import (
     add_legend,
-    count_on,
+    distinct_labels,
+    integer_ticks,
+    label_text,
     line_style,
     new_axes,
     rows_size,
-    shown,
-    shown_apart,
 )
 
-# Up to so many experts and layers, shares are written into the cells of a heat map.
-_MOST_WRITTEN = (16, 24)
+# A heat map of at most this many experts and layers shows its shares as numbers in the cells.
+_MAX_LABELLED = (16, 24)
 # Shares in half precision do not quite sum to 1.
 _ROUNDING = 0.02
-# A heat map over time has so many columns at most.
-_MOST_STEPS = 250
+# The largest number of columns of a heat map over time.
+_MAX_COLUMNS = 250
 
 
 def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = None) -> Axes:
-    """Heat map of the share of tokens per layer and expert.
+    """Draw a heat map of the share of tokens per layer and expert.
 
     Parameters
     ----------
     load : array, shape (layers, E)
-        Shares; every row sums to 1, or to less where tokens were dropped.
+        Shares. Every row sums to 1, or to less where the layer dropped tokens.
     ax : Axes, optional
     brightest : float, optional
-        Share at the bright end of the colours, for pictures that are to be compared; by default
-        the largest, but at least twice the balanced one.
+        Share at the bright end of the colours; set it to compare pictures. By default the largest
+        share, but at least twice the balanced one.
 
     Raises
     ------
@@ -52,10 +52,10 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
     >>> [text.get_text() for text in ax.texts]
     ['50%', '30%', '20%', '10%', '10%', '80%']
     """
-    load = numbers("load", load, axes=2, lowest=0)
+    load = check_numbers("load", load, axes=2, lowest=0)
     if load.sum(1).max() > 1 + _ROUNDING:
         raise InputError(
-            "load must be shares, of which no row sums to more than 1: divide counts by their "
+            "load must hold shares, and no row may sum to more than 1: divide counts by their "
             f"sums, got {load[load.sum(1).argmax()]}"
         )
     layers, experts = load.shape
@@ -65,7 +65,7 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
         brightest = _brightest(load)
     brightest = number_in("brightest", brightest, "(0, inf)")
     image = ax.imshow(load, vmin=0, vmax=brightest, cmap="viridis", aspect="auto")
-    if experts <= _MOST_WRITTEN[0] and layers <= _MOST_WRITTEN[1]:
+    if experts <= _MAX_LABELLED[0] and layers <= _MAX_LABELLED[1]:
         for (layer, expert), share in np.ndenumerate(load):
             dark = share < brightest / 2
             ax.text(
@@ -75,8 +75,8 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
     else:
         ax.figure.colorbar(image, ax=ax, label="share of tokens")
     ax.set(xlabel="expert", ylabel="layer", title=f"Load per expert (balanced: {balanced:.1%})")
-    count_on(ax.xaxis)
-    count_on(ax.yaxis)
+    integer_ticks(ax.xaxis)
+    integer_ticks(ax.yaxis)
     return ax
 
 
@@ -85,14 +85,14 @@ def routing_statistic(
     statistic: Statistic = "max_violation",
     ax: Axes | None = None,
 ) -> Axes:
-    """One statistic of every router against steps.
+    """Plot one statistic of every router against steps.
 
     Parameters
     ----------
     history : RoutingHistory, or mapping from str to mapping from str to array
         Per router, arrays of statistics over steps. NaN and infinity leave gaps.
     statistic : {"max_violation", "entropy", "dropped", "untouched"}
-        Which one.
+        The statistic to plot.
     ax : Axes, optional
 
     Raises
@@ -108,13 +108,13 @@ def routing_statistic(
     """
     series = _series(history, statistic, axes=1, gaps=True)
     ax = new_axes(ax)
-    labels, common = shown_apart(name or "router" for name in series)
+    labels, common = distinct_labels(name or "router" for name in series)
     for index, (label, values) in enumerate(zip(labels, series.values(), strict=True)):
         steps = np.arange(1, len(values) + 1)
         ax.plot(steps, values, label=label, **line_style(index, len(values)))
     unit = " (nats)" if statistic == "entropy" else ""
     ax.set(xlabel="step", ylabel=statistic.replace("_", " ") + unit, title="Routers in training")
-    count_on(ax.xaxis)
+    integer_ticks(ax.xaxis)
     add_legend(ax, common)
     return ax
 
@@ -122,22 +122,22 @@ def routing_statistic(
 def load_history(
     history: Mapping[str, Mapping[str, Any]], router: str, ax: Axes | None = None
 ) -> Axes:
-    """Heat map of one router's load per expert against steps.
+    """Draw a heat map of one router's load per expert against steps.
 
-    A column is one step, or the mean of several where there are more than 250.
+    A column is one step. Where there are more than 250 steps, a column is the mean of several.
 
     Parameters
     ----------
     history : RoutingHistory, or mapping from str to mapping from str to array
         Per router, arrays of statistics over steps.
     router : str
-        Which one.
+        Name of the router.
     ax : Axes, optional
 
     Raises
     ------
     InputError
-        If that router was not recorded.
+        If there is no record of the router.
 
     Examples
     --------
@@ -148,7 +148,7 @@ def load_history(
     load = _series(history, "load", axes=2, routers=[router])[router]
     steps, experts = load.shape
     ax = new_axes(ax, rows_size(experts))
-    block = -(-steps // _MOST_STEPS)
+    block = -(-steps // _MAX_COLUMNS)
     means = _block_means(load, block)
     image = ax.imshow(
         means.T, vmin=0, vmax=_brightest(means), cmap="viridis", interpolation="nearest",
@@ -156,27 +156,27 @@ def load_history(
     )  # fmt: skip
     ax.set_xlim(0.5, steps + 0.5)
     ax.figure.colorbar(image, ax=ax, label="share of choices")
-    title = f"Load of {shown(router or 'the router')} (balanced: {1 / experts:.1%})"
+    title = f"Load of {label_text(router or 'the router')} (balanced: {1 / experts:.1%})"
     ax.set(xlabel="step", ylabel="expert", title=title)
-    count_on(ax.xaxis)
-    count_on(ax.yaxis)
+    integer_ticks(ax.xaxis)
+    integer_ticks(ax.yaxis)
     return ax
 
 
 def _brightest(load: np.ndarray) -> float:
-    """Share at the bright end: the largest, but at least twice the balanced one."""
+    """Return the share at the bright end: the largest, but at least twice the balanced one."""
     return max(2 / load.shape[1], float(load.max()))
 
 
 def _block_means(load: np.ndarray, block: int) -> np.ndarray:
-    """Means over blocks of so many steps; the last may be shorter."""
+    """Return means over blocks of steps; the last block may be shorter."""
     starts = np.arange(0, len(load), block)
     lengths = np.diff([*starts, len(load)])
     return np.add.reduceat(load, starts) / lengths[:, None]
 
 
-def _may_have_axes(values: Any, axes: int) -> bool:
-    """Whether so many axes are there; rows of different lengths are left to ``numbers``."""
+def _has_axes(values: Any, axes: int) -> bool:
+    """Check the number of axes; pass rows of different lengths, which ``check_numbers`` refuses."""
     try:
         return np.ndim(values) == axes
     except ValueError:
@@ -190,15 +190,15 @@ def _series(
     routers: Sequence[str] | None = None,
     gaps: bool = False,
 ) -> dict[str, np.ndarray]:
-    """A statistic of routers over steps, all of them with so many axes."""
+    """Return a statistic over steps for each router, with the given number of axes."""
     names = list(history) if routers is None else routers
     if not names or any(name not in list(history) for name in names):
         raise InputError(f"routers {names} were not recorded, only {list(history)}")
-    series = {name: named(f"history[{name!r}]", history[name]) for name in names}
+    series = {name: check_mapping(f"history[{name!r}]", history[name]) for name in names}
     for values in series.values():
-        known = [key for key, value in values.items() if _may_have_axes(value, axes)]
+        known = [key for key, value in values.items() if _has_axes(value, axes)]
         one_of("statistic", statistic, known)
     return {
-        name: numbers(f"{statistic} of {name!r}", values[statistic], axes, gaps=gaps)
+        name: check_numbers(f"{statistic} of {name!r}", values[statistic], axes, gaps=gaps)
         for name, values in series.items()
     }

@@ -1,4 +1,4 @@
-"""What changes while a model is trained: losses, and how far cores moved."""
+"""Pictures of training: losses, and the drift of cores."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tnmoe.errors import InputError, positive_int
-from tnmoe.plot.data import named, numbers
-from tnmoe.plot.style import add_legend, count_on, from_zero, line_style, new_axes, shown_apart
+from tnmoe.plot.data import check_mapping, check_numbers
+from tnmoe.plot.style import (
+    add_legend,
+    distinct_labels,
+    integer_ticks,
+    line_style,
+    new_axes,
+    start_at_zero,
+)
 
 
 def loss_curves(
     losses: Mapping[str, Sequence[float]], ax: Axes | None = None, window: int = 10
 ) -> Axes:
-    """Training losses against steps, smoothed by a running mean over the raw values.
+    """Plot training losses against steps, raw and smoothed by a running mean.
 
     Parameters
     ----------
     losses : mapping from str to sequence of float
-        Loss at every step, per model. NaN and infinity leave gaps.
+        Per model, the loss at every step. NaN and infinity leave gaps.
     ax : Axes, optional
     window : int
         Steps in the running mean.
@@ -29,7 +36,7 @@ def loss_curves(
     Raises
     ------
     InputError
-        If there is no model or one without a loss, or ``window`` is not a positive integer.
+        If there is no model, a model has no loss, or ``window`` is not a positive integer.
 
     Examples
     --------
@@ -39,11 +46,11 @@ def loss_curves(
     """
     window = positive_int("window", window)
     curves = {
-        name: numbers(f"losses[{name!r}]", values, gaps=True)
-        for name, values in named("losses", losses).items()
+        name: check_numbers(f"losses[{name!r}]", values, gaps=True)
+        for name, values in check_mapping("losses", losses).items()
     }
     ax = new_axes(ax)
-    labels, common = shown_apart(curves)
+    labels, common = distinct_labels(curves)
     for index, (label, values) in enumerate(zip(labels, curves.values(), strict=True)):
         steps = np.arange(1, len(values) + 1)
         width = min(window, len(values))
@@ -52,7 +59,7 @@ def loss_curves(
         ax.plot(steps, values, color=style["color"], alpha=0.2, linewidth=0.8)
         ax.plot(steps[width - 1 :], smooth, label=label, **style)
     ax.set(xlabel="step", ylabel="training loss", title=f"Training loss (mean of {window} steps)")
-    count_on(ax.xaxis)
+    integer_ticks(ax.xaxis)
     add_legend(ax, common)
     return ax
 
@@ -60,10 +67,11 @@ def loss_curves(
 def core_drift(
     drift: Mapping[str, Sequence[float]], ax: Axes | None = None, steps: Sequence[int] | None = None
 ) -> Axes:
-    """How far cores moved from where they started, relative to their norm there.
+    """Plot how far cores moved from their start, relative to their norm at the start.
 
-    Shared cores meet the gradient of every token, owned ones only that of their expert's, so the
-    shared line usually runs above. In our experiments that did no harm, and slowing it did.
+    A shared core gets the gradient of every token, an expert's own core only that of the expert's
+    tokens, so the line of the shared cores usually lies above. In our experiments this did no harm,
+    and slowing the shared cores down did.
 
     Parameters
     ----------
@@ -72,12 +80,12 @@ def core_drift(
         the start‖ over time. NaN and infinity leave gaps.
     ax : Axes, optional
     steps : sequence of int, optional
-        When it was measured; by default at steps 1, 2, 3 and so on.
+        Steps at which the drift was measured; by default 1, 2, 3 and so on.
 
     Raises
     ------
     InputError
-        If nothing was measured, a change is negative, or ``steps`` has another length.
+        If ``drift`` is empty, a value is negative, or ``steps`` has another length.
 
     Examples
     --------
@@ -86,25 +94,25 @@ def core_drift(
     ['shared', 'owned']
     """
     curves = {
-        name: numbers(f"drift[{name!r}]", values, lowest=0, gaps=True)
-        for name, values in named("drift", drift).items()
+        name: check_numbers(f"drift[{name!r}]", values, lowest=0, gaps=True)
+        for name, values in check_mapping("drift", drift).items()
     }
-    given = None if steps is None else numbers("steps", steps)
+    measured_at = None if steps is None else check_numbers("steps", steps)
     for name, values in curves.items():
-        if given is not None and len(given) != len(values):
+        if measured_at is not None and len(measured_at) != len(values):
             raise InputError(
-                f"steps needs one entry per value: got {len(given)} steps and {len(values)} values "
-                f"of {name!r}"
+                f"steps needs one entry per value: got {len(measured_at)} steps and "
+                f"{len(values)} values of {name!r}"
             )
     ax = new_axes(ax)
-    labels, common = shown_apart(curves)
+    labels, common = distinct_labels(curves)
     for index, (label, values) in enumerate(zip(labels, curves.values(), strict=True)):
-        x: Any = np.arange(1, len(values) + 1) if given is None else given
+        x: Any = np.arange(1, len(values) + 1) if measured_at is None else measured_at
         ax.plot(x, values, label=label, **line_style(index, len(values)))
     ax.set(
         xlabel="step", ylabel="relative change ‖Δ core‖ / ‖core at the start‖", title="Core drift"
     )
-    from_zero(ax)
-    count_on(ax.xaxis)
+    start_at_zero(ax)
+    integer_ticks(ax.xaxis)
     add_legend(ax, common)
     return ax

@@ -1,4 +1,4 @@
-"""What finds shared tensors in a model that FullyShardedDataParallel has wrapped."""
+"""Functions that find shared tensors also find them in a model under FSDP."""
 
 import copy
 
@@ -37,7 +37,7 @@ def wrap(policy, original):
 
 
 def train(model, change, losses):
-    """Two steps with a change to what shared tensors get."""
+    """Make two steps with a change to the updates of shared tensors."""
     if change == "frozen":
         nn.freeze_shared(model)
     groups = nn.parameter_groups(model, 0.1, 0.5) if change == "groups" else model.parameters()
@@ -60,21 +60,21 @@ def train(model, change, losses):
         hook.remove()
 
 
-def both(model):
+def loss_of_both_ranks(model):
     return sum(model(inputs(rank)).square().sum() for rank in (0, 1)) / 2
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    """What two processes found, all at once: starting them takes longer than what they do."""
-    return on_two_ranks(everything)
+    """The results of two processes, started once: starting them takes longer than their work."""
+    return on_two_ranks(results_of)
 
 
-def everything(rank):
+def results_of(rank):
     return {
-        "exchanged": asked_of_exchanged(rank),
+        "exchanged": messages_about_exchanged_parameters(rank),
         "trained": {policy: trained(rank, policy) for policy in POLICIES},
-        "flat": {policy: asked_of_flat_parameters(rank, policy) for policy in POLICIES},
+        "flat": {policy: messages_about_flat_parameters(rank, policy) for policy in POLICIES},
         "many": {policy: inference(policy) for policy in POLICIES},
     }
 
@@ -97,19 +97,19 @@ def trained(rank, policy):
 def test_shared_tensors_get_what_they_get_in_one_process(policy, ranks):
     for change in CHANGES:
         model = make()
-        train(model, change, both)
+        train(model, change, loss_of_both_ranks)
         for name, expected in model.named_parameters():
             for found in ranks:
                 mine = found["trained"][policy][change][name]
                 torch.testing.assert_close(mine, expected, msg=f"{change}: {name}")
 
 
-def asked_of_flat_parameters(rank, policy):
-    """What every consumer says of parameters that are parts of larger ones."""
+def messages_about_flat_parameters(rank, policy):
+    """Return the errors of every function for parameters that are parts of larger ones."""
     model = wrap(policy, original=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(inputs(rank)).sum().backward()
-    said = []
+    messages = []
     for call in (
         lambda: nn.GradientMask(optimizer, model, 0.5),
         lambda: nn.AutogradMask(model, 0.5),
@@ -121,22 +121,22 @@ def asked_of_flat_parameters(rank, policy):
     ):
         with pytest.raises(InputError) as caught:
             call()
-        said.append(str(caught.value))
-    return said
+        messages.append(str(caught.value))
+    return messages
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_core_inside_a_flat_parameter_is_refused_with_what_to_do(policy, ranks):
     for found in ranks:
-        said = found["flat"][policy]
-        assert len(said) == 7
-        for message in said:
+        messages = found["flat"][policy]
+        assert len(messages) == 7
+        for message in messages:
             assert "use_orig_params=True, or fully_shard" in message
 
 
-def asked_of_exchanged(rank):
-    """What is said where parameters were exchanged behind a mask's back, or are to be tied."""
-    said = []
+def messages_about_exchanged_parameters(rank):
+    """Return the errors of masks and ties after ``fully_shard`` exchanged the parameters."""
+    messages = []
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     mask = nn.GradientMask(optimizer, model, 0.5)
@@ -149,7 +149,7 @@ def asked_of_exchanged(rank):
     ):
         with pytest.raises(InputError) as caught:
             call()
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
     # As accelerate does it.
     optimizer.param_groups[0]["params"] = list(model.parameters())
     with pytest.raises(InputError) as caught:
@@ -161,7 +161,7 @@ def asked_of_exchanged(rank):
             nn.tie_layers(
                 [each for each in wrapped.modules() if isinstance(each, nn.MPOExperts)] * 2
             )
-    return [*said, str(caught.value)]
+    return [*messages, str(caught.value)]
 
 
 def test_masks_notice_that_their_tensors_were_exchanged(ranks):
@@ -174,7 +174,7 @@ def test_masks_notice_that_their_tensors_were_exchanged(ranks):
 
 
 def inference(policy):
-    """Many tokens without gradients, of a model whose cores are shards between their uses."""
+    """Run many tokens through a model whose cores are shards between their uses."""
     model = wrap(policy, original=True)
     many = torch.randn(1 << 18, 8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -192,5 +192,7 @@ def test_many_tokens_are_planned_for_while_cores_are_shards(policy, ranks):
 def test_a_copy_of_a_model_is_not_what_its_optimizer_trains():
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(InputError, match=r"does not hold 3 of the 3 .*of the model that is"):
+    with pytest.raises(
+        InputError, match=r"does not hold 3 of the 3 .*from the model that you train"
+    ):
         nn.GradientMask(optimizer, copy.deepcopy(model), 0.5)

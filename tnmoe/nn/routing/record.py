@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +255,7 @@ class RoutingRecorder:
         named = model.named_modules()
         self._routers = {each: name for name, each in named if isinstance(each, Router)}
         self._observers: dict[int, CallObserver] = {
-            id(router): partial(self._record, name) for router, name in self._routers.items()
+            id(router): _RouterObserver(self, name) for router, name in self._routers.items()
         }
 
     def start(self) -> None:
@@ -271,13 +270,24 @@ class RoutingRecorder:
         """Return whether, between start and stop, nothing else records the same routers."""
         return all(len(call_observers.values_for(router)) == 1 for router in self._routers)
 
-    def _record(self, name: str, router: Router, result: RouterResult) -> None:
-        if self.paused or in_backward():
+
+@dataclass(frozen=True)
+class _RouterObserver:
+    """An observer that appends the calls of one router to a recorder's routing.
+
+    An object and not a method: torch.compile cannot rebuild a bound method that a context holds.
+    """
+
+    recorder: RoutingRecorder
+    name: str
+
+    def __call__(self, router: Router, result: RouterResult) -> None:
+        if self.recorder.paused or in_backward():
             return
         learns = router.training and router.weight.requires_grad
-        self.routing.calls.append(
+        self.recorder.routing.calls.append(
             RoutingCall(
-                name=name,
+                name=self.name,
                 logits=result.logits,
                 weights=result.weights,
                 index=result.index,

@@ -1,0 +1,58 @@
+"""``tnmoe inspect``: the numbers of a model's networks and bonds are right."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import tnmoe as tn
+from tests.cli.command import tnmoe
+from tnmoe import hf
+
+
+def counts(model, config):
+    return json.loads(json.dumps(hf.parameter_report(model, config).to_dict()))
+
+
+def test_inspection_shows_sizes_spectra_and_what_truncation_costs(dense, tmp_path):
+    bonds = (2, 6, 1000)
+    done = tnmoe("inspect", dense, "--experts", 4, "--sites", 3, "--bonds", "2,6,1000", "--json")
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["architecture"] == "LlamaForCausalLM"
+    config = hf.MPOEConfig(num_experts=4, sites=3)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    assert found["parameters"] == counts(model, config)
+    assert len(found["matrices"]) == 9
+    ffn = hf.find_ffns(model)[1]
+    (matrix,) = [each for each in found["matrices"] if each["name"] == "model.layers.1.down"]
+    assert matrix["family"] == "gated MLP"
+    weight = ffn.down.weight.detach().double()
+    shape = config.shape_for(*weight.shape)
+    assert matrix["bond_dims"] == list(shape.bond_dims())
+    mpo = tn.decompose(weight, shape)
+    assert matrix["entropies"] == pytest.approx([mpo.entropy(bond) for bond in (0, 1)], abs=1e-3)
+    for bond in bonds:
+        cut = tn.decompose(weight, shape, max_bond=bond).to_matrix()
+        error = float((cut - weight).norm() / weight.norm())
+        assert error <= matrix["errors"][str(bond)] + 1e-5
+        assert matrix["errors"][str(bond)] <= 1
+    assert matrix["errors"]["1000"] < 1e-6 < matrix["errors"]["6"] < matrix["errors"]["2"]
+    ordinary = tnmoe("inspect", dense, "--experts", 4, "--layout", "dense").stdout
+    assert "whole model" in ordinary
+    assert "legs" not in ordinary
+    text = tnmoe("inspect", dense, "--experts", 4, "--sites", 3).stdout
+    assert "model.layers.2.gate" in text
+    assert "entropies" in text
+
+
+@pytest.mark.parametrize("way", ["file", "no weights"])
+def test_a_configuration_is_enough_for_the_counts(way, dense, tmp_path):
+    (tmp_path / "config.json").write_bytes((dense / "config.json").read_bytes())
+    path = tmp_path / "config.json" if way == "file" else tmp_path
+    more = [] if way == "file" else ["--no-weights"]
+    found = json.loads(tnmoe("inspect", path, "--sites", 3, "--json", *more).stdout)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    assert found["parameters"] == counts(model, hf.MPOEConfig(sites=3))
+    assert found["matrices"][0]["entropies"] is None
+    assert "entropies" not in tnmoe("inspect", path, "--sites", 3, *more).stdout
