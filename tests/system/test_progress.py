@@ -74,13 +74,12 @@ DEMO = """
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 
 from tnmoe import hf
 from tnmoe.demo.data import Sentences, packaged_model
-from tnmoe.demo.models import load_form, load_tokenizer
-from tnmoe.demo.training import Job, fine_tune, logits_of, run_apart
+from tnmoe.demo.models import load_tokenizer
+from tnmoe.demo.training import Job, fine_tune, load_and_predict, run_in_new_process
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
@@ -94,8 +93,8 @@ if __name__ == "__main__":
         config=hf.MPOEConfig(num_experts=2, sites=3), steps=3, batch_size=4, learning_rate=1e-4,
         seed=0, device="cpu", checkpoint=folder / "checkpoint",
     )
-    run_apart(fine_tune, job)
-    run_apart(logits_of, job.checkpoint, sentences.texts)
+    run_in_new_process(fine_tune, job)
+    run_in_new_process(load_and_predict, job.checkpoint, sentences.texts)
 """
 
 
