@@ -101,8 +101,8 @@ class ToyBackend:
     def eigvalsh(self, matrix: ToyArray) -> ToyArray:
         return ToyArray(_NUMPY.eigvalsh(matrix.numbers))
 
-    def triangle(self, matrix: ToyArray) -> ToyArray:
-        return ToyArray(_NUMPY.triangle(matrix.numbers))
+    def triangular_factor(self, matrix: ToyArray) -> ToyArray:
+        return ToyArray(_NUMPY.triangular_factor(matrix.numbers))
 
 
 backend = ToyBackend()

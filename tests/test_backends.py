@@ -79,20 +79,25 @@ def test_a_subclass_may_have_a_backend_of_its_own(fresh_registry):
 
 
 class Unfinished:
-    """Without ``triangle``, and with a ``qr`` that cannot be called."""
+    """Without ``triangular_factor``, and with a ``qr`` that cannot be called."""
 
     name = "unfinished"
     qr = None
 
 
-for method in set(METHODS) - {"qr", "triangle"}:
+for method in set(METHODS) - {"qr", "triangular_factor"}:
     setattr(Unfinished, method, getattr(ToyBackend, method))
 
 
 @pytest.mark.parametrize(
     ("backend", "types", "error", "message"),
     [
-        (Unfinished(), [FirstArray], TypeError, "Unfinished is no Backend: it lacks qr, triangle$"),
+        (
+            Unfinished(),
+            [FirstArray],
+            TypeError,
+            "Unfinished is no Backend: it lacks qr, triangular_factor$",
+        ),
         (object(), [FirstArray], TypeError, "object is no Backend: it lacks name, dtype_name, "),
         (OtherBackend, [FirstArray], TypeError, "an instance of OtherBackend, not the class"),
         (OtherBackend(), [], InputError, "the backend 'other' needs the type of its arrays"),

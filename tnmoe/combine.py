@@ -15,7 +15,7 @@ from tnmoe.chains.scaling import normalized_chains, times_power
 from tnmoe.chains.sketch import project_terms
 from tnmoe.chains.terms import Term, distance, squared_norm
 from tnmoe.chains.zip_up import zip_up
-from tnmoe.errors import InputError, generator_of, one_of
+from tnmoe.errors import InputError, check_generator, check_one_of
 from tnmoe.mpo import MPO, check_alike, check_operands, round_mpo
 from tnmoe.options import ADD_METHODS, MATMUL_METHODS, AddMethod, MatmulMethod
 from tnmoe.shapes import MPOShape
@@ -115,10 +115,10 @@ def add(
     for mpo in mpos:
         check_alike(first, mpo, "a sum")
     limits = Limits(first.shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
-    one_of("method", method, ADD_METHODS)
+    check_one_of("method", method, ADD_METHODS)
     with get_backend(first.cores[0]).full_precision(first.cores[0]):
         if method == "randomized":
-            mpo, info = _randomized_sum(mpos, limits, generator_of(rng), return_info)
+            mpo, info = _randomized_sum(mpos, limits, check_generator(rng), return_info)
         elif method == "successive":
             mpo, info = _successive_sum(mpos, limits)
         else:
@@ -210,7 +210,7 @@ def matmul(
     >>> bool(np.allclose(product.to_matrix(), a.to_matrix() @ a.to_matrix()))
     True
     """
-    one_of("method", method, MATMUL_METHODS)
+    check_one_of("method", method, MATMUL_METHODS)
     check_operands(a, b)
     shape, xp = algebra.product_shape(a.shape, b.shape), get_backend(a.cores[0])
     limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
@@ -219,7 +219,7 @@ def matmul(
         if method == "direct":
             mpo, info = round_mpo(MPO(algebra.compose(xp, *factors), shape), limits)
         else:
-            rng = generator_of(rng)
+            rng = check_generator(rng)
             mpo, info = _approximate_product(factors, limits, method, rng, return_info)
         mpo = _narrowed_like(a, mpo)
     return (mpo, info) if return_info else mpo

@@ -16,7 +16,7 @@ from tnmoe.chains.canonical import canonicalize
 from tnmoe.chains.precision import check_range, computable, narrowed
 from tnmoe.chains.scaling import exponent_of
 from tnmoe.chains.sweep import Sweep, SweepResult
-from tnmoe.errors import InputError, generator_of, one_of
+from tnmoe.errors import InputError, check_generator, check_one_of
 from tnmoe.mpo import MPO
 from tnmoe.options import METHODS, Method
 from tnmoe.shapes import MPOShape, resolve_center_site
@@ -260,7 +260,7 @@ def _decompose_all(
     """Decompose a matrix or a batch of them, whose shape is checked."""
     xp, shape = get_backend(matrices), limits.shape
     center_site = resolve_center_site(shape, center_site)
-    one_of("method", method, METHODS)
+    check_one_of("method", method, METHODS)
     dtype = xp.dtype_name(matrices)
     with explain_memory_error(_memory_in_words(xp, matrices)), xp.full_precision(matrices):
         sweep_center = _sweep_center(shape, center_site)
@@ -272,7 +272,7 @@ def _decompose_all(
             center_site=sweep_center,
             limits=limits,
             method=method,
-            rng=generator_of(rng),
+            rng=check_generator(rng),
             with_spectra=with_spectra,
         )
         del tensor  # so that the sweep can let it go when it has a smaller one

@@ -35,7 +35,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(as_line(message))
+        super().__init__(to_one_line(message))
 
 
 class MissingExtraError(ImportError):
@@ -76,19 +76,19 @@ class MissingExtraError(ImportError):
         super().__init__(f"{feature} needs {', and '.join(lacks)}: pip install 'tnmoe[{extra}]'")
 
 
-def as_line(message: object) -> str:
+def to_one_line(message: object) -> str:
     """Put a message on one line, and cut the middle out of a very long one."""
     line = " ".join(str(message).split())
     first, last = _KEPT
     return f"{line[:first]} … {line[-last:]}" if len(line) > first + last else line
 
 
-def reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """Return the system's reason for an error, or the library's own text where there is none."""
-    return as_line(error.strerror or error) or type(error).__name__
+    return to_one_line(error.strerror or error) or type(error).__name__
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return the repr of a value for a message: on one line, and cut where it is long."""
     try:
         text = " ".join(repr(value).split())
@@ -97,16 +97,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+def check_one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raise an InputError unless the value is one of the allowed ones."""
     allowed = tuple(allowed)
     if value not in allowed:
         raise InputError(
-            f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}"
+            f"{name} must be one of {', '.join(map(str, allowed))}, got {short_repr(value)}"
         )
 
 
-def plain(value: Any) -> Any:
+def to_python_scalar(value: Any) -> Any:
     """Turn a NumPy scalar, or an array or tensor without axes, into a Python scalar.
 
     Any other value comes back unchanged.
@@ -114,19 +114,19 @@ def plain(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
-def flag(name: str, value: Any) -> bool:
+def check_bool(name: str, value: Any) -> bool:
     """Return the value as a bool; raise an InputError unless it is a bool, 0 or 1."""
-    one_of(name, plain(value), (False, True))
+    check_one_of(name, to_python_scalar(value), (False, True))
     return bool(value)
 
 
-def number_in(name: str, value: Any, interval: str) -> float:
+def check_number_in(name: str, value: Any, interval: str) -> float:
     """Return the value as a float; raise an InputError unless it lies in an interval.
 
     The interval is written as in mathematics: "[0, 1)" holds 0 and does not hold 1.
     """
     low, high = map(float, interval[1:-1].split(","))
-    scalar = plain(value)
+    scalar = to_python_scalar(value)
     try:
         number = float("nan") if isinstance(scalar, str | bytes | bool) else float(scalar)
     except (TypeError, ValueError, OverflowError):
@@ -134,44 +134,46 @@ def number_in(name: str, value: Any, interval: str) -> float:
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
-        raise InputError(f"{name} must be in {interval}, got {shown(value)}")
+        raise InputError(f"{name} must be in {interval}, got {short_repr(value)}")
     return number
 
 
 def _integer(value: Any) -> int | None:
     """Return an integer of Python, NumPy or torch as an int; None for anything else, or a bool."""
-    scalar = plain(value)
+    scalar = to_python_scalar(value)
     is_integer = isinstance(scalar, Integral) and not isinstance(scalar, bool)
     return int(scalar) if is_integer else None
 
 
-def positive_int(name: str, value: Any) -> int:
+def check_positive_int(name: str, value: Any) -> int:
     """Return an integer of Python, NumPy or torch as an int; raise an InputError below 1."""
     number = _integer(value)
     if number is None or number < 1:
-        raise InputError(f"{name} must be a positive integer, got {shown(value)}")
+        raise InputError(f"{name} must be a positive integer, got {short_repr(value)}")
     return number
 
 
-def integer_from_zero(name: str, value: Any) -> int:
+def check_int_from_zero(name: str, value: Any) -> int:
     """Return an integer of Python, NumPy or torch as an int; raise an InputError below 0."""
     number = _integer(value)
     if number is None or number < 0:
-        raise InputError(f"{name} must be an integer of at least 0, got {shown(value)}")
+        raise InputError(f"{name} must be an integer of at least 0, got {short_repr(value)}")
     return number
 
 
-def index_in(name: str, value: Any, count: int) -> int:
+def check_index(name: str, value: Any, count: int) -> int:
     """Return an integer from 0 to ``count - 1`` as an int; raise an InputError for any other."""
     if type(value) is int and 0 <= value < count:  # inner loops nearly always come here
         return value
     number = _integer(value)
     if number is None or not 0 <= number < count:
-        raise InputError(f"{name} must be an integer from 0 to {count - 1}, got {shown(value)}")
+        raise InputError(
+            f"{name} must be an integer from 0 to {count - 1}, got {short_repr(value)}"
+        )
     return number
 
 
-def generator_of(rng: Any) -> np.random.Generator:
+def check_generator(rng: Any) -> np.random.Generator:
     """Return a NumPy Generator: the given one, or a new one from a seed.
 
     Raise an InputError for a value that is neither.
@@ -180,5 +182,5 @@ def generator_of(rng: Any) -> np.random.Generator:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"rng must be a NumPy Generator or an integer of at least 0, got {shown(rng)}"
+            f"rng must be a NumPy Generator or an integer of at least 0, got {short_repr(rng)}"
         ) from error

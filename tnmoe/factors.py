@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from tnmoe.errors import InputError, positive_int, shown
+from tnmoe.errors import InputError, check_positive_int, short_repr
 
 # A size is padded if its largest factor exceeds the geometric mean of its factors by more than
 # this. 8 keeps 43 · 4⁴ (Llama's 11008) as it is, and sends primes such as 50257 to a neighbour.
@@ -72,17 +72,19 @@ def padded_size(n: int, sites: int) -> int:
 
 def size_to_split(name: str, size: int) -> int:
     """Return a size as an int; raise an InputError unless it can be split into factors."""
-    size = positive_int(name, size)
+    size = check_positive_int(name, size)
     if size > _LARGEST_SIZE:
-        raise InputError(f"{name} must be at most 2**40 to be split into legs, got {shown(size)}")
+        raise InputError(
+            f"{name} must be at most 2**40 to be split into legs, got {short_repr(size)}"
+        )
     return size
 
 
 def number_of_sites(sites: int) -> int:
     """Return a number of sites as an int; raise an InputError unless it is in range."""
-    sites = positive_int("sites", sites)
+    sites = check_positive_int("sites", sites)
     if sites > _MOST_SITES:
-        raise InputError(f"sites must be at most {_MOST_SITES}, got {shown(sites)}")
+        raise InputError(f"sites must be at most {_MOST_SITES}, got {short_repr(sites)}")
     return sites
 
 

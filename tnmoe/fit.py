@@ -14,7 +14,7 @@ from tnmoe.chains.canonical import canonicalize, shift_left, shift_right
 from tnmoe.chains.precision import narrowed, widened
 from tnmoe.chains.scaling import normalized_chains, times_power
 from tnmoe.contraction.einsum import contract
-from tnmoe.errors import InputError, number_in, positive_int
+from tnmoe.errors import InputError, check_number_in, check_positive_int
 from tnmoe.mpo import MPO, check_alike
 from tnmoe.truncation.limits import Limits
 
@@ -138,8 +138,8 @@ def fit(
         raise InputError("a fit needs at least one target, got none")
     for mpo in targets:
         check_alike(targets[0], mpo, "a fit")
-    max_sweeps = positive_int("max_sweeps", max_sweeps)
-    tol = number_in("tol", tol, "[0, inf)")
+    max_sweeps = check_positive_int("max_sweeps", max_sweeps)
+    tol = check_number_in("tol", tol, "[0, inf)")
     start = _start(targets[0], initial, max_bond, bonds, rng)
     xp = get_backend(start.cores[0])
     # In double precision, since an error is measured as a difference of norms.

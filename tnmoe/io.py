@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from tnmoe.backends import Array, Backend, available_backends, backend_named, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
-from tnmoe.errors import InputError, index_in, one_of, shown
+from tnmoe.errors import InputError, check_index, check_one_of, short_repr
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
@@ -135,12 +135,12 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
         if description.get("format") != _FORMAT:
             raise InputError(
                 f"{path} was not written by this version of tnmoe.save: expected format {_FORMAT}, "
-                f"found {shown(description.get('format'))}"
+                f"found {short_repr(description.get('format'))}"
             )
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     library, dtype = library or description["library"], description["dtype"]
-    one_of("library", library, available_backends())
-    one_of(f"the dtype in {path}", dtype, (*REAL_DTYPES, *COMPLEX_DTYPES))
+    check_one_of("library", library, available_backends())
+    check_one_of(f"the dtype in {path}", dtype, (*REAL_DTYPES, *COMPLEX_DTYPES))
     xp = backend_named(library)
     arrays = {name: xp.from_numpy(_from_stored(array, dtype)) for name, array in stored.items()}
     try:
@@ -156,14 +156,14 @@ def _rebuild(
 ) -> MPO | SharedMPO:
     """Build the operator again from its description and its arrays."""
     kind, center_site = description["kind"], description["center_site"]
-    one_of(f"the kind in {path}", kind, ("MPO", "SharedMPO"))
+    check_one_of(f"the kind in {path}", kind, ("MPO", "SharedMPO"))
     try:
         if kind == "MPO":
             cores = [arrays[f"cores.{site}"] for site in range(len(arrays))]
             return MPO(cores, _shape(description, cores), center_site)
         aux = [arrays[f"aux.{site}"] for site in range(len(arrays) - 1)]
         center = arrays["center"]
-        site = index_in("center_site", center_site, len(arrays))
+        site = check_index("center_site", center_site, len(arrays))
         shape = _shape(description, [*aux[:site], center, *aux[site:]])
         return SharedMPO(center, aux, shape, center_site)
     except InputError as error:
@@ -179,8 +179,8 @@ def _shape(description: dict, cores: Sequence[Array]) -> MPOShape:
     described = [description[f"{side}_dims"] for side in ("out", "in")]
     if described != [out, in_]:
         raise InputError(
-            f"the cores have (out, in) legs {shown([out, in_])}, "
-            f"which do not fit {shown(described)}"
+            f"the cores have (out, in) legs {short_repr([out, in_])}, "
+            f"which do not fit {short_repr(described)}"
         )
     return MPOShape(out, in_, description["out_features"], description["in_features"])
 

@@ -18,7 +18,7 @@ from tnmoe.chains.checks import check_cores
 from tnmoe.chains.precision import computable, narrowed, widened
 from tnmoe.chains.rounding import round_chain
 from tnmoe.contraction.build import as_numpy, to_padded_matrix
-from tnmoe.errors import InputError, generator_of, index_in, shown
+from tnmoe.errors import InputError, check_generator, check_index, short_repr
 from tnmoe.shapes import MPOShape, resolve_center_site
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
@@ -79,7 +79,7 @@ class MPO:
         if dims != tuple(zip(shape.out_dims, shape.in_dims, strict=True)):
             raise InputError(f"the cores have (out, in) legs {dims}, which do not fit {shape}")
         center_site = (
-            None if center_site is None else index_in("center_site", center_site, len(cores))
+            None if center_site is None else check_index("center_site", center_site, len(cores))
         )
         for name, value in (
             ("cores", cores),
@@ -171,7 +171,7 @@ class MPO:
         """
         like = np.zeros(()) if like is None else like
         shapes = shape.core_shapes(max_bond)
-        cores = algebra.random(get_backend(like), shapes, generator_of(rng), like)
+        cores = algebra.random(get_backend(like), shapes, check_generator(rng), like)
         return cls(cores, shape)
 
     @property
@@ -539,7 +539,7 @@ class MPO:
         """
         if self.shape.sites == 1:
             raise InputError(f"bond must lie between two sites, and there is one: got {bond!r}")
-        bond = index_in("bond", bond, self.shape.sites - 1)
+        bond = check_index("bond", bond, self.shape.sites - 1)
         xp, cores = self._backend, self._computable_cores()
         with self._full_precision():
             return schmidt_values(xp, cores, self.center_site, bond)
@@ -571,7 +571,7 @@ class MPO:
 
     def __repr__(self) -> str:
         return (
-            f"MPO({shown(self.shape.out_features)}×{shown(self.shape.in_features)}, "
+            f"MPO({short_repr(self.shape.out_features)}×{short_repr(self.shape.in_features)}, "
             f"sites={self.shape.sites}, "
             f"bond_dims={self.bond_dims}, num_params={self.num_params}, "
             f"dtype={self._backend.dtype_name(self.cores[0])}, center_site={self.center_site})"

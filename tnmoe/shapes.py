@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from tnmoe.errors import InputError, index_in, positive_int, shown
+from tnmoe.errors import InputError, check_index, check_positive_int, short_repr
 from tnmoe.factors import factorize, number_of_sites, padded_size, size_to_split
 
 
@@ -134,8 +134,8 @@ class MPOShape:
         """
         left_legs = _as_dims("left", left if isinstance(left, Sequence) else (left,))
         right_legs = _as_dims("right", right if isinstance(right, Sequence) else (right,))
-        out_features = positive_int("out_features", out_features)
-        in_features = positive_int("in_features", in_features)
+        out_features = check_positive_int("out_features", out_features)
+        in_features = check_positive_int("in_features", in_features)
         for side, legs, name, size in (
             ("left", left_legs, "out_features", out_features),
             ("right", right_legs, "in_features", in_features),
@@ -216,7 +216,7 @@ class MPOShape:
         >>> MPOShape((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)).legs_around(2)
         ((16, 8, 24), (12, 4, 16))
         """
-        center_site = index_in("center_site", center_site, self.sites)
+        center_site = check_index("center_site", center_site, self.sites)
         outs, ins = (
             (prod(dims[:center_site]), dims[center_site], prod(dims[center_site + 1 :]))
             for dims in (self.out_dims, self.in_dims)
@@ -274,19 +274,19 @@ class MPOShape:
         if max_bond is None:
             return (self.padded_out * self.padded_in,) * bonds
         if not isinstance(max_bond, Sequence):
-            return (positive_int("max_bond", max_bond),) * bonds
+            return (check_positive_int("max_bond", max_bond),) * bonds
         if len(max_bond) != bonds:
             raise InputError(
                 f"max_bond needs one value or one per bond: got {max_bond} for {bonds} bonds"
             )
-        return tuple(positive_int("max_bond", cap) for cap in max_bond)
+        return tuple(check_positive_int("max_bond", cap) for cap in max_bond)
 
     def __repr__(self) -> str:
         padded = ""
         if self.out_features != self.padded_out:
-            padded += f", out_features={shown(self.out_features)}"
+            padded += f", out_features={short_repr(self.out_features)}"
         if self.in_features != self.padded_in:
-            padded += f", in_features={shown(self.in_features)}"
+            padded += f", in_features={short_repr(self.in_features)}"
         return f"MPOShape(out_dims={self.out_dims}, in_dims={self.in_dims}{padded})"
 
 
@@ -307,7 +307,7 @@ def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:
     """Return ``center_site``, checked, or by default the site of the shape's central core."""
     if center_site is None:
         return shape.center_site
-    return index_in("center_site", center_site, shape.sites)
+    return check_index("center_site", center_site, shape.sites)
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:
@@ -315,21 +315,21 @@ def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:
         dims = tuple(dims)
     except TypeError:
         raise InputError(
-            f"{name} must be a sequence of positive integers, got {shown(dims)}"
+            f"{name} must be a sequence of positive integers, got {short_repr(dims)}"
         ) from None
     if not dims:
         raise InputError(f"{name} needs at least one site, got {dims}")
-    subject = f"every leg of {name}={shown(dims)}"
-    return tuple(positive_int(subject, dim) for dim in dims)
+    subject = f"every leg of {name}={short_repr(dims)}"
+    return tuple(check_positive_int(subject, dim) for dim in dims)
 
 
 def _features(side: str, size: int | None, dims: tuple[int, ...]) -> int:
     if size is None:
         return prod(dims)
-    size = positive_int(f"{side}_features", size)
+    size = check_positive_int(f"{side}_features", size)
     if size > prod(dims):
         raise InputError(
-            f"{side}_features={shown(size)} does not fit {side}_dims={shown(dims)}, "
-            f"whose product is {shown(prod(dims))}"
+            f"{side}_features={short_repr(size)} does not fit {side}_dims={short_repr(dims)}, "
+            f"whose product is {short_repr(prod(dims))}"
         )
     return size

@@ -11,7 +11,14 @@ import numpy as np
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains.precision import computable
 from tnmoe.contraction.build import as_numpy, stacked_to_padded_matrices
-from tnmoe.errors import InputError, generator_of, index_in, number_in, positive_int, shown
+from tnmoe.errors import (
+    InputError,
+    check_generator,
+    check_index,
+    check_number_in,
+    check_positive_int,
+    short_repr,
+)
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape, resolve_center_site
 
@@ -118,9 +125,9 @@ class SharedMPO:
             If the MPO has one site only, ``num_experts`` is not a positive integer or ``noise``
             is negative.
         """
-        num_experts = positive_int("num_experts", num_experts)
+        num_experts = check_positive_int("num_experts", num_experts)
         center_site = mpo.shape.center_site if mpo.center_site is None else mpo.center_site
-        rng = generator_of(rng)
+        rng = check_generator(rng)
         aux = [
             replicate(core, num_experts, noise, rng)
             for site, core in enumerate(mpo.cores)
@@ -156,7 +163,7 @@ class SharedMPO:
         InputError
             If there is no such expert.
         """
-        index = index_in("expert", index, self.num_experts)
+        index = check_index("expert", index, self.num_experts)
         cores = [core[index] for core in self.aux]
         cores.insert(self.center_site, self.center)
         return MPO(cores, self.shape)
@@ -178,7 +185,7 @@ class SharedMPO:
     def __repr__(self) -> str:
         return (
             f"SharedMPO({self.num_experts} × "
-            f"{shown(self.shape.out_features)}×{shown(self.shape.in_features)}, "
+            f"{short_repr(self.shape.out_features)}×{short_repr(self.shape.in_features)}, "
             f"sites={self.shape.sites}, bond_dims={self.bond_dims}, "
             f"num_params={self.num_params}, center_site={self.center_site})"
         )
@@ -186,7 +193,7 @@ class SharedMPO:
 
 def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Generator) -> Array:
     """Copy an array to (E, …), with Gaussian noise relative to its root mean square."""
-    noise = number_in("noise", noise, "[0, inf)")
+    noise = check_number_in("noise", noise, "[0, inf)")
     xp = get_backend(array)
     with xp.full_precision(array):
         stacked = xp.stack([array] * num_experts)

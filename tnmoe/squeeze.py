@@ -10,7 +10,7 @@ from math import floor, isfinite
 import numpy as np
 
 from tnmoe.backends import get_backend
-from tnmoe.errors import InputError, integer_from_zero, number_in, positive_int
+from tnmoe.errors import InputError, check_int_from_zero, check_number_in, check_positive_int
 from tnmoe.mpo import MPO
 from tnmoe.truncation.spectra import squared_tails
 
@@ -131,10 +131,10 @@ def squeeze(
     >>> result.score >= 0.9, result.mpos["w"].num_params < mpos["w"].num_params
     (True, True)
     """
-    factor = number_in("factor", factor, "(0, 1)")
-    threshold = number_in("threshold", threshold, "(-inf, inf)")
-    max_steps = None if max_steps is None else integer_from_zero("max_steps", max_steps)
-    min_bond = positive_int("min_bond", min_bond)
+    factor = check_number_in("factor", factor, "(0, 1)")
+    threshold = check_number_in("threshold", threshold, "(-inf, inf)")
+    max_steps = None if max_steps is None else check_int_from_zero("max_steps", max_steps)
+    min_bond = check_positive_int("min_bond", min_bond)
     current = {name: mpo.compress() for name, mpo in mpos.items()}
     best = _finite_score(score, current)
     if best < threshold:

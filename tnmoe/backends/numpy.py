@@ -111,7 +111,7 @@ class NumpyBackend:
     def eigvalsh(self, matrix: np.ndarray) -> np.ndarray:
         return np.linalg.eigvalsh(matrix)[..., ::-1]
 
-    def triangle(self, matrix: np.ndarray) -> np.ndarray:
+    def triangular_factor(self, matrix: np.ndarray) -> np.ndarray:
         return self.adjoint(np.asarray(np.linalg.qr(self.adjoint(matrix), mode="r")))
 
 

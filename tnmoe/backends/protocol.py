@@ -156,7 +156,7 @@ class Backend(Protocol):
     def eigvalsh(self, matrix: Array) -> Array:
         """Return only the eigenvalues of a Hermitian matrix, largest first."""
 
-    def triangle(self, matrix: Array) -> Array:
+    def triangular_factor(self, matrix: Array) -> Array:
         """Return the small factor T of A = T Q, for a matrix that is wider than tall.
 
         T Tᴴ = A Aᴴ, without squaring A.

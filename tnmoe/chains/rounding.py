@@ -92,7 +92,7 @@ def _small_factor(xp: Backend, unfolding: Array) -> Array:
     if reduction_method(xp, unfolding) == GramMatrix.method and not xp.tracked(unfolding):
         vectors, values = GramMatrix.of(xp, unfolding).singular_vectors(rows)
         return vectors * xp.astype(values, xp.dtype_name(unfolding))
-    return xp.triangle(unfolding)
+    return xp.triangular_factor(unfolding)
 
 
 def _all_spectra(

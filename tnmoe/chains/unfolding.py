@@ -224,9 +224,9 @@ def _square(xp: Backend, matrix: Array) -> Array:
     # a large one therefore grows block by block, unless derivatives would keep all blocks.
     step = max(_WIDEST * rows, _BLOCK // rows)
     if xp.tracked(matrix) or columns <= step:
-        return xp.triangle(matrix)
-    factor = xp.triangle(matrix[..., :step])
+        return xp.triangular_factor(matrix)
+    factor = xp.triangular_factor(matrix[..., :step])
     for start in range(step, columns, step):
         block = matrix[..., start : start + step]
-        factor = xp.triangle(xp.concatenate([factor, block], -1))
+        factor = xp.triangular_factor(xp.concatenate([factor, block], -1))
     return factor

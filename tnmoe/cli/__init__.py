@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tnmoe import __version__
 from tnmoe.cli import calibrate, convert, demo, inspect
-from tnmoe.errors import InputError, MissingExtraError, as_line, reason
+from tnmoe.errors import InputError, MissingExtraError, reason_of, to_one_line
 from tnmoe.system.memory import is_memory_error, memory_error_summary
 
 # Conventional exit codes: 2 for a mistake in the input, 130 for Ctrl-C.
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _message(error, options.interrupted)
         if message is None:
             raise
-        print(f"tnmoe: {as_line(message)}", file=sys.stderr)
+        print(f"tnmoe: {to_one_line(message)}", file=sys.stderr)
         return _BAD_INPUT
     except KeyboardInterrupt:
         print(f"tnmoe: interrupted; {options.interrupted}", file=sys.stderr)
@@ -55,13 +55,13 @@ def _message(error: Exception, interrupted: str) -> str | None:
         return f"out of memory: {memory_error_summary(error)}; {interrupted}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{reason(error)}"
+        return f"{where}{reason_of(error)}"
     return None
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning on one line, without the line of code that raised it."""
-    print(f"tnmoe: warning: {as_line(message)}", file=sys.stderr)
+    print(f"tnmoe: warning: {to_one_line(message)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnmoe.errors import shown
+from tnmoe.errors import short_repr
 from tnmoe.options import ANY_LAYOUTS, GAUGES, SEEDS
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _argument_type(kind: type, fits: Callable[[Any], bool], what: str) -> Callab
         except ValueError:
             value = None
         if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"expected {what}, got {shown(text)}")
+            raise argparse.ArgumentTypeError(f"expected {what}, got {short_repr(text)}")
         return value
 
     return parse
@@ -62,7 +62,9 @@ def size(text: str) -> int:
     number, unit = text[:-2], text[-2:].upper()
     num_bytes = int(positive_number(number) * _UNITS[unit]) if unit in _UNITS else 0
     if num_bytes < 1:
-        raise argparse.ArgumentTypeError(f"expected a size like 5GB or 500MB, got {shown(text)}")
+        raise argparse.ArgumentTypeError(
+            f"expected a size like 5GB or 500MB, got {short_repr(text)}"
+        )
     return num_bytes
 
 

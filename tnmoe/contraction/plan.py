@@ -9,7 +9,7 @@ from tnmoe.contraction.expert_routes import ChainCost, Workload, flops_and_peak,
 from tnmoe.contraction.paths import Path, applying_path, building_path
 from tnmoe.contraction.pieces import peak_in_pieces
 from tnmoe.contraction.rates import Rates, get_rates
-from tnmoe.errors import InputError, integer_from_zero, positive_int
+from tnmoe.errors import InputError, check_int_from_zero, check_positive_int
 from tnmoe.options import OperatorRoute, Route
 from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site
 from tnmoe.system.tables import format_table
@@ -139,9 +139,9 @@ def contraction_plan(
             f"bond_dims needs one value per bond: got {bonds} for {shape.sites - 1} bonds"
         )
     for bond in bonds:
-        positive_int("every bond dimension", bond)
-    batch = integer_from_zero("batch", batch)
-    itemsize = positive_int("itemsize", itemsize)
+        check_positive_int("every bond dimension", bond)
+    batch = check_int_from_zero("batch", batch)
+    itemsize = check_positive_int("itemsize", itemsize)
     if max(shape.padded_out, shape.padded_in, batch, *bonds) >= _TOO_LARGE:
         raise InputError("a plan is for a matrix, bonds and a batch of less than 2**63 each")
     center_site = resolve_center_site(shape, center_site)
@@ -153,7 +153,7 @@ def contraction_plan(
         bond_dims=bonds,
         center_site=center_site,
         rows=batch,
-        experts=positive_int("experts", experts),
+        experts=check_positive_int("experts", experts),
         training=training,
         itemsize=itemsize,
     )

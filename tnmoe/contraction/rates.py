@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tnmoe.errors import number_in
+from tnmoe.errors import check_number_in
 from tnmoe.system.durable import write_atomically
 from tnmoe.system.files import read_json
 
@@ -50,7 +50,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            number_in(name, value, "[0, inf)" if name == "half_depth" else "(0, inf)")
+            check_number_in(name, value, "[0, inf)" if name == "half_depth" else "(0, inf)")
 
     def product(self, rows: float, depth: float, columns: float, itemsize: int) -> float:
         """Predict the seconds of a product (``rows``, ``depth``) · (``depth``, ``columns``).

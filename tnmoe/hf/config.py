@@ -11,13 +11,13 @@ import torch
 
 from tnmoe.errors import (
     InputError,
-    flag,
-    integer_from_zero,
-    number_in,
-    one_of,
-    plain,
-    positive_int,
-    shown,
+    check_bool,
+    check_int_from_zero,
+    check_number_in,
+    check_one_of,
+    check_positive_int,
+    short_repr,
+    to_python_scalar,
 )
 from tnmoe.hf.find import check_layers
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
@@ -141,25 +141,25 @@ class MPOEConfig:
         self._settle("max_bond", _settled(self, "max_bond", _settled_bond))
         self._settle("shared_sites", _settled(self, "shared_sites", _settled_sites))
         self._settle("layers", check_layers(self.layers))
-        self._settle("common_bias", flag("common_bias", self.common_bias))
+        self._settle("common_bias", check_bool("common_bias", self.common_bias))
         self._settle("matrices", check_matrices(self.matrices))
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
                 f"num_experts={self.num_experts}"
             )
-        one_of("layout", self.layout, ANY_LAYOUTS)
-        one_of("gauge", self.gauge, GAUGES)
+        check_one_of("layout", self.layout, ANY_LAYOUTS)
+        check_one_of("gauge", self.gauge, GAUGES)
         for name, interval in (
             ("mask_probability", "[0, 1]"),
             ("expert_noise", "[0, inf)"),
             ("balance_weight", "[0, inf)"),
             ("z_weight", "[0, inf)"),
         ):
-            self._settle(name, number_in(name, getattr(self, name), interval))
+            self._settle(name, check_number_in(name, getattr(self, name), interval))
         for name in ("shapes", "router"):
             if not isinstance(getattr(self, name), Mapping):
-                raise InputError(f"{name} must be a mapping, got {shown(getattr(self, name))}")
+                raise InputError(f"{name} must be a mapping, got {short_repr(getattr(self, name))}")
         self._check_shapes()
         self._settle_router()
 
@@ -168,10 +168,10 @@ class MPOEConfig:
 
     def _settle_counts(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "sites", "every"):
-            self._settle(name, positive_int(name, getattr(self, name)))
+            self._settle(name, check_positive_int(name, getattr(self, name)))
         if self.num_experts > _MOST_EXPERTS:
             raise InputError(
-                f"num_experts must be at most {_MOST_EXPERTS}, got {shown(self.num_experts)}"
+                f"num_experts must be at most {_MOST_EXPERTS}, got {short_repr(self.num_experts)}"
             )
 
     def _check_shapes(self) -> None:
@@ -182,7 +182,7 @@ class MPOEConfig:
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")
 
     def _settle_router(self) -> None:
-        one_of("router_kind", self.router_kind, ROUTER_KINDS)
+        check_one_of("router_kind", self.router_kind, ROUTER_KINDS)
         self.make_router(1, device="meta")  # raises if a setting is wrong
         parameters = signature(_ROUTERS[self.router_kind]).parameters
         settled = {
@@ -276,7 +276,7 @@ def _settled(config: MPOEConfig, name: str, settled: Callable[[Any], Any]) -> An
 
 
 def _settled_bond(bond: Any) -> int | None:
-    return None if bond is None else positive_int("max_bond", bond)
+    return None if bond is None else check_positive_int("max_bond", bond)
 
 
 def _settled_sites(shared_sites: Any) -> str | tuple[int, ...]:
@@ -284,8 +284,8 @@ def _settled_sites(shared_sites: Any) -> str | tuple[int, ...]:
     if isinstance(shared_sites, str) or not isinstance(shared_sites, Iterable):
         resolve_shared_sites(shared_sites, sites=2, center_site=0)
         return shared_sites
-    name = f"every site of shared_sites={shown(shared_sites)}"
-    return tuple(sorted({integer_from_zero(name, site) for site in shared_sites}))
+    name = f"every site of shared_sites={short_repr(shared_sites)}"
+    return tuple(sorted({check_int_from_zero(name, site) for site in shared_sites}))
 
 
 def _settled_like(default: Any, value: Any) -> Any:
@@ -293,7 +293,7 @@ def _settled_like(default: Any, value: Any) -> Any:
     if value is None:
         return None
     # The only settings whose default is None are capacities, which are floats.
-    return (float if default is None else type(default))(plain(value))
+    return (float if default is None else type(default))(to_python_scalar(value))
 
 
 def _with_lists(value: Any) -> Any:

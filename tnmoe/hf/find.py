@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tnmoe.errors import InputError, integer_from_zero, positive_int, shown
+from tnmoe.errors import InputError, check_int_from_zero, check_positive_int, short_repr
 from tnmoe.hf.families import family_names, network_in
 from tnmoe.hf.ffn import FFN
 from tnmoe.nn.moe import MPOMoE
@@ -43,7 +43,7 @@ def find_ffns(
     >>> [ffn.name for ffn in find_ffns(model, every=2)]
     ['h.1', 'h.3']
     """
-    layers, every = check_layers(layers), positive_int("every", every)
+    layers, every = check_layers(layers), check_positive_int("every", every)
     found = all_ffns(model)
     if not found:
         raise InputError(
@@ -112,12 +112,16 @@ def check_layers(layers: Iterable[int] | str | None) -> tuple[int, ...] | str | 
         try:
             re.compile(layers)
         except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(f"layers={shown(layers)} is no regular expression: {error}") from error
+            raise InputError(
+                f"layers={short_repr(layers)} is no regular expression: {error}"
+            ) from error
         return layers
     if not isinstance(layers, Iterable):
-        raise InputError(f"layers must be integers or a regular expression, got {shown(layers)}")
-    name = f"every layer of layers={shown(layers)}"
-    return tuple(sorted({integer_from_zero(name, layer) for layer in layers}))
+        raise InputError(
+            f"layers must be integers or a regular expression, got {short_repr(layers)}"
+        )
+    name = f"every layer of layers={short_repr(layers)}"
+    return tuple(sorted({check_int_from_zero(name, layer) for layer in layers}))
 
 
 def _selected(found: list[FFN], layers: tuple[int, ...] | str | None, model: str) -> list[FFN]:

@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from tnmoe.errors import InputError, shown
+from tnmoe.errors import InputError, short_repr
 from tnmoe.hf.files.checkpoint import Checkpoint
 
 # Entries of config.json that count something. Classes make lists of that length before they make
@@ -126,5 +126,5 @@ def check_counts(entries: Any, name: str = "") -> None:
             check_counts(value, name)
     elif isinstance(entries, int) and _COUNTS.search(name) and entries > _LARGEST_COUNT:
         raise InputError(
-            f"{name} of config.json must be at most {_LARGEST_COUNT}, got {shown(entries)}"
+            f"{name} of config.json must be at most {_LARGEST_COUNT}, got {short_repr(entries)}"
         )

@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tnmoe.errors import InputError, shown
+from tnmoe.errors import InputError, short_repr
 from tnmoe.hf.guards import SizeLimits, check_counts, guard_transformers
 from tnmoe.hf.record import ENTRY
 from tnmoe.hf.trust import no_foreign_code, without_foreign_code
@@ -44,7 +44,9 @@ def config_from_entries(entries: Mapping[str, Any]) -> PreTrainedConfig:
     """
     kind: Any = entries.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise InputError(f"transformers has no architecture with model_type {shown(kind)}: {_HINT}")
+        raise InputError(
+            f"transformers has no architecture with model_type {short_repr(kind)}: {_HINT}"
+        )
     check_counts(entries)
     with NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file:
         # transformers understands infinity and the like, which JSON lacks, in files only.
@@ -79,7 +81,7 @@ def saved_class(config: PreTrainedConfig) -> Any:
     """
     names: Any = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"architectures must be a list of names, got {shown(names)}")
+        raise InputError(f"architectures must be a list of names, got {short_repr(names)}")
     if not names:
         # transformers would import every model that it has before it raises.
         if type(config) not in MODEL_MAPPING:
@@ -88,7 +90,7 @@ def saved_class(config: PreTrainedConfig) -> Any:
     name = names[0]
     found = model_class_named(name)
     if found is None:
-        raise InputError(f"transformers has no architecture {shown(name)}: {_HINT}")
+        raise InputError(f"transformers has no architecture {short_repr(name)}: {_HINT}")
     # The abstract base classes of a family have no forward of their own.
     is_abstract = found.forward is PreTrainedModel.forward
     if is_abstract or not isinstance(config, found.config_class or ()):

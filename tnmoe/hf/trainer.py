@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tnmoe.errors import InputError, flag, integer_from_zero, one_of
+from tnmoe.errors import InputError, check_bool, check_int_from_zero, check_one_of
 from tnmoe.hf.record import config_of
 from tnmoe.nn.training.autograd_mask import AutogradMask
 from tnmoe.nn.training.base_mask import Probability, checked_probability
@@ -62,10 +62,10 @@ class GradientMaskCallback(TrainerCallback):
         per_layer: bool = False,
         engine: MaskEngine = "auto",
     ) -> None:
-        one_of("engine", engine, MASK_ENGINES)
+        check_one_of("engine", engine, MASK_ENGINES)
         self.probability = None if probability is None else checked_probability(probability)
-        self.seed = integer_from_zero("seed", seed)
-        self.per_layer = flag("per_layer", per_layer)
+        self.seed = check_int_from_zero("seed", seed)
+        self.per_layer = check_bool("per_layer", per_layer)
         self.engine = engine
         self.mask: GradientMask | AutogradMask | None = None
         self._step = ExitStack()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, number_in
+from tnmoe.errors import InputError, check_number_in
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -63,8 +63,8 @@ class ClampedSwiGLU(Gated):
     """
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
-        limit = number_in("limit", limit, "(0, inf]")
-        alpha = number_in("alpha", alpha, "(-inf, inf)")
+        limit = check_number_in("limit", limit, "(0, inf]")
+        alpha = check_number_in("alpha", alpha, "(-inf, inf)")
         super().__init__(partial(_steep_silu, alpha=alpha))
         self.alpha, self.limit = alpha, limit
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.contraction.pieces import rows_per_piece
-from tnmoe.errors import InputError, flag, generator_of, number_in
+from tnmoe.errors import InputError, check_bool, check_generator, check_number_in
 from tnmoe.nn.activations import resolve_activation
 from tnmoe.nn.compute.pieces import apply_in_pieces
 from tnmoe.nn.compute.slots import (
@@ -86,7 +86,7 @@ class Experts(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = sizes
         self.up, self.gate, self.down = up, gate, down
         self.activation = resolve_activation(activation, gated=gate is not None)
-        self.dropout = number_in("dropout", dropout, "[0, 1]")
+        self.dropout = check_number_in("dropout", dropout, "[0, 1]")
 
     @classmethod
     def _from_projections(
@@ -99,7 +99,7 @@ class Experts(nn.Module):
         dropout: float,
     ) -> Self:
         """Make an instance of given projections, past the constructor of a subclass."""
-        common = flag("common_bias", common_bias)
+        common = check_bool("common_bias", common_bias)
         for name, projection in projections.items():
             projection.set_bias(biases[name], common, f"{name}_bias")
         experts = cls.__new__(cls)
@@ -359,7 +359,7 @@ class DenseExperts(Experts):
         InputError
             If the matrices or biases do not fit each other.
         """
-        rng = generator_of(rng)
+        rng = check_generator(rng)
         projections = {
             name: StackedProjection.from_dense(matrix, num_experts, noise, rng)
             for name, matrix in check_ffn(up, down, gate, gate_bias).items()

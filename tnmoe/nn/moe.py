@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, flag, number_in, one_of
+from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of
 from tnmoe.nn.experts import DenseExperts, Experts
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
@@ -77,7 +77,7 @@ class MPOMoE(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(router, experts)
-        has_gate = flag("shared_gate", shared_gate)
+        has_gate = check_bool("shared_gate", shared_gate)
         if has_gate and shared_expert is None:
             raise InputError("shared_gate=True needs a shared_expert")
         self.router = router
@@ -89,7 +89,7 @@ class MPOMoE(nn.Module):
             self.shared_gate = nn.Linear(
                 weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype
             )
-        self.dropout = number_in("dropout", dropout, "[0, 1]")
+        self.dropout = check_number_in("dropout", dropout, "[0, 1]")
 
     @classmethod
     def from_dense(
@@ -154,7 +154,7 @@ class MPOMoE(nn.Module):
         >>> torch.allclose(layer(x), expected, atol=1e-4)
         True
         """
-        one_of("layout", layout, ANY_LAYOUTS)
+        check_one_of("layout", layout, ANY_LAYOUTS)
         experts["num_experts"] = num_experts
         upcycled: Experts
         if layout == "dense":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.decompose import decompose
-from tnmoe.errors import generator_of, one_of
+from tnmoe.errors import check_generator, check_one_of
 from tnmoe.mpo import MPO
 from tnmoe.nn.experts import Experts, check_ffn
 from tnmoe.nn.mpo_projection import MPOProjection
@@ -188,8 +188,8 @@ class MPOExperts(Experts):
             shared_sites=shared_sites,
             matrices=matrices,
         )
-        one_of("gauge", gauge, GAUGES)
-        rng = generator_of(rng)
+        check_one_of("gauge", gauge, GAUGES)
+        rng = check_generator(rng)
         projections: dict[str, Projection] = {}
         for name, matrix in given.items():
             if name in settings:

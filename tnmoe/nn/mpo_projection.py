@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.contraction.plan import ContractionPlan
-from tnmoe.errors import InputError, generator_of, index_in
+from tnmoe.errors import InputError, check_generator, check_index
 from tnmoe.mpo import MPO
 from tnmoe.nn.compute import routes
 from tnmoe.nn.compute.cache import weight_cache
@@ -136,7 +136,7 @@ class MPOProjection(StoredCores, Projection):
         center_site = mpo.shape.center_site if mpo.center_site is None else mpo.center_site
         projection = cls(num_experts, mpo.shape, max_bond=1, device="meta")
         shared = resolve_shared_sites(shared_sites, mpo.shape.sites, center_site)
-        rng = generator_of(rng)
+        rng = check_generator(rng)
         cores = [
             core if site in shared else replicate(core, projection.num_experts, noise, rng)
             for site, core in enumerate(mpo.cores)
@@ -204,7 +204,7 @@ class MPOProjection(StoredCores, Projection):
         InputError
             If there is no such expert.
         """
-        index = index_in("expert", index, self.num_experts)
+        index = check_index("expert", index, self.num_experts)
         cores = self.cores
         sites = (core if core.ndim == 4 else core[index] for core in cores.sites())
         return MPO([core.to(cores.center.dtype) for core in sites], self.shape)

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, generator_of, one_of, plain, positive_int
+from tnmoe.errors import (
+    InputError,
+    check_generator,
+    check_one_of,
+    check_positive_int,
+    to_python_scalar,
+)
 from tnmoe.nn.compute.grouped import grouped_linear, per_row
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.shared_mpo import replicate
@@ -63,11 +69,11 @@ class Projection(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        bias = plain(bias)
-        one_of("bias", bias, BIASES)
-        self.num_experts = positive_int("num_experts", num_experts)
-        self.out_features = positive_int("out_features", out_features)
-        self.in_features = positive_int("in_features", in_features)
+        bias = to_python_scalar(bias)
+        check_one_of("bias", bias, BIASES)
+        self.num_experts = check_positive_int("num_experts", num_experts)
+        self.out_features = check_positive_int("out_features", out_features)
+        self.in_features = check_positive_int("in_features", in_features)
         rows = 1 if bias == "common" else self.num_experts
         self.bias = (
             nn.Parameter(torch.empty(rows, self.out_features, device=device, dtype=dtype))
@@ -234,7 +240,7 @@ class StackedProjection(Projection):
         if not torch.isfinite(weight).all():
             raise InputError(f"the {tuple(weight.shape)} matrix contains NaN or infinity")
         projection = cls(num_experts, *weight.shape, device="meta", dtype=weight.dtype)
-        stacked = replicate(weight.detach(), projection.num_experts, noise, generator_of(rng))
+        stacked = replicate(weight.detach(), projection.num_experts, noise, check_generator(rng))
         projection.stacked = nn.Parameter(stacked)
         return projection
 

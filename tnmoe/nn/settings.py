@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from tnmoe.errors import InputError, flag, index_in, one_of
+from tnmoe.errors import InputError, check_bool, check_index, check_one_of
 from tnmoe.options import LAYOUTS, MATRICES, Layout, Matrix, NamedSites
 from tnmoe.shapes import MPOShape
 
@@ -48,7 +48,7 @@ def projection_sizes(
         If ``gated`` is not a bool.
     """
     sizes = {"up": (intermediate_size, hidden_size), "down": (hidden_size, intermediate_size)}
-    return {**sizes, "gate": sizes["up"]} if flag("gated", gated) else sizes
+    return {**sizes, "gate": sizes["up"]} if check_bool("gated", gated) else sizes
 
 
 def mpo_settings(
@@ -97,7 +97,7 @@ def _shape_for(
     name: str, given: MPOShape | None, size: tuple[int, int], layout: Layout, sites: int
 ) -> MPOShape:
     """Return the given shape, if it has that size, or else the layout's."""
-    one_of("layout", layout, LAYOUTS)
+    check_one_of("layout", layout, LAYOUTS)
     if given is None:
         return layout_shape(layout, *size, sites)
     if (given.out_features, given.in_features) != size:
@@ -123,7 +123,7 @@ def layout_shape(layout: str, out_features: int, in_features: int, sites: int = 
     InputError
         If the layout is unknown, or neither size has a divisor in common with 64.
     """
-    one_of("layout", layout, LAYOUTS)
+    check_one_of("layout", layout, LAYOUTS)
     if layout == "interleaved":
         return MPOShape.for_matrix(out_features, in_features, sites)
     groups = (gcd(out_features, _SPLIT_GROUP), gcd(in_features, _SPLIT_GROUP))
@@ -191,7 +191,7 @@ def resolve_shared_sites(
         raise InputError(
             f"shared_sites must be a name or the numbers of sites, got {shared_sites!r}"
         )
-    chosen = frozenset(index_in("every shared site", site, sites) for site in shared_sites)
+    chosen = frozenset(check_index("every shared site", site, sites) for site in shared_sites)
     if len(chosen) == sites:
         raise InputError(
             f"experts that share all {sites} sites would be the same: leave some sites out"

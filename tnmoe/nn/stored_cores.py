@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from tnmoe.errors import InputError, index_in
+from tnmoe.errors import InputError, check_index
 
 
 class StoredCores(nn.Module):
@@ -120,7 +120,7 @@ class StoredCores(nn.Module):
         InputError
             If there is no such site.
         """
-        return getattr(self, self._names[index_in("site", site, len(self._names))])
+        return getattr(self, self._names[check_index("site", site, len(self._names))])
 
     def set_core(self, site: int, core: nn.Parameter) -> None:
         """Store a tensor, another projection's perhaps, as the core of a site.
@@ -137,7 +137,7 @@ class StoredCores(nn.Module):
         InputError
             If there is no such site.
         """
-        setattr(self, self._names[index_in("site", site, len(self._names))], core)
+        setattr(self, self._names[check_index("site", site, len(self._names))], core)
 
     @property
     def is_gathered(self) -> bool:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, check_positive_int
 from tnmoe.plot.data import check_mapping, check_numbers
 from tnmoe.plot.style import (
     COLORS,
@@ -78,7 +78,7 @@ def error_against_parameters(
         name: _points(name, points)
         for name, points in check_mapping("truncations", truncations).items()
     }
-    marked = [] if dense is None else [float(positive_int("dense", dense))]
+    marked = [] if dense is None else [float(check_positive_int("dense", dense))]
     ax = new_axes(ax)
     labels, common = distinct_labels(tables)
     for index, (label, table) in enumerate(zip(labels, tables.values(), strict=True)):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tnmoe.errors import InputError, number_in, one_of
+from tnmoe.errors import InputError, check_number_in, check_one_of
 from tnmoe.options import Statistic
 from tnmoe.plot.data import check_mapping, check_numbers
 from tnmoe.plot.style import (
@@ -63,7 +63,7 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
     balanced = 1 / experts
     if brightest is None:
         brightest = _brightest(load)
-    brightest = number_in("brightest", brightest, "(0, inf)")
+    brightest = check_number_in("brightest", brightest, "(0, inf)")
     image = ax.imshow(load, vmin=0, vmax=brightest, cmap="viridis", aspect="auto")
     if experts <= _MAX_LABELLED[0] and layers <= _MAX_LABELLED[1]:
         for (layer, expert), share in np.ndenumerate(load):
@@ -197,7 +197,7 @@ def _series(
     series = {name: check_mapping(f"history[{name!r}]", history[name]) for name in names}
     for values in series.values():
         known = [key for key, value in values.items() if _has_axes(value, axes)]
-        one_of("statistic", statistic, known)
+        check_one_of("statistic", statistic, known)
     return {
         name: check_numbers(f"{statistic} of {name!r}", values[statistic], axes, gaps=gaps)
         for name, values in series.items()

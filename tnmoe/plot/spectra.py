@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, check_one_of
 from tnmoe.mpo import MPO
 from tnmoe.options import ENTROPY_AXES, EntropyAxis
 from tnmoe.plot.data import check_mapping, check_numbers
@@ -160,7 +160,7 @@ def entropy(
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('bond', 'entanglement entropy (nats)')
     """
-    one_of("against", against, ENTROPY_AXES)
+    check_one_of("against", against, ENTROPY_AXES)
     single = isinstance(operators, (MPO, TruncationInfo))
     given = {"operator": operators} if single else check_mapping("operators", operators)
     lines = {name: _entropies(name, operator, bond_dims) for name, operator in given.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, check_positive_int
 from tnmoe.plot.data import check_mapping, check_numbers
 from tnmoe.plot.style import (
     add_legend,
@@ -44,7 +44,7 @@ def loss_curves(
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('step', 'training loss')
     """
-    window = positive_int("window", window)
+    window = check_positive_int("window", window)
     curves = {
         name: check_numbers(f"losses[{name!r}]", values, gaps=True)
         for name, values in check_mapping("losses", losses).items()

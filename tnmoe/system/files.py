@@ -7,7 +7,7 @@ import os
 from stat import S_ISDIR, S_ISFIFO, S_ISREG
 from typing import Any
 
-from tnmoe.errors import InputError, shown
+from tnmoe.errors import InputError, short_repr
 
 # Largest JSON text in bytes; safetensors has the same limit for headers.
 _LARGEST_JSON = 100_000_000
@@ -96,7 +96,9 @@ def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, Any], in
     except (AttributeError, LookupError, TypeError):
         raise InputError(f"{damaged}: its header is malformed") from None
     if end != size:
-        raise InputError(f"{damaged}: it has {size:,} bytes, its header describes {shown(end)}")
+        raise InputError(
+            f"{damaged}: it has {size:,} bytes, its header describes {short_repr(end)}"
+        )
     return header, start
 
 

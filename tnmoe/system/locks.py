@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tnmoe.errors import InputError, reason
+from tnmoe.errors import InputError, reason_of
 
 # Attempts to make the folder of a lock: another process may remove it when its own work ends.
 _ATTEMPTS = 100
@@ -74,7 +74,7 @@ def _acquire(lock: FileLock, path: Path, owner: Path, resource: str) -> None:
         except OSError as error:
             # The last holder may have removed the folder between these two lines, or within mkdir.
             if not (attempts_left and isinstance(error, FileNotFoundError | FileExistsError)):
-                raise InputError(f"cannot write to {path.parent}: {reason(error)}") from error
+                raise InputError(f"cannot write to {path.parent}: {reason_of(error)}") from error
 
 
 def _owner_name(path: Path) -> str:

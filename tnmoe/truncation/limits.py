@@ -8,7 +8,7 @@ from operator import gt
 
 import numpy as np
 
-from tnmoe.errors import InputError, number_in, positive_int, shown
+from tnmoe.errors import InputError, check_number_in, check_positive_int, short_repr
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation.budget import ErrorBudget
 from tnmoe.truncation.search import choose_bonds
@@ -159,16 +159,18 @@ def _check_rtol(rtol: float | None, shape: MPOShape) -> float | None:
     if rtol is None:
         return None
     try:
-        rtol = number_in("rtol", rtol, "[0, inf)")
+        rtol = check_number_in("rtol", rtol, "[0, inf)")
     except InputError:
-        raise InputError(f"rtol must be a finite number of at least 0, got {shown(rtol)}") from None
+        raise InputError(
+            f"rtol must be a finite number of at least 0, got {short_repr(rtol)}"
+        ) from None
     # A bond loses the norm of the whole at most, so this allows everything. Squares of larger
     # tolerances may overflow.
     return min(rtol, float(shape.sites))
 
 
 def _check_max_params(max_params: int, shape: MPOShape) -> int:
-    max_params, fewest = positive_int("max_params", max_params), shape.num_params(1)
+    max_params, fewest = check_positive_int("max_params", max_params), shape.num_params(1)
     if max_params < fewest:
         raise InputError(
             f"max_params={max_params} is too few for {shape}: "
@@ -181,7 +183,7 @@ def _check_bonds(bonds: Sequence[int], shape: MPOShape) -> tuple[int, ...]:
     """Return the bonds as a tuple; raise unless every bond can be used as a whole."""
     if not isinstance(bonds, Sequence) or len(bonds) != shape.sites - 1:
         raise InputError(f"bonds need one value per bond: got {bonds} for {shape.sites - 1} bonds")
-    checked = tuple(positive_int("every bond", bond) for bond in bonds)
+    checked = tuple(check_positive_int("every bond", bond) for bond in bonds)
     largest = shape.bond_dims(checked)
     if largest != checked:
         raise InputError(f"bonds={checked} do not fit {shape}: the largest that fit are {largest}")

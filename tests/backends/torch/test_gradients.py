@@ -14,15 +14,19 @@ ILL_POSED = {
 
 
 @pytest.mark.parametrize("matrix", ILL_POSED.values(), ids=ILL_POSED.keys())
-@pytest.mark.parametrize("name", ["qr", "left_svd", "eigh", "triangle"])
+@pytest.mark.parametrize("name", ["qr", "left_svd", "eigh", "triangular_factor"])
 def test_gradients_of_singular_matrices_and_equal_values_are_finite(matrix, name):
     matrix = matrix.clone().requires_grad_()
     argument = matrix @ matrix.mT if name == "eigh" else matrix
     argument = (
-        argument.mT if name == "triangle" and argument.shape[0] > argument.shape[1] else argument
+        argument.mT
+        if name == "triangular_factor" and argument.shape[0] > argument.shape[1]
+        else argument
     )
     result = getattr(backend_named("torch"), name)(argument)
-    sum((part**3).sum() for part in (result if name != "triangle" else [result])).backward()
+    sum(
+        (part**3).sum() for part in (result if name != "triangular_factor" else [result])
+    ).backward()
     assert torch.isfinite(matrix.grad).all()
 
 

@@ -127,7 +127,7 @@ class TorchBackend:
             return self.eigh(matrix)[0]
         return torch.linalg.eigvalsh(matrix).flip(-1)
 
-    def triangle(self, matrix: Tensor) -> Tensor:
+    def triangular_factor(self, matrix: Tensor) -> Tensor:
         if gradients.needs_backward(matrix):
             return gradients.TriangularFactor.apply(matrix)[0]
         if not gradients.in_forward_mode():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tnmoe import __version__
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, check_positive_int
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.shards import ShardWriter
 from tnmoe.hf.files.tensors import TensorSpec, total_bytes, total_params
@@ -125,9 +125,9 @@ class Conversion:
             If memory runs out, as NumPy and torch raise them. Notes on the error name what the
             memory was for. The same call resumes.
         """
-        shard_bytes = positive_int("shard_bytes", shard_bytes)
+        shard_bytes = check_positive_int("shard_bytes", shard_bytes)
         purpose = self._purpose(shard_bytes)
-        jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
+        jobs = check_positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
         unfinished = self._unfinished_folder(target)
         self.source.check_unchanged()
         writer = ShardWriter(unfinished.new, self.specs, shard_bytes)

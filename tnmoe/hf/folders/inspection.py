@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tnmoe.decompose import decompose
-from tnmoe.errors import positive_int
+from tnmoe.errors import check_positive_int
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, Matrix, weight_of
 from tnmoe.hf.files.checkpoint import Checkpoint
@@ -173,7 +173,7 @@ def inspect_checkpoint(
     path = Path(path).absolute()
     entries = read_config(path)
     check_unconverted_entries(entries, path)
-    bonds = None if bonds is None else [positive_int("every bond", bond) for bond in bonds]
+    bonds = None if bonds is None else [check_positive_int("every bond", bond) for bond in bonds]
     if path.is_file() or not weights or config.layout == "dense":
         model = meta_model(config_from_entries(entries))
         ffns = find_ffns(model, config.layers, config.every)

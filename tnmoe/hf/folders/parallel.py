@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from tnmoe.errors import positive_int
+from tnmoe.errors import check_positive_int
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def ordered_results(tasks: Iterable[Callable[[], T]], jobs: int | None = None) -
     jobs : int, optional
         Number of threads; the number of CPUs by default.
     """
-    jobs = positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
+    jobs = check_positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
     remaining = iter(tasks)
     threads_before = torch.get_num_threads()
     with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from tnmoe.errors import InputError, index_in, one_of
+from tnmoe.errors import InputError, check_index, check_one_of
 from tnmoe.hf.checks import check_all_described
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.export import average_into
@@ -93,7 +93,7 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
     names = [ffn.name for ffn in ffns]
     install_new_mixtures(moe, config, names)
     add_records(moe, config, names)
-    conversions = _conversions(ffns, config, index_in("seed", seed, SEEDS))
+    conversions = _conversions(ffns, config, check_index("seed", seed, SEEDS))
     pieces = [
         _mixture_piece(dense, ffn, reads, path, layer, convert)
         for (ffn, reads), (path, layer), convert in zip(
@@ -141,7 +141,7 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     >>> conversion.config["architectures"]
     ['MixtralForCausalLM']
     """
-    one_of("to", to, EXPORT_FORMATS)
+    check_one_of("to", to, EXPORT_FORMATS)
     source = Checkpoint(folder)
     entries = decode_entries(source.config)
     record, plain = record_in_entries(entries, source.folder), without_records(entries)

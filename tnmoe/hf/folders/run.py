@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tnmoe.errors import InputError, reason
+from tnmoe.errors import InputError, reason_of
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.folder import CONFIG, INDEX, companion_files
 from tnmoe.hf.files.shards import ShardWriter
@@ -190,7 +190,7 @@ def disk_errors_as_input_errors(partial_folder: Path) -> Iterator[None]:
     except OSError as error:
         # If an error names two files, the second is the file that was to be written.
         path = error.filename2 or error.filename or partial_folder
-        raise InputError(f"{path}: {reason(error)}; the same call goes on from there") from error
+        raise InputError(f"{path}: {reason_of(error)}; the same call goes on from there") from error
 
 
 def _step(number: int, piece: Piece) -> str:

@@ -18,7 +18,7 @@ from tnmoe.nn.transforms import has_values, is_under_dispatch_mode, needs_native
 # Numbers that fit into the cache of one CPU core.
 _CACHED = 1 << 17
 
-# Torch's grouped kernel wants rows of whole blocks of so many bytes.
+# Bytes: torch's grouped kernel takes rows whose size is a multiple of it.
 _ALIGNMENT = 16
 
 
@@ -34,7 +34,7 @@ def per_row(table: Tensor, groups: Groups) -> Tensor:
 
 
 def _entries(table: Tensor, experts: Tensor) -> Tensor:
-    # Rows without an expert come last. Nobody reads what they get.
+    # Rows without an expert come last; the entries that they get are never read.
     return table.index_select(0, experts.clamp(max=len(table) - 1))
 
 

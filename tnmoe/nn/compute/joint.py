@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import grouped_linear
 from tnmoe.nn.compute.pieces import apply_in_pieces
 from tnmoe.nn.compute.slots import Groups
+
+_cached_width = lru_cache(maxsize=4096)(core_by_core_width)
 
 
 def joint_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
@@ -72,7 +75,9 @@ def tied_joint_linear(
 
 
 def _rows_at_once(cores: ExpertCores) -> int:
-    width = core_by_core_width(cores.shape, cores.bond_dims)
+    # The tracer of torch.compile warns of functions that are cached.
+    width_of = core_by_core_width if torch.compiler.is_compiling() else _cached_width
+    width = width_of(cores.shape, cores.bond_dims)
     return rows_per_piece(width, max(cores.shape.padded_in, cores.shape.padded_out))
 
 

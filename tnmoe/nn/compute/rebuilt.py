@@ -107,7 +107,7 @@ def _zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_grad_of_rows(
     total: Tensor, block: slice, grad: Tensor, weight: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Add what a block of one expert's matrix gives; all experts' whole matrices give it all."""
+    """Return ``total`` plus the part of one expert's block, or the gradient from all experts."""
     if len(weight) > 1:
         return grouped_linear(grad, weight.mT, offsets)
     add_product(total[block], grad[block], weight[0])
@@ -159,8 +159,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     gradients = backward(
         grad.contiguous(), rows, factors, offsets, ctx.legs, [needs[0], any(needs[1:4])]
     )
-    wanted = (each if need else None for each, need in zip(gradients, needs, strict=False))
-    return (*wanted, None, None)
+    needed = (each if need else None for each, need in zip(gradients, needs, strict=False))
+    return (*needed, None, None)
 
 
 _rebuilt_linear.register_autograd(_backward, setup_context=_save_inputs)

@@ -7,7 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from tnmoe.errors import number_in, one_of
+from tnmoe.errors import check_number_in, check_one_of
 from tnmoe.nn.routing.capacity import expert_capacity, sequence_lengths
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.transforms import is_transformed
@@ -87,8 +87,8 @@ class ExpertChoiceRouter(Router):
             jitter_noise=jitter_noise, bias=bias, straight_through=straight_through,
             device=device, dtype=dtype,
         )  # fmt: skip
-        one_of("scope", scope, BATCH_SCOPES)
-        self.capacity_factor = number_in("capacity_factor", capacity_factor, "(0, inf)")
+        check_one_of("scope", scope, BATCH_SCOPES)
+        self.capacity_factor = check_number_in("capacity_factor", capacity_factor, "(0, inf)")
         self.scope = scope
         self.reset_parameters()
 

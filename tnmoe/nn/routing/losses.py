@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, check_one_of
 from tnmoe.nn.routing.counts import count_slots_per_token
 from tnmoe.nn.routing.token_mask import (
     checked_token_mask,
@@ -68,8 +68,8 @@ def load_balancing_loss(
     >>> load_balancing_loss(logits, logits.topk(1).indices)  # all tokens to one of two experts
     tensor(1.9998)
     """
-    one_of("form", form, BALANCE_FORMS)
-    one_of("score_function", score_function, SCORE_FUNCTIONS)
+    check_one_of("form", form, BALANCE_FORMS)
+    check_one_of("score_function", score_function, SCORE_FUNCTIONS)
     _check_routing(router_logits, top_k_index)
     mask = checked_token_mask(attention_mask, len(router_logits))
     weights = token_weights(router_logits, mask, sequences)

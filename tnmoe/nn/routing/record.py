@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, one_of
+from tnmoe.errors import InputError, check_one_of
 from tnmoe.nn.routing.counts import count_slots_per_expert
 from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.routing.router import CallObserver, Router, RouterResult, call_observers
@@ -218,7 +218,7 @@ class Routing:
     def _mean_loss(
         self, loss_of: Callable[[RoutingCall, int], Tensor], scope: BatchScope
     ) -> Tensor:
-        one_of("scope", scope, BATCH_SCOPES)
+        check_one_of("scope", scope, BATCH_SCOPES)
         losses = [
             loss_of(call, call.sequences if scope == "sequence" else 1) for call in self.calls
         ]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, flag, number_in, one_of, positive_int
+from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of, check_positive_int
 from tnmoe.nn.routing.token_mask import checked_token_mask, zero_masked
 from tnmoe.nn.scopes import ScopedValues
 from tnmoe.nn.transforms import needs_native_operators, without_autocast
@@ -92,16 +92,16 @@ class Router(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = positive_int("hidden_size", hidden_size)
-        self.num_experts = positive_int("num_experts", num_experts)
-        one_of("score_function", score_function, SCORE_FUNCTIONS)
+        self.hidden_size = check_positive_int("hidden_size", hidden_size)
+        self.num_experts = check_positive_int("num_experts", num_experts)
+        check_one_of("score_function", score_function, SCORE_FUNCTIONS)
         self.score_function = score_function
-        self.normalize = flag("normalize", normalize)
-        self.straight_through = flag("straight_through", straight_through)
-        self.jitter_noise = number_in("jitter_noise", jitter_noise, "[0, 1)")
+        self.normalize = check_bool("normalize", normalize)
+        self.straight_through = check_bool("straight_through", straight_through)
+        self.jitter_noise = check_number_in("jitter_noise", jitter_noise, "[0, 1)")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, **like))
-        has_bias = flag("bias", bias)
+        has_bias = check_bool("bias", bias)
         self.bias = nn.Parameter(torch.empty(self.num_experts, **like)) if has_bias else None
 
     def reset_parameters(self) -> None:

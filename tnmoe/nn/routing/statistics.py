@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, check_positive_int
 from tnmoe.nn.routing.counts import count_slots_per_token
 from tnmoe.nn.routing.losses import normalized_scores
 from tnmoe.nn.routing.record import Routing, RoutingCall
@@ -188,7 +188,7 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
     """
 
     def __init__(self, window: int = 50) -> None:
-        self.window = positive_int("window", window)
+        self.window = check_positive_int("window", window)
         self._steps: dict[str, list[RouterStatistics]] = {}
         self._top_k: dict[str, int] = {}
         self._collapsed: set[str] = set()

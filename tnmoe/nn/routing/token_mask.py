@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tnmoe.errors import InputError, positive_int
+from tnmoe.errors import InputError, check_positive_int
 from tnmoe.nn.transforms import values_are_readable
 
 
@@ -74,7 +74,7 @@ def token_weights(rows: Tensor, mask: Tensor | None, sequences: int = 1) -> Tens
         If T tokens are not B sequences of the same length.
     """
     tokens = len(rows)
-    if tokens % positive_int("sequences", sequences):
+    if tokens % check_positive_int("sequences", sequences):
         raise InputError(f"{tokens} tokens are not {sequences} sequences of the same length")
     counts = rows.new_ones(tokens).float() if mask is None else mask.float()
     counts = counts.view(sequences, -1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, flag, number_in, one_of, positive_int
+from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of, check_positive_int
 from tnmoe.nn.routing.capacity import expert_capacity, sequence_lengths, slots_within_capacity
 from tnmoe.nn.routing.load_bias import LoadBias
 from tnmoe.nn.routing.router import Router
@@ -169,14 +169,14 @@ class TopKRouter(Router):
         self._set_capacity(capacity_factor, eval_capacity_factor, capacity_scope)
         self._set_second_expert(second_expert, second_threshold)
         self._set_groups(num_groups, top_groups, group_score)
-        self.scale = number_in("scale", scale, "(0, inf)")
-        is_noisy, has_load_bias = flag("noisy", noisy), flag("load_bias", load_bias)
+        self.scale = check_number_in("scale", scale, "(0, inf)")
+        is_noisy, has_load_bias = check_bool("noisy", noisy), check_bool("load_bias", load_bias)
         self.noise_weight = nn.Parameter(torch.empty_like(self.weight)) if is_noisy else None
         self.load_bias = LoadBias(self.num_experts, device) if has_load_bias else None
         self.reset_parameters()
 
     def _set_top_k(self, top_k: int) -> None:
-        self.top_k = positive_int("top_k", top_k)
+        self.top_k = check_positive_int("top_k", top_k)
         if self.top_k > self.num_experts:
             raise InputError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
 
@@ -185,19 +185,19 @@ class TopKRouter(Router):
     ) -> None:
         self.capacity_factor = _optional_factor("capacity_factor", training)
         self.eval_capacity_factor = _optional_factor("eval_capacity_factor", evaluation)
-        one_of("capacity_scope", scope, BATCH_SCOPES)
+        check_one_of("capacity_scope", scope, BATCH_SCOPES)
         self.capacity_scope = scope
 
     def _set_second_expert(self, policy: SecondExpert, threshold: float) -> None:
-        one_of("second_expert", policy, SECOND_EXPERT)
+        check_one_of("second_expert", policy, SECOND_EXPERT)
         if policy != "all" and self.top_k != 2:
             raise InputError(f"second_expert={policy!r} needs top_k=2, got top_k={self.top_k}")
         self.second_expert = policy
-        self.second_threshold = number_in("second_threshold", threshold, "[0, 1]")
+        self.second_threshold = check_number_in("second_threshold", threshold, "[0, 1]")
 
     def _set_groups(self, num_groups: int, top_groups: int, group_score: int) -> None:
-        self.num_groups = positive_int("num_groups", num_groups)
-        self.top_groups = positive_int("top_groups", top_groups)
+        self.num_groups = check_positive_int("num_groups", num_groups)
+        self.top_groups = check_positive_int("top_groups", top_groups)
         if self.num_experts % self.num_groups:
             raise InputError(
                 f"num_groups={self.num_groups} does not divide the number of experts "
@@ -211,7 +211,7 @@ class TopKRouter(Router):
                 f"top_k={self.top_k} exceeds the {self.top_groups * size} experts of "
                 f"top_groups={self.top_groups} of {self.num_groups} groups"
             )
-        self.group_score = min(positive_int("group_score", group_score), size)
+        self.group_score = min(check_positive_int("group_score", group_score), size)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -301,4 +301,4 @@ class TopKRouter(Router):
 
 
 def _optional_factor(name: str, factor: float | None) -> float | None:
-    return None if factor is None else number_in(name, factor, "(0, inf)")
+    return None if factor is None else check_number_in(name, factor, "(0, inf)")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, flag, integer_from_zero, number_in
+from tnmoe.errors import InputError, check_bool, check_int_from_zero, check_number_in
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.training.shared_cores import require_shared_parameters
@@ -23,7 +23,7 @@ def checked_probability(probability: Probability) -> Probability:
     """Return a schedule unchanged, a number as a float; raise an InputError outside [0, 1]."""
     if callable(probability):
         return probability
-    return number_in("probability", probability, "[0, 1]")
+    return check_number_in("probability", probability, "[0, 1]")
 
 
 class BaseMask:
@@ -61,13 +61,13 @@ class BaseMask:
             layer_of = {id(each): i for i, each in enumerate(self._tensors.values())}
         if not self._tensors:
             raise InputError("there is nothing to mask: no tensor was given")
-        self.per_layer = flag("per_layer", per_layer)
+        self.per_layer = check_bool("per_layer", per_layer)
         self._layer = {
             name: layer_of[id(each)] if self.per_layer else 0
             for name, each in self._tensors.items()
         }
         self.probability = checked_probability(probability)
-        self.seed = integer_from_zero("seed", seed)
+        self.seed = check_int_from_zero("seed", seed)
         self.step = 0
         self.masked_steps = 0
         self.updates = dict.fromkeys(self._tensors, 0)
@@ -89,8 +89,8 @@ class BaseMask:
             If it is not in [0, 1].
         """
         if not callable(self.probability):
-            return number_in("probability", self.probability, "[0, 1]")
-        return number_in(f"probability at step {step}", self.probability(step), "[0, 1]")
+            return check_number_in("probability", self.probability, "[0, 1]")
+        return check_number_in(f"probability at step {step}", self.probability(step), "[0, 1]")
 
     def masks(self, step: int) -> dict[str, bool]:
         """Return whether each tensor skips a step, by the tensors' names."""
@@ -148,16 +148,16 @@ class BaseMask:
         """
         self._check_same_mask(state)
         counts = {
-            name: integer_from_zero(f"the state's {name}", state[name])
+            name: check_int_from_zero(f"the state's {name}", state[name])
             for name in ("seed", "step", "masked_steps")
         }
         updates = {
-            name: integer_from_zero(f"the state's updates of {name}", count)
+            name: check_int_from_zero(f"the state's updates of {name}", count)
             for name, count in state["updates"].items()
         }
         probability = state["probability"]
         if not callable(self.probability) and probability is not None:
-            self.probability = number_in("the state's probability", probability, "[0, 1]")
+            self.probability = check_number_in("the state's probability", probability, "[0, 1]")
         self.seed, self.step, self.masked_steps = counts.values()
         self.updates = updates
 

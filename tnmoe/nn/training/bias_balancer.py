@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tnmoe.errors import InputError, number_in
+from tnmoe.errors import InputError, check_number_in
 from tnmoe.nn.routing.load_bias import LoadBias
 from tnmoe.nn.training.hooks import AttachedHooks
 from tnmoe.nn.training.step_hook import StepHook, unwrap_optimizer
@@ -48,7 +48,7 @@ class BiasBalancer(AttachedHooks):
         self.biases = [module for module in model.modules() if isinstance(module, LoadBias)]
         if not self.biases:
             raise InputError("there is nothing to balance: no router has load_bias=True")
-        self.rate = number_in("rate", rate, "[0, inf)")
+        self.rate = check_number_in("rate", rate, "[0, inf)")
         super().__init__(StepHook(unwrap_optimizer(optimizer), after=self._update_biases))
 
     def __repr__(self) -> str:

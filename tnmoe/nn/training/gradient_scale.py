@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tnmoe.errors import InputError, number_in
+from tnmoe.errors import InputError, check_number_in
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.training.hooks import AttachedHooks, Removable, hook_gradient
 from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
@@ -49,7 +49,7 @@ class SharedGradientScale(AttachedHooks):
 
     def __init__(self, model: nn.Module, scale: float | None = None) -> None:
         require_shared_parameters(model)
-        self.scale = scale if scale is None else number_in("scale", scale, "[0, inf)")
+        self.scale = scale if scale is None else check_number_in("scale", scale, "[0, inf)")
         factors = _factors(model, self.scale)
         handles: list[Removable] = [
             hook_gradient(core, partial(_multiplied, factor=factor))

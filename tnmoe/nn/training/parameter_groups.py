@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, number_in
+from tnmoe.errors import InputError, check_number_in
 from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
 
 
@@ -57,8 +57,8 @@ def parameter_groups(
         if len(counts) > 1:
             raise InputError(f"give shared_scale: layers have {counts} experts")
         shared_scale = 1 / counts[0]
-    shared_scale = number_in("shared_scale", shared_scale, "[0, inf)")
-    rate = number_in("lr", lr, "[0, inf)")
+    shared_scale = check_number_in("shared_scale", shared_scale, "[0, inf)")
+    rate = check_number_in("lr", lr, "[0, inf)")
     lr = lr if isinstance(lr, Tensor) else rate  # optimisers also accept a tensor as the rate
     trained = [each for each in model.parameters() if each.requires_grad]
     others = [each for each in trained if id(each) not in shared]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tnmoe.errors import InputError, index_in
+from tnmoe.errors import InputError, check_index
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.options import MATRICES
@@ -93,7 +93,7 @@ def _check_pair(name: str, first: Any, other: Any, sites: list[int] | None) -> N
             f"{name} differs in the site of its centre: {first.center_site} and {other.center_site}"
         )
     for site in [first.center_site] if sites is None else sites:
-        index_in("every site", site, first.shape.sites)
+        check_index("every site", site, first.shape.sites)
         shapes = [tuple(projection.core_at(site).shape) for projection in (first, other)]
         if shapes[0] != shapes[1]:
             raise InputError(
