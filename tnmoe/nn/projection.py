@@ -126,7 +126,7 @@ class Projection(nn.Module, ABC):
         return self.weight()
 
     def add_bias(self, result: Tensor, groups: Groups) -> Tensor:
-        """Add their experts' biases to rows (T, out) in the order of experts."""
+        """Add each row's bias to ``result``, (T, out), whose rows ``groups`` assigns to experts."""
         if self.bias is None:
             return result
         bias = self.bias.to(result.dtype)

@@ -50,7 +50,7 @@ def test_tokens_that_no_expert_takes_are_counted_for_expert_choice():
     found = nn.routing_statistics(routing)[""]
     torch.testing.assert_close(found.load, torch.full((E,), 1 / E))
     assert found.untouched == pytest.approx((index == E).all(1).float().mean().item())
-    assert found.untouched >= 0.5
+    assert found.untouched >= 0.5 - 1e-6  # a mean of float32
     assert found.dropped == 0
 
 

@@ -120,7 +120,7 @@ class WeightCache:
         self._drop(lambda key: True)
 
     def forget(self, cores: Iterable[Tensor]) -> None:
-        """Drop the matrices that were built from any of these cores."""
+        """Drop all matrices built from any of the given ``cores``."""
         if not self._entries and not self._buildings:
             return
         changed = {id(core) for core in cores}
@@ -134,7 +134,10 @@ class WeightCache:
                 building.stale |= applies_to(key)
 
     def can_keep(self, cores: ExpertCores, itemsize: int) -> bool:
-        """Whether the matrices, of numbers of ``itemsize`` bytes, are here or would fit."""
+        """Say whether the matrices of ``cores`` are kept already, or would fit.
+
+        ``itemsize`` is the number of bytes per entry.
+        """
         # Tensors made in inference mode do not count their changes.
         if not self._enabled or any(core.is_inference() for core in cores.stored):
             return False

@@ -51,7 +51,7 @@ class LoadBias(nn.Module):
         self.counts = torch.zeros_like(zeros, dtype=torch.int64)
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Add every expert's bias to scores (T, E)."""
+        """Add every expert's bias to ``scores``, (T, E)."""
         return scores + self.value.to(scores.dtype)
 
     def reset(self) -> None:

@@ -185,7 +185,7 @@ class Router(nn.Module, ABC):
         return F.linear(tokens, self.weight.to(tokens.dtype), bias)
 
     def log_scores(self, logits: Tensor) -> Tensor:
-        """Return the logarithms of all scores, which do not underflow: (T, E) → (T, E)."""
+        """Return the logarithms of the scores of ``logits``, both (T, E), without underflow."""
         return logits.log_softmax(-1) if self.score_function == "softmax" else F.logsigmoid(logits)
 
     def _chosen_log_scores(self, chosen_logits: Tensor, logits: Tensor) -> Tensor:
