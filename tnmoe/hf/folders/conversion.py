@@ -22,9 +22,6 @@ from tnmoe.hf.folders.run import ConversionRun, Progress, disk_errors_as_input_e
 from tnmoe.system.folders import check_target
 from tnmoe.system.unfinished import UnfinishedFolder
 
-# Size limit of a file of weights, in bytes: the default of transformers' save_pretrained.
-_SHARD_BYTES = 5 * 10**9
-
 
 @dataclass(frozen=True)
 class Conversion:
@@ -86,7 +83,7 @@ class Conversion:
         *,
         overwrite: bool = False,
         jobs: int | None = None,
-        shard_bytes: int = _SHARD_BYTES,
+        shard_bytes: int = 5 * 10**9,
         on_progress: Progress | None = None,
     ) -> list[Path]:
         """Make the target folder, or resume making it.
@@ -106,7 +103,8 @@ class Conversion:
             Number of pieces that are computed at the same time, each on one thread; the number of
             CPUs by default. The result does not depend on it.
         shard_bytes : int
-            Largest size of a file of weights.
+            Largest size of a file of weights, in bytes. The default is that of transformers'
+            ``save_pretrained``.
         on_progress : callable, optional
             Called with the bytes of the source that are done, and with all of them.
 
