@@ -26,7 +26,7 @@ from tnmoe.hf.trust import no_foreign_code, without_foreign_code
 _OF_LOADED_MODELS: Any = getattr(loading, "PrefixChange", ())
 
 # Modules of a model without a checkpoint to compare with: the largest dense ones have thousands.
-_MOST_MODULES = 30_000
+_MAX_MODULES = 30_000
 
 _HINT = (
     "load the model by its own code, add its networks with tnmoe.hf.register_family, "
@@ -98,7 +98,7 @@ def saved_class(config: PreTrainedConfig) -> Any:
     return found
 
 
-def meta_model(config: PreTrainedConfig, max_modules: int = _MOST_MODULES) -> Any:
+def meta_model(config: PreTrainedConfig, max_modules: int = _MAX_MODULES) -> Any:
     """Build the model of a configuration on the meta device.
 
     Parameters
