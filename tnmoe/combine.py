@@ -18,12 +18,12 @@ from tnmoe.chains.zip_up import zip_up
 from tnmoe.errors import InputError, check_generator, check_one_of
 from tnmoe.mpo import MPO, check_alike, check_operands, round_mpo
 from tnmoe.options import ADD_METHODS, MATMUL_METHODS, AddMethod, MatmulMethod
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, is_padded
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
 
 # Part of the tolerance for the last rounding, after a product or projection was approximated.
-_LAST_PART = 0.9
+_ROUNDING_PART = 0.9
 
 
 @overload
@@ -248,7 +248,7 @@ def kron(a: MPO, b: MPO) -> MPO:
     """
     check_operands(a, b)
     left, right = a.shape, b.shape
-    if (right.padded_out, right.padded_in) != (right.out_features, right.in_features):
+    if is_padded(right):
         raise InputError(f"the second factor of kron must not be padded, got {right}")
     shape = MPOShape(
         left.out_dims + right.out_dims,
@@ -337,7 +337,7 @@ def _finish(
 ) -> tuple[MPO, TruncationInfo]:
     """Round approximate cores times a power of two; ``missed`` is the error of the cores."""
     cores = [*cores[:-1], times_power(cores[-1], exponent)]
-    rtol = None if limits.rtol is None else _LAST_PART * limits.rtol
+    rtol = None if limits.rtol is None else _ROUNDING_PART * limits.rtol
     mpo, info = round_mpo(
         MPO(cores, limits.shape, limits.shape.sites - 1), replace(limits, rtol=rtol)
     )

@@ -9,6 +9,7 @@ from tnmoe.backends import Array, get_backend
 from tnmoe.chains.precision import in_one_dtype
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
+from tnmoe.shapes import is_padded
 from tnmoe.system.extras import require_extra
 
 __all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_tensorly"]
@@ -276,6 +277,5 @@ def _check_unpadded(mpo: MPO) -> None:
     """Raise unless the argument is an MPO without padding, which all libraries can express."""
     if not isinstance(mpo, MPO):
         raise TypeError(f"expected an MPO, got {type(mpo).__qualname__}")
-    shape = mpo.shape
-    if (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features):
-        raise InputError(f"only tnmoe supports padded shapes: {shape}")
+    if is_padded(mpo.shape):
+        raise InputError(f"only tnmoe supports padded shapes: {mpo.shape}")
