@@ -221,7 +221,7 @@ class Sweep:
         return vectors[..., :rank]
 
     def _keeps_all(self, budget: ErrorBudget, bond: int, rows: int) -> bool:
-        """Tell whether nothing is to be cut: any isometry will do, and so the identity."""
+        """Check whether nothing is to be cut: any isometry will do, and so the identity."""
         is_full = budget.ranks[bond] >= rows and (
             self.method != "randomized" or not budget.adaptive
         )
