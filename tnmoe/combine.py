@@ -75,11 +75,11 @@ def add(
         ``direct`` forms the sum, whose bonds add up, and rounds it once. It is the most accurate
         method: its error is within ``rtol`` and quasi-optimal for the bonds. ``successive`` adds
         one operator after the other and rounds every time, so that bonds stay small. The errors of
-        its roundings add up, within ``rtol`` in all; with ``max_bond`` alone, what an early
-        rounding loses is lost. ``randomized`` contracts the operators with random ones and never
-        forms the sum (Al Daas et al., SIAM J. Sci. Comput. 45, A74 (2023), algorithm 3.2). With
-        ``max_bond`` its error is a small factor above the optimum with high probability. With
-        ``rtol`` it measures the error, and enlarges the projection until the tolerance holds.
+        its roundings add up, within ``rtol`` in all. With ``max_bond`` alone, no later rounding
+        recovers what an early one lost. ``randomized`` contracts the operators with random ones
+        and never forms the sum (Al Daas et al., SIAM J. Sci. Comput. 45, A74 (2023), algorithm
+        3.2). With ``max_bond`` its error is a small factor above the optimum with high probability.
+        With ``rtol`` it measures the error, and enlarges the projection until the tolerance holds.
     max_bond, bonds, rtol, max_params
         As for :meth:`MPO.compress`; ``randomized`` needs one of the first three.
     rng : numpy Generator or int

@@ -13,7 +13,7 @@ from tnmoe.truncation.limits import Limits
 
 # The truncations on the way may use the tolerance divided by this, all together.
 _TOLERANCE_DIVISOR = 10
-# Bonds on the way, as multiples of the bonds in the end.
+# The largest bond on the way, as a multiple of the largest one allowed in the end.
 _INTERIM_FACTOR = 2
 
 

@@ -1,4 +1,4 @@
-"""Dense matrices built of cores: of one chain, and of experts with a common centre."""
+"""Dense matrices built from cores: of one chain, and of experts around a central core."""
 
 from __future__ import annotations
 

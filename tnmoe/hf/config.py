@@ -99,7 +99,7 @@ class MPOEConfig:
         Weights of the load-balancing loss and the z-loss of routers. In training, a converted
         model adds both, as means over layers, to its loss.
     mask_probability : float
-        Probability that a training step does not update the central tensors. It is stored with the
+        Probability that a training step leaves shared cores as they are. It is stored with the
         model and does nothing by itself: :class:`GradientMaskCallback` reads it by default, and
         :class:`tnmoe.nn.GradientMask` takes it as an argument.
 

@@ -35,8 +35,8 @@ def network(operator: MPOShape | MPO | SharedMPO, ax: Axes | None = None) -> Axe
 
     Output legs point up and input legs down. A line is labelled with its dimension, and its width
     grows with the logarithm of the dimension; legs of size 1 are dotted. The central core is a
-    square. The diagram of a mixture shows the shared central core once, and a stack for every core
-    that each expert has for itself.
+    square. The diagram of a mixture shows the shared central core once, and a stack of
+    auxiliary cores, one per expert, at every other site.
 
     Parameters
     ----------

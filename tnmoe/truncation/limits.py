@@ -114,12 +114,12 @@ class Limits:
         spectra: Sequence[np.ndarray] | None = None,
         present_bonds: Sequence[int] | None = None,
     ) -> ErrorBudget:
-        """Share out the error that may be made among the bonds.
+        """Divide the allowed error among the bonds.
 
         Parameters
         ----------
         spectra : sequence of array, shapes (batch, D), optional
-            Per bond: Schmidt values of each matrix, where ``needs_spectra`` says so.
+            Per bond: Schmidt values of each matrix; used only if ``needs_spectra``.
         present_bonds : sequence of int, optional
             Bonds of the chain that is cut; by default as large as the shape permits.
 
