@@ -238,7 +238,7 @@ def kron(a: MPO, b: MPO) -> MPO:
     InputError
         If dtypes differ, or the shape of ``b`` is padded: its padding would end up inside.
     TypeError
-        If ``b`` is no MPO, or belongs to another library.
+        If ``b`` is not an MPO, or belongs to another library.
 
     Examples
     --------

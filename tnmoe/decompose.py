@@ -138,7 +138,7 @@ def decompose(
         If the matrix is not of the shape's size, is not floating-point or complex, or holds NaN
         or infinity; if an argument is out of range or contradicts another.
     TypeError
-        If the matrix belongs to no supported library, or ``shape`` is no MPOShape.
+        If the matrix belongs to no supported library, or ``shape`` is not an MPOShape.
 
     See Also
     --------

@@ -239,7 +239,9 @@ def _bond_names(operator: Any, legs: list[_LegNames], sites: dict[Any, int]) -> 
         elif operator.ind_size(ind) == 1 or (not further and len(tids) > 1):
             continue  # it carries nothing, or joins tensors of one site
         elif not further:
-            raise InputError(f"the index {ind} of the operator is left open, and is no site's leg")
+            raise InputError(
+                f"the index {ind} of the operator is left open, and is not a site's leg"
+            )
         elif further != [first + 1]:
             raise InputError(
                 f"the bond {ind} joins sites {[first, *further]}: an MPO has bonds between "

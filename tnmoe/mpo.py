@@ -338,7 +338,7 @@ class MPO:
         InputError
             If shapes or dtypes differ.
         TypeError
-            If ``other`` is no MPO, or belongs to another library.
+            If ``other`` is not an MPO, or belongs to another library.
 
         Examples
         --------

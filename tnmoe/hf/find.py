@@ -112,7 +112,7 @@ def check_layers(layers: Iterable[int] | str | None) -> tuple[int, ...] | str | 
             re.compile(layers)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
-                f"layers={short_repr(layers)} is no regular expression: {error}"
+                f"layers={short_repr(layers)} is not a regular expression: {error}"
             ) from error
         return layers
     if not isinstance(layers, Iterable):

@@ -94,7 +94,7 @@ def saved_class(config: PreTrainedConfig) -> Any:
     # The abstract base classes of a family have no forward of their own.
     is_abstract = found.forward is PreTrainedModel.forward
     if is_abstract or not isinstance(config, found.config_class or ()):
-        raise InputError(f"{name} is no class for a model of type {config.model_type!r}")
+        raise InputError(f"{name} is not a class for a model of type {config.model_type!r}")
     return found
 
 

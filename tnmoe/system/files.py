@@ -82,7 +82,7 @@ def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, Any], in
         If the file cannot be read.
     """
     check_regular_file(path)
-    damaged = f"{os.fspath(path)} is damaged or no safetensors file"
+    damaged = f"{os.fspath(path)} is damaged or not a safetensors file"
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         size = os.fstat(file.fileno()).st_size

@@ -18,7 +18,7 @@ from tnmoe.system.folders import (
 )
 from tnmoe.system.locks import locked
 
-# Largest journal in bytes. A journal has one line per step; a larger file is no journal.
+# Largest journal in bytes. A journal has one line per step; a larger file is not a journal.
 _MAX_JOURNAL_BYTES = 100_000_000
 
 # Last line of the journal: the new folder is whole. It may have moved to the target already.
