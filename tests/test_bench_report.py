@@ -1,4 +1,4 @@
-"""The page of the benchmarks: ratios only, no loss left out, and no file that is no result."""
+"""The page of the benchmarks: ratios only, no loss left out, and no file that is not a result."""
 
 import json
 import re

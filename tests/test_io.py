@@ -126,8 +126,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     listed = tmp_path / "listed"
     save_file({"w": np.ones(3)}, listed, {"tnmoe": "[]"})
     for path, message in (
-        (truncated, "is damaged or no safetensors file"),
-        (garbage, "is damaged or no safetensors file"),
+        (truncated, "is damaged or not a safetensors file"),
+        (garbage, "is damaged or not a safetensors file"),
         (foreign, "foreign was not written by this version"),
         (partial, "does not hold what tnmoe.save writes"),
         (listed, "does not hold what tnmoe.save writes"),

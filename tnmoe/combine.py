@@ -18,12 +18,12 @@ from tnmoe.chains.zip_up import zip_up
 from tnmoe.errors import InputError, check_generator, check_one_of
 from tnmoe.mpo import MPO, check_alike, check_operands, round_mpo
 from tnmoe.options import ADD_METHODS, MATMUL_METHODS, AddMethod, MatmulMethod
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, is_padded
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
 
 # Part of the tolerance for the last rounding, after a product or projection was approximated.
-_LAST_PART = 0.9
+_ROUNDING_PART = 0.9
 
 
 @overload
@@ -75,11 +75,11 @@ def add(
         ``direct`` forms the sum, whose bonds add up, and rounds it once. It is the most accurate
         method: its error is within ``rtol`` and quasi-optimal for the bonds. ``successive`` adds
         one operator after the other and rounds every time, so that bonds stay small. The errors of
-        its roundings add up, within ``rtol`` in all; with ``max_bond`` alone, what an early
-        rounding loses is lost. ``randomized`` contracts the operators with random ones and never
-        forms the sum (Al Daas et al., SIAM J. Sci. Comput. 45, A74 (2023), algorithm 3.2). With
-        ``max_bond`` its error is a small factor above the optimum with high probability. With
-        ``rtol`` it measures the error, and enlarges the projection until the tolerance holds.
+        its roundings add up, within ``rtol`` in all. With ``max_bond`` alone, no later rounding
+        recovers what an early one lost. ``randomized`` contracts the operators with random ones
+        and never forms the sum (Al Daas et al., SIAM J. Sci. Comput. 45, A74 (2023), algorithm
+        3.2). With ``max_bond`` its error is a small factor above the optimum with high probability.
+        With ``rtol`` it measures the error, and enlarges the projection until the tolerance holds.
     max_bond, bonds, rtol, max_params
         As for :meth:`MPO.compress`; ``randomized`` needs one of the first three.
     rng : numpy Generator or int
@@ -238,7 +238,7 @@ def kron(a: MPO, b: MPO) -> MPO:
     InputError
         If dtypes differ, or the shape of ``b`` is padded: its padding would end up inside.
     TypeError
-        If ``b`` is no MPO, or belongs to another library.
+        If ``b`` is not an MPO, or belongs to another library.
 
     Examples
     --------
@@ -248,7 +248,7 @@ def kron(a: MPO, b: MPO) -> MPO:
     """
     check_operands(a, b)
     left, right = a.shape, b.shape
-    if (right.padded_out, right.padded_in) != (right.out_features, right.in_features):
+    if is_padded(right):
         raise InputError(f"the second factor of kron must not be padded, got {right}")
     shape = MPOShape(
         left.out_dims + right.out_dims,
@@ -337,7 +337,7 @@ def _finish(
 ) -> tuple[MPO, TruncationInfo]:
     """Round approximate cores times a power of two; ``missed`` is the error of the cores."""
     cores = [*cores[:-1], times_power(cores[-1], exponent)]
-    rtol = None if limits.rtol is None else _LAST_PART * limits.rtol
+    rtol = None if limits.rtol is None else _ROUNDING_PART * limits.rtol
     mpo, info = round_mpo(
         MPO(cores, limits.shape, limits.shape.sites - 1), replace(limits, rtol=rtol)
     )

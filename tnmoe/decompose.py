@@ -106,9 +106,9 @@ def decompose(
         How to find isometries.
 
         - ``eigh`` diagonalises the Gram matrix of an unfolding, accumulated in double precision.
-          It is fast, and for single precision as accurate as ``svd``. In double precision it takes
-          Schmidt values below 3e-8 of the norm for rounding, and cuts none that a tolerance this
-          small forbids. Its bonds are then larger than those of ``svd``.
+          It is fast, and for single precision as accurate as ``svd``. In double precision it
+          cannot tell Schmidt values below 3e-8 of the norm from rounding. With a tolerance this
+          small it keeps them, so that its bonds are larger than those of ``svd``.
         - ``svd`` takes the SVD of an unfolding's triangular factor.
         - ``qr`` finds no Schmidt values, and serves only where nothing is cut. Its isometries are
           identity matrices as long as the unfolding is wider than tall.
@@ -121,8 +121,8 @@ def decompose(
     rng : numpy Generator or int
         Source of the randomized method's numbers.
     return_info : bool
-        Also return what was cut. It takes time to compute the Schmidt values also of bonds at which
-        nothing is cut; no core changes.
+        Also return what was cut. This computes the Schmidt values of bonds at which nothing is cut,
+        too. It takes time, and changes no core.
 
     Returns
     -------
@@ -138,7 +138,7 @@ def decompose(
         If the matrix is not of the shape's size, is not floating-point or complex, or holds NaN
         or infinity; if an argument is out of range or contradicts another.
     TypeError
-        If the matrix belongs to no supported library, or ``shape`` is no MPOShape.
+        If the matrix belongs to no supported library, or ``shape`` is not an MPOShape.
 
     See Also
     --------
@@ -275,7 +275,7 @@ def _decompose_all(
             rng=check_generator(rng),
             with_spectra=with_spectra,
         )
-        del tensor  # so that the sweep can let it go when it has a smaller one
+        del tensor  # so that the sweep can free it once it has a smaller one
         result = sweep.run()
         return [
             (

@@ -1,4 +1,4 @@
-"""The two exceptions for what a caller gave or has not installed, and checks that raise them."""
+"""The exceptions for unsuitable arguments and missing packages, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-# A longer message loses its middle; these many characters stay of its beginning and of its end.
+# A longer message loses its middle. It keeps this many characters at its start and at its end.
 _KEPT = 600, 300
-# A message that quotes a value quotes at most this many characters of it.
+# Characters that a message quotes of a value, at most.
 _SHOWN = 120
 
 

@@ -10,9 +10,9 @@ from tnmoe.errors import InputError, check_positive_int, short_repr
 # this. 8 keeps 43 · 4⁴ (Llama's 11008) as it is, and sends primes such as 50257 to a neighbour.
 _MAX_IMBALANCE = 8
 # Largest size to split. The largest prime factors are then found in milliseconds.
-_LARGEST_SIZE = 2**40
+_MAX_SIZE = 2**40
 # No size up to there has as many prime factors.
-_MOST_SITES = 100
+_MAX_SITES = 100
 # Number of sizes that padding tries. With many sites, few sizes have enough small factors.
 _TRIES = 2**14
 
@@ -73,7 +73,7 @@ def padded_size(n: int, sites: int) -> int:
 def size_to_split(name: str, size: int) -> int:
     """Return a size as an int; raise an InputError unless it can be split into factors."""
     size = check_positive_int(name, size)
-    if size > _LARGEST_SIZE:
+    if size > _MAX_SIZE:
         raise InputError(
             f"{name} must be at most 2**40 to be split into legs, got {short_repr(size)}"
         )
@@ -83,8 +83,8 @@ def size_to_split(name: str, size: int) -> int:
 def number_of_sites(sites: int) -> int:
     """Return a number of sites as an int; raise an InputError unless it is in range."""
     sites = check_positive_int("sites", sites)
-    if sites > _MOST_SITES:
-        raise InputError(f"sites must be at most {_MOST_SITES}, got {short_repr(sites)}")
+    if sites > _MAX_SITES:
+        raise InputError(f"sites must be at most {_MAX_SITES}, got {short_repr(sites)}")
     return sites
 
 
@@ -125,7 +125,7 @@ def _most_balanced(n: int, parts: int) -> tuple[int, ...]:
 
 
 def _has_even_factors(size: int, sites: int) -> bool:
-    """Tell whether a size has factors not much larger than their geometric mean."""
+    """Check whether a size has factors not much larger than their geometric mean."""
     largest = _MAX_IMBALANCE * size ** (1 / sites)
     rest, divisor = size, 2
     # A larger prime factor rules the size out. This is cheaper than finding all factors.

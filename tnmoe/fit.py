@@ -123,7 +123,8 @@ def fit(
     Raises
     ------
     InputError
-        If the targets do not fit together, or unless either bonds or ``initial`` are given.
+        If the targets do not fit together, or if both or neither of bonds and ``initial`` are
+        given.
 
     Examples
     --------

@@ -9,6 +9,7 @@ from tnmoe.backends import Array, get_backend
 from tnmoe.chains.precision import in_one_dtype
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
+from tnmoe.shapes import is_padded
 from tnmoe.system.extras import require_extra
 
 __all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_tensorly"]
@@ -238,7 +239,9 @@ def _bond_names(operator: Any, legs: list[_LegNames], sites: dict[Any, int]) -> 
         elif operator.ind_size(ind) == 1 or (not further and len(tids) > 1):
             continue  # it carries nothing, or joins tensors of one site
         elif not further:
-            raise InputError(f"the index {ind} of the operator is left open, and is no site's leg")
+            raise InputError(
+                f"the index {ind} of the operator is left open, and is not a site's leg"
+            )
         elif further != [first + 1]:
             raise InputError(
                 f"the bond {ind} joins sites {[first, *further]}: an MPO has bonds between "
@@ -276,6 +279,5 @@ def _check_unpadded(mpo: MPO) -> None:
     """Raise unless the argument is an MPO without padding, which all libraries can express."""
     if not isinstance(mpo, MPO):
         raise TypeError(f"expected an MPO, got {type(mpo).__qualname__}")
-    shape = mpo.shape
-    if (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features):
-        raise InputError(f"only tnmoe supports padded shapes: {shape}")
+    if is_padded(mpo.shape):
+        raise InputError(f"only tnmoe supports padded shapes: {mpo.shape}")

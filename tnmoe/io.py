@@ -122,7 +122,7 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
         description, arrays = _read(path, library)
         return _rebuild(path, description, arrays)
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path} does not hold what tnmoe.save writes: {error!r}") from error
 

@@ -258,7 +258,7 @@ class MPO:
         is_complex = _is_complex(factor) if is_array else isinstance(factor, complex)
         if is_complex and not _is_complex(self.cores[0]):
             raise InputError(f"cannot multiply real cores ({self.dtype}) by a complex {factor!r}")
-        site = self.shape.center_site if self.center_site is None else self.center_site
+        site = resolve_center_site(self.shape, self.center_site)
         cores = [core * factor if k == site else core for k, core in enumerate(self.cores)]
         return MPO(cores, self.shape, self.center_site)
 
@@ -311,7 +311,7 @@ class MPO:
         return MPO(cores, self.shape, self.center_site)
 
     def trace(self) -> Array:
-        """Sum the diagonal; a scalar of the cores' library.
+        """Return the sum of the diagonal, a scalar of the cores' library.
 
         Raises
         ------
@@ -326,7 +326,7 @@ class MPO:
     def inner(self, other: MPO) -> Array:
         """Compute the Frobenius inner product ⟨self, other⟩ = Σ conj(self) · other, a scalar.
 
-        Like ``norm``, it is that of the whole chains, with their padding.
+        Like :meth:`norm`, it counts the padding of both chains.
 
         Parameters
         ----------
@@ -338,7 +338,7 @@ class MPO:
         InputError
             If shapes or dtypes differ.
         TypeError
-            If ``other`` is no MPO, or belongs to another library.
+            If ``other`` is not an MPO, or belongs to another library.
 
         Examples
         --------
@@ -357,7 +357,7 @@ class MPO:
     def norm(self) -> Array:
         """Compute the Frobenius norm, a real scalar of the cores' library.
 
-        It is that of the whole chain. Where the shape is padded and bonds were truncated, it
+        It is the norm of the whole chain. If the shape is padded and bonds were truncated, it
         includes what the truncation left in the padding, which ``to_matrix`` cuts off.
 
         With a known centre it is the norm of one core. Otherwise it is the root of ⟨self, self⟩,
@@ -367,12 +367,12 @@ class MPO:
         if self.center_site is not None:
             return xp.norm(self.cores[self.center_site])
         cores = [widened(xp, core) for core in self.cores]
-        # Where this overflows, another way is taken below.
+        # This may overflow; a gauge move then finds the norm below.
         with self._full_precision(), np.errstate(over="ignore", invalid="ignore"):
             squared = algebra.inner(xp, cores, cores).real
         if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
             return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
-        # Squares over- or underflow: a gauge move works with the numbers themselves.
+        # The squares over- or underflow. A gauge move works with the numbers themselves.
         center_site = self.shape.center_site
         return xp.norm(self.canonicalize(center_site).cores[center_site])
 
@@ -610,7 +610,8 @@ def round_mpo(
 ) -> tuple[MPO, TruncationInfo]:
     """Round an operator to limits that are checked; see :meth:`MPO.compress`."""
     center_site = resolve_center_site(mpo.shape, center_site)
-    xp, dtype = get_backend(mpo.cores[0]), get_backend(mpo.cores[0]).dtype_name(mpo.cores[0])
+    xp = get_backend(mpo.cores[0])
+    dtype = xp.dtype_name(mpo.cores[0])
     with xp.full_precision(mpo.cores[0]):
         rounded, info = round_chain(xp, [computable(xp, core) for core in mpo.cores], limits)
         cores = canonicalize(xp, rounded, mpo.shape.sites - 1, center_site)

@@ -178,7 +178,7 @@ class MPOShape:
         return min(range(self.sites), key=lambda site: (-sizes[site], abs(site - middle), -site))
 
     def is_split(self, center_site: int) -> bool:
-        """Tell whether no output leg lies right of a site and no input leg left of it.
+        """Check whether no output leg lies right of a site and no input leg left of it.
 
         Raises
         ------
@@ -308,6 +308,11 @@ def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:
     if center_site is None:
         return shape.center_site
     return check_index("center_site", center_site, shape.sites)
+
+
+def is_padded(shape: MPOShape) -> bool:
+    """Check whether the legs hold more than the matrix, along its rows or its columns."""
+    return (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features)
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:

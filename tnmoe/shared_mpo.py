@@ -126,7 +126,7 @@ class SharedMPO:
             is negative.
         """
         num_experts = check_positive_int("num_experts", num_experts)
-        center_site = mpo.shape.center_site if mpo.center_site is None else mpo.center_site
+        center_site = resolve_center_site(mpo.shape, mpo.center_site)
         rng = check_generator(rng)
         aux = [
             replicate(core, num_experts, noise, rng)

@@ -95,7 +95,7 @@ def squeeze(
         The matrices of a model, by name.
     score : callable
         Score of a dict of operators, such as held-out accuracy; larger is better. The callable may
-        first fine-tune the model that it builds from them, as the source does.
+        first fine-tune the model that it builds from them, as the paper does.
     threshold : float
         Least score to accept.
     factor : float
@@ -118,7 +118,7 @@ def squeeze(
     Notes
     -----
     Dimension squeezing of MPOP (Liu et al., ACL 2021, arXiv:2106.02205, section 4.2). The Schmidt
-    values tell the error of every possible step, without building a matrix.
+    values give the error of every possible step, without building a matrix.
 
     Examples
     --------

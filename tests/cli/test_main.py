@@ -39,8 +39,8 @@ def damaged(folder):
         (lambda d, t: ["upcycle", d, t, "--shard-size", "1e-9KB"], "expected a size like 5GB"),
         (lambda d, t: ["upcycle", d, t, "--seed", 2**64], "expected an integer of 64 bits"),
         (lambda d, t: ["demo", "--seed", 2**64], "expected an integer of 64 bits"),
-        (lambda d, t: ["inspect", damaged(d)], "is damaged or no safetensors file"),
-        (lambda d, t: ["upcycle", damaged(d), t], "is damaged or no safetensors file"),
+        (lambda d, t: ["inspect", damaged(d)], "is damaged or not a safetensors file"),
+        (lambda d, t: ["upcycle", damaged(d), t], "is damaged or not a safetensors file"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, dense, tmp_path):

@@ -19,7 +19,7 @@ from tnmoe import hf
         ({"layers": 5}, "layers must be integers or a regular expression, got 5"),
         ({"layers": [0.5]}, r"every layer of layers=\[0.5\] must be an integer of at least 0"),
         ({"layers": [-1]}, r"every layer of layers=\[-1\] must be an integer of at least 0"),
-        ({"layers": "("}, r"layers='\(' is no regular expression"),
+        ({"layers": "("}, r"layers='\(' is not a regular expression"),
         ({"shared_sites": 7}, "shared_sites must be a name or the numbers of sites, got 7"),
         ({"shared_sites": "typo"}, "shared_sites must be one of center, none or sites, got 'typo'"),
         ({"shared_sites": {"up": [1.5]}}, r"every site of shared_sites=\[1.5\] must be an integer"),
@@ -42,7 +42,7 @@ def test_layers_by_the_thousand_are_no_more_work_than_they_are():
 
 @pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a{" + "9" * 30 + "}", "[" + "a" * 10**5])
 def test_what_is_no_regular_expression_is_named(pattern):
-    with pytest.raises(tn.InputError, match="is no regular expression") as caught:
+    with pytest.raises(tn.InputError, match="is not a regular expression") as caught:
         hf.MPOEConfig(layers=pattern)
     assert len(str(caught.value)) < 1000
 

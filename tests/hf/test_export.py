@@ -232,7 +232,7 @@ def biased_attention():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: make("llama"), "LlamaForCausalLM is no converted model"),
+        (lambda: make("llama"), "LlamaForCausalLM is not a converted model"),
         (
             lambda: trained("gpt2"),
             "no ordinary mixture like GPT2LMHeadModel .* only like LlamaForCausalLM, Mistral",
@@ -288,7 +288,7 @@ def test_routers_that_no_mixture_expresses_are_refused(name, router, message):
 
 
 def test_averaging_needs_a_converted_model():
-    with pytest.raises(tn.InputError, match="BertModel is no converted model"):
+    with pytest.raises(tn.InputError, match="BertModel is not a converted model"):
         hf.average_experts(make("bert"))
 
 

@@ -224,7 +224,7 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
         ),
         (
             lambda: hf.upcycle(make("bert"), hf.MPOEConfig(layers="(")),
-            r"layers='\(' is no regular expression",
+            r"layers='\(' is not a regular expression",
         ),
     ],
 )

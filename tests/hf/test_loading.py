@@ -305,7 +305,9 @@ def test_tensors_under_two_names_are_refused(folder):
 def test_a_class_that_does_not_suit_the_model_is_named(name, folder):
     rewrite(folder, lambda entries: entries.update(architectures=[name]))
     for read in (hf.from_pretrained, lambda path: hf.prepare_export(path, to="dense")):
-        with pytest.raises(tn.InputError, match=f"{name} is no class for a model of type 'llama'"):
+        with pytest.raises(
+            tn.InputError, match=f"{name} is not a class for a model of type 'llama'"
+        ):
             read(folder)
 
 
@@ -451,7 +453,7 @@ def test_a_configuration_may_be_given(saved, folder, form, tmp_path):
 
 def test_the_configuration_of_a_dense_model_is_refused(saved):
     dense = make("llama").config
-    with pytest.raises(tn.InputError, match="config, a LlamaConfig, is of no converted model"):
+    with pytest.raises(tn.InputError, match="config, a LlamaConfig, is not of a converted model"):
         hf.from_pretrained(saved[1], config=dense)
     for cls in (LlamaForCausalLM, AutoModelForCausalLM):
         with pytest.raises(tn.InputError, match="holds a converted model, but the LlamaConfig"):

@@ -102,7 +102,7 @@ def test_a_dense_model_has_no_probability_of_its_own(tmp_path):
     callback = hf.GradientMaskCallback()
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[])
     run = Trainer(make("llama"), arguments, train_dataset=Rows(), callbacks=[callback])
-    with pytest.raises(tn.InputError, match="LlamaForCausalLM is no converted model"):
+    with pytest.raises(tn.InputError, match="LlamaForCausalLM is not a converted model"):
         run.train()
 
 

@@ -50,7 +50,7 @@ def test_the_palette_is_okabe_and_itos():
 
 def test_names_are_drawn_as_they_are():
     ax = plot.core_drift({"_orig_mod.router": [1, 2], "$5 and $6": [1, 2]}, axes())
-    ax.figure.canvas.draw()  # what lies between dollars is no formula
+    ax.figure.canvas.draw()  # what lies between dollars is not a formula
     assert [text.strip() for text in legend(ax)] == ["_orig_mod.router", r"\$5 and \$6"]
 
 

@@ -104,13 +104,13 @@ def register(backend: Backend, *types: type) -> None:
     ...     qr = None
     >>> register(Unfinished(), list)
     Traceback (most recent call last):
-    TypeError: Unfinished is no Backend: it lacks qr
+    TypeError: Unfinished is not a Backend: it lacks qr
     """
     if isinstance(backend, type):
         raise TypeError(f"register an instance of {backend.__qualname__}, not the class")
     if missing := _missing(backend):
         name = type(backend).__qualname__
-        raise TypeError(f"{name} is no Backend: it lacks {', '.join(missing)}")
+        raise TypeError(f"{name} is not a Backend: it lacks {', '.join(missing)}")
     if not types:
         raise InputError(f"the backend {backend.name!r} needs the type of its arrays")
     with _registering:

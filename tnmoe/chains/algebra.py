@@ -72,13 +72,14 @@ def product_shape(left: MPOShape, right: MPOShape) -> MPOShape:
 def product_factors(
     xp: Backend, left_shape: MPOShape, left: Cores, right: Cores
 ) -> tuple[Cores, Cores]:
-    """Return two chains as factors of a product: with linear algebra, and without padding between.
+    """Return two chains, ready to be multiplied, in a dtype with linear algebra.
 
-    Truncations may have left something in the padding of both, which must not be multiplied.
+    Truncations may have left numbers in the padding between the two. A projector removes them, so
+    that they do not enter the product.
     """
     left, right = ([computable(xp, core) for core in cores] for cores in (left, right))
     if left_shape.padded_in != left_shape.in_features:
-        projector = mask(xp, left_shape.in_dims, left_shape.in_features, right[0])
+        projector = leading_projector(xp, left_shape.in_dims, left_shape.in_features, right[0])
         right = compose(xp, projector, right)
     return left, right
 
@@ -115,7 +116,8 @@ def inner(xp: Backend, bra: Cores, ket: Cores) -> Array:
 def trace(xp: Backend, shape: MPOShape, cores: Cores) -> Array:
     """Sum the diagonal of the matrix; a scalar array."""
     if shape.padded_out != shape.out_features:
-        cores = compose(xp, mask(xp, shape.out_dims, shape.out_features, cores[0]), cores)
+        projector = leading_projector(xp, shape.out_dims, shape.out_features, cores[0])
+        cores = compose(xp, projector, cores)
     product = xp.eye(1, like=cores[0])
     for core in cores:
         product = product @ xp.trace(core, 1, 2)
@@ -125,11 +127,11 @@ def trace(xp: Backend, shape: MPOShape, cores: Cores) -> Array:
 def identity(xp: Backend, shape: MPOShape, like: Array) -> list[Array]:
     """Return the identity of a square shape; all bonds are 1, or 2 with padding."""
     if shape.padded_out != shape.out_features:
-        return mask(xp, shape.out_dims, shape.out_features, like)
+        return leading_projector(xp, shape.out_dims, shape.out_features, like)
     return [xp.eye(leg, like=like)[None, :, :, None] for leg in shape.out_dims]
 
 
-def mask(xp: Backend, legs: Sequence[int], size: int, like: Array) -> list[Array]:
+def leading_projector(xp: Backend, legs: Sequence[int], size: int, like: Array) -> list[Array]:
     """Return the projector onto the first ``size`` of Π legs indices; all bonds are 2.
 
     An index is below ``size`` if its digit is the smaller one at the first leg where their digits

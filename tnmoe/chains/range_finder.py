@@ -13,7 +13,7 @@ OVERSAMPLING = 10
 FIRST_RANK = 16
 # Part of the allowed squared error that may lie outside the subspace. The rest is for choosing the
 # rank within it.
-_SMALL_PART = 0.1
+_OUTSIDE_PART = 0.1
 # The subspace has converged when one more iteration reduces the error by less than this part.
 _CONVERGED = 0.01
 # Numbers of an unfolding whose error is measured at a time.
@@ -67,7 +67,7 @@ def find_range(
         missed = squared_distance(xp, unfolding, basis, projected)
         vectors, values = reduce_unfolding(xp, projected).singular_vectors(size)
         found = RangeBasis(basis @ vectors, values, np.sqrt(missed))
-        if allowed is not None and (missed <= _SMALL_PART * allowed).all():
+        if allowed is not None and (missed <= _OUTSIDE_PART * allowed).all():
             return found
         if allowed is not None and size < cap + OVERSAMPLING:
             size, basis = min(2 * size, cap + OVERSAMPLING), None

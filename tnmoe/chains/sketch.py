@@ -17,7 +17,7 @@ from tnmoe.truncation.limits import Limits
 # Below this relative error ‖W‖² − ‖result‖² is rounding, and cannot be measured.
 _MEASURABLE = 1e-6
 # Part of the squared tolerance for the projection. The rest is for the rounding afterwards.
-_SMALL_PART = 0.1
+_PROJECTION_PART = 0.1
 
 
 def project_terms(
@@ -68,7 +68,7 @@ def project_terms(
             return cores
         squared = squared_norm(xp, terms)
         missed = max(0.0, squared - float(xp.to_numpy(xp.norm(cores[-1]))) ** 2)
-        if missed <= _SMALL_PART * limits.rtol**2 * squared:
+        if missed <= _PROJECTION_PART * limits.rtol**2 * squared:
             return cores
         ranks = [2 * rank for rank in ranks]
     return None

@@ -221,7 +221,7 @@ class Sweep:
         return vectors[..., :rank]
 
     def _keeps_all(self, budget: ErrorBudget, bond: int, rows: int) -> bool:
-        """Tell whether nothing is to be cut: any isometry will do, and so the identity."""
+        """Check whether a bond keeps all rows, so that the identity can serve as its isometry."""
         is_full = budget.ranks[bond] >= rows and (
             self.method != "randomized" or not budget.adaptive
         )
@@ -293,10 +293,10 @@ class Sweep:
     def _measure_discarded(
         self, sites: Sequence[int], unfolding: Array, environment: Array, projected: Array
     ) -> None:
-        """Correct the norms that were cut at neighbouring sites by the error that was made.
+        """Scale the norms that were cut at neighbouring sites to the error that was made.
 
-        Squares in double precision tell no error below 1e-8 of the norm. Its true size takes one
-        more product, which is worth it only where the caller wants to know.
+        Squares in double precision show no error below 1e-8 of the norm. Measuring it takes one
+        more product, which pays only if the caller asks what was cut.
         """
         bonds = [self._bond(site) for site in sites]
         cuts = [self._cuts[bond] for bond in bonds]

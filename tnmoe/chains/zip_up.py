@@ -13,8 +13,8 @@ from tnmoe.truncation.limits import Limits
 
 # The truncations on the way may use the tolerance divided by this, all together.
 _TOLERANCE_DIVISOR = 10
-# Bonds on the way, as multiples of the bonds in the end.
-_SPARE = 2
+# The largest bond on the way, as a multiple of the largest one allowed in the end.
+_INTERIM_FACTOR = 2
 
 
 def zip_up(
@@ -59,4 +59,4 @@ def _interim_cap(limits: Limits) -> float:
     if limits.caps == limits.shape.bond_dims():
         return inf
     largest = limits.max_bond if limits.bonds is None else limits.bonds
-    return _SPARE * (max(largest) if isinstance(largest, Sequence) else largest or inf)
+    return _INTERIM_FACTOR * (max(largest) if isinstance(largest, Sequence) else largest or inf)

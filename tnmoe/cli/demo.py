@@ -40,7 +40,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--sites", "sites of an interleaved MPO", {"type": int_from_two}),
     (
         "--mask-probability",
-        "fraction of steps that leave the central cores unchanged",
+        "fraction of training steps that leave shared cores unchanged",
         {"type": fraction},
     ),
     ("--balance-weight", "weight of the load-balancing loss", {"type": weight}),

@@ -1,4 +1,4 @@
-"""Dense matrices built of cores: of one chain, and of experts with a common centre."""
+"""Dense matrices built from cores: of one chain, and of experts around a central core."""
 
 from __future__ import annotations
 
@@ -164,6 +164,6 @@ def _swap_axes(xp: Backend, array: Array, axis: int) -> Array:
 def as_numpy(xp: Backend, matrix: Array, dtype: Any, copy: bool | None) -> np.ndarray:
     """Return a matrix that was built for NumPy's ``__array__`` protocol."""
     if copy is False:
-        raise ValueError("the cores of an operator are no dense matrix: a copy is needed")
+        raise ValueError("the cores of an operator are not a dense matrix: a copy is needed")
     # The matrix of a single site is a view of the core, which the owner of a copy may write into.
     return np.array(xp.to_numpy(matrix), dtype=dtype, copy=True if copy else None)

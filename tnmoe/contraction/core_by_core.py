@@ -50,7 +50,7 @@ def core_by_core_steps(cores: CoreShapes, vectors: float) -> Iterator[Step]:
 
 @lru_cache(maxsize=4096)
 def core_by_core_flops(cores: CoreShapes, vectors: float) -> float:
-    """Count the operations for a number of vectors: an integer where that is one."""
+    """Count the operations for a number of vectors; the count is an integer if the number is."""
     return sum(2 * prod(step) for step in core_by_core_steps(cores, vectors))
 
 

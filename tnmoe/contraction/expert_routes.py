@@ -81,7 +81,7 @@ class Workload:
 
     @property
     def passes(self) -> int:
-        """How often a forward pass's arrays are moved, the backward pass included."""
+        """Number of times that each array of a forward pass is moved, backward pass included."""
         return _TRAINING_PASSES if self.training else 1
 
     @property

@@ -1,4 +1,4 @@
-"""Rates of a device: a model of four numbers, and what is known of this machine's devices."""
+"""Rates of a device: a model of four numbers, which a measurement sets and stores."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def get_rates(device: str) -> Rates:
 
 
 def set_rates(device: str, rates: Rates, store: bool = False) -> None:
-    """Plan with these rates from now on; if they are stored, later processes do so, too."""
+    """Use these rates for plans from now on; with ``store``, in later processes, too."""
     _RATES[device] = rates
     if store:
         path = rates_path(device)

@@ -15,7 +15,7 @@ COLUMNS = ("text", "label")
 # Fewer sentences leave too few to hold out.
 _MIN_SENTENCES = 20
 # csv refuses fields of more than 128 KiB by default, and reviews can be longer.
-_LARGEST_FIELD = 1 << 30
+_MAX_FIELD = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read_sentences(path: Path, source: str | None = None) -> Sentences:
 def _read_labels(path: Path, source: str | None) -> dict[str, str]:
     """Map every text of a CSV file to its label."""
     labels: dict[str, str] = {}
-    csv.field_size_limit(_LARGEST_FIELD)
+    csv.field_size_limit(_MAX_FIELD)
     check_regular_file(path, pipes=True)
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)

@@ -134,7 +134,7 @@ def _finite(number: float) -> float | None:
 
 
 def expert_load(result: Result) -> np.ndarray:
-    """Return the share of the held-out tokens per layer and expert after fine-tuning."""
+    """Return the load of experts on held-out sentences, per layer, after fine-tuning."""
     counts = result.after.expert_counts
     assert counts is not None
     return counts / counts.sum(-1, keepdims=True)

@@ -104,7 +104,7 @@ def _chosen_device(name: str) -> str:
 def _convert(
     folder: Path, held_out: Sentences, config: hf.MPOEConfig, seed: int
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, np.ndarray]]:
-    """Build the MPOE model, print its size, and check that it computes what the dense one did."""
+    """Build the MPOE model, print its size, and check that it computes what the dense one does."""
     tokenizer = load_tokenizer(folder)
     texts = held_out.texts[:CHECKED_SENTENCES]
     dense = load_dense(folder, held_out.label_names, seed)

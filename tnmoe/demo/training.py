@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out losses and correctness, sentence by sentence, and tokens per layer and expert."""
+    """Held-out losses and correctness, sentence by sentence, and slots per layer and expert."""
 
     losses: np.ndarray
     correct: np.ndarray

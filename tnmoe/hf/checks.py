@@ -13,7 +13,7 @@ from tnmoe.errors import InputError
 from tnmoe.hf.record import ENTRY
 from tnmoe.system.tables import listed
 
-# How names of experts' tensors contain the matrix that they are of.
+# The part of an expert's tensor name that says which matrix the tensor belongs to.
 EXPERT_TENSOR = re.compile(r"\.experts\.(up|gate|down)\.")
 
 

@@ -50,7 +50,7 @@ _ROUTERS: Mapping[str, type[Router]] = {
 }
 
 # With this many experts per layer, a router's logits of a thousand tokens take 4 GB.
-_MOST_EXPERTS = 2**20
+_MAX_EXPERTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class MPOEConfig:
         Weights of the load-balancing loss and the z-loss of routers. In training, a converted
         model adds both, as means over layers, to its loss.
     mask_probability : float
-        Probability that a training step does not update the central tensors. It is stored with the
+        Probability that a training step leaves shared cores as they are. It is stored with the
         model and does nothing by itself: :class:`GradientMaskCallback` reads it by default, and
         :class:`tnmoe.nn.GradientMask` takes it as an argument.
 
@@ -137,12 +137,12 @@ class MPOEConfig:
     def __post_init__(self) -> None:
         # Every field is stored in one form, so that configurations of the same meaning are equal,
         # also after a round trip through JSON.
-        self._settle_counts()
-        self._settle("max_bond", _settled(self, "max_bond", _settled_bond))
-        self._settle("shared_sites", _settled(self, "shared_sites", _settled_sites))
-        self._settle("layers", check_layers(self.layers))
-        self._settle("common_bias", check_bool("common_bias", self.common_bias))
-        self._settle("matrices", check_matrices(self.matrices))
+        self._set_counts()
+        for name, check in (("max_bond", _check_bond), ("shared_sites", _check_sites)):
+            self._set(name, _check_per_projection(name, getattr(self, name), check))
+        self._set("layers", check_layers(self.layers))
+        self._set("common_bias", check_bool("common_bias", self.common_bias))
+        self._set("matrices", check_matrices(self.matrices))
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
@@ -156,22 +156,22 @@ class MPOEConfig:
             ("balance_weight", "[0, inf)"),
             ("z_weight", "[0, inf)"),
         ):
-            self._settle(name, check_number_in(name, getattr(self, name), interval))
+            self._set(name, check_number_in(name, getattr(self, name), interval))
         for name in ("shapes", "router"):
             if not isinstance(getattr(self, name), Mapping):
                 raise InputError(f"{name} must be a mapping, got {short_repr(getattr(self, name))}")
         self._check_shapes()
-        self._settle_router()
+        self._set_router()
 
-    def _settle(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _settle_counts(self) -> None:
+    def _set_counts(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "sites", "every"):
-            self._settle(name, check_positive_int(name, getattr(self, name)))
-        if self.num_experts > _MOST_EXPERTS:
+            self._set(name, check_positive_int(name, getattr(self, name)))
+        if self.num_experts > _MAX_EXPERTS:
             raise InputError(
-                f"num_experts must be at most {_MOST_EXPERTS}, got {short_repr(self.num_experts)}"
+                f"num_experts must be at most {_MAX_EXPERTS}, got {short_repr(self.num_experts)}"
             )
 
     def _check_shapes(self) -> None:
@@ -181,15 +181,15 @@ class MPOEConfig:
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")
 
-    def _settle_router(self) -> None:
+    def _set_router(self) -> None:
         check_one_of("router_kind", self.router_kind, ROUTER_KINDS)
         self.make_router(1, device="meta")  # raises if a setting is wrong
         parameters = signature(_ROUTERS[self.router_kind]).parameters
-        settled = {
-            name: _settled_like(parameters[name].default, value)
+        router = {
+            name: _as_default_type(parameters[name].default, value)
             for name, value in self.router.items()
         }
-        self._settle("router", settled)
+        self._set("router", router)
 
     def make_router(
         self,
@@ -266,20 +266,19 @@ class MPOEConfig:
         return cls(**{**data, "shapes": by_size})
 
 
-def _settled(config: MPOEConfig, name: str, settled: Callable[[Any], Any]) -> Any:
-    """Return a setting of all projections, or a mapping by projection, in its one form."""
-    value = getattr(config, name)
+def _check_per_projection(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
+    """Check and return a setting of all projections, or a mapping with one per projection."""
     per_projection(name, value, None)
     if isinstance(value, Mapping):
-        return {key: settled(entry) for key, entry in value.items()}
-    return settled(value)
+        return {key: check(entry) for key, entry in value.items()}
+    return check(value)
 
 
-def _settled_bond(bond: Any) -> int | None:
+def _check_bond(bond: Any) -> int | None:
     return None if bond is None else check_positive_int("max_bond", bond)
 
 
-def _settled_sites(shared_sites: Any) -> str | tuple[int, ...]:
+def _check_sites(shared_sites: Any) -> str | tuple[int, ...]:
     """Check shared sites as far as possible before the number of sites is known."""
     if isinstance(shared_sites, str) or not isinstance(shared_sites, Iterable):
         resolve_shared_sites(shared_sites, sites=2, center_site=0)
@@ -288,7 +287,7 @@ def _settled_sites(shared_sites: Any) -> str | tuple[int, ...]:
     return tuple(sorted({check_int_from_zero(name, site) for site in shared_sites}))
 
 
-def _settled_like(default: Any, value: Any) -> Any:
+def _as_default_type(default: Any, value: Any) -> Any:
     """Return a router's setting, which the router accepted, in the type of its default."""
     if value is None:
         return None

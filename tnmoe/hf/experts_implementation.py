@@ -23,7 +23,7 @@ NAME = "tnmoe"
 def experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Compute the forward of an experts module of transformers.
+    """Run the forward pass of an experts module of transformers.
 
     Parameters
     ----------

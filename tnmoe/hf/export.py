@@ -24,8 +24,9 @@ from tnmoe.system.tables import listed
 def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     """Make a dense model whose networks are the means of their experts' matrices and biases.
 
-    The dense model computes the same only as long as experts are equal. Experts that were trained
-    are simply averaged, with no method of merging: measure what it costs. Routers are left out.
+    The dense model computes the same only as long as experts are equal. Trained experts are
+    averaged as they are, without a method of merging: measure what that costs. Routers are left
+    out.
 
     Parameters
     ----------

@@ -123,7 +123,7 @@ class FFN:
 
     @property
     def num_params(self) -> int:
-        """How many numbers the matrices, biases and activation hold."""
+        """Number of parameters of the matrices, biases and activation."""
         return sum(parameter.numel() for parameter in self.parameters)
 
 
@@ -144,6 +144,7 @@ def check_formula(ffn: FFN) -> None:
     Raises
     ------
     InputError
+        If the network computes something else on a few rows.
     """
     if ffn.network is not None and not _equals_formula(ffn.network, ffn):
         raise InputError(

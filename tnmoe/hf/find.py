@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -113,7 +112,7 @@ def check_layers(layers: Iterable[int] | str | None) -> tuple[int, ...] | str | 
             re.compile(layers)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
-                f"layers={short_repr(layers)} is no regular expression: {error}"
+                f"layers={short_repr(layers)} is not a regular expression: {error}"
             ) from error
         return layers
     if not isinstance(layers, Iterable):
@@ -166,7 +165,11 @@ def _possible_names(model: nn.Module) -> Callable[[str], set[str]]:
     """Return a function from a layer's name in a model to all names that a record may give it."""
     config = getattr(model, "config", None)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    roots = {path for path, module in model.named_modules() if path and _has(module, config)}
+    roots = {
+        path
+        for path, module in model.named_modules()
+        if path and config is not None and getattr(module, "config", None) is config
+    }
 
     def names_of(name: str) -> set[str]:
         parts = name.split(".")
@@ -176,7 +179,3 @@ def _possible_names(model: nn.Module) -> Callable[[str], set[str]]:
         return {name, prefix + name, name.removeprefix(prefix)} | inside
 
     return names_of
-
-
-def _has(module: nn.Module, config: Any) -> bool:
-    return config is not None and getattr(module, "config", None) is config

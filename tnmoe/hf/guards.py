@@ -24,14 +24,14 @@ from tnmoe.hf.files.checkpoint import Checkpoint
 # Entries of config.json that count something. Classes make lists of that length before they make
 # a model, so a count above the limit is refused first.
 _COUNTS = re.compile("layers?|labels|experts|blocks|depth|stages|heads|codebooks", re.IGNORECASE)
-_LARGEST_COUNT = 1_000_000
+_MAX_COUNT = 1_000_000
 
 # Most modules of a model: a base, plus a number for every stored tensor.
-_SPARE_MODULES, _MODULES_PER_TENSOR = 1000, 20
+_BASE_MODULES, _MODULES_PER_TENSOR = 1000, 20
 
 # Most elements that a model registers: a base, plus a multiple of its stored bytes. A byte may
 # hold several elements, an element is registered more than once, and masks add more elements.
-_SPARE_ELEMENTS, _ELEMENTS_PER_BYTE = 10**9, 20
+_BASE_ELEMENTS, _ELEMENTS_PER_BYTE = 10**9, 20
 
 
 class SizeLimits(NamedTuple):
@@ -55,8 +55,8 @@ class SizeLimits(NamedTuple):
         transformers allocates a model before it compares sizes with the stored tensors.
         """
         return cls(
-            modules=_SPARE_MODULES + _MODULES_PER_TENSOR * len(source.specs),
-            elements=_SPARE_ELEMENTS + _ELEMENTS_PER_BYTE * source.num_bytes,
+            modules=_BASE_MODULES + _MODULES_PER_TENSOR * len(source.specs),
+            elements=_BASE_ELEMENTS + _ELEMENTS_PER_BYTE * source.num_bytes,
         )
 
 
@@ -124,7 +124,7 @@ def check_counts(entries: Any, name: str = "") -> None:
     elif isinstance(entries, list):
         for value in entries:
             check_counts(value, name)
-    elif isinstance(entries, int) and _COUNTS.search(name) and entries > _LARGEST_COUNT:
+    elif isinstance(entries, int) and _COUNTS.search(name) and entries > _MAX_COUNT:
         raise InputError(
-            f"{name} of config.json must be at most {_LARGEST_COUNT}, got {short_repr(entries)}"
+            f"{name} of config.json must be at most {_MAX_COUNT}, got {short_repr(entries)}"
         )

@@ -104,7 +104,7 @@ def _building(post_init: Callable) -> Callable:
 
 
 def _loading(load: Callable) -> Callable:
-    """Wrap ``from_pretrained``: check that experts have their numbers, and redraw allowed ones."""
+    """Wrap ``from_pretrained``: check that experts are complete; draw tensors of other sizes."""
 
     def from_pretrained(
         cls: type[PreTrainedModel],

@@ -12,7 +12,7 @@ from torch import nn
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, weight_of
 from tnmoe.hf.find import ffns_named
-from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.experts import DenseExperts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
@@ -110,8 +110,7 @@ def install_new_mixtures(model: nn.Module, config: MPOEConfig, names: Iterable[s
 
 
 def _experts_class(config: MPOEConfig) -> Any:
-    made: type[Experts] = DenseExperts if config.layout == "dense" else MPOExperts
-    return made
+    return DenseExperts if config.layout == "dense" else MPOExperts
 
 
 def _expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:

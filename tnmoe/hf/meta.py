@@ -26,7 +26,7 @@ from tnmoe.hf.trust import no_foreign_code, without_foreign_code
 _OF_LOADED_MODELS: Any = getattr(loading, "PrefixChange", ())
 
 # Modules of a model without a checkpoint to compare with: the largest dense ones have thousands.
-_MOST_MODULES = 30_000
+_MAX_MODULES = 30_000
 
 _HINT = (
     "load the model by its own code, add its networks with tnmoe.hf.register_family, "
@@ -94,11 +94,11 @@ def saved_class(config: PreTrainedConfig) -> Any:
     # The abstract base classes of a family have no forward of their own.
     is_abstract = found.forward is PreTrainedModel.forward
     if is_abstract or not isinstance(config, found.config_class or ()):
-        raise InputError(f"{name} is no class for a model of type {config.model_type!r}")
+        raise InputError(f"{name} is not a class for a model of type {config.model_type!r}")
     return found
 
 
-def meta_model(config: PreTrainedConfig, max_modules: int = _MOST_MODULES) -> Any:
+def meta_model(config: PreTrainedConfig, max_modules: int = _MAX_MODULES) -> Any:
     """Build the model of a configuration on the meta device.
 
     Parameters

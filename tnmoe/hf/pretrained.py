@@ -129,7 +129,7 @@ def _configuration(folder: Path, given: Any) -> PreTrainedConfig:
     check_folder(folder)
     if isinstance(given, PreTrainedConfig):
         if record_of(given) is None:
-            raise InputError(f"config, a {type(given).__name__}, is of no converted model")
+            raise InputError(f"config, a {type(given).__name__}, is not of a converted model")
         return given
     path = folder if given is None else Path(given)
     path = inside(path, CONFIG) if path.is_dir() else path

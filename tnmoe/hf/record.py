@@ -64,7 +64,7 @@ class Record:
         Raises
         ------
         InputError
-            If the data are no record, or one of another format.
+            If the data are not a record, or have another format.
         """
         if not isinstance(data, Mapping):
             raise InputError(f"{ENTRY} must be an object, got {data!r}")
@@ -140,7 +140,7 @@ def required_record(model: nn.Module) -> Record:
     record = record_of(getattr(model, "config", None))
     if record is None:
         raise InputError(
-            f"{type(model).__name__} is no converted model: it has no experts of tnmoe"
+            f"{type(model).__name__} is not a converted model: it has no experts of tnmoe"
         )
     return record
 

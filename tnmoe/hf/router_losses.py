@@ -97,7 +97,7 @@ class _Call:
     recording : RoutingRecorder, optional
         None if there are neither logits to show nor losses to add.
     suspended : RoutingRecorder, optional
-        That of the call around an outer call. It pauses: this call is no part of it.
+        That of the call around an outer call. It pauses: this call is not part of it.
     """
 
     model: nn.Module

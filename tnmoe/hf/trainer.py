@@ -17,7 +17,7 @@ from tnmoe.options import MASK_ENGINES, MaskEngine
 
 
 class GradientMaskCallback(TrainerCallback):
-    """Mask the tensors that experts share: ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
+    """A callback that masks shared cores: ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
 
     The draw of every step depends on the seed and on Trainer's own count of steps alone. So all
     ranks agree, and a run resumed from a checkpoint continues as if it had not been interrupted.

@@ -51,7 +51,8 @@ def upcycle(
         If the model has no known feed-forward network, has one that does more than its matrices
         and activation, is already converted or quantized, or holds NaN or infinity.
     TypeError
-        If ``model`` is no model of transformers (a wrapper is not), or ``config`` no MPOEConfig.
+        If ``model`` is not a model of transformers (a wrapper is not), or ``config`` is not an
+        MPOEConfig.
 
     Notes
     -----

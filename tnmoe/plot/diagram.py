@@ -12,7 +12,7 @@ from matplotlib.patches import Circle, Patch, Rectangle
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.plot.style import COLORS, GREY, new_axes
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, resolve_center_site
 from tnmoe.shared_mpo import SharedMPO
 
 _AUXILIARY, _CENTRAL = COLORS[0], COLORS[1]
@@ -35,8 +35,8 @@ def network(operator: MPOShape | MPO | SharedMPO, ax: Axes | None = None) -> Axe
 
     Output legs point up and input legs down. A line is labelled with its dimension, and its width
     grows with the logarithm of the dimension; legs of size 1 are dotted. The central core is a
-    square. The diagram of a mixture shows the shared central core once, and a stack for every core
-    that each expert has for itself.
+    square. The diagram of a mixture shows the shared central core once, and a stack of
+    auxiliary cores, one per expert, at every other site.
 
     Parameters
     ----------
@@ -97,9 +97,8 @@ def _describe(operator: MPOShape | MPO | SharedMPO) -> _Network:
             operator, operator.bond_dims(), operator.center_site, None, operator.num_params()
         )
     if isinstance(operator, MPO):
-        shape = operator.shape
-        center_site = shape.center_site if operator.center_site is None else operator.center_site
-        return _Network(shape, operator.bond_dims, center_site, None, operator.num_params)
+        center_site = resolve_center_site(operator.shape, operator.center_site)
+        return _Network(operator.shape, operator.bond_dims, center_site, None, operator.num_params)
     if isinstance(operator, SharedMPO):
         return _Network(
             operator.shape, operator.bond_dims, operator.center_site, operator.num_experts,

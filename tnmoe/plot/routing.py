@@ -30,12 +30,12 @@ _MAX_COLUMNS = 250
 
 
 def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = None) -> Axes:
-    """Draw a heat map of the share of tokens per layer and expert.
+    """Draw a heat map of the load per layer and expert: the share of slots.
 
     Parameters
     ----------
     load : array, shape (layers, E)
-        Shares. Every row sums to 1, or to less where the layer dropped tokens.
+        Shares. Every row sums to 1, or to less where the layer dropped slots.
     ax : Axes, optional
     brightest : float, optional
         Share at the bright end of the colours; set it to compare pictures. By default the largest
@@ -73,7 +73,7 @@ def expert_load(load: Any, ax: Axes | None = None, brightest: float | None = Non
                 color="white" if dark else "black",
             )  # fmt: skip
     else:
-        ax.figure.colorbar(image, ax=ax, label="share of tokens")
+        ax.figure.colorbar(image, ax=ax, label="share of slots")
     ax.set(xlabel="expert", ylabel="layer", title=f"Load per expert (balanced: {balanced:.1%})")
     integer_ticks(ax.xaxis)
     integer_ticks(ax.yaxis)
@@ -155,7 +155,7 @@ def load_history(
         aspect="auto", origin="lower", extent=(0.5, len(means) * block + 0.5, -0.5, experts - 0.5),
     )  # fmt: skip
     ax.set_xlim(0.5, steps + 0.5)
-    ax.figure.colorbar(image, ax=ax, label="share of choices")
+    ax.figure.colorbar(image, ax=ax, label="share of slots")
     title = f"Load of {label_text(router or 'the router')} (balanced: {1 / experts:.1%})"
     ax.set(xlabel="step", ylabel="expert", title=title)
     integer_ticks(ax.xaxis)

@@ -10,7 +10,7 @@ from typing import Any
 from tnmoe.errors import InputError, short_repr
 
 # Largest JSON text in bytes; safetensors has the same limit for headers.
-_LARGEST_JSON = 100_000_000
+_MAX_JSON_BYTES = 100_000_000
 
 # A safetensors file begins with the length of its header, in this many bytes.
 _LENGTH_BYTES = 8
@@ -58,8 +58,8 @@ def read_json(path: str | os.PathLike, pipes: bool = False) -> dict[str, Any]:
         check_regular_file(path)
     check_json_size(path)
     with open(path, "rb", opener=_open_without_waiting) as file:
-        contents = file.read(_LARGEST_JSON + 1)
-    if len(contents) > _LARGEST_JSON:
+        contents = file.read(_MAX_JSON_BYTES + 1)
+    if len(contents) > _MAX_JSON_BYTES:
         raise InputError(f"{path} is endless, or grows while it is read")
     data = parse_json(contents, path)
     if not isinstance(data, dict):
@@ -82,11 +82,11 @@ def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, Any], in
         If the file cannot be read.
     """
     check_regular_file(path)
-    damaged = f"{os.fspath(path)} is damaged or no safetensors file"
+    damaged = f"{os.fspath(path)} is damaged or not a safetensors file"
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         size = os.fstat(file.fileno()).st_size
-        if length > min(_LARGEST_JSON, size - _LENGTH_BYTES):
+        if length > min(_MAX_JSON_BYTES, size - _LENGTH_BYTES):
             raise InputError(f"{damaged}: it announces a header of {length:,} bytes")
         header = parse_json(file.read(length), damaged)
     start = _LENGTH_BYTES + length
@@ -104,8 +104,8 @@ def read_safetensors_header(path: str | os.PathLike) -> tuple[dict[str, Any], in
 
 def check_json_size(path: str | os.PathLike) -> None:
     """Raise an InputError if a file has more bytes than any JSON that tnmoe reads."""
-    if os.stat(path).st_size > _LARGEST_JSON:
-        raise InputError(f"{path} has more than {_LARGEST_JSON:,} bytes, too many for JSON")
+    if os.stat(path).st_size > _MAX_JSON_BYTES:
+        raise InputError(f"{path} has more than {_MAX_JSON_BYTES:,} bytes, too many for JSON")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -74,12 +74,12 @@ def foreign_files(folder: Path) -> list[Path]:
     """
     sizes = _read_manifest(folder)
     # A subfolder may remain after its files are gone.
-    listed = {each for path in sizes for each in (path, *path.parents)}
+    own = {each for path in sizes for each in (path, *path.parents)}
 
     def is_own(path: Path) -> bool:
         absolute = folder / path
         if absolute.is_symlink() or not absolute.is_file():
-            return path in listed and absolute.is_dir() and not absolute.is_symlink()
+            return path in own and absolute.is_dir() and not absolute.is_symlink()
         return path == Path(MANIFEST) or _is_unchanged(absolute, sizes.get(path), folder / MANIFEST)
 
     return sorted(path for path in files_in(folder) if not is_own(path))

@@ -54,9 +54,8 @@ def locked(path: Path, resource: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
-            path.unlink(
-                missing_ok=True
-            )  # before the release: after it, the file may be another process's
+            # Before the release: after it, the file may be another process's.
+            path.unlink(missing_ok=True)
         lock.release()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Names that a message lists.
-_MOST_NAMES = 4
+_MAX_NAMES = 4
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -42,8 +42,8 @@ def listed(names: Iterable[object]) -> str:
     'a, b, c, d and 1 more'
     """
     ordered = sorted(map(str, names))
-    rest = len(ordered) - _MOST_NAMES
-    return ", ".join(ordered[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(ordered) - _MAX_NAMES
+    return ", ".join(ordered[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def shortened(items: Iterable[Any], most: int = 3) -> str:

@@ -18,8 +18,8 @@ from tnmoe.system.folders import (
 )
 from tnmoe.system.locks import locked
 
-# Largest journal in bytes. A journal has one line per step; a larger file is no journal.
-_LARGEST_JOURNAL = 100_000_000
+# Largest journal in bytes. A journal has one line per step; a larger file is not a journal.
+_MAX_JOURNAL_BYTES = 100_000_000
 
 # Last line of the journal: the new folder is whole. It may have moved to the target already.
 _WHOLE = "whole"
@@ -258,7 +258,7 @@ def _rename(folder: Path, target: Path) -> None:
 
 def _read_lines(journal: Path) -> list[str]:
     """Return the complete lines of a journal, without a last one that broke off."""
-    if not journal.is_file() or journal.stat().st_size > _LARGEST_JOURNAL:
+    if not journal.is_file() or journal.stat().st_size > _MAX_JOURNAL_BYTES:
         return []
     return journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 

@@ -12,7 +12,7 @@ from tnmoe.errors import InputError, check_number_in, check_positive_int, short_
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation.budget import ErrorBudget
 from tnmoe.truncation.search import choose_bonds
-from tnmoe.truncation.spectra import squared_tails
+from tnmoe.truncation.spectra import squared_loss, squared_tails
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,7 @@ class Limits:
             caps = self.caps if caps is None else caps
             return choose_bonds(tails, self.shape, caps, allowed, self.max_params)
         bonds = self.caps
-        lost = sum(
-            float(tail[min(bond, len(tail) - 1)]) for bond, tail in zip(bonds, tails, strict=True)
-        )
+        lost = squared_loss(tails, bonds)
         if allowed is not None and lost > allowed:
             error = (lost / squared_norm) ** 0.5
             raise InputError(
@@ -116,12 +114,12 @@ class Limits:
         spectra: Sequence[np.ndarray] | None = None,
         present_bonds: Sequence[int] | None = None,
     ) -> ErrorBudget:
-        """Share out the error that may be made among the bonds.
+        """Divide the allowed error among the bonds.
 
         Parameters
         ----------
         spectra : sequence of array, shapes (batch, D), optional
-            Per bond: Schmidt values of each matrix, where ``needs_spectra`` says so.
+            Per bond: Schmidt values of each matrix; used only if ``needs_spectra``.
         present_bonds : sequence of int, optional
             Bonds of the chain that is cut; by default as large as the shape permits.
 
@@ -143,9 +141,9 @@ class Limits:
         ranks = self.choose_bonds(relative, caps)
         if self.rtol is None or self.bonds is not None:
             return ErrorBudget(ranks)
-        planned = [tail[:, rank] for tail, rank in zip(tails, ranks, strict=True)]
-        spare = np.maximum(0.0, self.rtol**2 * squared_norms - np.sum(planned, axis=0))
-        return ErrorBudget(ranks, planned, spare)
+        allowed = [tail[:, rank] for tail, rank in zip(tails, ranks, strict=True)]
+        spare = np.maximum(0.0, self.rtol**2 * squared_norms - np.sum(allowed, axis=0))
+        return ErrorBudget(ranks, allowed, spare)
 
     def _caps_within(self, present_bonds: Sequence[int]) -> tuple[int, ...]:
         if self.bonds is not None and any(map(gt, self.bonds, present_bonds)):

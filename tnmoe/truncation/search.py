@@ -134,7 +134,7 @@ class _Chain:
         return in_bonds + sum(padded[k] * leg * padded[k + 1] for k, leg in enumerate(self.legs))
 
     def fit_together(self, ranks: _Ranks) -> Any:
-        """Tell whether no rank exceeds what its neighbours can use."""
+        """Check whether no rank exceeds what its neighbours can use."""
         padded = (1, *ranks, 1)
         fits: Any = True
         for left, leg, right in zip(padded[:-1], self.legs, padded[1:], strict=True):
@@ -363,10 +363,10 @@ def _candidates(
     return [candidates[bond] for bond in varied]
 
 
-def _some_ranks(cap: int, center: int, number: int) -> np.ndarray:
-    """Return up to ``number`` ranks from 1 to ``cap``: half of them near ``center``."""
+def _some_ranks(cap: int, around: int, number: int) -> np.ndarray:
+    """Return up to ``number`` ranks from 1 to ``cap``: half of them near ``around``."""
     if cap <= number:
         return np.arange(1, cap + 1)
-    near = center + np.arange(number // 2) - number // 4
+    near = around + np.arange(number // 2) - number // 4
     everywhere = np.linspace(1, cap, number - len(near)).round().astype(np.int64)
     return np.unique(np.concatenate([near.clip(1, cap), everywhere]))

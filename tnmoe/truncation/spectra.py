@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 
@@ -11,6 +13,16 @@ def squared_tails(spectra: np.ndarray) -> np.ndarray:
         squares = np.asarray(spectra, dtype=np.float64) ** 2
     tails = np.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
     return np.concatenate([tails, np.zeros_like(tails[..., :1])], axis=-1)
+
+
+def squared_loss(tails: Iterable[np.ndarray], ranks: Iterable[int]) -> float:
+    """Return the squared error of keeping one rank per bond, given the tails of every bond.
+
+    A rank above the number of Schmidt values loses nothing.
+    """
+    return sum(
+        float(tail[min(rank, len(tail) - 1)]) for tail, rank in zip(tails, ranks, strict=True)
+    )
 
 
 def entanglement_entropy(values: np.ndarray) -> float:

@@ -97,7 +97,7 @@ def outside(folder):
         (lambda f: cut(f / "a.safetensors", 0), "a.safetensors is damaged"),
         (
             lambda f: (f / "a.safetensors").write_bytes(b"\xff" * 100),
-            "a.safetensors is damaged or no safetensors file",
+            "a.safetensors is damaged or not a safetensors file",
         ),
         (lambda f: lie_about(f / "a.safetensors", shape=[3, 2]), "a.safetensors is damaged"),
         (lambda f: lie_about(f / "a.safetensors", data_offsets=[0, 99]), "is damaged"),

@@ -282,7 +282,7 @@ def upcycled(folder, name="llama", **settings):
         ),
         (
             lambda f: (rewrite(f, num_hidden_layers=4), hf.prepare_upcycle(f, CONFIG)),
-            r"lacks 3 of the 12 tensors that LlamaForCausalLM needs of it: model.layers.3.mlp",
+            r"lacks 3 of the 12 tensors that LlamaForCausalLM needs from it: model.layers.3.mlp",
         ),
         (
             lambda f: hf.prepare_upcycle(upcycled(f), CONFIG),

@@ -165,17 +165,17 @@ def recentred():
         (
             lambda: [*layers(1), nn.DenseExperts(E, H, F, gated=True)],
             "center",
-            "up is no MPO in one of the layers: StackedProjection",
+            "up is not an MPO in one of the layers: StackedProjection",
         ),
         (
             lambda: [*layers(1), nn.MPOExperts(E, H, F, sites=3)],
             "center",
-            "gate is no MPO in one of the layers: None",
+            "gate is not an MPO in one of the layers: None",
         ),
         (
             lambda: [nn.MPOExperts(E, H, F, sites=3), *layers(1)],
             "center",
-            "gate is no MPO in one of the layers: None",
+            "gate is not an MPO in one of the layers: None",
         ),
     ],
 )

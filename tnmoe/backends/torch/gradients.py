@@ -121,7 +121,7 @@ class QR(torch.autograd.Function):
             inner = (grad_r @ r.mH - q.mH @ grad_q).triu()
             inner = inner + inner.triu(1).mH
             if q.is_complex():
-                inner = inner - 1j * torch.diag_embed(_diagonal(inner).imag)
+                inner = inner - 1j * torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1).imag)
             return (q @ inner + grad_q) @ torch.linalg.pinv(r).mH
 
 
@@ -177,8 +177,3 @@ class _UndefinedGradient(torch.autograd.Function):
 def _with_gradient_of(array: Tensor, expression: Tensor) -> Tensor:
     """Return an array with the derivative of another, perhaps less precise, expression for it."""
     return array + (expression - expression.detach())
-
-
-def _diagonal(matrix: Tensor) -> Tensor:
-    """Return the diagonals of matrices in the last two axes."""
-    return matrix.diagonal(dim1=-2, dim2=-1)

@@ -177,7 +177,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorSpec, int]]:
         with explain_memory_error(purpose), safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]

@@ -27,7 +27,7 @@ _COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 
 # Bytes of the largest file that a conversion copies beside the weights.
-_LARGEST_COMPANION = 10**9
+_MAX_COMPANION_BYTES = 10**9
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def companion_files(folder: Path) -> Iterator[Path]:
         belongs = path.suffix in _COMPANIONS or path.stem.upper() in _LICENCES
         is_rewritten = path.name.endswith(".index.json") or path == folder / CONFIG
         if path.is_file() and belongs and not is_rewritten:
-            if (size := path.stat().st_size) > _LARGEST_COMPANION:
+            if (size := path.stat().st_size) > _MAX_COMPANION_BYTES:
                 raise InputError(
                     f"{path} would be copied, and has {size / 1e9:.3g} GB: move it away"
                 )

@@ -17,6 +17,7 @@ from tnmoe.errors import InputError, check_positive_int
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.shards import ShardWriter
 from tnmoe.hf.files.tensors import TensorSpec, total_bytes, total_params
+from tnmoe.hf.folders.parallel import resolve_jobs
 from tnmoe.hf.folders.pieces import Piece
 from tnmoe.hf.folders.run import ConversionRun, Progress, disk_errors_as_input_errors
 from tnmoe.system.folders import check_target
@@ -125,7 +126,7 @@ class Conversion:
         """
         shard_bytes = check_positive_int("shard_bytes", shard_bytes)
         purpose = self._purpose(shard_bytes)
-        jobs = check_positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
+        jobs = resolve_jobs(jobs)
         unfinished = self._unfinished_folder(target)
         self.source.check_unchanged()
         writer = ShardWriter(unfinished.new, self.specs, shard_bytes)

@@ -28,7 +28,7 @@ from tnmoe.shapes import MPOShape
 from tnmoe.system.memory import explain_memory_error
 from tnmoe.system.tables import format_table
 from tnmoe.truncation.info import TruncationInfo
-from tnmoe.truncation.spectra import entanglement_entropy, squared_tails
+from tnmoe.truncation.spectra import entanglement_entropy, squared_loss, squared_tails
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def inspect_checkpoint(
     Parameters
     ----------
     path : path
-        A Hugging Face folder, or a config.json alone. The counts need no more than a config.json.
+        A Hugging Face folder, or a config.json alone. The counts need only a config.json.
     config : MPOEConfig
         Settings of the conversion.
     bonds : sequence of int, optional
@@ -210,7 +210,7 @@ def _measure(
     jobs: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[MatrixInspection]:
-    """Describe the matrices of all networks by their weights, too."""
+    """Describe the matrices of all networks, with the spectra of their weights."""
     networks = skeleton.networks(config)
     if bonds is None:
         shapes = [matrix.shape for ffn, _ in networks for matrix in _describe(ffn, config)]
@@ -229,7 +229,7 @@ def _measure(
 def _measure_network(
     skeleton: Skeleton, ffn: FFN, names: list[str], config: MPOEConfig, bonds: list[int]
 ) -> list[MatrixInspection]:
-    """Describe the matrices of a network by their weights, too."""
+    """Describe the matrices of a network, with the spectra of their weights."""
     found = []
     purpose = f"measuring {ffn.name}: fewer networks at a time (--jobs) take less"
     with explain_memory_error(purpose), skeleton.filled(names):
@@ -249,7 +249,7 @@ def _with_spectra(
     tails = [squared_tails(spectrum) for spectrum in spectra]
     squared_norm = max(tail[0] for tail in tails) or 1.0  # the error of a matrix of zeros is zero
     errors = {
-        bond: min(1.0, sqrt(sum(tail[min(bond, len(tail) - 1)] for tail in tails) / squared_norm))
+        bond: min(1.0, sqrt(squared_loss(tails, [bond] * len(tails)) / squared_norm))
         for bond in bonds
     }
     entropies = tuple(entanglement_entropy(spectrum) for spectrum in spectra)

@@ -15,6 +15,11 @@ from tnmoe.errors import check_positive_int
 T = TypeVar("T")
 
 
+def resolve_jobs(jobs: int | None) -> int:
+    """Return a number of jobs, checked, or by default the number of CPUs."""
+    return check_positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
+
+
 def ordered_results(tasks: Iterable[Callable[[], T]], jobs: int | None = None) -> Iterator[T]:
     """Run tasks on threads and yield their results in the order of the tasks.
 
@@ -27,7 +32,7 @@ def ordered_results(tasks: Iterable[Callable[[], T]], jobs: int | None = None) -
     jobs : int, optional
         Number of threads; the number of CPUs by default.
     """
-    jobs = check_positive_int("jobs", os.cpu_count() or 1 if jobs is None else jobs)
+    jobs = resolve_jobs(jobs)
     remaining = iter(tasks)
     threads_before = torch.get_num_threads()
     with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -39,5 +44,5 @@ def ordered_results(tasks: Iterable[Callable[[], T]], jobs: int | None = None) -
                 queue.extend(pool.submit(task) for task in islice(remaining, 1))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            # A new thread takes over the last number that any thread has set.
+            # A new thread inherits the last number that any thread has set.
             torch.set_num_threads(threads_before)

@@ -51,7 +51,7 @@ class Piece:
             return None
         purpose = f"{self.name} becomes {in_gigabytes(total_bytes(self.specs.values()))}"
         if jobs > 1:
-            purpose += f", up to {jobs} such at a time: fewer jobs (--jobs) take less"
+            purpose += f", up to {jobs} layers at a time: fewer jobs (--jobs) take less"
         with explain_memory_error(purpose):
             return self.make()
 

@@ -95,8 +95,8 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
     add_records(moe, config, names)
     conversions = _conversions(ffns, config, check_index("seed", seed, SEEDS))
     pieces = [
-        _mixture_piece(dense, ffn, reads, path, layer, convert)
-        for (ffn, reads), (path, layer), convert in zip(
+        _mixture_piece(dense, ffn, parameters, path, layer, convert)
+        for (ffn, parameters), (path, layer), convert in zip(
             networks, mixtures_in(moe).items(), conversions, strict=True
         )
     ]
@@ -156,21 +156,21 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
 
 
 class _Mixture(NamedTuple):
-    """A mixture of a skeleton: its path in the model, and the names of its parameters."""
+    """A mixture of a skeleton: its path, and the names of its parameters in the model."""
 
     path: str
     layer: MPOMoE
-    reads: list[str]
+    parameters: list[str]
 
 
 def _match_mixtures(skeleton: Skeleton) -> list[_Mixture]:
     """Find the mixtures of a skeleton, and their parameters in the checkpoint."""
     layers = mixtures_in(skeleton.model)
-    reads = skeleton.names_of(layer.parameters() for layer in layers.values())
-    skeleton.match(chain.from_iterable(reads))
+    parameters = skeleton.names_of(layer.parameters() for layer in layers.values())
+    skeleton.match(chain.from_iterable(parameters))
     return [
         _Mixture(path, layer, names)
-        for (path, layer), names in zip(layers.items(), reads, strict=True)
+        for (path, layer), names in zip(layers.items(), parameters, strict=True)
     ]
 
 
@@ -201,7 +201,7 @@ def _tensors_beside(skeleton: Skeleton, mixtures: Iterable[_Mixture]) -> list[st
 def _mixture_piece(
     dense: Skeleton,
     ffn: FFN,
-    reads: list[str],
+    parameters: list[str],
     path: str,
     layer: MPOMoE,
     convert: Callable[[], MPOMoE],
@@ -213,8 +213,8 @@ def _mixture_piece(
     dense : Skeleton
     ffn : FFN
         The network.
-    reads : list of str
-        Names of its parameters.
+    parameters : list of str
+        Names of its parameters in the model.
     path : str
         Where the model will have the mixture.
     layer : MPOMoE
@@ -228,12 +228,12 @@ def _mixture_piece(
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
-        with dense.filled(reads):
+        with dense.filled(parameters):
             check_formula(ffn)
             return stored(convert().state_dict())
 
     specs = _specs(stored(layer.state_dict()))
-    return Piece(dense.rename(path), tuple(map(dense.rename, reads)), specs, make)
+    return Piece(dense.rename(path), tuple(map(dense.rename, parameters)), specs, make)
 
 
 def _to_dense(
@@ -267,11 +267,11 @@ def _dense_piece(
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
         tensors = {name: torch.empty_like(weight, device="cpu") for name, weight in empty.items()}
-        with skeleton.filled(mixture.reads), with_parameters(dense.model, tensors):
+        with skeleton.filled(mixture.parameters), with_parameters(dense.model, tensors):
             average_into(ffn, mixture.layer)
         return stored(tensors)
 
-    name, reads = skeleton.rename(mixture.path), tuple(map(skeleton.rename, mixture.reads))
+    name, reads = skeleton.rename(mixture.path), tuple(map(skeleton.rename, mixture.parameters))
     return Piece(name, reads, _specs(stored(empty)), make)
 
 
@@ -303,10 +303,10 @@ def _ordinary_piece(skeleton: Skeleton, mixture: _Mixture, moe: Any, target: Tar
 
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
-        with skeleton.filled(mixture.reads):
+        with skeleton.filled(mixture.parameters):
             return stored(target.weights(mixture.layer))
 
-    reads = tuple(map(skeleton.rename, mixture.reads))
+    reads = tuple(map(skeleton.rename, mixture.parameters))
     specs = _specs(stored(moe.get_submodule(name).state_dict()))
     return Piece(name, reads, specs, make)
 

@@ -122,7 +122,7 @@ class Skeleton:
         if lost := missing[best]:
             raise InputError(
                 f"{self.source.folder} lacks {len(lost)} of the {len(needed)} tensors that "
-                f"{type(self.model).__name__} needs of it: "
+                f"{type(self.model).__name__} needs from it: "
                 f"{listed(map(renames[best], lost))}"
             )
         return renames[best]

@@ -85,7 +85,7 @@ def _checked_sites(sites: Literal["center"] | Iterable[int]) -> list[int] | None
 def _check_pair(name: str, first: Any, other: Any, sites: list[int] | None) -> None:
     for projection in (first, other):
         if not isinstance(projection, MPOProjection):
-            raise InputError(f"{name} is no MPO in one of the layers: {projection}")
+            raise InputError(f"{name} is not an MPO in one of the layers: {projection}")
     if first.shape != other.shape:
         raise InputError(f"{name} differs in its shape: {first.shape} and {other.shape}")
     if first.center_site != other.center_site:
