@@ -11,13 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tnmoe.errors import InputError, check_bool, check_int_from_zero, check_one_of
 from tnmoe.hf.record import config_of
 from tnmoe.nn.training.autograd_mask import AutogradMask
-from tnmoe.nn.training.base_mask import Probability, checked_probability
+from tnmoe.nn.training.base_mask import Probability, check_probability
 from tnmoe.nn.training.gradient_mask import GradientMask
 from tnmoe.options import MASK_ENGINES, MaskEngine
 
 
 class GradientMaskCallback(TrainerCallback):
-    """Mask the tensors that experts share: ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
+    """Mask the cores that experts share: ``Trainer(…, callbacks=[GradientMaskCallback(0.5)])``.
 
     The draw of every step depends on the seed and on Trainer's own count of steps alone. So all
     ranks agree, and a run resumed from a checkpoint continues as if it had not been interrupted.
@@ -63,7 +63,7 @@ class GradientMaskCallback(TrainerCallback):
         engine: MaskEngine = "auto",
     ) -> None:
         check_one_of("engine", engine, MASK_ENGINES)
-        self.probability = None if probability is None else checked_probability(probability)
+        self.probability = None if probability is None else check_probability(probability)
         self.seed = check_int_from_zero("seed", seed)
         self.per_layer = check_bool("per_layer", per_layer)
         self.engine = engine
