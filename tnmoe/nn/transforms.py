@@ -8,7 +8,8 @@ from contextvars import Context, copy_context
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
+
+from tnmoe.backends.torch.gradients import in_forward_mode
 
 
 def is_transformed() -> bool:
@@ -29,7 +30,7 @@ def needs_native_operators() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return is_transformed() or forward_ad._current_level >= 0
+    return is_transformed() or in_forward_mode()
 
 
 def values_are_readable(tensor: Tensor) -> bool:
