@@ -287,8 +287,8 @@ def test_a_parameter_budget_is_kept_and_its_error_is_known(case, library, part):
 @given(matrices, libraries, methods, st.data())
 def test_an_exact_list_of_bonds_is_what_comes_out(case, library, method, data):
     shape, matrix = case
-    wanted = [data.draw(st.integers(1, bond)) for bond in shape.bond_dims()]
-    bonds = shape.bond_dims(wanted)
+    requested = [data.draw(st.integers(1, bond)) for bond in shape.bond_dims()]
+    bonds = shape.bond_dims(requested)
     mpo = tn.decompose(to_library(matrix, library), shape, bonds=bonds, method=method)
     assert mpo.bond_dims == bonds
 

@@ -15,6 +15,7 @@ MATMUL_METHODS = get_args(MatmulMethod)
 
 # Routes from activations to outputs: of a layer of experts, and of one MPO alone
 Route = Literal["joint", "per_expert", "rebuilt", "cached"]
+ROUTES = get_args(Route)
 OperatorRoute = Literal["chain", "rebuilt"]
 
 # Experts

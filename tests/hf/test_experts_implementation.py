@@ -92,8 +92,8 @@ def run(experts, implementation, states, index, weights):
     experts.config._experts_implementation = implementation
     states, weights = (each.clone().requires_grad_() for each in (states, weights))
     output = experts(states, index, weights)
-    wanted = [states, weights, *experts.parameters()]
-    return output.detach(), *torch.autograd.grad(output.sin().sum(), wanted)
+    variables = [states, weights, *experts.parameters()]
+    return output.detach(), *torch.autograd.grad(output.sin().sum(), variables)
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def test_models_compute_the_same_with_the_same_gradients(name, calls):
     for implementation in ("eager", "tnmoe"):
         model.set_experts_implementation(implementation)
         logits = model(input_ids=IDS, attention_mask=MASK).logits
-        wanted = [each for each in model.parameters() if each.requires_grad]
-        grads = torch.autograd.grad(logits.sin().sum(), wanted, materialize_grads=True)
+        variables = [each for each in model.parameters() if each.requires_grad]
+        grads = torch.autograd.grad(logits.sin().sum(), variables, materialize_grads=True)
         results[implementation] = (logits, *grads)
         assert bool(calls) == (implementation == "tnmoe")
     for mine, own in zip(results["tnmoe"], results["eager"], strict=True):
@@ -198,8 +198,8 @@ def test_what_is_not_finite_in_an_expert_stays_with_its_tokens(kind, transformed
     )
     output = forward(states, index, weights)
     assert output[~well].isnan().any(1).all()
-    wanted = [states, weights, *experts.parameters()]
-    grads = torch.autograd.grad(output[well].sin().sum(), wanted)
+    variables = [states, weights, *experts.parameters()]
+    grads = torch.autograd.grad(output[well].sin().sum(), variables)
     torch.testing.assert_close(output[well], expected[0])
     for mine, own in zip(grads[:2], expected[1:3], strict=True):
         torch.testing.assert_close(mine[well], own)
@@ -262,12 +262,12 @@ def test_derivatives_of_second_order_and_forward_mode_are_those_of_the_class(kin
     for implementation in ("eager", "tnmoe"):
         experts.config._experts_implementation = implementation
         given = states.clone().requires_grad_()
-        wanted = [given, *experts.parameters()]
+        variables = [given, *experts.parameters()]
         slopes = torch.autograd.grad(
-            experts(given, index, weights).sin().sum(), wanted, create_graph=True
+            experts(given, index, weights).sin().sum(), variables, create_graph=True
         )
         penalty = sum(each.square().sum() for each in slopes)
-        results.append([*torch.autograd.grad(penalty, wanted)])
+        results.append([*torch.autograd.grad(penalty, variables)])
         with forward_ad.dual_level():
             dual = experts(forward_ad.make_dual(states, direction), index, weights)
             results[-1] += forward_ad.unpack_dual(dual)

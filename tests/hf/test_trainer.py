@@ -70,7 +70,7 @@ def parameters(trainer):
 
 @pytest.mark.parametrize("engine", ["optimizer", "autograd"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_masked_steps_of_trainer_spare_the_shared_tensors(tmp_path, engine, accumulation):
+def test_masked_steps_of_trainer_spare_the_shared_cores(tmp_path, engine, accumulation):
     callback = hf.GradientMaskCallback(0.5, seed=4, engine=engine)
     run, watch = trainer(tmp_path, callback, gradient_accumulation_steps=accumulation)
     run.train()
@@ -225,5 +225,5 @@ def test_bad_input_is_named(tmp_path):
         hf.GradientMaskCallback(1.5)
     run, _ = trainer(tmp_path, hf.GradientMaskCallback(0.5), model=make("llama"))
     run.callback_handler.callbacks = run.callback_handler.callbacks[:-1]
-    with pytest.raises(tn.InputError, match="LlamaForCausalLM has no tensor that experts share"):
+    with pytest.raises(tn.InputError, match="LlamaForCausalLM has no core that experts share"):
         run.train()

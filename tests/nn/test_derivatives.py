@@ -158,12 +158,11 @@ def test_derivatives_of_third_order_are_those_of_the_dense_matrices():
         else:
             value = torch.einsum("toi,ti->to", made.weight()[groups.experts], rows)
             value = value + made.bias[groups.experts]
-        wanted = [rows, *made.parameters()]
+        variables = [rows, *made.parameters()]
         for _ in range(3):
             value = value.square().sum()
-            value = torch.cat(
-                [each.flatten() for each in torch.autograd.grad(value, wanted, create_graph=True)]
-            )
+            grads = torch.autograd.grad(value, variables, create_graph=True)
+            value = torch.cat([grad.flatten() for grad in grads])
         results.append(value)
     torch.testing.assert_close(*results)
 

@@ -90,8 +90,8 @@ def _normed(experts: Any, outputs: Tensor) -> Tensor:
 
 
 def _unrouted(groups: Groups, num_experts: int) -> Tensor | None:
-    """Return which rows have no expert, (rows,) of bool; None if it is known that all have one."""
-    if values_are_readable(groups.offsets) and int(groups.offsets[-1]) == groups.rows:
+    """Return which rows have no expert, (N,) of bool; None if all are known to have one."""
+    if values_are_readable(groups.offsets) and int(groups.offsets[-1]) == groups.layer_slots:
         return None
     return groups.experts >= num_experts
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tnmoe.errors import InputError, check_bool, check_int_from_zero, check_one_of
 from tnmoe.hf.record import config_of
 from tnmoe.nn.training.autograd_mask import AutogradMask
-from tnmoe.nn.training.base_mask import Probability, checked_probability
+from tnmoe.nn.training.base_mask import Probability, check_probability
 from tnmoe.nn.training.gradient_mask import GradientMask
 from tnmoe.options import MASK_ENGINES, MaskEngine
 
@@ -63,7 +63,7 @@ class GradientMaskCallback(TrainerCallback):
         engine: MaskEngine = "auto",
     ) -> None:
         check_one_of("engine", engine, MASK_ENGINES)
-        self.probability = None if probability is None else checked_probability(probability)
+        self.probability = None if probability is None else check_probability(probability)
         self.seed = check_int_from_zero("seed", seed)
         self.per_layer = check_bool("per_layer", per_layer)
         self.engine = engine

@@ -1,4 +1,4 @@
-"""PEFT's wrappers around modules: what they train, and what PEFT saves of it."""
+"""PEFT's wrappers around modules: what they train, and which of that PEFT saves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def modules_in_use(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def warn_of_unsaved(model: nn.Module, stacklevel: int = 3) -> None:
-    """Warn of experts and routers that are trained but that PEFT will not save with its adapters.
+    """Warn of trained experts and routers that PEFT will not save with its adapters.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def _unsaved_names(model: nn.Module, name: str = "") -> set[str]:
     if _wraps_trained_copy(model):
         return set()
     if isinstance(model, Experts | Router):
-        return {name} if any(each.requires_grad for each in model.parameters()) else set()
+        return {name} if any(parameter.requires_grad for parameter in model.parameters()) else set()
     children = model.named_children()
     return {unsaved for name, child in children for unsaved in _unsaved_names(child, name)}
 

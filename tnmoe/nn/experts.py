@@ -32,8 +32,8 @@ from tnmoe.nn.transforms import (
     values_are_readable,
 )
 
-# Numbers that the last cache of a CPU holds, roughly.
-_CACHED = 1 << 22
+# Numbers that the last-level cache of a CPU holds, roughly.
+_LAST_LEVEL_CACHE = 1 << 22
 
 
 class Experts(nn.Module):
@@ -44,7 +44,7 @@ class Experts(nn.Module):
     up, down : Projection
         (E, F, H) and (E, H, F).
     gate : Projection, optional
-        (E, F, H); gated if given.
+        (E, F, H); makes the experts gated.
     activation : str or callable
         Name of an activation, or an elementwise function or module; with a gate also the name of
         a gated unit or a :class:`Gated`.
@@ -98,7 +98,7 @@ class Experts(nn.Module):
         activation: str | Callable[..., Tensor],
         dropout: float,
     ) -> Self:
-        """Make an instance of given projections, past the constructor of a subclass."""
+        """Make an instance from projections, bypassing the constructor of a subclass."""
         common = check_bool("common_bias", common_bias)
         for name, projection in projections.items():
             projection.set_bias(biases[name], common, f"{name}_bias")
@@ -147,7 +147,7 @@ class Experts(nn.Module):
             return outputs.to(hidden_states.dtype)
         groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
         routed, weights = self._count_routed(groups), top_k_weights
-        if routed < groups.rows:
+        if routed < groups.layer_slots:
             weights = weights.masked_fill(top_k_index == self.num_experts, 0)
         if self._is_faster_expert_by_expert(groups):
             outputs = self._run_expert_by_expert(states, groups, weights)
@@ -175,7 +175,7 @@ class Experts(nn.Module):
 
     def _count_routed(self, groups: Groups) -> int:
         """Count the slots that have an expert; they come first."""
-        if not groups.rows:
+        if not groups.layer_slots:
             return 0
         lowest, highest = groups.experts[0].item(), groups.experts[-1].item()
         if lowest < 0 or highest > self.num_experts:
@@ -183,7 +183,7 @@ class Experts(nn.Module):
                 f"top_k_index must hold experts from 0 to {self.num_experts - 1}, or "
                 f"{self.num_experts} for none, got {lowest} to {highest}"
             )
-        return groups.rows if highest < self.num_experts else int(groups.offsets[-1])
+        return groups.layer_slots if highest < self.num_experts else int(groups.offsets[-1])
 
     def _run(
         self,
@@ -195,29 +195,29 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Compute the layer's output (T, H), each projection for all experts at once.
 
-        Rows after the first ``routed``, and those where ``unrouted`` is true, have no expert.
+        Rows after the first ``routed`` have no expert, nor have those where ``unrouted`` is true.
         """
         rows = dispatch(states, groups, weights.shape[1])
-        if routed == groups.rows:
+        if routed == groups.layer_slots:
             outputs = self._feed_forward(zero_unrouted(rows, unrouted), groups)
             outputs = zero_unrouted(outputs, unrouted)
         else:
             outputs = self._feed_forward(rows[:routed], groups.head(routed))
-            outputs = F.pad(outputs, (0, 0, 0, groups.rows - routed))
+            outputs = F.pad(outputs, (0, 0, 0, groups.layer_slots - routed))
         return combine(outputs, groups, weights)
 
     def _run_without_sync(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Do what :meth:`_run` does where the number of routed slots cannot be read.
 
-        An expert that has tokens anyway takes the slots without an expert, as rows of zeros. What
-        it makes of these is dropped.
+        An expert that has tokens anyway takes the slots without an expert, as rows of zeros. Its
+        outputs for them are dropped.
         """
         unrouted = index >= self.num_experts
         used = F.pad(index.masked_fill(unrouted, 0).reshape(-1), (0, 1)).amax()
         groups = Groups.of(torch.where(unrouted, used, index).reshape(-1), self.num_experts)
         weights = weights.masked_fill(unrouted, 0)
         unrouted = unrouted.reshape(-1).index_select(0, groups.order)
-        return self._run(states, groups, weights, groups.rows, unrouted)
+        return self._run(states, groups, weights, groups.layer_slots, unrouted)
 
     def _run_expert_by_expert(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:
         """Compute the layer's output (T, H), one expert after the other.
@@ -234,20 +234,21 @@ class Experts(nn.Module):
         return sum_choices(outputs.view(tokens, choices, self.hidden_size))
 
     def _is_faster_expert_by_expert(self, groups: Groups) -> bool:
-        """Whether the rows of all experts at once would spill from the caches.
+        """Return whether the rows of all experts at once would spill from the caches.
 
-        Not in training, where the backward needs all rows anyway.
+        In training the answer is no, because the backward pass needs all rows anyway.
         """
         if torch.is_grad_enabled() or needs_native_operators():
             return False
-        if groups.rows * self.intermediate_size <= _CACHED:
+        if groups.layer_slots * self.intermediate_size <= _LAST_LEVEL_CACHE:
             return False
         return not (
-            self.up.uses_joint_route(groups.rows) or self.down.uses_joint_route(groups.rows)
+            self.up.uses_joint_route(groups.layer_slots)
+            or self.down.uses_joint_route(groups.layer_slots)
         )
 
     def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Apply the experts to their rows; at inference in pieces, which bounds the memory."""
+        """Apply the experts to their rows; at inference in pieces, to bound the memory."""
         if torch.is_grad_enabled() or not values_are_readable(rows):
             return self._network(rows, groups)
 
@@ -275,8 +276,8 @@ class Experts(nn.Module):
         """
         table = DenseDispatch.of(index, weights, self.num_experts)
         rows = table.dispatch(states)
-        sides = (self.up,) if self.gate is None else (self.gate, self.up)
-        inner = self.activation(*(table.mask(side(rows, table)) for side in sides))
+        projections = (self.up,) if self.gate is None else (self.gate, self.up)
+        inner = self.activation(*(table.mask(project(rows, table)) for project in projections))
         outputs = self.down(table.mask(self._drop(inner)), table)
         return table.combine(outputs).to(states.dtype)
 
@@ -350,7 +351,7 @@ class DenseExperts(Experts):
         activation, dropout
             As for :class:`Experts`.
         noise : float
-            Noise on every expert's matrices, relative to each one's root mean square.
+            Noise on every expert's matrices, relative to the root mean square of each matrix.
         rng : numpy Generator or int, optional
             Source of the noise.
 

@@ -214,7 +214,7 @@ def ignore_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
 
     Padding then goes to no expert, uses no capacity and counts in no load. Models pass no mask to
     their feed-forward networks, hence this block around a model's call. With activation
-    checkpointing the backward pass calls the layers again and belongs into the block as well. As
+    checkpointing the backward pass calls the layers again, so it belongs in the block as well. As
     with :func:`record_routing`, other threads and tasks do not see the block.
 
     Parameters

@@ -152,7 +152,7 @@ class MPOExperts(Experts):
         up_bias, gate_bias, down_bias : Tensor, shapes (F,), (F,), (H,), optional
             Pretrained biases.
         common_bias : bool
-            Keep them once for all experts, and not a copy for each.
+            Keep one copy of the biases for all experts instead of one per expert.
         num_experts : int
             Number of experts E.
         activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared_sites, matrices
@@ -214,12 +214,12 @@ def _decompose(
     gauge: Gauge,
     report: Callable[[TruncationInfo], None] | None,
 ) -> MPO:
-    """Decompose a pretrained matrix, and report what that cut."""
+    """Decompose a pretrained matrix, and report what the truncation cut."""
     # ``auto`` leaves identity matrices at bonds where nothing can be cut.
     method: Method = "auto" if gauge == "identity" else "eigh"
     if report is None:
         return decompose(matrix, settings.shape, max_bond=settings.max_bond, method=method)
-    # Spectra cost more than an exact conversion, which needs none.
+    # The report needs spectra, which cost more than an exact decomposition without them.
     mpo, info = decompose(
         matrix, settings.shape, max_bond=settings.max_bond, method=method, return_info=True
     )

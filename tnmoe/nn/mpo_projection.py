@@ -28,7 +28,7 @@ from tnmoe.shared_mpo import SharedMPO, replicate
 
 
 class MPOProjection(StoredCores, Projection):
-    """Matrices as MPOs: experts share the cores of some sites, and own those of the others.
+    """Matrices as MPOs, whose experts share the cores of some sites and own those of the rest.
 
     The module stores a core that experts own as a stack with an expert axis, and a shared core
     once.
@@ -275,41 +275,41 @@ class MPOProjection(StoredCores, Projection):
 def project_pair(
     first: nn.Module, second: nn.Module, rows: Tensor, groups: Groups
 ) -> tuple[Tensor, Tensor]:
-    """Apply two projections to the same rows; contract cores once that both store.
+    """Apply two projections to the same rows; contract cores that both store only once.
 
     Parameters
     ----------
     first, second : Projection, or a wrapper of one
-        With as many experts and inputs.
+        Both of the same number of experts and inputs.
     rows, groups
         As for :meth:`Projection.forward`.
 
     Returns
     -------
-    tuple of Tensor, shapes (T, out)
+    tuple of Tensor, shapes (N, out)
     """
     if (
         isinstance(first, MPOProjection)
         and isinstance(second, MPOProjection)
-        # To contract cores once is not to call the modules, which would skip their hooks.
+        # Contracting cores once bypasses the calls of the modules, and with them their hooks.
         and not (_has_hooks(first) or _has_hooks(second))
         and first.last_core is second.last_core
         and first.shape == second.shape
     ):
-        one, two = first.cores, second.cores
+        first_cores, second_cores = first.cores, second.cores
         if all(
             (route or routes.choose_route(cores, rows, groups)) == "joint"
-            for route, cores in ((first.route, one), (second.route, two))
+            for route, cores in ((first.route, first_cores), (second.route, second_cores))
         ):
-            products = routes.tied_linear(rows, one, two, groups)
+            products = routes.tied_linear(rows, first_cores, second_cores, groups)
             return first.add_bias(products[0], groups), second.add_bias(products[1], groups)
     return first(rows, groups), second(rows, groups)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than run the forward of its class."""
+    """Return whether a call of the module does more than run the forward of its class."""
     return bool(
-        # Where accelerate puts its own.
+        # accelerate replaces the method of the instance.
         "forward" in vars(module)
         or module._forward_hooks
         or module._forward_pre_hooks
@@ -331,7 +331,7 @@ def _draw_isometry(core: Tensor, from_left: bool) -> None:
 def _apply_to_core(fn: Callable[[Tensor], Tensor], core: Tensor) -> Tensor:
     """Move or cast a core by a function that may also change the memory format of images.
 
-    Such functions take tensors of four or five axes for images. Two further axes protect cores.
+    Such functions take tensors of four or five axes for images. Two more axes protect the core.
     """
     if core.ndim not in (4, 5) or type(core) not in (Tensor, nn.Parameter):
         return fn(core)

@@ -1,4 +1,4 @@
-"""Projections: the matrices of all experts of a layer, one per expert; here stacked whole."""
+"""Projections: one matrix per expert, as a module; here with matrices that are stored whole."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ class Projection(nn.Module, ABC):
 
     @abstractmethod
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Multiply rows by their experts' matrices: (T, in) → (T, out).
+        """Multiply rows by their experts' matrices: (N, in) → (N, out).
 
         Parameters
         ----------
-        rows : Tensor, shape (T, in)
+        rows : Tensor, shape (N, in)
             In the order of experts.
         groups : Groups
             Which rows belong to which expert.
@@ -107,13 +107,13 @@ class Projection(nn.Module, ABC):
 
         Parameters
         ----------
-        rows : Tensor, shape (T, in), or (T, E, in) for a DenseDispatch
+        rows : Tensor, shape (N, in), or (T, E, in) for a DenseDispatch
         groups : Groups or DenseDispatch
             Which rows belong to which expert.
 
         Returns
         -------
-        Tensor, shape (T, out), or (T, E, out) for a DenseDispatch
+        Tensor, shape (N, out), or (T, E, out) for a DenseDispatch
         """
         if isinstance(groups, Groups):
             return self.add_bias(self.multiply(rows, groups), groups)
@@ -122,18 +122,18 @@ class Projection(nn.Module, ABC):
         return result if self.bias is None else result + self.bias.to(result.dtype)
 
     def _masked_weight(self, groups: Groups | DenseDispatch) -> Tensor:
-        """Return all matrices; those of experts without tokens may be anything."""
+        """Return all matrices; those of experts without tokens may hold any numbers."""
         return self.weight()
 
     def add_bias(self, result: Tensor, groups: Groups) -> Tensor:
-        """Add each row's bias to ``result``, (T, out), whose rows ``groups`` assigns to experts."""
+        """Add to every row of ``result``, (N, out), the bias of its expert in ``groups``."""
         if self.bias is None:
             return result
         bias = self.bias.to(result.dtype)
         return result + (bias if len(bias) < self.num_experts else per_row(bias, groups))
 
     def uses_joint_route(self, rows: int) -> bool:
-        """Whether ``rows`` slots, in inference, take the route ``joint``."""
+        """Return whether, in inference, ``rows`` rows take the route ``joint``."""
         return False
 
     @abstractmethod
@@ -141,7 +141,7 @@ class Projection(nn.Module, ABC):
         """Draw new weights with the variance of ``torch.nn.Linear``'s, 1 / (3·in)."""
 
     def set_bias(self, bias: Tensor | None, common: bool = False, name: str = "bias") -> None:
-        """Replace the bias: by one for each expert, by a common one, or by none.
+        """Replace the bias by one per expert, by a common one, or by None.
 
         Parameters
         ----------
@@ -226,7 +226,7 @@ class StackedProjection(Projection):
         num_experts : int
             Number of experts E.
         noise : float
-            Relative to the matrix's root mean square; drawn for every expert.
+            Noise on every expert's matrix, relative to the root mean square of ``weight``.
         rng : numpy Generator or int, optional
             Source of the noise.
 

@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ScopedValues(Generic[T]):
-    """Values for modules, each of which lasts as long as a block of code.
+    """Values for modules that last as long as a block of code.
 
     The values live in a context of :mod:`contextvars`: another thread, or another task of asyncio,
     does not see them unless it runs in a copy of this context. A backward pass sees the values of
@@ -70,7 +70,7 @@ class ScopedValues(Generic[T]):
         return [*inherited, *(value for value in found if value is not None)]
 
     def copy_to_replica(self, module: nn.Module, replica: M) -> M:
-        """Give a replica, which another thread may call, its module's values in this thread."""
+        """Give a replica the values of its module in this thread: another thread may call it."""
         setattr(replica, self._name, tuple(self.values_for(module)))
         return replica
 

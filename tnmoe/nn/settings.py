@@ -96,7 +96,7 @@ def mpo_settings(
 def _shape_for(
     name: str, given: MPOShape | None, size: tuple[int, int], layout: Layout, sites: int
 ) -> MPOShape:
-    """Return the given shape, if it has that size, or else the layout's."""
+    """Return the given shape after a check of its size, or by default the layout's shape."""
     check_one_of("layout", layout, LAYOUTS)
     if given is None:
         return layout_shape(layout, *size, sites)
@@ -137,7 +137,7 @@ def layout_shape(layout: str, out_features: int, in_features: int, sites: int = 
 
 
 def check_matrices(names: Iterable[str], present: Iterable[str] = MATRICES) -> tuple[Matrix, ...]:
-    """Return the names of matrices; check that they are known and that the network has one.
+    """Return names of matrices; check that all are known and that the network has one of them.
 
     Raises
     ------

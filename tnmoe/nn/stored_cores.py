@@ -21,12 +21,12 @@ class StoredCores(nn.Module):
     center: nn.Parameter
     center_site: int
     shared_sites: frozenset[int]
-    # Of all sites, left to right.
+    # Names of the cores of all sites, left to right.
     _names: tuple[str, ...]
     _bond_dims: tuple[int, ...]
 
     def _store(self, cores: Sequence[Tensor], center_site: int) -> None:
-        """Make parameters of the cores of all sites; those with five axes experts own."""
+        """Make parameters of the cores of all sites. Experts own the cores with five axes."""
         self.center_site = center_site
         self.shared_sites = frozenset(site for site, core in enumerate(cores) if core.ndim == 4)
         # Parameters of the module itself and not of a list in it: whatever moves a module's
@@ -108,7 +108,7 @@ class StoredCores(nn.Module):
         return list(self.parameters_at(site))
 
     def core_at(self, site: int) -> nn.Parameter:
-        """Return the stored core of a site: (E, D, out, in, D'), or shared as the class says.
+        """Return the stored core of a site, in one of the shapes that the class describes.
 
         Parameters
         ----------
@@ -130,7 +130,7 @@ class StoredCores(nn.Module):
         site : int
             From 0, left to right.
         core : Parameter
-            In the shape of :meth:`core_at`.
+            In the shape of the core that it replaces.
 
         Raises
         ------
@@ -143,12 +143,12 @@ class StoredCores(nn.Module):
     def is_gathered(self) -> bool:
         """Whether FSDP gathers the cores, or accelerate loads them, before every use.
 
-        FSDP writes to them in ways that leave no trace, and accelerate makes new ones every time,
-        so nothing built from them can be kept.
+        FSDP writes to them without leaving a trace, and accelerate makes new ones every time.
+        Nothing that is built from them can be kept.
         """
         attributes = vars(self)
         hook = attributes.get("_hf_hook")
         offloaded = hook is not None and any(
-            getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])
+            getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])
         )
         return offloaded or attributes.get("_is_fsdp_managed_module", False)

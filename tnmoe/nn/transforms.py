@@ -8,11 +8,12 @@ from contextvars import Context, copy_context
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
+
+from tnmoe.backends.torch.gradients import in_forward_mode
 
 
 def is_transformed() -> bool:
-    """Whether a transformation of ``torch.func`` is running.
+    """Return whether a transformation of ``torch.func`` is running.
 
     Code must then neither depend on the numbers in a tensor nor change a buffer.
     """
@@ -23,36 +24,39 @@ def is_transformed() -> bool:
 
 
 def needs_native_operators() -> bool:
-    """Whether code is transformed in a way that only torch's own operators support.
+    """Return whether code is transformed in a way that only torch's own operators support.
 
     These are the transformations of ``torch.func``, and forward-mode differentiation without them.
     """
     if torch.compiler.is_compiling():
         return False
-    return is_transformed() or forward_ad._current_level >= 0
+    return is_transformed() or in_forward_mode()
 
 
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether code may read the numbers in a tensor without synchronising with a device."""
+    """Return whether code may read the numbers in a tensor without synchronising with a device."""
     if torch.compiler.is_compiling() or is_transformed():
         return False
     return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers: under ``meta`` and ``FakeTensorMode`` it has only sizes."""
+    """Return whether a tensor holds numbers and not only sizes, as on ``meta`` or when faked."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running, in which activation checkpointing runs layers again."""
+    """Return whether a backward pass is running.
+
+    Activation checkpointing runs layers again in it.
+    """
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
 
 
 def is_under_dispatch_mode() -> bool:
-    """Whether a mode intercepts every operator: to count operations, or to compute nothing."""
+    """Return whether a mode intercepts every operator, to count operations for instance."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

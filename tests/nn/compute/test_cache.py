@@ -15,7 +15,7 @@ from tests.nn.compute.cases import (
     routing,
 )
 from tnmoe import nn
-from tnmoe.nn.compute.matrices import build
+from tnmoe.nn.compute.matrices import build_matrices
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -43,7 +43,8 @@ def test_a_compiled_layer_uses_the_cache_and_sees_changes(cache, monkeypatch):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     built = []
     monkeypatch.setattr(
-        "tnmoe.nn.compute.cache.build", lambda *args: built.append(args) or build(*args)
+        "tnmoe.nn.compute.cache.build_matrices",
+        lambda *args: built.append(args) or build_matrices(*args),
     )
     with torch.no_grad():
         first = compiled(states, index, weights)
@@ -198,7 +199,8 @@ def test_old_matrices_are_dropped_before_new_ones_are_built(cache, monkeypatch):
     made.route = "cached"
     used = []
     monkeypatch.setattr(
-        "tnmoe.nn.compute.cache.build", lambda *args: used.append(cache.used) or build(*args)
+        "tnmoe.nn.compute.cache.build_matrices",
+        lambda *args: used.append(cache.used) or build_matrices(*args),
     )
     with torch.no_grad():
         for _ in range(2):

@@ -144,7 +144,7 @@ def test_the_backward_that_builds_again_is_counted_as_torch_counts_its_products(
     entries = legs.out_features * legs.in_features
     whole = 2 * visited * entries * made.center.shape[-1]
     product = 2 * ranks * entries
-    wanted = {
+    expected = {
         "nothing": half + whole + 2 * product + 2 * (half + whole),
         "cores": half + whole + product,
         "rows": half + product + 2 * (half + whole),
@@ -153,7 +153,7 @@ def test_the_backward_that_builds_again_is_counted_as_torch_counts_its_products(
         made(rows, groups).sum().backward()
     counts = counter.get_flop_counts()["Global"]
     assert counts[torch.ops.tnmoe.rebuilt_linear] == half + whole + product
-    assert counts[torch.ops.tnmoe.rebuilt_linear_backward] == wanted
+    assert counts[torch.ops.tnmoe.rebuilt_linear_backward] == expected
 
 
 @pytest.mark.parametrize("columns", [(), (5,)])

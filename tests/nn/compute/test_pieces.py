@@ -284,7 +284,7 @@ def test_operators_are_applied_in_pieces_of_a_batch(library, limit, monkeypatch)
 
 
 @pytest.mark.parametrize("route", ["joint", "per_expert"])
-def test_plans_tell_of_pieces(route, limit, monkeypatch):
+def test_plans_mention_pieces(route, limit, monkeypatch):
     monkeypatch.setattr(expert_routes, "_rebuilt_seconds", lambda *_: 1e9)
     monkeypatch.setattr(expert_routes, f"_{route}_seconds", lambda *_: 1.0)
 
@@ -298,7 +298,7 @@ def test_plans_tell_of_pieces(route, limit, monkeypatch):
     assert 1 << 19 < peak(1 << 20) <= 1 << 20
 
 
-def test_plans_for_one_operator_tell_of_pieces_too(limit):
+def test_plans_for_one_operator_mention_pieces_too(limit):
     def peak(numbers):
         limit(numbers)
         plan = tn.contraction_plan(tn.MPOShape((8,) * 4, (8,) * 4), (2, 2, 2), 10**5)

@@ -4,14 +4,14 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from tests.nn.ranks import on_two_ranks
-from tests.nn.training.shared_layer import backward, make
+from tests.nn.training.small_layer import backward, make_top2_layer
 from tnmoe.nn.compute import cache
 
 
 def _evaluate_sharded(rank):
     """Evaluation after a step under FSDP; nothing looks at the numbers, as on an accelerator."""
     cache._samples_of = lambda cores: []
-    plain, sharded = make(), make()
+    plain, sharded = make_top2_layer(), make_top2_layer()
     fully_shard(sharded)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (plain, sharded)]
     for layer in (plain, sharded):

@@ -9,7 +9,7 @@ import torch
 import tnmoe as tn
 from tnmoe.contraction import rates as rates_module
 from tnmoe.nn.compute import cache as cache_module
-from tnmoe.nn.compute.matrices import build
+from tnmoe.nn.compute.matrices import build_matrices
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.mpo_projection import MPOProjection
 
@@ -71,9 +71,9 @@ def test_matrices_that_many_threads_need_are_built_once(cache, monkeypatch):
     def slow(*args):
         built.append(args)
         meet(barrier)
-        return build(*args)
+        return build_matrices(*args)
 
-    monkeypatch.setattr(cache_module, "build", slow)
+    monkeypatch.setattr(cache_module, "build_matrices", slow)
     found = in_threads(product, [made] * THREADS)
     assert len(built) == 1
     assert all(each.equal(found[0]) for each in found)
@@ -84,10 +84,10 @@ def test_threads_build_different_matrices_at_the_same_time(cache, monkeypatch):
 
     def together(*args):
         barrier.wait(timeout=30)
-        return build(*args)
+        return build_matrices(*args)
 
     made = [projection() for _ in range(THREADS)]
-    monkeypatch.setattr(cache_module, "build", together)
+    monkeypatch.setattr(cache_module, "build_matrices", together)
     in_threads(product, made)
     assert cache.used > 0
 
@@ -99,12 +99,12 @@ def test_matrices_of_cores_that_change_while_they_are_built_are_not_kept(
     made = projection()
 
     def overtaken(*args):
-        matrices = build(*args)
+        matrices = build_matrices(*args)
         made.center.data.mul_(2)  # which torch does not count
         cache.forget([made.center]) if change == "forget" else cache.clear()
         return matrices
 
-    monkeypatch.setattr(cache_module, "build", overtaken)
+    monkeypatch.setattr(cache_module, "build_matrices", overtaken)
     before = product(made)
     monkeypatch.undo()
     torch.testing.assert_close(product(made), 2 * before)
@@ -129,7 +129,7 @@ def test_building_that_fails_lets_the_next_thread_build(cache, monkeypatch):
     def failing(*_):
         raise MemoryError
 
-    monkeypatch.setattr(cache_module, "build", failing)
+    monkeypatch.setattr(cache_module, "build_matrices", failing)
     with pytest.raises(MemoryError):
         in_threads(product, [made] * 2)
     monkeypatch.undo()

@@ -186,7 +186,7 @@ def mask_of(layer, probability=0.5, **details):
         (lambda layer: mask_of(layer, seed=-1), "seed must be an integer of at least 0, got -1"),
         (
             lambda layer: mask_of(torch.nn.Linear(2, 2)),
-            "Linear has no tensor that experts share",
+            "Linear has no core that experts share",
         ),
         (
             lambda layer: nn.GradientMask(torch.optim.SGD(layer.parameters()), [], 0.5),

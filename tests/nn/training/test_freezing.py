@@ -5,12 +5,12 @@ import torch
 from torch.nn.utils import parametrize, prune
 
 import tnmoe as tn
-from tests.nn.training.shared_layer import backward, make
+from tests.nn.training.small_layer import backward, make_top2_layer
 from tnmoe import nn
 
 
 def test_freezing_leaves_what_experts_own_and_can_be_undone():
-    layer = make()
+    layer = make_top2_layer()
     frozen = nn.freeze_shared(layer)
     assert frozen == layer.experts.up.center.numel() + layer.experts.down.center.numel()
     backward(layer)
@@ -23,7 +23,7 @@ def test_freezing_leaves_what_experts_own_and_can_be_undone():
 
 
 def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
-    layer = make()
+    layer = make_top2_layer()
     count = nn.train_auxiliary(layer)
     trained = {name for name, each in layer.named_parameters() if each.requires_grad}
     assert trained == {f"experts.{side}.aux_{site}" for side in ("up", "down") for site in (0, 1)}
@@ -38,7 +38,7 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
 
 
 def test_auxiliary_cores_are_trained_through_their_parametrizations():
-    layer = make()
+    layer = make_top2_layer()
     up = layer.experts.up
     parametrize.register_parametrization(up, "aux_0", torch.nn.Tanh())
     prune.l1_unstructured(up, "aux_1", amount=0.3)
@@ -51,15 +51,15 @@ def test_auxiliary_cores_are_trained_through_their_parametrizations():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.train_auxiliary(torch.nn.Linear(2, 2)), "Linear has no tensor that"),
+        (lambda: nn.train_auxiliary(torch.nn.Linear(2, 2)), "Linear has no core that"),
         (
-            lambda: nn.train_auxiliary(make(), also=["router", "head"]),
+            lambda: nn.train_auxiliary(make_top2_layer(), also=["router", "head"]),
             "no parameter has head in its name",
         ),
-        (lambda: nn.freeze_shared(nn.DenseExperts(2, 8, 8)), "DenseExperts has no tensor that"),
+        (lambda: nn.freeze_shared(nn.DenseExperts(2, 8, 8)), "DenseExperts has no core that"),
         (
             lambda: nn.freeze_shared(nn.MPOExperts(2, 8, 8, shared_sites="none")),
-            "has no tensor that",
+            "has no core that",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Gradients of shared tensors, scaled."""
+"""Gradients of shared cores, scaled."""
 
 import pytest
 import torch
@@ -6,19 +6,19 @@ from torch.distributed.fsdp import fully_shard
 
 import tnmoe as tn
 from tests.nn.ranks import on_two_ranks
-from tests.nn.training.shared_layer import backward, make
+from tests.nn.training.small_layer import backward, make_top2_layer
 from tnmoe import nn
 
 
 def tied(*experts):
-    layers = torch.nn.ModuleList(make(each) for each in experts)
+    layers = torch.nn.ModuleList(make_top2_layer(each) for each in experts)
     nn.tie_layers(layers)
     return layers
 
 
 @pytest.mark.parametrize("scale", [None, 0.5, 0.0])
-def test_gradients_of_shared_tensors_are_scaled_and_no_others_until_removed(scale):
-    plain, scaled = make(), make()
+def test_gradients_of_shared_cores_are_scaled_and_no_others_until_removed(scale):
+    plain, scaled = make_top2_layer(), make_top2_layer()
     backward(plain)
     with nn.SharedGradientScale(scaled, scale):
         backward(scaled)
@@ -33,7 +33,7 @@ def test_gradients_of_shared_tensors_are_scaled_and_no_others_until_removed(scal
 
 
 def test_tensors_thawed_later_are_scaled_too():
-    plain, scaled = make(), make()
+    plain, scaled = make_top2_layer(), make_top2_layer()
     nn.freeze_shared(scaled)
     with nn.SharedGradientScale(scaled, 0.5):
         assert not scaled.experts.up.center.requires_grad
@@ -45,7 +45,7 @@ def test_tensors_thawed_later_are_scaled_too():
 
 def _scale_sharded(rank):
     """Gradients and a step of a layer under FSDP, with scaled gradients, against one process."""
-    plain, sharded = make(), make()
+    plain, sharded = make_top2_layer(), make_top2_layer()
     with nn.SharedGradientScale(plain, 0.5):
         backward(plain)
     fully_shard(sharded)
@@ -77,12 +77,12 @@ def test_gradients_that_fsdp_gathers_are_scaled():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.SharedGradientScale(torch.nn.Linear(2, 2)), "Linear has no tensor that"),
+        (lambda: nn.SharedGradientScale(torch.nn.Linear(2, 2)), "Linear has no core that"),
         (
-            lambda: nn.SharedGradientScale(make(), float("nan")),
+            lambda: nn.SharedGradientScale(make_top2_layer(), float("nan")),
             r"scale must be in \[0, inf\), got nan",
         ),
-        (lambda: nn.SharedGradientScale(tied(4, 2)), "give scale: layers that share a tensor"),
+        (lambda: nn.SharedGradientScale(tied(4, 2)), "give scale: layers that share a core"),
     ],
 )
 def test_bad_scales_are_named(make, message):

@@ -1,15 +1,15 @@
-"""Parameter groups with a learning rate of their own for shared tensors."""
+"""Parameter groups with a learning rate of their own for shared cores."""
 
 import pytest
 import torch
 
 import tnmoe as tn
-from tests.nn.training.shared_layer import backward, make
+from tests.nn.training.small_layer import backward, make_top2_layer
 from tnmoe import nn
 
 
 def test_parameter_groups_hold_every_trained_parameter_once_and_shared_ones_apart():
-    layer = make()
+    layer = make_top2_layer()
     layer.router.weight.requires_grad_(False)
     own, shared = nn.parameter_groups(layer, lr=0.1, weight_decay=0.01)
     assert own["lr"] == 0.1
@@ -33,13 +33,13 @@ def test_parameter_groups_hold_every_trained_parameter_once_and_shared_ones_apar
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.parameter_groups(torch.nn.Linear(2, 2), 0.1), "Linear has no tensor that"),
+        (lambda: nn.parameter_groups(torch.nn.Linear(2, 2), 0.1), "Linear has no core that"),
         (
-            lambda: nn.parameter_groups(make(), 0.1, -1.0),
+            lambda: nn.parameter_groups(make_top2_layer(), 0.1, -1.0),
             r"shared_scale must be in \[0, inf\), got -1.0",
         ),
         (
-            lambda: nn.parameter_groups(torch.nn.ModuleList([make(4), make(2)]), 0.1),
+            lambda: nn.parameter_groups(torch.nn.ModuleList(map(make_top2_layer, (4, 2))), 0.1),
             r"give shared_scale: layers have \[2, 4\] experts",
         ),
     ],

@@ -1,4 +1,4 @@
-"""Functions that find shared tensors also find them in a model under FSDP."""
+"""Functions that find shared cores also find them in a model under FSDP."""
 
 import copy
 
@@ -37,7 +37,7 @@ def wrap(policy, original):
 
 
 def train(model, change, losses):
-    """Make two steps with a change to the updates of shared tensors."""
+    """Make two steps with a change to the updates of shared cores."""
     if change == "frozen":
         nn.freeze_shared(model)
     groups = nn.parameter_groups(model, 0.1, 0.5) if change == "groups" else model.parameters()
@@ -94,7 +94,7 @@ def trained(rank, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_shared_tensors_get_what_they_get_in_one_process(policy, ranks):
+def test_shared_cores_get_what_they_get_in_one_process(policy, ranks):
     for change in CHANGES:
         model = make()
         train(model, change, loss_of_both_ranks)
@@ -167,10 +167,10 @@ def messages_about_exchanged_parameters(rank):
 def test_masks_notice_that_their_tensors_were_exchanged(ranks):
     for found in ranks:
         exchanged, foreign, tied, stepped = found["exchanged"]
-        assert exchanged.startswith("the model no longer has 3 of the 3 shared tensors to mask")
-        assert foreign.startswith("the optimizer does not hold 3 of the 3 shared tensors to mask")
+        assert exchanged.startswith("the model no longer has 3 of the 3 tensors to mask")
+        assert foreign.startswith("the optimizer does not hold 3 of the 3 tensors to mask")
         assert "tie them before that" in tied
-        assert stepped.startswith("the optimizer does not hold 3 of the 3 shared tensors to mask")
+        assert stepped.startswith("the optimizer does not hold 3 of the 3 tensors to mask")
 
 
 def inference(policy):

@@ -94,8 +94,8 @@ def test_tied_layers_keep_their_matrices_side_by_side(cache, monkeypatch):
     for layer in tied:
         for name in ("up", "gate", "down"):
             getattr(layer, name).route = "cached"
-    built, build = [], cache_module.build
-    monkeypatch.setattr(cache_module, "build", lambda *a: built.append(1) or build(*a))
+    built, build = [], cache_module.build_matrices
+    monkeypatch.setattr(cache_module, "build_matrices", lambda *a: built.append(1) or build(*a))
     with torch.no_grad():
         x = torch.randn(4, H, dtype=torch.float64)
         first = run(tied, x)

@@ -14,12 +14,12 @@ from tnmoe.errors import InputError
 
 
 def needs_backward(matrix: Tensor) -> bool:
-    """Check for gradients in reverse mode only, which the functions in this file provide."""
+    """Return whether a matrix needs gradients in reverse mode and not in forward mode."""
     return matrix.requires_grad and torch.is_grad_enabled() and not in_forward_mode()
 
 
 def in_forward_mode() -> bool:
-    """Check for derivatives in forward mode, for which torch's own formulas are used."""
+    """Return whether derivatives in forward mode are taken, which need torch's own formulas."""
     return forward_ad._current_level >= 0
 
 

@@ -1,1 +1,1 @@
-"""From rows of activations to rows of outputs: routes, kernels, kept matrices."""
+"""The way from rows of activations to rows of outputs: routes, kernels and the weight cache."""

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import grouped_linear
-from tnmoe.nn.compute.matrices import build
+from tnmoe.nn.compute.matrices import build_matrices
 from tnmoe.nn.compute.slots import Groups
 
 # Numbers of a core that are compared to find changes that torch does not count.
@@ -34,7 +34,7 @@ class _Entry:
 
     Attributes
     ----------
-    matrices : Tensor
+    matrices : Tensor, shape (E, out, in)
     state : tuple
         Dtype of the matrices; address and version of every core.
     samples : list of (Tensor, Tensor)
@@ -54,7 +54,7 @@ class _Entry:
 
 @dataclass(eq=False)
 class _Building:
-    """Matrices that one thread builds; other threads that need the same wait for the lock."""
+    """Matrices that one thread builds, while threads that need the same ones wait for the lock."""
 
     lock: RLock = field(default_factory=RLock)
     # Whether a core may have changed since the building began.
@@ -65,11 +65,11 @@ class WeightCache:
     """Built matrices of projections, dropped as soon as a core changes or is deleted.
 
     Threads may use it at the same time. Threads that need the same matrices wait until one of them
-    has built these; threads that need different matrices do not wait.
+    has built these. Threads that need different matrices do not wait for each other.
 
     Call :meth:`clear` after writing to ``core.data`` in place in the middle of an evaluation. On an
-    accelerator the cache cannot notice it. On a CPU it notices only if one of a few sampled
-    numbers has changed, which pruning, for instance, may leave as they are.
+    accelerator the cache cannot notice such a change. On a CPU it notices the change only if one
+    of a few sampled numbers has changed; pruning, for instance, may miss all of these.
 
     Parameters
     ----------
@@ -86,8 +86,8 @@ class WeightCache:
     def __init__(self, limit: int = 2**31) -> None:
         # Keys are the identities of all cores: projections may share any of their cores.
         self._entries: dict[tuple[int, ...], _Entry] = {}
-        # The lock of the cache is held for a few look-ups only. The lock of a building is held
-        # longer, by a thread that waits for no other building: nothing can deadlock.
+        # A thread holds the lock of the cache for a few look-ups only. It holds the lock of a
+        # building longer, but waits for no other building meanwhile: nothing can deadlock.
         self._buildings: weakref.WeakValueDictionary[tuple[int, ...], _Building]
         self._buildings = weakref.WeakValueDictionary()
         # Reentrant: a garbage collection in the middle of a look-up may drop matrices.
@@ -100,7 +100,7 @@ class WeightCache:
 
     @property
     def enabled(self) -> bool:
-        """Whether matrices are kept; setting it to False drops those that were."""
+        """Whether matrices are kept. Setting it to False drops all of them."""
         return self._enabled
 
     @enabled.setter
@@ -134,7 +134,7 @@ class WeightCache:
                 building.stale |= applies_to(key)
 
     def can_keep(self, cores: ExpertCores, itemsize: int) -> bool:
-        """Say whether the matrices of ``cores`` are kept already, or would fit.
+        """Return whether the matrices of ``cores`` are kept already, or would fit.
 
         ``itemsize`` is the number of bytes per entry.
         """
@@ -155,10 +155,10 @@ class WeightCache:
         cores : ExpertCores
             In any dtype.
         dtype : torch.dtype
-            Of the result.
+            Dtype of the result.
         """
         if not self.can_keep(cores, dtype.itemsize):
-            return _build_in(dtype, cores)
+            return _build_as(cores, dtype)
         key = _key_of(cores)
         state = (dtype, *((core.data_ptr(), core._version) for core in cores.stored))
         entry = self._entries.get(key)
@@ -174,7 +174,7 @@ class WeightCache:
             del entry
             self._entries.pop(key, None)
             building.stale = False
-            matrices = _build_in(dtype, cores)
+            matrices = _build_as(cores, dtype)
             self._keep(cores, building, matrices, state)
         return matrices
 
@@ -192,14 +192,14 @@ class WeightCache:
                 entries[key] = entry
 
 
-def _build_in(dtype: torch.dtype, cores: ExpertCores) -> Tensor:
-    return build(cores).to(dtype).contiguous()
+def _build_as(cores: ExpertCores, dtype: torch.dtype) -> Tensor:
+    return build_matrices(cores).to(dtype).contiguous()
 
 
 def _samples_of(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return views and copies of some numbers of every core; of none on an accelerator.
+    """Return views and copies of some numbers of every core; nothing on an accelerator.
 
-    To compare them there would synchronise with it.
+    A comparison would synchronise with the accelerator.
     """
     if cores[0].device.type != "cpu":
         return []
@@ -227,11 +227,11 @@ register_optimizer_step_post_hook(_forget_stepped)
 
 
 def cached_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
-    """Multiply rows by their experts' matrices, which the cache has or builds. No gradients.
+    """Multiply rows by their experts' matrices from the cache, without gradients.
 
     Parameters and result are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
-    ``torch.compile`` sees one operator: a compiled model, too, takes the matrices that are current
-    when it runs.
+    ``torch.compile`` sees one operator, so a compiled model also takes the matrices that are
+    current when it runs.
     """
     if torch.compiler.is_compiling():
         numbers = [cores.center_site, cores.shape.out_features, cores.shape.in_features]
@@ -243,7 +243,10 @@ def cached_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
 def _cached_linear(
     rows: Tensor, stored: Sequence[Tensor], offsets: Tensor, numbers: Sequence[int]
 ) -> Tensor:
-    """Multiply by the matrices of stored cores; numbers: site of the centre, rows, columns."""
+    """Multiply rows by the matrices of stored cores.
+
+    ``numbers`` are the site of the centre, and the rows and columns of the matrices.
+    """
     center_site, *size = numbers
     cores = ExpertCores.of(stored, center_site, (size[0], size[1]))
     return grouped_linear(rows, weight_cache.get(cores, rows.dtype), offsets)

@@ -1,4 +1,4 @@
-"""A short measurement of a device, for plans that fit this very device."""
+"""A short measurement of a device, from which contraction plans take their rates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tnmoe.contraction.rates import Rates, set_rates
 from tnmoe.nn.compute.devices import usable_device, wait_for
 
-# Calls of which the fastest counts.
+# Calls of a product; the fastest one counts.
 _REPEATS = 15
 
 
@@ -69,13 +69,13 @@ def calibrate(device: torch.device | str = "cpu", store: bool = True) -> Rates:
     return rates
 
 
-def _seconds(call: Callable[[], Tensor], on: Tensor) -> float:
-    """Return the seconds of the fastest call: what slows others down is not the device."""
+def _seconds(call: Callable[[], Tensor], operand: Tensor) -> float:
+    """Return the seconds of the fastest call; other work of the machine slows the rest."""
     seconds = []
     for _ in range(_REPEATS):
-        wait_for(on)
+        wait_for(operand)
         start = time.perf_counter()
         call()
-        wait_for(on)
+        wait_for(operand)
         seconds.append(time.perf_counter() - start)
     return min(seconds)

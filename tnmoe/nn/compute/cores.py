@@ -58,8 +58,8 @@ class ExpertCores:
     bond_dims : tuple of int
         Inner bond dimensions, left to right.
     transient : bool
-        Whether the tensors are there for one call only, as those that FSDP or accelerate gather:
-        nothing that is built from them can be kept.
+        Whether the tensors exist for one call only, as those that FSDP or accelerate gathers.
+        Nothing that is built from them can be kept.
     """
 
     stored: tuple[Tensor, ...]
@@ -117,7 +117,7 @@ class ExpertCores:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype for products of the cores: frozen and trained cores may differ in theirs."""
+        """The dtype for products of the cores: frozen and trained ones may differ in dtype."""
         return reduce(torch.promote_types, (core.dtype for core in self.stored))
 
     def sites(self) -> list[Tensor]:
@@ -139,7 +139,8 @@ class ExpertCores:
     def mask_unused(self, groups: Groups | DenseDispatch) -> ExpertCores:
         """Replace the cores of experts without rows by zeros, where gradients are recorded.
 
-        A gradient of 0 times what these cores hold, NaN even, would reach the shared cores.
+        Otherwise 0 times the numbers in these cores, which is NaN for NaN, would enter the
+        gradients of the shared cores.
         """
         if not torch.is_grad_enabled():
             return self
@@ -150,7 +151,7 @@ class ExpertCores:
         )
 
     def needs_gradients(self, rows: Tensor) -> bool:
-        """Whether a product of ``rows`` with these cores takes part in a backward pass."""
+        """Return whether a product of ``rows`` with these cores takes part in a backward pass."""
         return torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (rows, *self.stored)
         )

@@ -9,7 +9,7 @@ from tnmoe.errors import InputError
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """Return the device, with its index if it has one; raise an InputError if it is not here."""
+    """Return the device, with its index if it has one; raise an InputError if torch lacks it."""
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -1,7 +1,7 @@
 """Operation counts of tnmoe's operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Without these formulas it would count nothing there. As for torch's own products, a multiply-add
-counts as two operations; only products count.
+Without these formulas the counter would ignore these operators. As for torch's own products, a
+multiply-add counts as two operations, and only products count.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _OPERATORS = torch.ops.tnmoe
 @register_flop_formula(_OPERATORS.grouped_linear, get_raw=True)
 def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, **_: Any) -> int:
     columns = prod(rows.shape[2:])
-    return 2 * _rows_of(rows, offsets) * columns * weight.shape[1] * weight.shape[2]
+    return 2 * _count_rows(rows, offsets) * columns * weight.shape[1] * weight.shape[2]
 
 
 @register_flop_formula(_OPERATORS.grouped_outer, get_raw=True)
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, **_: Any) -> int:
     columns = prod(left.shape[2:])
-    return 2 * _rows_of(left, offsets) * columns * left.shape[1] * right.shape[1]
+    return 2 * _count_rows(left, offsets) * columns * left.shape[1] * right.shape[1]
 
 
 @register_flop_formula(_OPERATORS.rebuilt_linear, get_raw=True)
@@ -71,7 +71,7 @@ def _rebuilt_linear_backward(
 def _cached_linear(
     rows: Tensor, stored: Sequence[Tensor], offsets: Tensor, numbers: Sequence[int], **_: Any
 ) -> int:
-    return 2 * _rows_of(rows, offsets) * rows.shape[1] * numbers[1]
+    return 2 * _count_rows(rows, offsets) * rows.shape[1] * numbers[1]
 
 
 def _parts(
@@ -85,10 +85,10 @@ def _parts(
     entries = legs.out_features * legs.in_features
     products = experts * left.shape[1] * center.numel()
     matrices = experts * entries * center.shape[-1]
-    return 2 * products, 2 * matrices, 2 * _rows_of(rows, offsets) * entries
+    return 2 * products, 2 * matrices, 2 * _count_rows(rows, offsets) * entries
 
 
-def _rows_of(rows: Tensor, offsets: Tensor) -> int:
+def _count_rows(rows: Tensor, offsets: Tensor) -> int:
     """Count the rows that have an expert, or all rows where ``offsets`` has no numbers."""
     return int(offsets[-1]) if _has_numbers(offsets) else len(rows)
 

@@ -15,15 +15,15 @@ from tnmoe.nn.compute.half_precision import is_half
 from tnmoe.nn.compute.slots import Groups, blocks_of
 from tnmoe.nn.transforms import has_values, is_under_dispatch_mode, needs_native_operators
 
-# Numbers that fit into the cache of one CPU core.
-_CACHED = 1 << 17
+# Numbers that fit into the own cache of one core of a CPU.
+_L2_CACHE = 1 << 17
 
-# Bytes: torch's grouped kernel takes rows whose size is a multiple of it.
+# Torch's grouped kernel takes rows whose size in bytes is a multiple of this.
 _ALIGNMENT = 16
 
 
 def per_row(table: Tensor, groups: Groups) -> Tensor:
-    """Look up the entry of every row's expert in a table: (E, n) → (T, n).
+    """Look up the entry of every row's expert in a table: (E, n) → (N, n).
 
     Equal to ``table[groups.experts]``, without the scattered addition that indexing has as its
     gradient: the rows of an expert are adjacent.
@@ -43,7 +43,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     Parameters
     ----------
-    rows : Tensor, shape (T, in) or (T, in, n)
+    rows : Tensor, shape (N, in) or (N, in, n)
         In the order of experts. With three axes every row is a matrix with n columns.
     weight : Tensor, shape (E, out, in)
         One matrix per expert, in the dtype of ``rows``.
@@ -52,7 +52,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (T, out) or (T, out, n)
+    Tensor, shape (N, out) or (N, out, n)
 
     Notes
     -----
@@ -68,9 +68,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """Compute leftᵀ · right over the rows of every expert: (T, out), (T, in) → (E, out, in).
+    """Compute leftᵀ · right over the rows of every expert: (N, out), (N, in) → (E, out, in).
 
-    With columns, (T, out, n) and (T, in, n), the sum runs over these as well.
+    With columns, (N, out, n) and (N, in, n), the sum runs over these as well.
     """
     if needs_native_operators():
         return _native_outer(left, right, offsets)
@@ -136,7 +136,7 @@ def _per_row(table: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("tnmoe::grouped_sum", mutates_args=())
 def _grouped_sum(rows: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-    """Sum the rows of every expert, (T, n) → (E, n): the adjoint of ``per_row``."""
+    """Sum the rows of every expert, (N, n) → (E, n): the adjoint of ``per_row``."""
     if _on_cuda(rows):
         # The kernel of a product neither synchronises nor adds in a random order.
         ones = rows.new_ones(len(rows), _ALIGNMENT // rows.element_size())
@@ -172,7 +172,7 @@ def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 def _outer_block_in_pieces(left: Tensor, right: Tensor, out: Tensor) -> None:
     (count, rows, columns), depth = left.shape, right.shape[1]
-    step = _CACHED // (rows * depth)
+    step = _L2_CACHE // (rows * depth)
     if step > 1:
         # Sum the small products of several rows at a time, in memory that stays in a cache.
         sums = left.new_zeros(min(step, count), rows, depth)
@@ -181,7 +181,7 @@ def _outer_block_in_pieces(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.sum(sums, 0, out=out)
         return
     out.zero_()
-    step = max(1, _CACHED // (columns * (rows + depth)))
+    step = max(1, _L2_CACHE // (columns * (rows + depth)))
     for lefts, rights in zip(left.split(step), right.split(step), strict=True):
         out.addmm_(_columns_as_rows(lefts).T, _columns_as_rows(rights))
 
@@ -196,14 +196,14 @@ def _on_cuda(array: Tensor) -> bool:
 
 
 def _has_kernel(*arrays: Tensor) -> bool:
-    """Whether torch's grouped kernel takes these arrays."""
+    """Return whether torch's grouped kernel takes these arrays."""
     if not hasattr(F, "grouped_mm") or not _on_cuda(arrays[0]):
         return False
     return arrays[0].dtype in (torch.bfloat16, torch.float16) and all(map(_is_aligned, arrays))
 
 
 def _is_aligned(array: Tensor) -> bool:
-    """Whether contiguous rows, of the array or of its transpose, fill whole aligned blocks."""
+    """Return whether rows, of an array or of its transpose, are contiguous and aligned."""
     stored = array if array.is_contiguous() else array.mT
     return stored.is_contiguous() and stored.shape[-1] * stored.element_size() % _ALIGNMENT == 0
 

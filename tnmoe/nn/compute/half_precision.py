@@ -16,7 +16,7 @@ from tnmoe.nn.transforms import needs_native_operators
 
 
 def is_half(dtype: torch.dtype) -> bool:
-    """Whether a dtype is a half precision, which sums must not be made in."""
+    """Return whether a dtype is a half precision, in which sums must not be made."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
@@ -51,7 +51,7 @@ def cast_for_reuse(tensor: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     ----------
     tensor : Tensor
     dtype : torch.dtype
-        What to cast to.
+        Dtype of the cast tensor.
 
     Returns
     -------

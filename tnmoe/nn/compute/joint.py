@@ -31,15 +31,16 @@ def joint_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tensor:
     Notes
     -----
     The state has axes (rows, inputs to come, bond to the cores already contracted, outputs so
-    far). A core, as it is stored, is the matrix (bond · output, input · bond) that takes it to the
-    next one, so neither is ever permuted. Where output legs lie left of the shared core and input
-    legs right of it (:meth:`MPOShape.split`), the shared core is one dense product for all rows.
+    far). A core, as it is stored, is the matrix (bond · output, input · bond) that takes one state
+    to the next, so neither is ever permuted. Where output legs lie left of the shared core and
+    input legs right of it (:meth:`MPOShape.split`), the shared core is one dense product for all
+    rows.
     """
     return tied_joint_linear(rows, [cores], groups)[0]
 
 
 def tied_joint_linear(
-    rows: Tensor, stacks: Sequence[ExpertCores], groups: Groups
+    rows: Tensor, projections: Sequence[ExpertCores], groups: Groups
 ) -> Sequence[Tensor]:
     """Multiply the same padded rows by the matrices of several projections of one shape.
 
@@ -50,27 +51,27 @@ def tied_joint_linear(
     ----------
     rows, groups
         As for :func:`joint_linear`.
-    stacks : sequence of ExpertCores
-        One per projection.
+    projections : sequence of ExpertCores
+        The cores of each projection.
 
     Returns
     -------
-    sequence of Tensor, shapes (T, padded out)
+    sequence of Tensor, shapes (N, padded out)
         One per projection.
     """
-    sites = stacks[0].shape.sites
-    separate = sites - _count_tied(stacks)
+    sites = projections[0].shape.sites
+    separate = sites - _count_tied(projections)
 
     def through_cores(rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
         tied, rest = cores[: sites - separate], cores[sites - separate :]
         state = _State(rows, rows.shape[1], 1).through(tied, groups)
-        chains = (rest[n * separate : (n + 1) * separate] for n in range(len(stacks)))
+        chains = (rest[n * separate : (n + 1) * separate] for n in range(len(projections)))
         ends = (state.through(chain, groups) for chain in chains)
-        return [end.tensor.reshape(len(rows), end.outs) for end in ends]
+        return [end.tensor.reshape(len(rows), end.outputs) for end in ends]
 
-    chains = [stack.sites() for stack in stacks]
+    chains = [projection.sites() for projection in projections]
     cores = [*chains[0][separate:], *(core for chain in chains for core in chain[:separate])]
-    step = min(map(_rows_at_once, stacks))
+    step = min(map(_rows_at_once, projections))
     return apply_in_pieces(through_cores, rows, cores, groups, step)
 
 
@@ -81,12 +82,12 @@ def _rows_at_once(cores: ExpertCores) -> int:
     return rows_per_piece(width, max(cores.shape.padded_in, cores.shape.padded_out))
 
 
-def _count_tied(stacks: Sequence[ExpertCores]) -> int:
+def _count_tied(projections: Sequence[ExpertCores]) -> int:
     """Count the last sites at which several projections store the same tensors."""
-    if len(stacks) < 2:
+    if len(projections) < 2:
         return 0
     count = 0
-    for cores in zip(*(reversed(stack.stored) for stack in stacks), strict=True):
+    for cores in zip(*(reversed(projection.stored) for projection in projections), strict=True):
         if any(core is not cores[0] for core in cores):
             break
         count += 1
@@ -101,27 +102,28 @@ class _State:
     ----------
     tensor : Tensor
         Axes (rows, inputs to come, bond, outputs so far), some of them merged.
-    rest : int
-        Inputs to come, of every row.
-    outs : int
-        Outputs so far, of every row.
+    inputs : int
+        Size, per row, of the input legs that no core has taken yet.
+    outputs : int
+        Size, per row, of the output legs so far.
     """
 
     tensor: Tensor
-    rest: int
-    outs: int
+    inputs: int
+    outputs: int
 
     def through(self, cores: Sequence[Tensor], groups: Groups) -> _State:
         """Contract a chain of cores, from the right."""
-        state, rest, outs = self.tensor, self.rest, self.outs
+        state, inputs, outputs = self.tensor, self.inputs, self.outputs
         count = len(groups.experts)
         for core in reversed(cores):
             before, out, in_, after = core.shape[-4:]
-            rest //= in_
+            inputs //= in_
             matrix = core.reshape(*core.shape[:-4], before * out, in_ * after)
-            state = _multiply(state.reshape(count * rest, in_ * after, outs), matrix, groups, rest)
-            outs *= out
-        return _State(state, rest, outs)
+            state = state.reshape(count * inputs, in_ * after, outputs)
+            state = _multiply(state, matrix, groups, inputs)
+            outputs *= out
+        return _State(state, inputs, outputs)
 
 
 def _multiply(state: Tensor, matrix: Tensor, groups: Groups, factor: int) -> Tensor:

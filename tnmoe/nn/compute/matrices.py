@@ -49,7 +49,7 @@ def exact_matrices(cores: ExpertCores) -> Tensor:
 
 
 @torch.no_grad()
-def build(cores: ExpertCores) -> Tensor:
+def build_matrices(cores: ExpertCores) -> Tensor:
     """Return all matrices, (E, out, in), without gradients, in the precision of the cores."""
     with without_autocast(cores.center.device):
         cores = cores.to(cores.dtype)
@@ -87,8 +87,8 @@ def _aligned(stacks: Sequence[Tensor]) -> list[Tensor]:
 
 def _build_padded(center: Tensor, left: Tensor, right: Tensor, legs: Legs) -> Tensor:
     if center.ndim == 5:
-        each = zip(center, left.split(1), right.split(1), strict=True)
-        return torch.cat([_build_padded(*factors, legs) for factors in each])
+        by_expert = zip(center, left.split(1), right.split(1), strict=True)
+        return torch.cat([_build_padded(*factors, legs) for factors in by_expert])
     builder = MatrixBuilder(center, legs)
     result = center.new_empty(len(left), legs.out_features, legs.in_features)
     step = 1 if center.device.type == "cpu" else len(left)

@@ -25,7 +25,7 @@ def per_expert_linear(rows: Tensor, cores: ExpertCores, groups: Groups) -> Tenso
     Parameters and result are those of :func:`tnmoe.nn.compute.routes.expert_linear`.
     """
     if not groups.blocks:
-        # Without rows, too, cores have gradients: zeros.
+        # The gradients of the cores must be zeros here, and not None.
         return rebuilt_linear(rows, cores, groups)
     shape = cores.shape
 

@@ -12,7 +12,8 @@ from tnmoe.nn.compute.half_precision import cast_for_reuse
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.transforms import needs_native_operators
 
-# Computes rows in the order of experts from themselves, cores in their dtype, and their groups.
+# A function of rows in the order of experts, of cores in the dtype of the rows, and of the groups
+# of the rows.
 RowFunction = Callable[[Tensor, list[Tensor], Groups], Sequence[Tensor]]
 
 
@@ -27,9 +28,9 @@ def apply_in_pieces(
     Parameters
     ----------
     function : callable
-        Takes rows, cores in their dtype and groups. Returns tensors with as many rows, each of
-        which depends on its own row alone.
-    rows : Tensor, shape (T, n)
+        Takes rows, cores in the dtype of the rows, and groups. Returns tensors with as many rows.
+        Each row of the result depends on the same row of the input alone.
+    rows : Tensor, shape (N, n)
         In the order of experts.
     cores : sequence of Tensor
         In any dtype.
@@ -40,7 +41,7 @@ def apply_in_pieces(
 
     Returns
     -------
-    sequence of Tensor, shapes (T, ...)
+    sequence of Tensor, shapes (N, ...)
     """
     if len(rows) <= step:
         return function(rows, [core.to(rows.dtype) for core in cores], groups)

@@ -1,8 +1,8 @@
 """Rows times matrices that are built, used and dropped: the route ``rebuilt``.
 
-On a CPU the rows of one block of one expert's matrix exist at a time, and only the matrices of
-experts that have rows are built. The backward builds the matrices again: the forward keeps the
-cores alone.
+On a CPU only one block of rows of one expert's matrix exists at a time, and only the matrices of
+experts that have rows are built. The forward pass keeps the cores alone, and the backward pass
+builds the matrices again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _rebuilt_linear_backward(
                 grad_products, left[experts], grad_left[experts], grad_center
             )
     grad_rows, grad_center, grad_right = (
-        each.to(rows.dtype) for each in (grad_rows, grad_center, grad_right)
+        total.to(rows.dtype) for total in (grad_rows, grad_center, grad_right)
     )
     return grad_rows, grad_center, grad_left, grad_right
 
@@ -159,15 +159,15 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     gradients = backward(
         grad.contiguous(), rows, factors, offsets, ctx.legs, [needs[0], any(needs[1:4])]
     )
-    needed = (each if need else None for each, need in zip(gradients, needs, strict=False))
+    needed = (gradient if need else None for gradient, need in zip(gradients, needs, strict=False))
     return (*needed, None, None)
 
 
 _rebuilt_linear.register_autograd(_backward, setup_context=_save_inputs)
 
 
-# The same in torch's own operators, which have gradients themselves. Letters of the legs: outputs
-# a, o, c and inputs b, p, g left of the centre, at it, and right of it; bonds d and f.
+# The same computation in torch's own operators, which have gradients themselves. Letters of the
+# legs left of the centre, at it, and right of it: outputs a, o, c and inputs b, p, g. Bonds: d, f.
 
 
 def _left_products(center: Tensor, left: Tensor, legs: Legs) -> Tensor:

@@ -1,4 +1,4 @@
-"""Routes from rows to their products with experts' matrices: choose one, and take it."""
+"""The choice among the routes from rows to their products with experts' matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, check_one_of
 from tnmoe.nn.compute.cache import cached_linear, weight_cache
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.joint import joint_linear, tied_joint_linear
@@ -17,9 +17,9 @@ from tnmoe.nn.compute.per_expert import per_expert_linear
 from tnmoe.nn.compute.rebuilt import rebuilt_linear
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.transforms import has_values, needs_native_operators
-from tnmoe.options import Route
+from tnmoe.options import ROUTES, Route
 
-# Of padded rows; the route ``cached`` needs no padding.
+# They take padded rows; the route ``cached`` needs no padding.
 _KERNELS: dict[str, Callable[[Tensor, ExpertCores, Groups], Tensor]] = {
     "joint": joint_linear,
     "per_expert": per_expert_linear,
@@ -57,14 +57,14 @@ def plan(cores: ExpertCores, rows: int, training: bool) -> ContractionPlan:
 
 
 def choose_route(cores: ExpertCores, rows: Tensor, groups: Groups) -> str:
-    """Return the route that is planned for the layer's rows.
+    """Return the route that is planned for all slots of the layer.
 
     Code that is compiled, or that computes no numbers, gets a route that suits any number of rows.
     """
     training = cores.needs_gradients(rows)
     compiling = torch.compiler.is_compiling()
     if not compiling and has_values(rows):
-        return plan(cores, groups.rows, training).route
+        return plan(cores, groups.layer_slots, training).route
     if cores.shape.is_split(cores.center_site):
         return "joint"
     return "cached" if compiling and not training else "rebuilt"
@@ -77,7 +77,7 @@ def expert_linear(
 
     Parameters
     ----------
-    rows : Tensor, shape (T, in)
+    rows : Tensor, shape (N, in)
         In the order of experts.
     cores : ExpertCores
         In any dtype.
@@ -88,13 +88,14 @@ def expert_linear(
 
     Returns
     -------
-    Tensor, shape (T, out)
+    Tensor, shape (N, out)
 
     Raises
     ------
     InputError
         If the route is unknown, or ``cached`` where gradients are needed.
     """
+    check_one_of("route", route, (*ROUTES, None))
     chosen = route or choose_route(cores, rows, groups)
     if chosen == "cached" and cores.transient:
         chosen = "rebuilt"
@@ -102,10 +103,6 @@ def expert_linear(
         if route:
             _refuse_gradients(cores, rows)
         return cached_linear(rows, cores, groups)
-    if chosen not in _KERNELS:
-        raise InputError(
-            f"route must be one of joint, per_expert, rebuilt, cached or None, got {chosen!r}"
-        )
     result = _KERNELS[chosen](_pad(rows, cores), cores, groups)
     return result[:, : cores.shape.out_features]
 

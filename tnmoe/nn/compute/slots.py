@@ -19,15 +19,16 @@ class Groups:
 
     Attributes
     ----------
-    experts : Tensor of int64, shape (rows,)
+    experts : Tensor of int64, shape (N,)
         Expert of every row.
     offsets : Tensor of int32, shape (E,)
         Where the rows of every expert end. On an accelerator they stay there.
-    rows : int
-        Number of slots of the layer, for which its routes are planned.
-    order : Tensor of int64, shape (rows,)
+    layer_slots : int
+        Number of slots of the whole layer, for which routes are planned. It is N, except in a
+        :meth:`part`.
+    order : Tensor of int64, shape (N,)
         Slot at every row.
-    inverse : Tensor of int64, shape (rows,)
+    inverse : Tensor of int64, shape (N,)
         Row of every slot.
 
     Examples
@@ -41,7 +42,7 @@ class Groups:
 
     experts: Tensor = field(repr=False)
     offsets: Tensor
-    rows: int
+    layer_slots: int
     order: Tensor = field(repr=False)
     inverse: Tensor = field(repr=False)
 
@@ -51,20 +52,20 @@ class Groups:
 
         Parameters
         ----------
-        expert_of_slot : Tensor of int64, shape (rows,)
+        expert_of_slot : Tensor of int64, shape (N,)
             Token by token, choice by choice. Index E marks a slot without an expert; these slots
             come last.
         num_experts : int
             Number of experts E.
         """
-        rows = expert_of_slot.shape[0]
+        slots = expert_of_slot.shape[0]
         experts, order = expert_of_slot.sort(stable=True)
         inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(rows, device=order.device)
+        inverse[order] = torch.arange(slots, device=order.device)
         # Unlike bincount, a search in the sorted experts is deterministic and never synchronises.
         indices = torch.arange(num_experts, device=order.device)
         ends = torch.searchsorted(experts, indices, right=True)
-        return cls(experts, ends.to(torch.int32), rows, order, inverse)
+        return cls(experts, ends.to(torch.int32), slots, order, inverse)
 
     @property
     def used(self) -> Tensor:
@@ -77,17 +78,17 @@ class Groups:
         return list(blocks_of(self.offsets))
 
     def part(self, start: int, stop: int) -> Groups:
-        """Return the rows from ``start`` to ``stop``; as slots, they are numbered from 0.
+        """Return the rows from ``start`` to ``stop``, numbered from 0 as the slots of a part.
 
-        Routes stay those that are planned for all ``rows``.
+        Routes stay those that are planned for the whole layer.
         """
-        alone = torch.arange(stop - start, device=self.order.device)
+        numbers = torch.arange(stop - start, device=self.order.device)
         ends = self.offsets.clamp(start, stop) - start
-        return Groups(self.experts[start:stop], ends, self.rows, alone, alone)
+        return Groups(self.experts[start:stop], ends, self.layer_slots, numbers, numbers)
 
     def head(self, rows: int) -> Groups:
-        """Return the first rows; routes are planned for these alone."""
-        return replace(self.part(0, rows), rows=rows)
+        """Return the first ``rows`` rows; routes are planned for these alone."""
+        return replace(self.part(0, rows), layer_slots=rows)
 
     def by_expert(self) -> Iterator[tuple[slice, Groups]]:
         """Yield the rows of each expert that has any, and the part with these rows alone."""
@@ -181,7 +182,7 @@ def sum_choices(slots: Tensor) -> Tensor:
 
 
 def zero_unrouted(rows: Tensor, unrouted: Tensor | None) -> Tensor:
-    """Set rows (T, …), and their gradients, to zero where ``unrouted`` (T,) is true.
+    """Set rows (N, …), and their gradients, to zero where ``unrouted`` (N,) is true.
 
     A product with 0 would let NaN and infinity through.
     """
@@ -194,10 +195,10 @@ def _gather(rows: Tensor, order: Tensor, inverse: Tensor, choices: int = 1) -> T
     """Return ``rows[order // choices]``; the gradient gathers along ``inverse``."""
     if torch.is_grad_enabled() and not needs_native_operators():
         return _Gather.apply(rows, order, inverse, choices)
-    return _gathered(rows, order, choices)
+    return _select_tokens(rows, order, choices)
 
 
-def _gathered(rows: Tensor, order: Tensor, choices: int) -> Tensor:
+def _select_tokens(rows: Tensor, order: Tensor, choices: int) -> Tensor:
     return rows.index_select(0, order // choices if choices > 1 else order)
 
 
@@ -206,7 +207,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, rows, order, inverse, choices):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(order, inverse)
         ctx.choices = choices
-        return _gathered(rows, order, choices)
+        return _select_tokens(rows, order, choices)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

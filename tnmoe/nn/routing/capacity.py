@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sequence_lengths(mask: Tensor | None, rows: Tensor, sequences: int) -> Tensor:
-    """Return how many tokens of every sequence count.
+    """Count the tokens of every sequence, without padding.
 
     Parameters
     ----------

@@ -18,8 +18,8 @@ class ExpertChoiceRouter(Router):
     """A router in which every expert takes the tokens that score highest for it.
 
     All experts take the same number of tokens, so the load is balanced by construction (Zhou et
-    al., arXiv:2202.09368, section 3.2). A token goes to every expert that takes it. If no expert
-    does, it gets 0.
+    al., arXiv:2202.09368, section 3.2). A token goes to every expert that takes it. A token that no
+    expert takes gets 0.
 
     .. warning::
        Not causal: whether an expert takes a token depends on the tokens after it. A language model
@@ -52,8 +52,8 @@ class ExpertChoiceRouter(Router):
     Notes
     -----
     Where all experts are the same and ``normalize`` is on, a token that any expert takes gets the
-    output of one expert. A token that no expert takes gets 0. So an upcycled layer starts as the
-    dense one only if ``capacity_factor`` is ``num_experts``.
+    output of one expert. Since a token that no expert takes gets 0, an upcycled layer starts as
+    the dense network only if ``capacity_factor`` is ``num_experts``.
 
     The k of the result is the largest number of experts that take one token. On an accelerator
     the router waits for this number. Under ``torch.compile`` and ``torch.func`` k is E.

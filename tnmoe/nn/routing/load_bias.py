@@ -73,7 +73,7 @@ class LoadBias(nn.Module):
 
     @torch.no_grad()
     def count(self, index: Tensor, mask: Tensor | None) -> None:
-        """Count slots, except in a backward pass, where checkpointing repeats a forward pass.
+        """Count slots, but not in a backward pass, where checkpointing repeats a forward pass.
 
         Parameters
         ----------

@@ -8,7 +8,7 @@ from torch import Tensor
 from tnmoe.errors import InputError, check_one_of
 from tnmoe.nn.routing.counts import count_slots_per_token
 from tnmoe.nn.routing.token_mask import (
-    checked_token_mask,
+    check_token_mask,
     mean_over_tokens,
     token_weights,
     zero_masked,
@@ -49,7 +49,7 @@ def load_balancing_loss(
         (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
     sequences : int
         Number of sequences, all of the same length, that the tokens form one after the other. The
-        result is the mean of the sequences' losses, which asks for balance within every sequence.
+        result is the mean of the sequences' losses, which rewards balance within every sequence.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def load_balancing_loss(
     check_one_of("form", form, BALANCE_FORMS)
     check_one_of("score_function", score_function, SCORE_FUNCTIONS)
     _check_routing(router_logits, top_k_index)
-    mask = checked_token_mask(attention_mask, len(router_logits))
+    mask = check_token_mask(attention_mask, len(router_logits))
     weights = token_weights(router_logits, mask, sequences)
     experts = router_logits.shape[-1]
     index = top_k_index[:, :1] if form == "gshard" else top_k_index
@@ -114,7 +114,7 @@ def router_z_loss(
     """
     if router_logits.ndim != 2:
         raise InputError(f"expected router_logits (T, E), got {tuple(router_logits.shape)}")
-    mask = checked_token_mask(attention_mask, len(router_logits))
+    mask = check_token_mask(attention_mask, len(router_logits))
     weights = token_weights(router_logits, mask, sequences)
     squares = zero_masked(router_logits, mask).float().logsumexp(-1).square()
     return _mean_over_sequences(mean_over_tokens(squares, weights), weights)

@@ -14,7 +14,7 @@ from tnmoe.errors import InputError, check_one_of
 from tnmoe.nn.routing.counts import count_slots_per_expert
 from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.routing.router import CallObserver, Router, RouterResult, call_observers
-from tnmoe.nn.routing.token_mask import checked_token_mask
+from tnmoe.nn.routing.token_mask import check_token_mask
 from tnmoe.nn.transforms import in_backward
 from tnmoe.options import BATCH_SCOPES, BalanceForm, BatchScope, ScoreFunction
 from tnmoe.system.tables import shortened
@@ -46,7 +46,7 @@ class RoutingCall:
     score_function : str
         Score function of the router.
     lost_gradient : bool
-        Whether the router is in training although the call was without gradients.
+        Whether the router is trained but the call recorded no gradients.
 
     Examples
     --------
@@ -90,7 +90,7 @@ class RoutingCall:
             If the mask does not have T entries or holds negative numbers.
         """
         mask = self.token_mask if attention_mask is None else attention_mask
-        return checked_token_mask(mask, len(self.logits))
+        return check_token_mask(mask, len(self.logits))
 
     def slots_per_expert(self, attention_mask: Tensor | None = None) -> Tensor:
         """Count the slots that reached each expert, shape (E,).
@@ -228,7 +228,7 @@ class Routing:
             warnings.warn(
                 "this loss teaches no router: the recorded pass had no gradients, like the first "
                 "pass of activation checkpointing with use_reentrant=True",
-                stacklevel=3,  # who asked for the loss
+                stacklevel=3,  # the caller of balance_loss or z_loss
             )
         return torch.stack(losses).mean()
 
@@ -253,7 +253,7 @@ class RoutingRecorder:
         self.routing = Routing()
         self.paused = False
         named = model.named_modules()
-        self._routers = {each: name for name, each in named if isinstance(each, Router)}
+        self._routers = {router: name for name, router in named if isinstance(router, Router)}
         self._observers: dict[int, CallObserver] = {
             id(router): _RouterObserver(self, name) for router, name in self._routers.items()
         }
@@ -305,7 +305,7 @@ def record_routing(model: nn.Module) -> Iterator[Routing]:
     """Record the decisions of all routers of a model, for losses and statistics.
 
     Activation checkpointing repeats forward passes in the backward pass; the block does not record
-    those again. With ``use_reentrant=True`` the recorded pass has no gradients, and the losses
+    them again. With ``use_reentrant=True`` the recorded pass has no gradients, and the losses
     warn about it.
 
     A block records the calls of its own thread, or task of asyncio, and of ``DataParallel``.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of, check_positive_int
-from tnmoe.nn.routing.token_mask import checked_token_mask, zero_masked
+from tnmoe.nn.routing.token_mask import check_token_mask, zero_masked
 from tnmoe.nn.scopes import ScopedValues
 from tnmoe.nn.transforms import needs_native_operators, without_autocast
 from tnmoe.options import SCORE_FUNCTIONS, ScoreFunction
@@ -141,7 +141,7 @@ class Router(nn.Module, ABC):
                 f"got {tuple(x.shape)} of {x.dtype}"
             )
         tokens = x.reshape(-1, self.hidden_size)
-        mask = checked_token_mask(token_mask, tokens.shape[0])
+        mask = check_token_mask(token_mask, tokens.shape[0])
         # The content of padding must not reach the gradient of the weights.
         tokens = zero_masked(tokens, mask)
         sequences = self.count_sequences(x)

@@ -167,7 +167,7 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
     ----------
     window : int
         Number of steps between two checks. A check takes the mean load of the steps since the last
-        check. It waits for an accelerator, hence not at every step.
+        check. It waits for an accelerator, which would cost too much at every step.
 
     Raises
     ------

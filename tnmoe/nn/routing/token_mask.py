@@ -8,7 +8,7 @@ from tnmoe.errors import InputError, check_positive_int
 from tnmoe.nn.transforms import values_are_readable
 
 
-def checked_token_mask(token_mask: Tensor | None, tokens: int) -> Tensor | None:
+def check_token_mask(token_mask: Tensor | None, tokens: int) -> Tensor | None:
     """Return a mask of tokens as (T,) of bool; None where no mask was given.
 
     Parameters
@@ -46,7 +46,7 @@ def checked_token_mask(token_mask: Tensor | None, tokens: int) -> Tensor | None:
 def zero_masked(rows: Tensor, mask: Tensor | None) -> Tensor:
     """Return rows (T, …) with zeros for the tokens that do not count.
 
-    A weight of 0 is not enough: it would let their NaN pass.
+    Weights of 0 would let NaN through.
     """
     return rows if mask is None else rows.masked_fill(~mask[:, None], 0)
 

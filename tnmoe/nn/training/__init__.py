@@ -1,1 +1,1 @@
-"""Training of shared tensors and load biases: what happens around an optimiser's steps."""
+"""Training of shared cores and load biases: what happens around an optimiser's steps."""

@@ -57,7 +57,7 @@ class AutogradMask(BaseMask):
 
     @contextmanager
     def next_step(self) -> Iterator[None]:
-        """Mask one step: all its forward and backward passes belong into the block.
+        """Mask one step: all its forward and backward passes belong in the block.
 
         A block that ends with an exception does not count as a step.
         """

@@ -1,4 +1,4 @@
-"""The base of gradient masks: which tensors skip which steps, and how often they did."""
+"""The base of gradient masks: which tensors skip which steps, and how often."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Probability = float | Callable[[int], float]
 _NAMES_SHOWN = 4
 
 
-def checked_probability(probability: Probability) -> Probability:
+def check_probability(probability: Probability) -> Probability:
     """Return a schedule unchanged, a number as a float; raise an InputError outside [0, 1]."""
     if callable(probability):
         return probability
@@ -57,16 +57,16 @@ class BaseMask:
             self._tensors = _named_shared(parameters_or_model)
             layer_of = _layer_numbers(parameters_or_model)
         else:
-            self._tensors = {str(i): each for i, each in enumerate(parameters_or_model)}
-            layer_of = {id(each): i for i, each in enumerate(self._tensors.values())}
+            self._tensors = {str(i): tensor for i, tensor in enumerate(parameters_or_model)}
+            layer_of = {id(tensor): i for i, tensor in enumerate(self._tensors.values())}
         if not self._tensors:
             raise InputError("there is nothing to mask: no tensor was given")
         self.per_layer = check_bool("per_layer", per_layer)
         self._layer = {
-            name: layer_of[id(each)] if self.per_layer else 0
-            for name, each in self._tensors.items()
+            name: layer_of[id(tensor)] if self.per_layer else 0
+            for name, tensor in self._tensors.items()
         }
-        self.probability = checked_probability(probability)
+        self.probability = check_probability(probability)
         self.seed = check_int_from_zero("seed", seed)
         self.step = 0
         self.masked_steps = 0
@@ -113,12 +113,12 @@ class BaseMask:
 
     def _check_tensors_in(self, parameters: Iterable[Tensor], failure: str) -> None:
         """Raise an InputError unless all tensors to mask are among the parameters."""
-        present = {id(each) for each in parameters}
-        missing = [name for name, each in self._tensors.items() if id(each) not in present]
+        present = {id(parameter) for parameter in parameters}
+        missing = [name for name, tensor in self._tensors.items() if id(tensor) not in present]
         if missing:
             names = ", ".join(missing[:_NAMES_SHOWN]) + ", …" * (len(missing) > _NAMES_SHOWN)
             raise InputError(
-                f"{failure} {len(missing)} of the {len(self._tensors)} shared tensors to mask: "
+                f"{failure} {len(missing)} of the {len(self._tensors)} tensors to mask: "
                 f"{names}; wrapping or copying a model replaces its parameters: make the optimizer "
                 "and then the mask from the model that you train"
             )
@@ -181,15 +181,15 @@ def _sorted_names(updates: Any) -> Any:
 
 
 def _named_shared(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the shared tensors of a model by their names."""
-    shared = {id(each) for each in require_shared_parameters(model)}
-    return {name: each for name, each in model.named_parameters() if id(each) in shared}
+    """Return the shared cores of a model by their names."""
+    shared = {id(core) for core in require_shared_parameters(model)}
+    return {name: core for name, core in model.named_parameters() if id(core) in shared}
 
 
 def _layer_numbers(model: nn.Module) -> dict[int, int]:
-    """Return the number of the first layer of experts that uses each shared tensor, by id."""
+    """Return the number of the first layer of experts that uses each shared core, by id."""
     numbers: dict[int, int] = {}
-    layers = [each for each in model.modules() if isinstance(each, Experts | MPOProjection)]
+    layers = [part for part in model.modules() if isinstance(part, Experts | MPOProjection)]
     for number, layer in enumerate(layers):
         for projection in layer.modules():
             if isinstance(projection, MPOProjection):

@@ -1,4 +1,4 @@
-"""The balancer of load biases: it moves them after every step of an optimiser."""
+"""The balancer of load biases, which moves them after every step of an optimiser."""
 
 from __future__ import annotations
 

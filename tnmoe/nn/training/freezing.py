@@ -1,4 +1,4 @@
-"""Parts of a model that are not trained: shared cores, or all but the auxiliary ones."""
+"""Freezing of parts of a model: of shared cores, or of all but the auxiliary cores."""
 
 from __future__ import annotations
 
@@ -55,22 +55,26 @@ def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
         raise InputError(f"no parameter has {', '.join(absent)} in its name")
     owned = {
         id(core)
-        for each in mpo_projections(model)
-        for site in set(range(each.shape.sites)) - each.shared_sites
-        for core in each.parameters_at(site)
+        for projection in mpo_projections(model)
+        for site in set(range(projection.shape.sites)) - projection.shared_sites
+        for core in projection.parameters_at(site)
     }
     replaced = _replaced_by_peft(model)
-    for name, each in named.items():
-        is_trained = id(each) in owned or any(part in name for part in parts)
-        each.requires_grad_(is_trained and id(each) not in replaced)
+    for name, parameter in named.items():
+        is_trained = id(parameter) in owned or any(part in name for part in parts)
+        parameter.requires_grad_(is_trained and id(parameter) not in replaced)
     warn_of_unsaved(model)
-    return sum(each.numel() for each in named.values() if each.requires_grad)
+    return sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
 
 
 def _replaced_by_peft(model: nn.Module) -> set[int]:
     """Return the ids of parameters that PEFT keeps beside the copies that it trains."""
-    used = {id(each) for part in modules_in_use(model) for each in part.parameters(recurse=False)}
-    return {id(each) for each in model.parameters()} - used
+    used = {
+        id(parameter)
+        for module in modules_in_use(model)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {id(parameter) for parameter in model.parameters()} - used
 
 
 def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
@@ -83,7 +87,7 @@ def freeze_shared(model: nn.Module, frozen: bool = True) -> int:
     ----------
     model : Module
     frozen : bool
-        With False, unfreeze them.
+        Whether to freeze the cores; with False they are trained again.
 
     Returns
     -------

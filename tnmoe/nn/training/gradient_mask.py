@@ -1,7 +1,7 @@
-"""The gradient mask: it lets the tensors that experts share skip some of the optimiser's steps.
+"""The gradient mask: it lets the cores that experts share skip some of the optimiser's steps.
 
-The tokens of all experts update a shared tensor, but only an expert's own tokens update the
-tensors that it owns. The mask compensates for that (Gao et al., arXiv:2203.01104, section 3.3).
+The tokens of all experts update a shared core, but only an expert's own tokens update the cores
+that it owns. The mask compensates for that (Gao et al., arXiv:2203.01104, section 3.3).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tnmoe.nn.training.step_hook import Arguments, StepHook, unwrap_optimizer
 
 
 class GradientMask(BaseMask, AttachedHooks):
-    """A hook that skips the update of shared tensors with a probability, drawn at every step.
+    """A hook that skips the update of shared cores with a probability, drawn at every step.
 
-    For a masked step the optimiser does not see the tensor (``grad = None``), so momentum and
-    weight decay do not move it either. A gradient of zero would not achieve that. There is one
+    In a masked step the optimiser does not see the core (``grad = None``), so momentum and weight
+    decay do not move it either. A gradient of zero would not achieve that. There is one
     draw per step of the optimiser, however many backward passes precede it.
 
     The draws are a function of (seed, step) only: all ranks of a distributed run agree, and a
@@ -34,7 +34,7 @@ class GradientMask(BaseMask, AttachedHooks):
         Any optimiser of torch or derived from it, or a wrapper such as accelerate's. The mask
         hooks into its ``step``.
     parameters_or_model : Module or iterable of Parameter
-        A model, whose shared tensors are masked, or the parameters themselves.
+        A model, whose shared cores are masked, or the parameters themselves.
     probability : float, or callable from int to float
         Probability of skipping a step: 0 never skips, 1 freezes the tensors. Or a schedule: a
         function of the step's number, which starts at 0.
@@ -140,7 +140,7 @@ class GradientMask(BaseMask, AttachedHooks):
 
     def _check_optimizer_holds_tensors(self) -> None:
         groups = self._optimizer.param_groups
-        parameters = (each for group in groups for each in group["params"])
+        parameters = (parameter for group in groups for parameter in group["params"])
         self._check_tensors_in(parameters, "the optimizer does not hold")
 
     def _before_step(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
@@ -151,7 +151,8 @@ class GradientMask(BaseMask, AttachedHooks):
         closure = args[0] if args else kwargs.get("closure")
         if closure is None:
             return args, kwargs
-        self._values_before = [(each, each.detach().clone()) for each in self._masked_tensors()]
+        masked = self._masked_tensors()
+        self._values_before = [(parameter, parameter.detach().clone()) for parameter in masked]
         masked_closure = partial(self._evaluate, closure)
         if args:
             return (masked_closure, *args[1:]), kwargs

@@ -1,4 +1,4 @@
-"""A factor on the gradients of shared tensors."""
+"""A factor on the gradients of shared cores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_param
 
 
 class SharedGradientScale(AttachedHooks):
-    """A hook that multiplies the gradients of shared tensors by a factor.
+    """A hook that multiplies the gradients of shared cores by a factor.
 
     Adam and other optimisers that divide by the size of past gradients undo a constant factor.
     What remains is a smaller share of a norm that is clipped. With SGD the factor acts as a
@@ -30,12 +30,12 @@ class SharedGradientScale(AttachedHooks):
     Raises
     ------
     InputError
-        If nothing is shared, the scale is negative, or layers that share a tensor differ in E and
-        no scale is given.
+        If nothing is shared, the scale is negative, or layers that share a core differ in E and no
+        scale is given.
 
     Notes
     -----
-    With ``fully_shard`` or ``FullyShardedDataParallel``, make it after sharding the model.
+    With ``fully_shard`` or ``FullyShardedDataParallel``, create the hook after sharding the model.
 
     Examples
     --------
@@ -56,9 +56,9 @@ class SharedGradientScale(AttachedHooks):
             for core, factor in factors.values()
         ]
         handles += [
-            _GatheredScale(each, _factor(each, self.scale), set(factors))
-            for each in mpo_projections(model)
-            if each.is_gathered
+            _GatheredScale(projection, _factor(projection, self.scale), set(factors))
+            for projection in mpo_projections(model)
+            if projection.is_gathered
         ]
         super().__init__(*handles)
 
@@ -100,13 +100,15 @@ class _GatheredScale(AttachedHooks):
 
 
 def _factors(model: nn.Module, scale: float | None) -> dict[int, tuple[nn.Parameter, float]]:
-    """Return every shared tensor of a model with its factor, by the tensor's id."""
+    """Return every shared core of a model with its factor, by the core's id."""
     factors: dict[int, tuple[nn.Parameter, float]] = {}
-    for each in mpo_projections(model):
-        factor = _factor(each, scale)
-        for core in each.shared_cores:
+    for projection in mpo_projections(model):
+        factor = _factor(projection, scale)
+        for core in projection.shared_cores:
             if factors.setdefault(id(core), (core, factor))[1] != factor:
-                raise InputError("give scale: layers that share a tensor differ in their experts")
+                raise InputError(
+                    "give scale: layers that share a core differ in their numbers of experts"
+                )
     return factors
 
 

@@ -40,7 +40,7 @@ class AttachedHooks:
 
 
 def hook_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], Any]) -> RemovableHandle:
-    """Call a function with a parameter's gradient before it is accumulated.
+    """Register a function that receives a parameter's gradient before it is accumulated.
 
     A frozen parameter takes the hook as well, in case it is unfrozen later.
     """
@@ -50,7 +50,7 @@ def hook_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], Any]) -> Rem
 def hook_accumulated_gradient(
     parameter: nn.Parameter, hook: Callable[[Tensor], Any]
 ) -> RemovableHandle:
-    """Call a function with a parameter after its gradient was accumulated in ``grad``.
+    """Register a function that receives a parameter after ``grad`` has accumulated a gradient.
 
     A frozen parameter takes the hook as well, in case it is unfrozen later.
     """

@@ -1,4 +1,4 @@
-"""Parameter groups for optimisers, with a learning rate of their own for shared tensors."""
+"""Parameter groups for optimisers, with a learning rate of their own for shared cores."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_param
 def parameter_groups(
     model: nn.Module, lr: float, shared_scale: float | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimiser, with a smaller learning rate for shared tensors.
+    """Return parameter groups for an optimiser, with a smaller learning rate for shared cores.
 
     Parameters
     ----------
     model : Module
         The groups hold its parameters that require gradients.
     lr : float
-        Learning rate of all tensors that are not shared.
+        Learning rate of all parameters but the shared cores.
     shared_scale : float, optional
-        The learning rate of shared tensors is ``lr`` times this; by default 1/E, where E is the
+        The learning rate of shared cores is ``lr`` times this; by default 1/E, where E is the
         number of experts.
     **options
         Options of both groups: ``weight_decay``, for instance.
@@ -30,7 +30,7 @@ def parameter_groups(
     Returns
     -------
     list of dict
-        The group of all other tensors, then the group of the shared ones.
+        The group of all other parameters, then the group of the shared cores.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def parameter_groups(
     Notes
     -----
     In our experiments a tenth of the learning rate for the central cores made training worse, as
-    did the gradient mask: try one rate for all tensors first.
+    did the gradient mask: try one rate for all parameters first.
 
     Examples
     --------
@@ -53,17 +53,17 @@ def parameter_groups(
     """
     shared = {id(core) for core in require_shared_parameters(model)}
     if shared_scale is None:
-        counts = sorted({each.num_experts for each in mpo_projections(model)})
+        counts = sorted({projection.num_experts for projection in mpo_projections(model)})
         if len(counts) > 1:
             raise InputError(f"give shared_scale: layers have {counts} experts")
         shared_scale = 1 / counts[0]
     shared_scale = check_number_in("shared_scale", shared_scale, "[0, inf)")
     rate = check_number_in("lr", lr, "[0, inf)")
     lr = lr if isinstance(lr, Tensor) else rate  # optimisers also accept a tensor as the rate
-    trained = [each for each in model.parameters() if each.requires_grad]
-    others = [each for each in trained if id(each) not in shared]
-    trained_shared = [each for each in trained if id(each) in shared]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    unshared = [parameter for parameter in trained if id(parameter) not in shared]
+    trained_shared = [parameter for parameter in trained if id(parameter) in shared]
     return [
-        {"params": others, "lr": lr, **options},
+        {"params": unshared, "lr": lr, **options},
         {"params": trained_shared, "lr": lr * shared_scale, **options},
     ]

@@ -1,9 +1,9 @@
-"""The cores that all experts of a layer share: found in a model.
+"""The cores of a model that all experts of a layer share.
 
 Every token of a layer updates the shared cores, while only the tokens of an expert update the
 cores that it owns. :class:`tnmoe.nn.GradientMask` compensates for that as MPOE does. The other
-modules here hold simpler cures to compare it with: a smaller learning rate, smaller gradients, no
-updates at all.
+modules here hold simpler remedies to compare it with: a smaller learning rate, smaller gradients,
+or no updates at all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> [core is experts.up.center for core in shared_parameters(experts)]
     [True, False]
     """
-    cores = {id(core): core for each in mpo_projections(model) for core in each.shared_cores}
+    cores = {id(core): core for part in mpo_projections(model) for core in part.shared_cores}
     return list(cores.values())
 
 
@@ -51,4 +51,4 @@ def require_shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return :func:`shared_parameters` of a model; raise an InputError if there are none."""
     if shared := shared_parameters(model):
         return shared
-    raise InputError(f"{type(model).__name__} has no tensor that experts share")
+    raise InputError(f"{type(model).__name__} has no core that experts share")

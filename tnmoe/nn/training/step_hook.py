@@ -85,12 +85,12 @@ def unwrap_optimizer(optimizer: Any, advice: str = "") -> Optimizer:
     optimizer : Optimizer, or a wrapper that holds one as ``optimizer`` or ``optim``
         Accelerate's wrapper uses the first name, torch's ``PostLocalSGDOptimizer`` the second.
     advice : str
-        End of the error's message: what to do instead.
+        Advice that ends the error's message.
 
     Raises
     ------
     InputError
-        If it is neither.
+        If ``optimizer`` is neither.
     """
     inner = optimizer
     while isinstance(wrapped := _wrapped_optimizer(inner), Optimizer):

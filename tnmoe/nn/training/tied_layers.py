@@ -16,7 +16,7 @@ from tnmoe.options import MATRICES
 def tie_layers(
     layers: Iterable[nn.Module], sites: Literal["center"] | Iterable[int] = "center"
 ) -> None:
-    """Let layers share cores as well: one stored tensor receives the gradients of all layers.
+    """Let layers share cores: one stored tensor then receives the gradients of all layers.
 
     MPOBERT (Liu et al., arXiv:2303.16753, section 3.1) shares the central tensors of all layers.
     The first layer's values stay. Tie layers before training: layers that were trained on their
@@ -44,8 +44,8 @@ def tie_layers(
     >>> first.up.center is second.up.center, first.up.aux[0] is second.up.aux[0]
     (True, False)
     """
-    experts = _checked_layers(layers)
-    numbers = _checked_sites(sites)
+    experts = _check_layers(layers)
+    numbers = _check_sites(sites)
     pairs = []
     for name in MATRICES:
         first, *others = (getattr(layer, name) for layer in experts)
@@ -59,20 +59,20 @@ def tie_layers(
             other.set_core(site, first.core_at(site))
 
 
-def _checked_layers(layers: Iterable[nn.Module]) -> list[Experts]:
+def _check_layers(layers: Iterable[nn.Module]) -> list[Experts]:
     """Return the layers' experts, or raise an InputError."""
     experts: list[Any] = [getattr(layer, "experts", layer) for layer in layers]
     if len(experts) < 2:
         raise InputError(f"tying needs at least two layers, got {len(experts)}")
-    if wrong := [type(each).__name__ for each in experts if not isinstance(each, Experts)]:
+    if wrong := [type(layer).__name__ for layer in experts if not isinstance(layer, Experts)]:
         raise InputError(f"layers must be Experts, or an MPOMoE of them, got {', '.join(wrong)}")
-    modules = (module for each in experts for module in each.modules())
+    modules = (module for layer in experts for module in layer.modules())
     if any(isinstance(module, MPOProjection) and module.is_gathered for module in modules):
         raise InputError("layers are sharded or offloaded already: tie them before that")
     return experts
 
 
-def _checked_sites(sites: Literal["center"] | Iterable[int]) -> list[int] | None:
+def _check_sites(sites: Literal["center"] | Iterable[int]) -> list[int] | None:
     """Return the sites' numbers; None for the site of the central core."""
     if sites != "center" and (isinstance(sites, str) or not isinstance(sites, Iterable)):
         raise InputError(f"sites must be 'center' or the numbers of sites, got {sites!r}")

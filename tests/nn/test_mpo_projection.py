@@ -1,4 +1,4 @@
-"""Any set of sites may be shared by the experts of a layer."""
+"""Projections whose experts share the cores of any set of sites."""
 
 import copy
 from itertools import chain, combinations
