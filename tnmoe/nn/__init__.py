@@ -1,4 +1,4 @@
-"""PyTorch layers: experts that share a central tensor, routers, losses, the gradient mask."""
+"""PyTorch layers: experts that share a central core, routers, losses, the gradient mask."""
 
 from tnmoe.system.extras import require_extra
 

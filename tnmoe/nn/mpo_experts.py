@@ -23,7 +23,7 @@ from tnmoe.truncation.info import TruncationInfo
 
 
 class MPOExperts(Experts):
-    """Experts whose matrices share a central tensor (MPOE, arXiv:2203.01104, section 3.2).
+    """Experts whose matrices share a central core (MPOE, arXiv:2203.01104, section 3.2).
 
     Per projection the layer holds one ``center`` (D, out, in, D') and stacked auxiliary cores
     ``aux_0``, ``aux_1``, … (E, D, out, in, D').
