@@ -247,6 +247,12 @@ def test_other_objects_are_named(model, config, message):
         hf.upcycle(model(), config)
 
 
+@pytest.mark.parametrize("call", [hf.prepare_upcycle, hf.inspect_checkpoint, hf.parameter_report])
+def test_other_configurations_are_named(call):
+    with pytest.raises(TypeError, match="config must be an MPOEConfig, got dict"):
+        call("folder", {"num_experts": 3})
+
+
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -135,6 +135,9 @@ def _convert(
 
 
 def _fine_tune(job: Job, kind: str, output: Path) -> Result:
+    """Fine-tune one form of the model in a new process."""
+    # Bars are drawn on terminals alone; a log says here what takes minutes.
+    print(f"fine-tuning {kind}: {job.steps} steps", flush=True)
     checkpoint = output / "model" if kind == "MPOE" else None
     return run_in_new_process(fine_tune, replace(job, kind=kind, checkpoint=checkpoint))
 

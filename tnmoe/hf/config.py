@@ -260,10 +260,19 @@ class MPOEConfig:
         """
         known = {entry.name for entry in fields(cls)}
         if unknown := set(data) - known:
-            raise InputError(f"unknown entries in an MPOE configuration: {sorted(unknown)}")
+            raise InputError(
+                f"unknown entries in an MPOE configuration: {sorted(unknown)}; known ones are "
+                f"{', '.join(sorted(known))}"
+            )
         shapes = _shapes(data.get("shapes", ()))
         by_size = {(shape.out_features, shape.in_features): shape for shape in shapes}
         return cls(**{**data, "shapes": by_size})
+
+
+def check_config(config: object) -> None:
+    """Raise a TypeError unless this is an MPOEConfig."""
+    if not isinstance(config, MPOEConfig):
+        raise TypeError(f"config must be an MPOEConfig, got {type(config).__qualname__}")
 
 
 def _check_per_projection(name: str, value: Any, check: Callable[[Any], Any]) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tnmoe.hf.checks import check_unconverted
-from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.config import MPOEConfig, check_config
 from tnmoe.hf.find import find_ffns
 from tnmoe.hf.layers import new_mixture
 from tnmoe.hf.meta import meta_model
@@ -113,6 +113,7 @@ def parameter_report(model: nn.Module | PreTrainedConfig, config: MPOEConfig) ->
     >>> report.ffns[0].dense, report.ffns[0].moe, report.ffns[0].mpoe
     (4722432, 37785600, 7710976)
     """
+    check_config(config)
     dense = model if isinstance(model, nn.Module) else meta_model(model)
     check_unconverted(dense)
     ffns = tuple(

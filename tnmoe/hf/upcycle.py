@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from tnmoe.hf.checks import check_in_memory, check_model, check_unconverted
-from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.config import MPOEConfig, check_config
 from tnmoe.hf.ffn import check_formula
 from tnmoe.hf.find import find_ffns
 from tnmoe.hf.layers import converted_mixture, draw_start
@@ -72,7 +72,8 @@ def upcycle(
     >>> type(model.transformer.h[0].mlp).__name__
     'MPOMoE'
     """
-    _check_types(model, config)
+    check_model(model)
+    check_config(config)
     check_unconverted(model)
     check_in_memory(model, "tnmoe.hf.prepare_upcycle")
     # Everything is built before anything is replaced: an error leaves the model as it was.
@@ -104,10 +105,3 @@ def _clear_quantization(model: PreTrainedModel) -> None:
             module.config._is_quantized = False
     for name in ("is_quantized", "quantization_method", "hf_quantizer"):
         vars(model).pop(name, None)
-
-
-def _check_types(model: object, config: object) -> None:
-    """Raise a TypeError unless these are a model of transformers and an MPOEConfig."""
-    check_model(model)
-    if not isinstance(config, MPOEConfig):
-        raise TypeError(f"config must be an MPOEConfig, got {type(config).__qualname__}")

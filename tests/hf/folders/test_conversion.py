@@ -397,11 +397,11 @@ def test_anything_in_the_way_is_kept(dense, tmp_path):
     with pytest.raises(tn.InputError, match="file is a file, not a folder"):
         conversion.run(tmp_path / "file", overwrite=True)
     for inside in (dense, dense / "new", dense.parent):
-        with pytest.raises(tn.InputError, match="is, holds or lies in the source"):
+        with pytest.raises(tn.InputError, match="overlaps with the source"):
             conversion.run(inside, overwrite=True)
     (tmp_path / "b.partial").mkdir()
     shutil.copytree(dense, tmp_path / "b.partial", dirs_exist_ok=True)
-    with pytest.raises(tn.InputError, match=r"b.partial is, holds or lies in the source"):
+    with pytest.raises(tn.InputError, match=r"b.partial overlaps with the source"):
         hf.prepare_upcycle(tmp_path / "b.partial", CONFIG).run(tmp_path / "b")
     assert (target / "thesis.txt").read_text() == "years of work"
     assert (tmp_path / "target2.partial" / "new").is_dir()

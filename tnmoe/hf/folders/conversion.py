@@ -163,7 +163,9 @@ class Conversion:
         source = self.source.folder.resolve()
         for folder in (unfinished.target, unfinished.partial):
             if folder.is_relative_to(source) or source.is_relative_to(folder):
-                raise InputError(f"{folder} is, holds or lies in the source {source}")
+                raise InputError(
+                    f"{folder} overlaps with the source {source}: choose a folder outside it"
+                )
         return unfinished
 
     def _purpose(self, shard_bytes: int) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from tnmoe.decompose import decompose
 from tnmoe.errors import check_positive_int
-from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.config import MPOEConfig, check_config
 from tnmoe.hf.ffn import FFN, Matrix, weight_of
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.folder import read_config
@@ -170,6 +170,7 @@ def inspect_checkpoint(
     >>> found.matrices[0].errors[4] > 0.1 > found.matrices[0].errors[8]
     True
     """
+    check_config(config)
     path = Path(path).absolute()
     entries = read_config(path)
     check_unconverted_entries(entries, path)

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tnmoe.errors import InputError, check_index, check_one_of
 from tnmoe.hf.checks import check_all_described
-from tnmoe.hf.config import MPOEConfig
+from tnmoe.hf.config import MPOEConfig, check_config
 from tnmoe.hf.export import average_into
 from tnmoe.hf.export_targets import Target, target_of
 from tnmoe.hf.ffn import FFN, check_formula
@@ -84,6 +84,7 @@ def prepare_upcycle(folder: str | os.PathLike, config: MPOEConfig, seed: int = 0
     >>> [path.name for path in conversion.run(f"{folder}-mpoe")]
     ['model.safetensors']
     """
+    check_config(config)
     source = Checkpoint(folder)
     check_unconverted_entries(source.config, source.folder)
     dense, moe = Skeleton(source), Skeleton(source).model
