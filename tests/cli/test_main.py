@@ -24,7 +24,10 @@ def damaged(folder):
     [
         (lambda d, t: ["upcycle", d / "absent", t], "there is no folder"),
         (lambda d, t: ["upcycle", d, d], "overlaps with the source"),
-        (lambda d, t: ["upcycle", d, t, "--dry-run", "--layers", "encoder"], "leave none of the 3"),
+        (
+            lambda d, t: ["upcycle", d, t, "--dry-run", "--layers", "encoder"],
+            "select none of the 3",
+        ),
         (lambda d, t: ["upcycle", d, t, "--layers", "3"], "layers must be from 0 to 2"),
         (lambda d, t: ["upcycle", d, t, "--experts", "2", "--top-k", "3"], "exceeds num_experts"),
         (lambda d, t: ["upcycle", d, t, "--config", d / "absent.json"], "No such file"),

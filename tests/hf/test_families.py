@@ -205,7 +205,7 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
         (lambda: hf.MPOEConfig(max_bond={"out": 3}), r"max_bond is for up, gate, down, got"),
         (
             lambda: hf.upcycle(make("bert"), hf.MPOEConfig(layers="decoder")),
-            "layers='decoder', every=1 leave none of the 3 feed-forward networks of BertModel: "
+            "layers='decoder', every=1 select none of the 3 feed-forward networks of BertModel: "
             "encoder.layer.0 … encoder.layer.2",
         ),
         (
@@ -220,7 +220,7 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
         ),
         (
             lambda: hf.upcycle(make("bert"), hf.MPOEConfig(every=4)),
-            "layers=None, every=4 leave none of the 3",
+            "layers=None, every=4 select none of the 3",
         ),
         (
             lambda: hf.upcycle(make("bert"), hf.MPOEConfig(layers="(")),

@@ -1,4 +1,4 @@
-"""A number means the same in a configuration, whatever its type."""
+"""Configurations read a number of Python, NumPy or torch as the same value."""
 
 import json
 from decimal import Decimal

@@ -35,7 +35,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Watch(TrainerCallback):
-    """Record for every step whether it moved the central tensors, and whether an auxiliary one."""
+    """Record for every step whether it moved a central core, and whether an auxiliary one."""
 
     def __init__(self):
         self.moved, self.norms = [], []

@@ -144,7 +144,7 @@ def _backend_of_type(kind: type) -> Backend:
 
 
 def _owner(kind: type) -> str | None:
-    """Return the name of the backend that a class itself has, whatever its bases have."""
+    """Return the name of the backend for a class, without a look at its base classes."""
     if kind in _registered:
         return _registered[kind].name
     library = kind.__module__.partition(".")[0]

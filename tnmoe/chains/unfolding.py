@@ -33,8 +33,8 @@ class GramMatrix:
 
     Squaring halves the digits. Double precision leaves enough of them for a single-precision
     result; in single precision a value 10⁻⁴ of the largest would be 40 % wrong. For a result in
-    double precision the rounding matters: it is added to the squares of Schmidt values, so that
-    none of them looks smaller than it is.
+    double precision the rounding matters. The squares of the Schmidt values therefore include a
+    bound on it: no value is reported too small.
 
     Parameters
     ----------

@@ -17,8 +17,8 @@ from tnmoe.contraction.rates import Rates
 from tnmoe.options import Route
 from tnmoe.shapes import MPOShape, chain_shapes
 
-# A batch of products with so many columns runs at the rate of one large product on a CPU. With
-# fewer columns, these are moved among the rows first.
+# From this number of columns on, a CPU runs a batch of products at the rate of one large product.
+# Fewer columns are moved among the rows first.
 WIDE = 16
 
 # Measured launches per site, as multiples of an operation's launch: at inference and in training.

@@ -52,7 +52,7 @@ def find_ffns(
     chosen = _selected(found, layers, type(model).__name__)[every - 1 :: every]
     if not chosen:
         raise InputError(
-            f"layers={layers!r}, every={every} leave none of the {len(found)} feed-forward "
+            f"layers={layers!r}, every={every} select none of the {len(found)} feed-forward "
             f"networks of {type(model).__name__}: {found[0].name} … {found[-1].name}"
         )
     _check_untied(model, chosen)

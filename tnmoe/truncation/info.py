@@ -21,7 +21,7 @@ class TruncationInfo:
     spectra : tuple of array
         Per bond: the Schmidt values just before the cut, descending. They are arrays of the cores'
         library in double precision, whatever the dtype of the cores. ``"eigh"`` computes their
-        squares: in double precision none of its values is below 3e-8 of the norm, which is the
+        squares: in double precision all its values are at least 3e-8 of the norm, which is the
         rounding of these squares.
     methods : tuple of str
         Per bond: the algorithm, ``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``.
