@@ -1,13 +1,9 @@
 """``tnmoe upcycle`` and ``tnmoe export``: real files, and processes where it matters."""
 
-import fcntl
 import json
 import os
-import pty
 import signal
-import struct
 import subprocess
-import termios
 import time
 from functools import partial
 
@@ -17,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from tests.cli.command import TNMOE, tnmoe
+from tests.terminal import errors_on_terminal
 from tnmoe import hf
 from tnmoe.system.unfinished import UnfinishedFolder
 
@@ -70,19 +67,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(dense, tmp_path):
 
 
 def test_a_terminal_sees_how_far_it_is(dense, tmp_path):
-    terminal, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [TNMOE, "upcycle", dense, tmp_path / "target", "--sites", "3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=side) as process:
-        os.close(side)
-        shown = b""
-        try:
-            while part := os.read(terminal, 4096):
-                shown += part
-        except OSError:  # the other side has closed
-            pass
-        process.communicate()
-    assert process.returncode == 0
+    shown = errors_on_terminal(command, TERM="xterm")
     assert b"converting: 100%" in shown
     assert b"00:00<" in shown  # the time that is left stands behind it
 

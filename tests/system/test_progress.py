@@ -1,14 +1,12 @@
 """Progress bars are for terminals that somebody watches; a log gets none."""
 
-import fcntl
 import os
-import pty
-import struct
 import subprocess
 import sys
-import termios
 
 import pytest
+
+from tests.terminal import errors_on_terminal
 
 BARS = """
 from tnmoe.system.progress import progress_bar, progress_callback
@@ -20,43 +18,23 @@ with progress_callback("call", "B") as show:
 """
 COMMAND = [sys.executable, "-c", BARS]
 
-# Variables that decide whether a terminal is taken for a watched one.
-DECIDING = ("CI", "TERM", "TQDM_DISABLE")
-
-
-def on_terminal(columns=100, **environment):
-    """Standard error of the bars on a terminal."""
-    terminal, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    shown = b""
-    inherited = {name: value for name, value in os.environ.items() if name not in DECIDING}
-    with subprocess.Popen(COMMAND, stderr=side, env=inherited | environment) as process:
-        os.close(side)
-        try:
-            while part := os.read(terminal, 4096):
-                shown += part
-        except OSError:  # the other side has closed
-            pass
-    assert process.returncode == 0
-    return shown
-
 
 def test_a_terminal_gets_bars():
-    shown = on_terminal(TERM="xterm")
+    shown = errors_on_terminal(COMMAND, TERM="xterm")
     assert b"loop: 100%" in shown
     assert b"call: 100%" in shown
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm", "TQDM_DISABLE": "1"}])
 def test_a_terminal_that_cannot_or_should_not_show_bars_gets_none(environment):
-    assert on_terminal(**environment) == b""
+    assert errors_on_terminal(COMMAND, **environment) == b""
 
 
 @pytest.mark.parametrize(
     "details", [{}, {"TERM": "unknown"}, {"TERM": "xterm", "CI": "true"}, {"columns": 0}]
 )
 def test_a_log_that_is_written_through_a_terminal_gets_none(details):
-    assert on_terminal(**details) == b""
+    assert errors_on_terminal(COMMAND, **details) == b""
 
 
 def test_a_pipe_gets_none():
