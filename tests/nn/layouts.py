@@ -51,6 +51,11 @@ def vary(experts, scale=0.3):
     return experts
 
 
+def is_owned(parameter):
+    """Return whether a parameter has an expert axis: a stack of cores, of matrices or of biases."""
+    return parameter.ndim != 4 and len(parameter) == E
+
+
 def set_route(experts, route):
     for module in experts.modules():
         if isinstance(module, MPOProjection):

@@ -215,8 +215,14 @@ class Experts(nn.Module):
         )
         load = Load(len(states), groups.layer_slots, training, is_known)
         inner = [self.up] if self.gate is None else [self.gate, self.up]
-        firsts = [each.first_product(load) or FirstCall(each) for each in inner]
-        return Products(firsts, self.down.last_product(load) or LastCall(self.down))
+        # Parts of a product bypass the call of a projection, and with it what wraps the projection.
+        firsts = [
+            (isinstance(each, Projection) and each.first_product(load)) or FirstCall(each)
+            for each in inner
+        ]
+        down = self.down
+        last = (isinstance(down, Projection) and down.last_product(load)) or LastCall(down)
+        return Products(firsts, last)
 
     def _slot_network(self, products: Products, states: Tensor) -> SlotNetwork:
         """Return the network between what acts once per token, for the tokens of a call."""

@@ -15,6 +15,7 @@ from tests.nn.layouts import (
     assert_within_rounding,
     call,
     from_linear,
+    is_owned,
     linear_loss,
     loop,
     make,
@@ -134,7 +135,7 @@ def test_numbers_that_are_not_finite_stay_with_their_token_or_expert(kind):
             call, from_linear(kind, gated=gated), (states[well], index[well], weights[well])
         )
         experts, spoiled = from_linear(kind, gated=gated), states.clone()
-        owned = [number for number, each in enumerate(experts.parameters()) if len(each) == E]
+        owned = [number for number, each in enumerate(experts.parameters()) if is_owned(each)]
         with torch.no_grad():
             spoiled[1] = spoil
             for number in owned:
@@ -163,6 +164,6 @@ def test_an_expert_that_no_token_visits_changes_nothing(kind):
         expected = results(call, experts, (states, index, weights))
         with torch.no_grad():
             for parameter in experts.parameters():
-                if len(parameter) == E:
+                if is_owned(parameter):
                     parameter[-1] = torch.nan
         assert_all_close(results(call, experts, (states, index, weights)), expected)
