@@ -17,6 +17,7 @@ LAYOUTS = {
     "split, bonds of two": {"layout": "split", "group_size": 2, "bond_ratio": 2},
     "nothing shared": {"sites": 3, "shared_sites": "none"},
     "ends shared": {"sites": 4, "shared_sites": {"up": (2, 3), "down": (0,), "gate": (0, 3)}},
+    "gate and up share ends": {"sites": 4, "shared_sites": {"up": (2, 3), "gate": (2, 3)}},
     "padded ends shared": {
         "up_shape": tn.MPOShape((2, 3, 3), (1, 2, 4), F, H),
         "down_shape": tn.MPOShape((4, 2, 1), (2, 3, 3), H, F),

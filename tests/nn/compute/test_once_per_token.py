@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import tnmoe as tn
 from tests.nn.layouts import (
     BIASES,
     E,
@@ -23,6 +26,10 @@ from tests.nn.layouts import (
     routed,
     set_route,
 )
+from tnmoe import nn
+from tnmoe.contraction.expert_routes import once_per_token_sites
+from tnmoe.nn.compute import joint
+from tnmoe.options import MATRICES
 
 ROUTES = (None, "joint", "per_expert", "rebuilt")
 KEEP_MODULES = [kind for kind in LAYOUTS if kind.startswith(("hidden", "residual"))]
@@ -167,3 +174,64 @@ def test_an_expert_that_no_token_visits_changes_nothing(kind):
                 if is_owned(parameter):
                     parameter[-1] = torch.nan
         assert_all_close(results(call, experts, (states, index, weights)), expected)
+
+
+@st.composite
+def projections(draw):
+    """Shapes of up and down for one layer, and sites that experts share in each."""
+    size = draw(st.integers(2, 4))
+    legs = st.lists(st.integers(1, 3), min_size=size, max_size=size)
+    outs, ins = tuple(draw(legs)), tuple(draw(legs))
+    up, down = tn.MPOShape(outs, ins), tn.MPOShape(ins, outs)
+    shared = st.sets(st.integers(0, size - 1), max_size=size - 1)
+    return {name: (up if name != "down" else down, draw(shared)) for name in MATRICES}
+
+
+@given(projections(), st.integers(1, 5), st.integers(1, 3), st.booleans(), st.booleans())
+def test_shared_cores_at_the_inner_ends_act_once_per_token(given, tokens, top_k, gated, grad):
+    made = {
+        name: nn.MPOProjection(3, shape, max_bond=2, shared_sites=shared, dtype=torch.float64)
+        for name, (shape, shared) in given.items()
+        if gated or name != "gate"
+    }
+    experts = set_route(nn.Experts(**made, activation="gelu"), "joint")
+    states = torch.randn(tokens, experts.hidden_size, dtype=torch.float64)
+    _, index, weights = routed(tokens, top_k, experts=3)
+    acted = {}
+
+    def multiply(state, matrix, groups, factor):
+        acted[matrix.data_ptr()] = acted.get(matrix.data_ptr(), 0) + len(state) // factor
+        return plain(state, matrix, groups, factor)
+
+    plain = joint._multiply
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(grad):
+        patch.setattr(joint, "_multiply", multiply)
+        output = experts(states, index, weights)
+    torch.testing.assert_close(output, loop(experts, states, index, weights))
+    for name, projection in made.items():
+        once = once_per_token_sites(projection.shape.sites, projection.shared_sites, name)
+        for site in range(projection.shape.sites):
+            vectors = tokens if site in once else tokens * top_k
+            assert acted[projection.core_at(site).data_ptr()] == vectors, (name, site)
+
+
+@pytest.mark.parametrize("layout", ["hidden", "residual", "joint"])
+def test_what_gate_and_up_have_in_common_acts_once_for_both(layout, monkeypatch):
+    rows = []
+    if layout == "joint":
+        experts = make("gate and up share ends", "joint", gated=True)
+        for site in (2, 3):
+            experts.gate.set_core(site, experts.up.core_at(site))
+        plain = joint._multiply
+        monkeypatch.setattr(joint, "_multiply", lambda *a: rows.append(a[1].data_ptr()) or plain(*a))
+        experts(*routed())
+        for site in (2, 3):
+            assert rows.count(experts.up.core_at(site).data_ptr()) == 1
+    else:
+        experts = make(layout, gated=True, bias=True)
+        experts.gate.base = experts.up.base
+        experts.up.base.register_forward_hook(lambda module, given, _: rows.append(len(given[0])))
+        states, index, weights = routed()
+        experts(states, index, weights)
+        assert rows == [len(states)]
+    assert_is_the_loop(experts, routed())
