@@ -14,7 +14,13 @@ from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.once_per_token import FirstChain, LastChain
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
-from tnmoe.nn.linear import as_linear, bias_of_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.linear import (
+    as_linear,
+    bias_of_linear,
+    parameters_of_linear,
+    size_of_linear,
+    weight_of_linear,
+)
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Bias
 from tnmoe.nn.settings import end_site, square_bonds
@@ -147,8 +153,14 @@ class HiddenProjection(MPOProjection):
     def parameters_at(self, site: int) -> list[nn.Parameter]:
         if site != self.center_site:
             return super().parameters_at(site)
-        bias = bias_of_linear(self.base)
-        return [parameter for parameter in self.base.parameters() if parameter is not bias]
+        return parameters_of_linear(self.base)
+
+    def set_core(self, site: int, core: nn.Parameter) -> None:
+        if site == self.center_site:
+            raise InputError(
+                f"the core of site {site} is the matrix of a linear module: replace `base` instead"
+            )
+        super().set_core(site, core)
 
     @property
     def cores(self) -> ExpertCores:

@@ -297,6 +297,10 @@ class MPOProjection(StoredCores, Projection):
     def shared_parameters(self) -> list[nn.Parameter]:
         return self.shared_cores
 
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        return [core for site in sorted(self._owned_sites) for core in self.parameters_at(site)]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw isometric auxiliary cores and a Gaussian central one, which carries the scale."""

@@ -178,6 +178,11 @@ class Projection(nn.Module, ABC):
         """Parameters that all experts share, without biases: every token updates them."""
         return []
 
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the cores that experts own, without biases; a whole matrix is no core."""
+        return []
+
     def expert_biases(self) -> Tensor | None:
         """Return the biases of all experts, (E, out), or None."""
         return None if self.bias is None else self.bias.expand(self.num_experts, -1)

@@ -24,7 +24,12 @@ from tnmoe.nn.compute.once_per_token import (
     through_module,
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
-from tnmoe.nn.linear import bias_of_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.linear import (
+    bias_of_linear,
+    parameters_of_linear,
+    size_of_linear,
+    weight_of_linear,
+)
 from tnmoe.nn.mpo_projection import MPOProjection, has_hooks
 from tnmoe.nn.projection import Bias, Projection
 
@@ -123,9 +128,11 @@ class ResidualProjection(Projection):
 
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
-        bias = bias_of_linear(self.base)
-        matrix = [parameter for parameter in self.base.parameters() if parameter is not bias]
-        return [*matrix, *self.delta.shared_parameters]
+        return [*parameters_of_linear(self.base), *self.delta.shared_parameters]
+
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        return self.delta.owned_parameters
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
