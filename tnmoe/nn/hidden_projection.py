@@ -27,7 +27,6 @@ from tnmoe.nn.settings import end_site, square_bonds
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import replicate
 
-
 # Chains multiply by a module in place of its core.
 _NOT_READ = torch.empty(0)
 

@@ -20,7 +20,6 @@ from tests.nn.layouts import (
     make,
     results,
     routed,
-    set_route,
 )
 from tnmoe.nn import experts as experts_module
 from tnmoe.nn.compute import slot_network
@@ -38,7 +37,9 @@ def chunks(monkeypatch):
     monkeypatch.setattr(
         slot_network._Chunks,
         "outputs",
-        lambda self, rows, own, factor: sizes.append(len(factor)) or outputs(self, rows, own, factor),
+        lambda self, rows, own, factor: (
+            sizes.append(len(factor)) or outputs(self, rows, own, factor)
+        ),
     )
     plain = slot_network._Chunks.__init__
 

@@ -42,7 +42,7 @@ def shared_names(layer):
         name
         for name, each in layer.named_parameters()
         if name.endswith("base.weight") or (".aux_" in name and len(each) == 1)
-        or name.endswith("delta.center") and each.ndim == 4
+        or (name.endswith("delta.center") and each.ndim == 4)
     }  # fmt: skip
 
 
@@ -107,9 +107,7 @@ def test_masks_in_backward_and_around_the_step_draw_and_do_the_same(kind):
 def test_masked_gradients_are_zero_in_the_backward_pass_and_a_run_resumes(kind):
     layer = make(kind)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
-    mask = nn.GradientMask(
-        optimizer, layer, lambda step: float(step == 1), zero_in_backward=True
-    )
+    mask = nn.GradientMask(optimizer, layer, lambda step: float(step == 1), zero_in_backward=True)
     for step in range(3):
         optimizer.zero_grad()
         loss_of(layer, step).backward()

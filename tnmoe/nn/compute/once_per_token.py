@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.joint import State
 from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.stored_cores import is_gathered
 from tnmoe.nn.transforms import autocast_dtype
 
 Tensors = Sequence[Tensor]
@@ -199,8 +201,7 @@ class LastChain:
         shared = self.cores.sites()[skipped : self.start]
         state = _through(shared, sums[0], self.cores, self.start, None)
         if self.module is not None:
-            product = through_module(self.module, state)
-            return weighted_bias(product, self.bias, sums[1:])
+            return module_of_sums(self.module, self.bias, (state, *sums[1:]))
         return state[:, : self.cores.shape.out_features]
 
 
@@ -248,8 +249,7 @@ class LastSum:
 
     def of_tokens(self, sums: Tensors) -> Tensor:
         count = 1 if self.bias is None else 2
-        product = through_module(self.base, sums[0])
-        result = weighted_bias(product, self.bias, sums[1:count])
+        result = module_of_sums(self.base, self.bias, sums[:count])
         return result + self.delta.of_tokens(sums[count:])
 
 
@@ -398,20 +398,27 @@ def through_module(module: TokenProduct, rows: Tensor) -> Tensor:
     return module(rows.to(weight.dtype)).to(rows.dtype)
 
 
-def weighted_bias(result: Tensor, bias: Tensor | None, totals: Tensors) -> Tensor:
-    """Weight the bias that a module added once per token by the sum of the token's weights.
+def module_of_sums(module: TokenProduct, bias: Tensor | None, sums: Tensors) -> Tensor:
+    """Call a linear module on weighted sums over slots, and weight its bias as often.
 
     Parameters
     ----------
-    result : Tensor, shape (T, out)
-        What the module returned.
+    module : callable
     bias : Tensor of shape (out,) or None
-    totals : sequence of Tensor
-        The sums, (T, 1), if there is a bias.
+        What the module adds to its product.
+    sums : sequence of Tensor
+        The sums, (T, in), and with a bias those of the weights, (T, 1).
     """
     if bias is None:
-        return result
-    return result + (totals[0] - 1) * bias.to(result.dtype)
+        return through_module(module, sums[0])
+    rows, totals = sums
+    if isinstance(module, nn.Module) and any(map(is_gathered, module.modules())):
+        # Only a call of the module brings its bias, which is what it makes of zeros.
+        product = through_module(module, torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
+        product, bias = product[:-1], product[-1]
+    else:
+        product = through_module(module, rows)
+    return product + (totals - 1) * bias.to(product.dtype)
 
 
 def _through(

@@ -102,9 +102,7 @@ class _GatheredScale(AttachedHooks):
             handle.remove()
 
 
-def _gathering(
-    model: nn.Module, scale: float | None
-) -> dict[nn.Module, tuple[list[str], float]]:
+def _gathering(model: nn.Module, scale: float | None) -> dict[nn.Module, tuple[list[str], float]]:
     """Return the modules whose shared parameters FSDP gathers, with their names and factor."""
     found: dict[nn.Module, tuple[list[str], float]] = {}
     for projection, parameters in sharing_projections(model).items():

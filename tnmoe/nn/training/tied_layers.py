@@ -102,7 +102,9 @@ def _check_pair(name: str, first: Any, other: Any, sites: list[int] | None) -> N
         if _is_module_at(first, site):
             check_same_linear(f"{name}.base", first.base, other.base)
             continue
-        site = centers[0] if site is None else check_index("every site", site, chains[0].shape.sites)
+        site = (
+            centers[0] if site is None else check_index("every site", site, chains[0].shape.sites)
+        )
         shapes = [tuple(chain.core_at(site).shape) for chain in chains]
         if shapes[0] != shapes[1]:
             raise InputError(
