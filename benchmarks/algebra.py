@@ -20,6 +20,7 @@ from typing import Any
 
 from cases import Case, all_cases, assess, taking_part
 from isolated import run_isolated
+from library import Library, Unsupported
 from machine import (
     copy_rate,
     environment,
@@ -31,7 +32,7 @@ from machine import (
     timed,
     timed_turn,
 )
-from peers import Library, Unsupported, libraries
+from peers import libraries
 
 from tnmoe.system.tables import format_table
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peers import Unsupported
+from library import Unsupported
 from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
 from transformers.integrations.moe import use_experts_implementation
