@@ -49,6 +49,17 @@ def timed_turn(call: Callable[[], Any], library: Library, expected: float) -> fl
     return median(_repeat(call, library, BLOCK_S, limit=BLOCK_CALLS))
 
 
+def take_turns(
+    calls: dict[str, tuple[Callable[[], Any], float]], library: Library, turns: int
+) -> dict[str, list[float]]:
+    """Time calls, each given with its expected seconds, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, (call, expected) in calls.items():
+            seconds[name].append(timed_turn(call, library, expected))
+    return seconds
+
+
 def _repeat(
     call: Callable[[], Any], library: Library, duration: float, limit: int | None
 ) -> list[float]:
