@@ -20,12 +20,13 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-# The packages of the checkout, which need not be installed.
+# tnmoe of this checkout, which need not be installed.
 sys.path.insert(0, str(HERE.parent))
 
 PACKAGES = ("transformers", "triton", "scipy", "opt_einsum", "safetensors")
@@ -56,10 +57,13 @@ def main() -> None:
         return
     found = describe(options.device)
     folder = options.output or HERE / "results" / f"gpu-{found['slug']}{'-tiny' * options.tiny}"
-    records = {name: run_apart(name, PARTS[name], folder, found, options) for name in options.parts}
-    print("\n\n".join(as_text(name, record) for name, record in records.items()))
-    print(f"\nwritten to {folder}")
-    sys.exit(not all(map(is_good, records.values())))
+    records = []
+    for name in options.parts:
+        print(f"\n{name}: at most {PARTS[name].kill:.0f} s", flush=True)
+        records.append(run_apart(name, PARTS[name], folder, found, options))
+        print(records[-1]["summary"], flush=True)
+    print(f"\n{overview(records)}\nwritten to {folder}")
+    sys.exit(not all(map(is_good, records)))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -89,17 +93,23 @@ def best_device() -> str:
 def describe(device: str) -> dict[str, Any]:
     """Describe the machine: its ``slug`` names the folder of the results."""
     import torch
-    from machine import environment, hardware_slug
+    from machine import copy_rate, environment, gemm_rate, hardware_slug
 
     found = environment(PACKAGES, device, torch.get_num_threads())
-    return {"slug": hardware_slug(device), **found}
+    found["slug"] = hardware_slug(device)
+    if device == "cuda":
+        found["CUDA"], found["capability"] = torch.version.cuda, torch.cuda.get_device_capability()
+        found["bfloat16 flops/s"] = gemm_rate("bfloat16", device)
+        found["copy bytes/s"] = copy_rate("bfloat16", device)
+        # The parts need the memory.
+        torch.cuda.empty_cache()
+    return found
 
 
 def run_apart(
     name: str, limits: Limits, folder: Path, found: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run a part in a process of its own, and return what it left."""
-    print(f"\n{name}: at most {limits.kill:.0f} s", flush=True)
     path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write(path, {"part": name, "status": "running", "environment": found, "tiny": options.tiny,
@@ -108,8 +118,10 @@ def run_apart(
                "--device", options.device, "--output", str(path), "--budget", str(limits.budget),
                *["--tiny"] * options.tiny]  # fmt: skip
     start = time.monotonic()
+    # On a busy CPU, threads that wait for each other would use up the time of the part.
+    threads = {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
     # With a session of its own, so that processes which the part has started end with it.
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, env={**threads, **os.environ})
     try:
         status = f"ended with exit status {process.wait(limits.kill)}"
     except subprocess.TimeoutExpired:
@@ -126,10 +138,8 @@ def run_apart(
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a session, and all that are left of the session."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -174,15 +184,25 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def is_good(record: dict[str, Any]) -> bool:
-    """Return whether a part did what it could, and none of its rows says that it failed."""
+    """Return whether a part did what it could, and no row of it says that something failed."""
     ended_well = record["status"].startswith(("complete", "stopped", "skipped"))
-    return ended_well and not any(row.get("status") == "failed" for row in record["rows"])
+    return ended_well and not failures(record)
 
 
-def as_text(name: str, record: dict[str, Any]) -> str:
-    """Write the result of a part for the terminal."""
-    title = f"{name}: {record['status']}, {len(record['rows'])} rows, {record['seconds']:.0f} s"
-    return f"{title}\n{record['summary']}".rstrip()
+def failures(record: dict[str, Any]) -> int:
+    """Count the rows of a part that say that something failed."""
+    return sum(row.get("status") == "failed" for row in record["rows"])
+
+
+def overview(records: list[dict[str, Any]]) -> str:
+    """Write how every part ended."""
+    from tnmoe.system.tables import format_table
+
+    table = [
+        [each["part"], f"{each['seconds']:.0f}", len(each["rows"]), failures(each), each["status"]]
+        for each in records
+    ]
+    return format_table(["part", "seconds", "rows", "failed", "status"], table)
 
 
 if __name__ == "__main__":

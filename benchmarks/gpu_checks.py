@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu import first_line
-from torch import Tensor, nn
+from torch import Tensor
 
 from tnmoe.nn import DenseExperts, Experts, MPOExperts, MPOMoE, MPOProjection, TopKRouter
 from tnmoe.nn.projection import Projection
@@ -38,7 +38,13 @@ MPO_LAYOUTS: dict[str, dict[str, Any]] = {
     "nothing shared": {"sites": 3, "max_bond": 8, "shared_sites": "none"},
 }
 LAYOUTS = ("ordinary", *MPO_LAYOUTS)
+# Layouts that whole models can have.
+NAMES_IN_HF = {"ordinary": "dense"} | {
+    name: name for name in ("residual", "hidden", "split", "interleaved")
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What the row of a check says of its setting.
+WRITTEN = ("layout", "dtype", "gated", "route", "tokens")
 # Largest relative error in the Frobenius norm.
 BOUNDS = {"float32": 1e-4, "bfloat16": 4e-2}
 
@@ -211,6 +217,14 @@ def no_wait(setting: Setting) -> float:
     return relative(found, loop_over_experts(setting.exact, *setting.inputs))
 
 
+def no_wait_in_training(setting: Setting) -> float:
+    states, index, weights = setting.on_device(*setting.inputs)
+    for block in (nullcontext(), error_on_wait()):
+        with block:
+            setting.layer(states, index, weights).sum().backward()
+    return 0.0
+
+
 @contextmanager
 def error_on_wait() -> Iterator[None]:
     """Raise an error in the block where the CPU waits for the GPU."""
@@ -230,30 +244,43 @@ def cuda_graph(setting: Setting) -> float:
     router = TopKRouter(H, E, TOP_K, device=setting.device, dtype=DTYPES[setting.dtype])
     layer = MPOMoE(router, setting.layer).eval()
     states = setting.on_device(*setting.inputs)[0]
-    replay, static, result = capture(layer, states)
+    captured = capture(layer, states)
     errors = []
     for scale in (1.0, -2.0):
-        static.copy_(states.flip(0) * scale)
-        replay()
-        errors.append(relative(result, layer(static).cpu().double()))
+        captured.given.copy_(states.flip(0) * scale)
+        captured()
+        errors.append(relative(captured.result, layer(captured.given).cpu()))
     return max(errors)
 
 
-def capture(layer: nn.Module, states: Tensor) -> tuple[Callable[[], None], Tensor, Tensor]:
-    """Capture a layer's call as a CUDA graph; return its replay, its input and its output."""
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph with the arrays that it reads and writes, which must live as long as it does."""
+
+    graph: torch.cuda.CUDAGraph
+    given: Tensor
+    result: Tensor
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def capture(layer: Callable[[Tensor], Tensor], states: Tensor) -> Captured:
+    """Capture a layer's call as a CUDA graph."""
+    layer(states)
     with error_on_wait():
         # A capture in which the CPU waits for the GPU fails, and leaves torch in disorder.
         layer(states)
-    static, stream = states.clone(), torch.cuda.Stream()
+    given, stream = states.clone(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            layer(static)
+            layer(given)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = layer(static)
-    return graph.replay, static, result
+        result = layer(given)
+    return Captured(graph, given, result)
 
 
 def compiled(setting: Setting) -> float:
@@ -268,6 +295,29 @@ def compiled_inference(setting: Setting) -> float:
     call = torch.compile(setting.layer, fullgraph=True)
     expected = loop_over_experts(setting.exact, *setting.inputs)
     return relative(call(*setting.on_device(*setting.inputs)), expected)
+
+
+@torch.no_grad()
+def upcycled_model(setting: Setting) -> float:
+    """Convert a small GPT-2 on the device and generate with it; it computes what it did before."""
+    try:
+        import transformers
+
+        from tnmoe import hf
+    except ModuleNotFoundError as error:
+        raise NotHere(f"needs the package {error.name}") from error
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=96, n_embd=H, n_layer=2, n_head=4, n_positions=64,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).to(setting.device).eval()
+    ids = torch.randint(96, (2, 16)).to(setting.device)
+    expected = model(ids).logits.cpu()
+    name = NAMES_IN_HF[setting.layout]
+    hf.upcycle(model, hf.MPOEConfig(num_experts=E, num_experts_per_tok=TOP_K, layout=name))
+    model.generate(ids, max_new_tokens=4, do_sample=False)
+    return relative(model(ids).logits, expected)
 
 
 def settings(device: str, tiny: bool) -> Iterator[tuple[Callable[[Setting], float], Setting]]:
@@ -289,9 +339,12 @@ def settings(device: str, tiny: bool) -> Iterator[tuple[Callable[[Setting], floa
         yield autocast, Setting(layout, gated=gated, device=device)
         yield same_bits, Setting(layout, gated=gated, device=device)
     for layout, dtype, tokens in product(LAYOUTS, DTYPES, (1, 16)):
-        for check in (no_wait, cuda_graph):
+        for check in (no_wait, no_wait_in_training, cuda_graph):
             yield check, Setting(layout, dtype, tokens=tokens, device=device)
-    for layout in LAYOUTS[1:2] if tiny else LAYOUTS:
+    for layout in NAMES_IN_HF:
+        yield upcycled_model, Setting(layout, device=device)
+    # The layouts that gain most from it come first: compiling takes long.
+    for layout in LAYOUTS[1:2] if tiny else (*MPO_LAYOUTS, "ordinary"):
         yield compiled, Setting(layout, "bfloat16", device=device)
         yield compiled_inference, Setting(layout, "bfloat16", tokens=8, device=device)
 
@@ -301,9 +354,10 @@ def rows(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     for check, setting in settings(device, tiny):
         half = setting.dtype == "bfloat16" or check is autocast
         bound = BOUNDS["bfloat16" if half else "float32"]
-        row: dict[str, Any] = {"check": check.__name__.replace("_", " "), **vars(setting)}
-        for name in ("device", "layer", "exact", "inputs"):
-            row.pop(name, None)
+        row: dict[str, Any] = {"check": check.__name__.replace("_", " ")}
+        row |= {
+            name: vars(setting)[name] for name in ("layout", "dtype", "gated", "route", "tokens")
+        }
         try:
             error = check(setting)
             # Written so that NaN does not pass.

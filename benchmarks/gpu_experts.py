@@ -98,8 +98,7 @@ def prepare(layer: nn.Module, inputs: tuple[Tensor, ...], mode: str) -> Callable
     if mode != "graph":
         return make_call(layer, inputs, mode)
     with torch.no_grad():
-        replay, _, _ = capture(lambda states: layer(states, *inputs[1:]), inputs[0])
-    return replay
+        return capture(lambda states: layer(states, *inputs[1:]), inputs[0])
 
 
 def take_turns(
@@ -151,14 +150,12 @@ def table(rows: list[dict[str, Any]], mode: str) -> str:
     """Write the table of a mode, or nothing without a case."""
     lines = []
     for row in rows:
-        seconds = {
-            name: layer.get(mode, {}).get("median s") for name, layer in row["layers"].items()
-        }
-        if dense := seconds.get(LAYERS[0]):
-            ratios = (seconds.get(name) for name in LAYERS[1:])
+        dense, *others = (row["layers"][name].get(mode, {}).get("median s") for name in LAYERS)
+        if dense:
             lines.append([
                 row["ffn"] + ", gated" * row["gated"], row["experts"], row["top_k"], row["tokens"],
-                f"{1e3 * dense:.3f}", *(f"{each / dense:.2f}" if each else "-" for each in ratios),
+                f"{1e3 * dense:.3f}", *(f"{each / dense:.2f}" if each else "-" for each in others),
             ])  # fmt: skip
-    heads = ["FFN", "experts", "top_k", "tokens", "dense ms", *(f"{name} ×" for name in LAYERS[1:])]
+    names = (name.removeprefix("tnmoe ") for name in LAYERS[1:])
+    heads = ["FFN", "experts", "top_k", "tokens", "dense ms", *(f"{name} ×" for name in names)]
     return f"{mode}\n{format_table(heads, lines)}" if lines else ""

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu import first_line
-from machine import PeakMemory
 from torch import Tensor, nn
 
 from tnmoe.nn import MPOMoE, record_routing
@@ -117,9 +116,8 @@ def rows(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     for name, settings in METHODS.items():
         row: dict[str, Any] = {"method": name, "loss before": before}
         try:
-            with PeakMemory(device) as memory:
-                found = continued(copy.deepcopy(model), settings, (new, held_out), size)
-            yield row | {"status": "passed", **found, "peak bytes": memory.peak}
+            found = continued(copy.deepcopy(model), settings, (new, held_out), size)
+            yield row | {"status": "passed", **found}
         except Exception as error:
             yield row | {"status": "failed", "message": first_line(error)}
 
@@ -129,13 +127,18 @@ def continued(
 ) -> dict[str, Any]:
     """Turn the dense model into a method's, train it on the first text, and return its results."""
     torch.manual_seed(1)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if settings is not None:
         for block in model.blocks:
             block.ffn = mixture(block.ffn, {"top_k": TOP_K, **settings})
     seconds = train(model, texts[0], size, size.steps)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    loss = evaluate(model, texts[1], size)
-    return {"loss": loss, "s per step": seconds, "parameters": parameters}
+    return {
+        "peak bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "s per step": seconds,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "loss": evaluate(model, texts[1], size),
+    }
 
 
 def mixture(ffn: FeedForward, settings: dict[str, Any]) -> MPOMoE:
@@ -206,11 +209,10 @@ def now(model: Decoder) -> float:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Write a table of losses, and of costs relative to the dense model."""
-    dense = rows[0]
-    lines = []
+    dense, lines, failures = rows[0], [], []
     for row in rows:
         if row["status"] == "failed":
-            lines.append([row["method"], row["message"], "-", "-", "-"])
+            failures.append(f"failed: {row['method']}: {row['message']}")
             continue
         costs = (
             f"{row[key] / dense[key]:.2f}" if dense.get(key) else "-"
@@ -219,4 +221,4 @@ def summary(rows: list[dict[str, Any]]) -> str:
         lines.append([row["method"], f"{row['loss']:.4f}", *costs])
     heads = ["method", "held-out loss", "step ×", "parameters ×", "memory ×"]
     before = f"held-out loss of the dense model before: {dense['loss before']:.4f} nats per byte"
-    return f"{before}\n{format_table(heads, lines)}"
+    return "\n".join([before, format_table(heads, lines), *failures])
