@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from expert_layers import build_on, inputs_on, makers
+from expert_layers import DTYPES, build_on, inputs_on, makers
 from experts import make_call, sizes
 from gpu import first_line
 from gpu_checks import capture
@@ -58,11 +58,14 @@ def rows(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
 def build(case: dict[str, Any], device: str) -> dict[str, nn.Module | str]:
     """Build all layers of a size; the text of an error stands for a layer that cannot be built."""
     layers: dict[str, nn.Module | str] = {}
+    # 64 ordinary experts in float32 do not fit into a GPU's memory.
+    torch.set_default_dtype(getattr(torch, DTYPES[device]))
     for name, make in makers(case, LAYERS).items():
         try:
             layers[name] = build_on(device, make)
         except Exception as error:
             layers[name] = first_line(error)
+    torch.set_default_dtype(torch.float32)
     return layers
 
 
