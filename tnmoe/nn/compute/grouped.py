@@ -104,9 +104,10 @@ def multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         count, depth, columns = rows.shape
         flat = rows.mT.reshape(count * columns, depth)
         result = multiply_groups(flat, weight, offsets * columns)
-        return result.view(count, columns, -1).mT.contiguous()
+        return result.view(count, columns, weight.shape[1]).mT.contiguous()
     if _has_kernel(rows, weight):
-        return F.grouped_mm(rows, weight.mT, offs=offsets)
+        # The kernel's rows are longer where theirs are no multiple of the alignment.
+        return F.grouped_mm(rows, weight.mT, offs=offsets).contiguous()
     result = rows.new_empty(rows.shape[0], weight.shape[1], *rows.shape[2:])
     for expert, block in blocks_of(offsets):
         multiply_block(rows[block], weight[expert], result[block])
@@ -122,7 +123,7 @@ def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         columns = left.shape[2]
         return _grouped_outer(_columns_as_rows(left), _columns_as_rows(right), offsets * columns)
     if _has_kernel(left, right):
-        return F.grouped_mm(left.T, right, offs=offsets)
+        return F.grouped_mm(left.T, right, offs=offsets).contiguous()
     result = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     for expert, block in blocks_of(offsets):
         outer_block(left[block], right[block], result[expert])
@@ -205,7 +206,14 @@ def _has_kernel(*arrays: Tensor) -> bool:
 def _is_aligned(array: Tensor) -> bool:
     """Return whether rows, of an array or of its transpose, are contiguous and aligned."""
     stored = array if array.is_contiguous() else array.mT
-    return stored.is_contiguous() and stored.shape[-1] * stored.element_size() % _ALIGNMENT == 0
+    # A single row counts as contiguous, whatever its stride. The kernel reads the stride.
+    row = stored.stride(-2) * stored.element_size()
+    return (
+        stored.is_contiguous()
+        and stored.stride(-2) == stored.shape[-1]
+        and row % _ALIGNMENT == 0
+        and stored.data_ptr() % _ALIGNMENT == 0
+    )
 
 
 @_grouped_linear.register_fake
