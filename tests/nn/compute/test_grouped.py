@@ -16,6 +16,7 @@ def test_kernels_take_rows_of_whole_16_bytes_in_either_order(monkeypatch):
     assert fits(rows, weight)
     assert fits(torch.zeros(3, 24, dtype=torch.bfloat16), weight.mT)
     assert not fits(rows.float(), weight.float())
+    assert not fits(rows.half(), weight.half())
     assert not fits(rows[:, :12], weight[..., :12])
     assert not fits(rows, weight[:, ::3])
     # A single row counts as contiguous, but its stride is that of the longer ones.
@@ -34,15 +35,18 @@ def as_slice(array):
     return wider[..., : array.shape[-1]].copy_(array)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("change", [lambda array: array, at_odd_address, as_slice])
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("columns", [None, 8])
-def test_kernels_take_whatever_lies_in_memory_in_any_way(change, rows, columns, monkeypatch):
+def test_a_gpu_multiplies_rows_that_lie_in_memory_in_any_way(
+    dtype, change, rows, columns, monkeypatch
+):
     monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size):
-        return change(torch.randn(size, generator=generator).bfloat16())
+        return change(torch.randn(size, generator=generator).to(dtype))
 
     # Torch's kernel returns longer rows where 12 numbers are not a multiple of 16 bytes.
     more = () if columns is None else (columns,)
@@ -61,6 +65,20 @@ def test_kernels_take_whatever_lies_in_memory_in_any_way(change, rows, columns, 
     sums = "te,to,ti->eoi" if columns is None else "te,ton,tin->eoi"
     expected = torch.einsum(sums, chosen, slopes.float(), tokens.float())
     torch.testing.assert_close(outer.float(), expected, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("out", [12, 16])
+@pytest.mark.parametrize("depth", [12, 16])
+def test_few_rows_never_make_the_cpu_wait_for_a_gpu(dtype, out, depth, monkeypatch):
+    monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
+    monkeypatch.setattr(grouped_module, "blocks_of", None)  # it reads the offsets
+    index = torch.tensor([0, 0, 2, 3])
+    rows, weight = torch.randn(4, depth).to(dtype), torch.randn(5, out, depth).to(dtype)
+    with torch.no_grad():
+        product = grouped_linear(rows, weight, Groups.of(index, 5).offsets)
+    expected = torch.einsum("toi,ti->to", weight[index].float(), rows.float())
+    torch.testing.assert_close(product.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_grouped_products_are_closed_under_differentiation():

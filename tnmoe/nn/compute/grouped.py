@@ -18,6 +18,9 @@ from tnmoe.nn.transforms import has_values, is_under_dispatch_mode, needs_native
 # Numbers that fit into the own cache of one core of a CPU.
 _L2_CACHE = 1 << 17
 
+# On an accelerator, numbers of matrices that are copied per row rather than looped over.
+_GATHERED = 1 << 24
+
 # Torch's grouped kernel takes rows whose size in bytes is a multiple of this.
 _ALIGNMENT = 16
 
@@ -108,10 +111,20 @@ def multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _has_kernel(rows, weight):
         # The kernel's rows are longer where theirs are no multiple of the alignment.
         return F.grouped_mm(rows, weight.mT, offs=offsets).contiguous()
+    if _on_cuda(rows) and len(rows) * weight.shape[1] * weight.shape[2] <= _GATHERED:
+        return _multiply_gathered(rows, weight, offsets)
     result = rows.new_empty(rows.shape[0], weight.shape[1], *rows.shape[2:])
     for expert, block in blocks_of(offsets):
         multiply_block(rows[block], weight[expert], result[block])
     return result
+
+
+def _multiply_gathered(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply few rows by copies of their matrices, without waiting for an accelerator."""
+    numbers = torch.arange(len(rows), dtype=offsets.dtype, device=offsets.device)
+    experts = torch.searchsorted(offsets, numbers, right=True)
+    matrices = weight.index_select(0, experts.clamp(max=len(weight) - 1))
+    return torch.bmm(matrices, rows[..., None])[..., 0]
 
 
 _grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_groups, mutates_args=())
@@ -200,7 +213,8 @@ def _has_kernel(*arrays: Tensor) -> bool:
     """Return whether torch's grouped kernel takes these arrays."""
     if not hasattr(F, "grouped_mm") or not _on_cuda(arrays[0]):
         return False
-    return arrays[0].dtype in (torch.bfloat16, torch.float16) and all(map(_is_aligned, arrays))
+    # For other dtypes, torch loops over the experts.
+    return arrays[0].dtype == torch.bfloat16 and all(map(_is_aligned, arrays))
 
 
 def _is_aligned(array: Tensor) -> bool:
