@@ -59,8 +59,9 @@ def main() -> None:
     folder = options.output or HERE / "results" / f"gpu-{found['slug']}{'-tiny' * options.tiny}"
     records = []
     for name in options.parts:
-        print(f"\n{name}: at most {PARTS[name].kill:.0f} s", flush=True)
-        records.append(run_apart(name, PARTS[name], folder, found, options))
+        limits = Limits(*(options.patience * seconds for seconds in PARTS[name]))
+        print(f"\n{name}: at most {limits.kill:.0f} s", flush=True)
+        records.append(run_apart(name, limits, folder, found, options))
         print(records[-1]["summary"], flush=True)
     print(f"\n{overview(records)}\nwritten to {folder}")
     sys.exit(not all(map(is_good, records)))
@@ -73,6 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--output", type=Path, help="folder (default: one in benchmarks/results)")
+    parser.add_argument("--patience", type=float, default=1.0, help="times the limits on time")
     # For the process of a part.
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)

@@ -6,9 +6,14 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+
+from tnmoe.nn import experts
+from tnmoe.nn.compute import grouped, rebuilt
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PARTS = {
@@ -106,12 +111,44 @@ def test_checks_tell_a_wrong_layer_from_a_right_one(benchmarks, layout):
         assert check(wrong) > checks.BOUNDS["float32"]
 
 
+@contextmanager
+def error_on_reading():
+    """Raise an error in the block where code reads numbers of a tensor."""
+
+    def fail(*_):
+        raise AssertionError("the CPU would wait for a GPU here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__"):
+            patch.setattr(torch.Tensor, name, fail)
+        yield
+
+
+def test_layers_pass_the_checks_with_the_operators_for_a_gpu(benchmarks, monkeypatch):
+    checks = benchmarks("gpu_checks")
+    monkeypatch.setattr(checks, "error_on_wait", error_on_reading)
+    # What a GPU does, as far as torch can do it on a CPU.
+    monkeypatch.setattr(experts, "values_are_readable", lambda tensor: False)
+    monkeypatch.setattr(grouped, "_on_cuda", lambda array: True)
+    every = slice(None)
+    monkeypatch.setattr(rebuilt, "_batches_of_experts", lambda offsets: [(every, every)])
+    not_here = (checks.cuda_graph, checks.upcycled_model, checks.compiled)
+    chosen = [
+        pair
+        for pair in checks.settings("cpu", True)
+        if pair[0] not in (*not_here, checks.compiled_inference)
+    ]
+    monkeypatch.setattr(checks, "settings", lambda device, tiny: chosen)
+    rows = list(checks.rows("cpu", True))
+    assert {row["status"] for row in rows} == {"passed"}, checks.summary(rows)
+
+
 @pytest.mark.slow
 def test_the_script_runs_on_a_cpu_from_a_checkout(tmp_path):
     folder = tmp_path / "results"
     # Without the folder of tnmoe on the path of Python.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--device", "cpu"]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--device", "cpu", "--patience", "5"]
     done = subprocess.run(
         [*command, "--output", str(folder)],
         capture_output=True, text=True, cwd=tmp_path, env=environment,
