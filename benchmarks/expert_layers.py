@@ -143,9 +143,20 @@ def read_bytes(layer: nn.Module, index: Tensor, experts: int) -> int:
     Every expert owns the same number of weights. Matrices that a layer builds from its weights,
     and keeps, are not counted.
     """
-    total = weight_bytes(layer)
-    common = total if isinstance(layer, DenseFFN) else _size(shared_parameters(layer))
+    total, common = weight_bytes(layer), _size(_common_weights(layer))
     return common + (total - common) * len(index.unique()) // experts
+
+
+def _common_weights(layer: nn.Module) -> list[Tensor]:
+    """Return the weights that no expert owns, each once."""
+    if isinstance(layer, DenseFFN):
+        return list(layer.parameters())
+    bases = (module for name, module in layer.named_modules() if name.endswith(".base"))
+    weights = [
+        *shared_parameters(layer),
+        *(weight for base in bases for weight in base.parameters()),
+    ]
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def _size(weights: Iterable[Tensor]) -> int:
