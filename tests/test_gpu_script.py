@@ -148,9 +148,9 @@ def test_the_script_runs_on_a_cpu_from_a_checkout(tmp_path):
     folder = tmp_path / "results"
     # Without the folder of tnmoe on the path of Python.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--device", "cpu", "--patience", "5"]
+    options = ["--tiny", "--device", "cpu", "--patience", "5"]
     done = subprocess.run(
-        [*command, "--output", str(folder)],
+        [sys.executable, str(BENCHMARKS / "gpu.py"), *options, "--output", str(folder)],
         capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
