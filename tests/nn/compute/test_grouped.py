@@ -70,14 +70,20 @@ def test_a_gpu_multiplies_rows_that_lie_in_memory_in_any_way(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("out", [12, 16])
 @pytest.mark.parametrize("depth", [12, 16])
-def test_few_rows_never_make_the_cpu_wait_for_a_gpu(dtype, out, depth, monkeypatch):
+@pytest.mark.parametrize("columns", [None, 3, 40])
+@pytest.mark.parametrize("limit", [grouped_module._GATHERED, 0])
+def test_few_rows_and_one_expert_never_make_the_cpu_wait_for_a_gpu(
+    dtype, out, depth, columns, limit, monkeypatch
+):
     monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
+    monkeypatch.setattr(grouped_module, "_GATHERED", limit)
     monkeypatch.setattr(grouped_module, "blocks_of", None)  # it reads the offsets
-    index = torch.tensor([0, 0, 2, 3])
-    rows, weight = torch.randn(4, depth).to(dtype), torch.randn(5, out, depth).to(dtype)
+    index, experts = (torch.tensor([0, 0, 2, 3]), 5) if limit else (torch.zeros(4).long(), 1)
+    more = () if columns is None else (columns,)
+    rows, weight = torch.randn(4, depth, *more).to(dtype), torch.randn(experts, out, depth)
     with torch.no_grad():
-        product = grouped_linear(rows, weight, Groups.of(index, 5).offsets)
-    expected = torch.einsum("toi,ti->to", weight[index].float(), rows.float())
+        product = grouped_linear(rows, weight.to(dtype), Groups.of(index, experts).offsets)
+    expected = torch.einsum("toi,ti...->to...", weight.to(dtype)[index].float(), rows.float())
     torch.testing.assert_close(product.float(), expected, rtol=2e-2, atol=2e-2)
 
 
