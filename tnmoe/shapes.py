@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -112,7 +112,8 @@ class MPOShape:
         """Split a matrix into output legs left of the centre and input legs right of it.
 
         Experts of this shape never have to be built: the central core is one dense product for the
-        tokens of all experts.
+        tokens of all experts. With legs on one side only, that product is even the same for all
+        experts of a token.
 
         Parameters
         ----------
@@ -120,20 +121,25 @@ class MPOShape:
             Size of the matrix.
         left, right : int or sequence of int
             Output legs of the sites left of the centre, and input legs of the sites right of it.
-            Their products must divide ``out_features`` and ``in_features``.
+            Their products must divide ``out_features`` and ``in_features``. One of them may be
+            empty.
 
         Raises
         ------
         InputError
-            If a product of legs does not divide its size.
+            If a product of legs does not divide its size, or there are no legs.
 
         Examples
         --------
         >>> MPOShape.split(3072, 768, left=64, right=64)
         MPOShape(out_dims=(64, 48, 1), in_dims=(1, 12, 64))
+        >>> MPOShape.split(3072, 768, left=64, right=())
+        MPOShape(out_dims=(64, 48), in_dims=(1, 768))
         """
-        left_legs = _as_dims("left", left if isinstance(left, Sequence) else (left,))
-        right_legs = _as_dims("right", right if isinstance(right, Sequence) else (right,))
+        left_legs = () if left == () else _as_dims("left", _as_sequence(left))
+        right_legs = () if right == () else _as_dims("right", _as_sequence(right))
+        if not (left_legs or right_legs):
+            raise InputError("a split shape needs legs left or right of its centre, got none")
         out_features = check_positive_int("out_features", out_features)
         in_features = check_positive_int("in_features", in_features)
         for side, legs, name, size in (
@@ -310,9 +316,42 @@ def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:
     return check_index("center_site", center_site, shape.sites)
 
 
+def resolve_shared_sites(
+    shared_sites: str | Iterable[int], sites: int, center_site: int
+) -> frozenset[int]:
+    """Return the numbers of the sites that experts share, from a name or from the numbers.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, a site does not exist, or experts would own no site.
+    """
+    if isinstance(shared_sites, str):
+        named: dict[str, frozenset[int]] = {"center": frozenset({center_site}), "none": frozenset()}
+        if shared_sites not in named:
+            raise InputError(
+                f"shared_sites must be one of {', '.join(named)} or sites, got {shared_sites!r}"
+            )
+        return named[shared_sites]
+    if not isinstance(shared_sites, Iterable):
+        raise InputError(
+            f"shared_sites must be a name or the numbers of sites, got {shared_sites!r}"
+        )
+    chosen = frozenset(check_index("every shared site", site, sites) for site in shared_sites)
+    if len(chosen) == sites:
+        raise InputError(
+            f"experts that share all {sites} sites would be the same: leave some sites out"
+        )
+    return chosen
+
+
 def is_padded(shape: MPOShape) -> bool:
     """Check whether the legs hold more than the matrix, along its rows or its columns."""
     return (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features)
+
+
+def _as_sequence(dims: int | Sequence[int]) -> Sequence[int]:
+    return dims if isinstance(dims, Sequence) else (dims,)
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:
