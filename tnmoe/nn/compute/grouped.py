@@ -26,6 +26,9 @@ _SELECTED = 1 << 19
 # much of that costs more than the calls that the kernel saves.
 _SMALL_RESULT = 1 << 20
 
+# On an accelerator, numbers of matrices that are copied per row rather than looped over.
+_GATHERED = 1 << 24
+
 # Torch's grouped kernel takes rows whose size in bytes is a multiple of this.
 _ALIGNMENT = 16
 
@@ -147,18 +150,32 @@ def _native_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 def multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Compute :func:`grouped_linear` without a gradient."""
-    if rows.ndim == 3 and _on_cuda(rows):
+    if rows.ndim == 3 and _has_kernel_for(rows):
         # Moving the columns is cheap there, and a grouped product is one launch.
-        count, depth, columns = rows.shape
-        flat = rows.mT.reshape(count * columns, depth)
-        result = multiply_groups(flat, weight, offsets * columns)
-        return result.view(count, columns, -1).mT.contiguous()
+        columns = rows.shape[2]
+        result = multiply_groups(_columns_as_rows(rows), weight, offsets * columns)
+        return result.view(len(rows), columns, weight.shape[1]).mT.contiguous()
     if _has_kernel(rows, weight) or _is_small(rows, weight):
-        return F.grouped_mm(rows, weight.mT, offs=offsets)
+        # The kernel's rows are longer where theirs are no multiple of the alignment.
+        return F.grouped_mm(rows, weight.mT, offs=offsets).contiguous()
+    if _on_cuda(rows) and len(rows) * weight.shape[1] * weight.shape[2] <= _GATHERED:
+        return _multiply_gathered(rows, weight, offsets)
     result = rows.new_empty(rows.shape[0], weight.shape[1], *rows.shape[2:])
+    if _on_cuda(rows) and len(weight) == 1:
+        # Nothing reads the products of rows without an expert.
+        multiply_block(rows, weight[0], result)
+        return result
     for expert, block in blocks_of(offsets):
         multiply_block(rows[block], weight[expert], result[block])
     return result
+
+
+def _multiply_gathered(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply few rows by copies of their matrices, without waiting for an accelerator."""
+    numbers = torch.arange(len(rows), dtype=offsets.dtype, device=offsets.device)
+    experts = torch.searchsorted(offsets, numbers, right=True)
+    matrices = _entries(weight, experts)
+    return matrices @ rows if rows.ndim == 3 else (matrices @ rows[..., None])[..., 0]
 
 
 _grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_groups, mutates_args=())
@@ -166,11 +183,11 @@ _grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_grou
 
 @torch.library.custom_op("tnmoe::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    if left.ndim == 3 and _on_cuda(left):
+    if left.ndim == 3 and _has_kernel_for(left):
         columns = left.shape[2]
         return _grouped_outer(_columns_as_rows(left), _columns_as_rows(right), offsets * columns)
     if _has_kernel(left, right):
-        return F.grouped_mm(left.T, right, offs=offsets)
+        return F.grouped_mm(left.T, right, offs=offsets).contiguous()
     result = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     for expert, block in blocks_of(offsets):
         outer_block(left[block], right[block], result[expert])
@@ -245,9 +262,15 @@ def _on_cuda(array: Tensor) -> bool:
 
 def _has_kernel(*arrays: Tensor) -> bool:
     """Return whether torch's grouped kernel takes these arrays."""
-    if not hasattr(F, "grouped_mm") or not _on_cuda(arrays[0]):
-        return False
-    return arrays[0].dtype in (torch.bfloat16, torch.float16) and all(map(_is_aligned, arrays))
+    return _has_kernel_for(arrays[0]) and all(map(_is_aligned, arrays))
+
+
+def _has_kernel_for(array: Tensor) -> bool:
+    """Return whether torch has a grouped kernel for the device and the dtype of an array.
+
+    For other dtypes torch, too, loops over the groups.
+    """
+    return hasattr(F, "grouped_mm") and _on_cuda(array) and array.dtype == torch.bfloat16
 
 
 def _is_small(rows: Tensor, weight: Tensor) -> bool:
@@ -265,7 +288,14 @@ def _is_small(rows: Tensor, weight: Tensor) -> bool:
 def _is_aligned(array: Tensor) -> bool:
     """Return whether rows, of an array or of its transpose, are contiguous and aligned."""
     stored = array if array.is_contiguous() else array.mT
-    return stored.is_contiguous() and stored.shape[-1] * stored.element_size() % _ALIGNMENT == 0
+    # A single row counts as contiguous, whatever its stride. The kernel reads the stride.
+    row = stored.stride(-2) * stored.element_size()
+    return (
+        stored.is_contiguous()
+        and stored.stride(-2) == stored.shape[-1]
+        and row % _ALIGNMENT == 0
+        and stored.data_ptr() % _ALIGNMENT == 0
+    )
 
 
 @_grouped_linear.register_fake
