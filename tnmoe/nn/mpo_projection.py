@@ -297,13 +297,13 @@ class MPOProjection(StoredCores, Projection):
 
     def work_of_call(self, load: Load) -> Work:
         cores, sizes = self.cores, chain_shapes(self.shape, self._bond_dims)
-        planned = self.plan(load.slots, load.training)
+        planned = routes.plan(cores, load.slots, load.training, route=self.route)
         shared, owned = (
             sum(prod(sizes[site]) * cores.stored[site].element_size() for site in sites)
             for sites in (self.shared_sites, self._owned_sites)
         )
         flops = planned.flops / max(1, load.slots)
-        return Work(f"cores, route {self.route or planned.route}", "slot", flops, shared, owned)
+        return Work(f"cores, route {planned.route}", "slot", flops, shared, owned)
 
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
