@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
 from tnmoe.errors import InputError, check_index, check_positive_int, short_repr
 from tnmoe.factors import factorize, number_of_sites, padded_size, size_to_split
+from tnmoe.options import NamedSites
+
+# Sites whose cores experts share.
+SharedSites = NamedSites | Iterable[int]
 
 
 @dataclass(frozen=True)
@@ -308,6 +312,36 @@ def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:
     if center_site is None:
         return shape.center_site
     return check_index("center_site", center_site, shape.sites)
+
+
+def resolve_shared_sites(
+    shared_sites: str | Iterable[int], sites: int, center_site: int
+) -> frozenset[int]:
+    """Return the numbers of the sites that experts share, from a name or from the numbers.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, a site does not exist, or experts would own no site.
+    """
+    named: dict[str, frozenset[int]] = {"center": frozenset({center_site}), "none": frozenset()}
+    if isinstance(shared_sites, str):
+        if shared_sites not in named:
+            raise InputError(
+                f"shared_sites must be one of {', '.join(named)} or sites, got {shared_sites!r}"
+            )
+        chosen = named[shared_sites]
+    elif isinstance(shared_sites, Iterable):
+        chosen = frozenset(check_index("every shared site", site, sites) for site in shared_sites)
+    else:
+        raise InputError(
+            f"shared_sites must be a name or the numbers of sites, got {shared_sites!r}"
+        )
+    if len(chosen) == sites:
+        raise InputError(
+            f"experts that share all {sites} sites would be the same: leave some sites out"
+        )
+    return chosen
 
 
 def is_padded(shape: MPOShape) -> bool:

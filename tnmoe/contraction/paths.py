@@ -19,7 +19,8 @@ from opt_einsum.paths import ssa_to_linear
 from tnmoe.backends import Array
 
 Path = tuple[tuple[int, ...], ...]
-# Shapes (D, out, in, D') of a chain.
+# Shapes (D, out, in, D') of a chain. Where E chains share cores, the shape of one that each of them
+# owns is (E, D, out, in, D').
 CoreShapes = tuple[tuple[int, ...], ...]
 # Neighbouring segments of a chain: the first, and the one after the last.
 _Subchain = tuple[int, int]
@@ -129,6 +130,14 @@ def building_path(cores: CoreShapes) -> ChainPath:
     return _find_path(cores, None)
 
 
+def neighbours_path(cores: CoreShapes) -> Path:
+    """Find an order of products of neighbours that builds a chain, or chains that share cores.
+
+    A product is computed once while all chains share its cores, and then once for each chain.
+    """
+    return _path_among_neighbours(cores, None)
+
+
 def applying_path(cores: CoreShapes, batch: int) -> ChainPath:
     """Find an order in which to contract a chain with vectors.
 
@@ -173,22 +182,32 @@ def _with_costs(network: Network, path: Path) -> ChainPath:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A core or the product of neighbouring cores: its number as an operand, and its sizes."""
+    """A core or the product of neighbouring cores: its number as an operand, and its sizes.
+
+    There are several copies where each of several chains owns a core in it.
+    """
 
     operand: int
     left: int
     out: int
     in_: int
     right: int
+    copies: int = 1
+
+    @classmethod
+    def of(cls, operand: int, core: tuple[int, ...]) -> _Segment:
+        """Return a single core, with an axis of copies or without."""
+        return cls(operand, *core[-4:], *core[:-4])
 
     @property
     def size(self) -> int:
-        return self.left * self.out * self.in_ * self.right
+        return self.copies * self.left * self.out * self.in_ * self.right
 
     def times(self, following: _Segment, operand: int) -> _Segment:
         """Return the product with the segment on the right, which becomes operand ``operand``."""
         out, in_ = self.out * following.out, self.in_ * following.in_
-        return _Segment(operand, self.left, out, in_, following.right)
+        copies = max(self.copies, following.copies)
+        return _Segment(operand, self.left, out, in_, following.right, copies)
 
 
 class _PathBuilder:
@@ -224,7 +243,7 @@ def _path_among_neighbours(cores: CoreShapes, batch: int | None) -> Path:
     """
     first = 0 if batch is None else 1
     builder = _PathBuilder(len(cores) + first)
-    segments = [_Segment(first + site, *core) for site, core in enumerate(cores)]
+    segments = [_Segment.of(first + site, core) for site, core in enumerate(cores)]
     if len(segments) > _MAX_SEARCHED:
         segments = _merge_without_growth(segments, builder)
     if len(segments) > _MAX_SEARCHED:
@@ -278,6 +297,7 @@ class _MatrixChainOrder:
                 stop = start + length
                 # The last product contains both ends and all legs, whichever bond it is over.
                 common = 2 * bonds[start] * bonds[stop] * (legs[stop] // legs[start])
+                common *= max(segment.copies for segment in segments[start:stop])
                 self.flops[start, stop], self._cuts[start, stop] = min(
                     (self.flops[start, cut] + self.flops[cut, stop] + common * bonds[cut], cut)
                     for cut in range(start + 1, stop)

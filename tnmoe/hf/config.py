@@ -23,13 +23,7 @@ from tnmoe.hf.find import check_layers
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
-from tnmoe.nn.settings import (
-    SharedSites,
-    check_matrices,
-    layout_shape,
-    per_projection,
-    resolve_shared_sites,
-)
+from tnmoe.nn.settings import check_matrices, layout_shape, per_projection
 from tnmoe.options import (
     ANY_LAYOUTS,
     GAUGES,
@@ -40,7 +34,7 @@ from tnmoe.options import (
     Matrix,
     RouterKind,
 )
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, SharedSites, resolve_shared_sites
 
 Size = tuple[int, int]
 

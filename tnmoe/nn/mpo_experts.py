@@ -16,9 +16,9 @@ from tnmoe.mpo import MPO
 from tnmoe.nn.experts import Experts, check_ffn
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Bias, Projection, StackedProjection
-from tnmoe.nn.settings import MPOSettings, SharedSites, mpo_settings, projection_sizes
+from tnmoe.nn.settings import MPOSettings, mpo_settings, projection_sizes
 from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix, Method
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, SharedSites
 from tnmoe.truncation.info import TruncationInfo
 
 

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from tnmoe.errors import InputError, check_bool, check_index, check_one_of
-from tnmoe.options import LAYOUTS, MATRICES, Layout, Matrix, NamedSites
-from tnmoe.shapes import MPOShape
-
-# Sites whose cores experts share.
-SharedSites = NamedSites | Iterable[int]
+from tnmoe.errors import InputError, check_bool, check_one_of
+from tnmoe.options import LAYOUTS, MATRICES, Layout, Matrix
+from tnmoe.shapes import MPOShape, SharedSites
 
 # Group size of a split shape: large enough to leave experts some freedom, small enough to be cheap.
 _SPLIT_GROUP = 64
@@ -168,32 +165,3 @@ def per_projection(name: str, value: Any, default: Any) -> dict[str, Any]:
     if unknown := sorted(set(value) - set(MATRICES)):
         raise InputError(f"{name} is for {', '.join(MATRICES)}, got {unknown}")
     return {**dict.fromkeys(MATRICES, default), **value}
-
-
-def resolve_shared_sites(
-    shared_sites: str | Iterable[int], sites: int, center_site: int
-) -> frozenset[int]:
-    """Return the numbers of the sites that experts share, from a name or from the numbers.
-
-    Raises
-    ------
-    InputError
-        If the name is unknown, a site does not exist, or experts would own no site.
-    """
-    if isinstance(shared_sites, str):
-        named: dict[str, frozenset[int]] = {"center": frozenset({center_site}), "none": frozenset()}
-        if shared_sites not in named:
-            raise InputError(
-                f"shared_sites must be one of {', '.join(named)} or sites, got {shared_sites!r}"
-            )
-        return named[shared_sites]
-    if not isinstance(shared_sites, Iterable):
-        raise InputError(
-            f"shared_sites must be a name or the numbers of sites, got {shared_sites!r}"
-        )
-    chosen = frozenset(check_index("every shared site", site, sites) for site in shared_sites)
-    if len(chosen) == sites:
-        raise InputError(
-            f"experts that share all {sites} sites would be the same: leave some sites out"
-        )
-    return chosen

@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction.build import (
-    left_environment,
-    right_environment,
-    stacked_to_padded_matrices,
-)
+from tnmoe.contraction.build import left_environment, right_environment, to_padded_matrix
 from tnmoe.nn.compute.cores import ExpertCores, Legs
 from tnmoe.nn.compute.half_precision import add_product
 from tnmoe.nn.transforms import without_autocast
@@ -36,8 +32,9 @@ def padded_matrices(cores: ExpertCores) -> Tensor:
 
     The cores must have one dtype. Gradients flow back to them.
     """
-    left, right = cores.stacked()
-    return stacked_to_padded_matrices(_TORCH, cores.center, left, right)
+    matrices = to_padded_matrix(_TORCH, cores.sites())
+    # One expert alone shares all of its cores with all experts.
+    return matrices if matrices.ndim == 3 else matrices[None]
 
 
 def exact_matrices(cores: ExpertCores) -> Tensor:
