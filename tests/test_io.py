@@ -78,6 +78,17 @@ def test_cores_that_are_views_are_stored_as_they_read(tmp_path):
     torch.testing.assert_close(tn.load(tmp_path / "x").to_matrix(), mpo.to_matrix())
 
 
+def test_tensors_that_are_only_marked_as_conjugate_or_negative_are_stored_as_they_read(tmp_path):
+    core = torch.randn(1, 2, 2, 1, dtype=torch.complex128)
+    for marked in (core.conj(), core.conj().imag):
+        assert marked.is_conj() or marked.is_neg()
+        tn.save(tmp_path / "x", tn.MPO([marked]))
+        assert torch.equal(tn.load(tmp_path / "x").cores[0], marked)
+        np.testing.assert_array_equal(
+            np.asarray(tn.MPO([marked])), marked.resolve_conj().resolve_neg()[0, :, :, 0]
+        )
+
+
 def test_the_same_operator_is_saved_as_the_same_bytes(tmp_path):
     mpo, contents = example("float32", "MPO", "numpy"), set()
     for number in range(20):
