@@ -363,7 +363,7 @@ def _isometry(
     rows, columns = (left * out * in_, right) if from_left else (out * in_ * right, left)
     with xp.full_precision(like_computed):
         isometry, _ = xp.qr(xp.normal((*owners, rows, columns), rng, like_computed))
-    isometry = isometry if from_left else xp.adjoint(isometry)
+    isometry = isometry if from_left else xp.transpose(isometry)
     return xp.astype(isometry.reshape(size), xp.dtype_name(like))
 
 
