@@ -31,15 +31,15 @@ class SharedMPO:
     matrix that all experts share, may be added: W_e = base + chain_e.
 
     Sharing the central core gives MPOE (Gao et al., COLING 2022, arXiv:2203.01104, section 3.2).
-    A base with two owned cores, of the legs (out | in), is a base with a matrix of low rank per
-    expert, as in LoRA (Hu et al., arXiv:2106.09685, section 4.1). More sites make that matrix a
-    tensor train, as in TT-LoRA (Anjum et al., arXiv:2408.01008).
+    To a base, two owned cores with the legs (out | in) add a matrix of low rank per expert, as in
+    LoRA (Hu et al., arXiv:2106.09685, section 4.1). More sites make that matrix a tensor train, as
+    in TT-LoRA (Anjum et al., arXiv:2408.01008).
 
     Parameters
     ----------
     cores : sequence of array, shapes (D, out, in, D') or (E, D, out, in, D')
-        Cores of all sites, left to right. One with an axis of experts is owned, at least one core
-        of all; the others are shared.
+        Cores of all sites, left to right. Experts own those with an axis of experts, at least one,
+        and share the others.
     shape : MPOShape
         Legs and size of the matrices.
     center_site : int, optional
@@ -57,10 +57,10 @@ class SharedMPO:
     Raises
     ------
     InputError
-        If the cores do not chain or do not fit ``shape``, experts own none of them, or the base
-        has another size or dtype.
+        If the cores do not chain, do not fit ``shape`` or are of several libraries or dtypes; if
+        experts own none of them; or if the base has another size or dtype.
     TypeError
-        If ``shape`` or ``base`` is of another type, or arrays belong to several libraries.
+        If ``shape`` or ``base`` is of another type, or the base of another library.
 
     Examples
     --------
@@ -309,7 +309,7 @@ class SharedMPO:
         )
 
 
-def _check_owners(cores: Iterable[Array]) -> None:
+def _check_owners(cores: Sequence[Array]) -> None:
     """Raise unless all cores are arrays and E experts own some of them."""
     for core in cores:
         get_backend(core)
