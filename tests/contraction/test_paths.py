@@ -56,8 +56,8 @@ def test_the_search_for_many_cores_hardly_misses_the_best_of_few(chain):
         assert best <= searched(cores, batch).flops(batch or 0) <= 1.5 * best
 
 
-def operations(cores, bonds):
-    """Count the operations of sums over bonds in an order, for chains that share cores."""
+def cost(cores, bonds):
+    """Cost of sums over bonds in an order, for chains that share cores: operations and entries."""
     legs = [out * in_ for *_, out, in_, _ in cores]
     inner = [1, *(core[-4] for core in cores[1:]), 1]
     segments, total = [(site, site + 1) for site in range(len(cores))], 0
@@ -67,7 +67,8 @@ def operations(cores, bonds):
         start, stop = left[0], right[1]
         segments = sorted({*segments, (start, stop)} - {left, right})
         copies = max(core[0] if len(core) == 5 else 1 for core in cores[start:stop])
-        total += 2 * copies * inner[start] * inner[bond] * inner[stop] * prod(legs[start:stop])
+        entries = copies * inner[start] * inner[stop] * prod(legs[start:stop])
+        total += entries * (2 * inner[bond] + paths._OPERATIONS_PER_ENTRY)
     return total
 
 
@@ -89,8 +90,8 @@ def test_chains_that_share_cores_are_built_by_the_best_of_all_orders(chain, data
     owned = data.draw(st.sets(st.integers(0, sites - 1)))
     experts = data.draw(st.integers(1, 64))
     cores = tuple((experts, *core) if site in owned else core for site, core in enumerate(cores))
-    found = operations(cores, bonds_of(paths.neighbours_path(cores), sites))
-    assert found == min(operations(cores, order) for order in permutations(range(1, sites)))
+    found = cost(cores, bonds_of(paths.neighbours_path(cores), sites))
+    assert found == min(cost(cores, order) for order in permutations(range(1, sites)))
 
 
 @given(chains(least_bond=2), st.integers(1, 600))

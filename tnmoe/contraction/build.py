@@ -12,7 +12,7 @@ import numpy as np
 from tnmoe.backends import Array, Backend
 from tnmoe.contraction.paths import CoreShapes, neighbours_path, shapes_of
 
-# Legs of a segment are put in order while it has this many times fewer entries than the matrix.
+# Legs of a segment are put in order while it has this many times fewer entries than all matrices.
 _SMALL_SEGMENT = 8
 
 
@@ -34,12 +34,13 @@ def to_padded_matrix(xp: Backend, cores: Sequence[Array]) -> Array:
     """
     segments = [_segment_of(core) for core in cores]
     rows, columns = (prod(core.shape[axis] for core in cores) for axis in (-3, -2))
+    entries = rows * columns * max(prod(core.shape[:-4]) for core in cores)
     for site in _merge_order(shapes_of(cores)):
         (left, left_legs), (right, right_legs) = segments[site : site + 2]
         merged = _multiply(left, right), [*left_legs, *right_legs]
-        # Permuting a small segment is cheap, and the last permutation, that of the whole matrix,
-        # then moves larger pieces.
-        if prod(merged[0].shape[-3:]) * _SMALL_SEGMENT <= rows * columns:
+        # Permuting a small segment is cheap, and the last permutation, that of whole matrices, then
+        # moves larger pieces.
+        if prod(merged[0].shape) * _SMALL_SEGMENT <= entries:
             merged = _outputs_first(xp, *merged)
         segments[site : site + 2] = [merged]
     matrix = _outputs_first(xp, *segments[0])[0]
