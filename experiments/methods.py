@@ -111,17 +111,18 @@ def _split(group: int) -> Adapt:
 def _half_bond(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
     """Halve the largest bond."""
     largest = max(
-        max(config.shape_for(*size).bond_dims()) for size in variants.matrix_sizes(model, config)
+        max(config.shape_for("up", *size).bond_dims())
+        for size in variants.matrix_sizes(model, config)
     )
     return replace(config, max_bond=largest // 2)
 
 
 def _share_all_but_center(model: PreTrainedModel, config: hf.MPOEConfig) -> hf.MPOEConfig:
     center = {
-        name: config.shape_for(*size).center_site
+        name: config.shape_for(name, *size).center_site
         for name, size in variants.first_sizes(model, config).items()
     }
-    sites = range(config.sites)
+    sites = range(config.shape_for("up", *variants.first_sizes(model, config)["up"]).sites)
     return replace(
         config, shared_sites={n: [s for s in sites if s != c] for n, c in center.items()}
     )

@@ -19,7 +19,7 @@ ROUTES = get_args(Route)
 OperatorRoute = Literal["chain", "rebuilt"]
 
 # Experts
-Layout = Literal["interleaved", "split"]
+Layout = Literal["interleaved", "split", "hidden", "residual"]
 LAYOUTS = get_args(Layout)
 Gauge = Literal["identity", "schmidt"]
 GAUGES = get_args(Gauge)

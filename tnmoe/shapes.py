@@ -116,7 +116,8 @@ class MPOShape:
         """Split a matrix into output legs left of the centre and input legs right of it.
 
         Experts of this shape never have to be built: the central core is one dense product for the
-        tokens of all experts.
+        tokens of all experts. With legs on one side only, that product is even the same for all
+        experts of a token.
 
         Parameters
         ----------
@@ -124,20 +125,25 @@ class MPOShape:
             Size of the matrix.
         left, right : int or sequence of int
             Output legs of the sites left of the centre, and input legs of the sites right of it.
-            Their products must divide ``out_features`` and ``in_features``.
+            Their products must divide ``out_features`` and ``in_features``. One of them may be
+            empty.
 
         Raises
         ------
         InputError
-            If a product of legs does not divide its size.
+            If a product of legs does not divide its size, or there are no legs.
 
         Examples
         --------
         >>> MPOShape.split(3072, 768, left=64, right=64)
         MPOShape(out_dims=(64, 48, 1), in_dims=(1, 12, 64))
+        >>> MPOShape.split(3072, 768, left=64, right=())
+        MPOShape(out_dims=(64, 48), in_dims=(1, 768))
         """
-        left_legs = _as_dims("left", left if isinstance(left, Sequence) else (left,))
-        right_legs = _as_dims("right", right if isinstance(right, Sequence) else (right,))
+        left_legs = () if left == () else _as_dims("left", _as_sequence(left))
+        right_legs = () if right == () else _as_dims("right", _as_sequence(right))
+        if not (left_legs or right_legs):
+            raise InputError("a split shape needs legs left or right of its centre, got none")
         out_features = check_positive_int("out_features", out_features)
         in_features = check_positive_int("in_features", in_features)
         for side, legs, name, size in (
@@ -347,6 +353,10 @@ def resolve_shared_sites(
 def is_padded(shape: MPOShape) -> bool:
     """Check whether the legs hold more than the matrix, along its rows or its columns."""
     return (shape.padded_out, shape.padded_in) != (shape.out_features, shape.in_features)
+
+
+def _as_sequence(dims: int | Sequence[int]) -> Sequence[int]:
+    return dims if isinstance(dims, Sequence) else (dims,)
 
 
 def _as_dims(name: str, dims: Sequence[int]) -> tuple[int, ...]:

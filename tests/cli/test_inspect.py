@@ -28,7 +28,7 @@ def test_inspection_shows_sizes_spectra_and_what_truncation_costs(dense, tmp_pat
     (matrix,) = [each for each in found["matrices"] if each["name"] == "model.layers.1.down"]
     assert matrix["family"] == "gated MLP"
     weight = ffn.down.weight.detach().double()
-    shape = config.shape_for(*weight.shape)
+    shape = config.shape_for("down", *weight.shape)
     assert matrix["bond_dims"] == list(shape.bond_dims())
     mpo = tn.decompose(weight, shape)
     assert matrix["entropies"] == pytest.approx([mpo.entropy(bond) for bond in (0, 1)], abs=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -14,7 +15,7 @@ from tnmoe.contraction.core_by_core import (
 from tnmoe.contraction.paths import CoreShapes
 from tnmoe.contraction.pieces import peak_in_pieces, rows_per_piece
 from tnmoe.contraction.rates import Rates
-from tnmoe.options import Route
+from tnmoe.options import Matrix, Route
 from tnmoe.shapes import MPOShape, chain_shapes
 
 # From this number of columns on, a CPU runs a batch of products at the rate of one large product.
@@ -42,9 +43,15 @@ class Workload:
     Attributes
     ----------
     shape, bond_dims, center_site : MPOShape, tuple of int, int
-        The matrices, and the site of the core that they share.
+        The matrices, and the site of their central core.
     rows, experts : float, int
         Vectors in all, and the experts that they may go to.
+    shared_sites : frozenset of int
+        Sites whose cores the experts share.
+    once : frozenset of int
+        Sites that act once per token on the route ``joint``; see :func:`once_per_token_sites`.
+    tokens : float
+        Vectors that these sites act on.
     training : bool
         Whether a backward pass will follow.
     itemsize : int
@@ -58,6 +65,9 @@ class Workload:
     experts: int
     training: bool
     itemsize: int
+    shared_sites: frozenset[int]
+    once: frozenset[int]
+    tokens: float
 
     @property
     def active_experts(self) -> float:
@@ -68,6 +78,16 @@ class Workload:
     def rows_per_expert(self) -> float:
         """Rows of an expert that gets any."""
         return self.rows / self.active_experts
+
+    def joint_steps(self) -> Iterator[tuple[int, Step]]:
+        """Yield every site with its step of the route ``joint``, from the last site to the first.
+
+        The rows of a step count tokens where a site acts once per token, and slots elsewhere.
+        """
+        sites = reversed(range(self.shape.sites))
+        for site, step in zip(sites, core_by_core_steps(self.cores, 1), strict=True):
+            vectors = self.tokens if site in self.once else self.rows
+            yield site, step._replace(rows=vectors * step.rows)
 
     @property
     def row_size(self) -> int:
@@ -103,6 +123,30 @@ class ChainCost:
 
     flops: int
     peak_elements: int
+
+
+def once_per_token_sites(
+    sites: int, shared_sites: Set[int], matrix: Matrix | None
+) -> frozenset[int]:
+    """Return the sites that act once per token, however many experts the token visits.
+
+    Cores act from the right. In ``up`` and ``gate``, shared sites at the right end act before
+    tokens are dispatched to slots. In ``down``, shared sites at the left end act after slots are
+    combined.
+
+    Parameters
+    ----------
+    sites : int
+        Number of sites.
+    shared_sites : set of int
+        Sites whose cores all experts share; not all sites.
+    matrix : {"up", "gate", "down"}, optional
+        The place of the matrix in a layer; None for a matrix alone, whose vectors are slots.
+    """
+    owned = set(range(sites)) - shared_sites
+    if matrix is None:
+        return frozenset()
+    return frozenset(range(min(owned)) if matrix == "down" else range(max(owned) + 1, sites))
 
 
 def predict_seconds(
@@ -143,7 +187,7 @@ def flops_and_peak(workload: Workload, route: Route, chain: ChainCost | None) ->
     if route == "joint":
         width = core_by_core_width(workload.shape, workload.bond_dims)
         largest_state = min(workload.rows, rows_per_piece(width, workload.row_size)) * width
-        steps = core_by_core_steps(workload.cores, workload.rows)
+        steps = (step for _, step in workload.joint_steps())
         return round(sum(2 * prod(step) for step in steps)), round(largest_state)
     flops_per_expert: float = 2 * rows * depth * columns
     if route == "rebuilt":
@@ -194,13 +238,11 @@ def _rebuilt_seconds(workload: Workload, rates: Rates) -> float:
 
 def _joint_seconds(workload: Workload, rates: Rates) -> float:
     total = _launch_seconds(workload, rates, "joint")
-    steps = core_by_core_steps(workload.cores, workload.rows)
-    sites = reversed(range(workload.shape.sites))
-    for site, (rows, depth, columns, outs) in zip(sites, steps, strict=True):
+    for site, (rows, depth, columns, outs) in workload.joint_steps():
         if 1 < outs < WIDE:
             moved = rows * outs * (depth + columns)
             total += workload.passes * rates.move(moved, workload.itemsize)
-        groups = 1.0 if site == workload.center_site else workload.active_experts
+        groups = 1.0 if site in workload.shared_sites else workload.active_experts
         total += groups * _product_seconds(workload, rates, rows * outs / groups, depth, columns)
     if workload.training and workload.is_in_pieces:
         # The backward pass takes each piece through the cores again.

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from tnmoe.contraction.expert_routes import ChainCost, Workload, flops_and_peak, predict_seconds
+from tnmoe.contraction.expert_routes import (
+    ChainCost,
+    Workload,
+    flops_and_peak,
+    once_per_token_sites,
+    predict_seconds,
+)
 from tnmoe.contraction.paths import Path, applying_path, building_path
 from tnmoe.contraction.pieces import peak_in_pieces
 from tnmoe.contraction.rates import Rates, get_rates
-from tnmoe.errors import InputError, check_int_from_zero, check_positive_int
-from tnmoe.options import OperatorRoute, Route
-from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site
+from tnmoe.errors import InputError, check_int_from_zero, check_one_of, check_positive_int
+from tnmoe.options import MATRICES, Matrix, OperatorRoute, Route
+from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site, resolve_shared_sites
 from tnmoe.system.tables import format_table
 
 # Array libraries count the entries along an axis in 64-bit integers with a sign.
@@ -74,6 +81,9 @@ def contraction_plan(
     *,
     experts: int | None = None,
     center_site: int | None = None,
+    shared_sites: Iterable[int] | None = None,
+    matrix: Matrix | None = None,
+    top_k: int = 1,
     training: bool = False,
     cached: bool = False,
     device: str = "cpu",
@@ -93,9 +103,17 @@ def contraction_plan(
     batch : int
         Number of vectors; of all experts together.
     experts : int, optional
-        Number of experts that share the central core. Without it the plan is for one MPO.
+        Number of experts that share cores. Without it the plan is for one MPO.
     center_site : int, optional
-        Site of the shared core; ``shape.center_site`` by default.
+        Site of the central core; ``shape.center_site`` by default.
+    shared_sites : iterable of int, optional
+        Sites whose cores the experts share, not all of them; the central one by default.
+    matrix : {"up", "gate", "down"}, optional
+        The place of the matrices in a layer. Shared cores that act before tokens are dispatched to
+        their experts, or after the experts' outputs are summed, then act once per token. By
+        default they act once per vector.
+    top_k : int
+        Experts per token: the vectors belong to ``batch / top_k`` tokens.
     training : bool
         Whether a backward pass will follow.
     cached : bool
@@ -148,6 +166,10 @@ def contraction_plan(
     if experts is None:
         plan = plan_for_chain(shape, bonds, batch)
         return replace(plan, peak_elements=peak_in_pieces(plan.peak_elements, batch, shape))
+    top_k = check_positive_int("top_k", top_k)
+    shared = {center_site} if shared_sites is None else shared_sites
+    shared = resolve_shared_sites(shared, shape.sites, center_site)
+    check_one_of("matrix", matrix, (*MATRICES, None))
     workload = Workload(
         shape=shape,
         bond_dims=bonds,
@@ -156,6 +178,9 @@ def contraction_plan(
         experts=check_positive_int("experts", experts),
         training=training,
         itemsize=itemsize,
+        shared_sites=shared,
+        once=once_per_token_sites(shape.sites, shared, matrix),
+        tokens=batch / top_k,
     )
     return _plan_for_experts(workload, get_rates(device), cached)
 

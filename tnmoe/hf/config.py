@@ -23,7 +23,12 @@ from tnmoe.hf.find import check_layers
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
-from tnmoe.nn.settings import check_matrices, layout_shape, per_projection
+from tnmoe.nn.settings import (
+    GROUP_SIZE,
+    check_matrices,
+    layout_shape,
+    per_projection,
+)
 from tnmoe.options import (
     ANY_LAYOUTS,
     GAUGES,
@@ -37,6 +42,9 @@ from tnmoe.options import (
 from tnmoe.shapes import MPOShape, SharedSites, resolve_shared_sites
 
 Size = tuple[int, int]
+
+# Settings that may be sequences, which JSON has as lists.
+_SEQUENCES = ("layers", "shared_sites", "matrices", "group_size")
 
 _ROUTERS: Mapping[str, type[Router]] = {
     "top_k": TopKRouter,
@@ -57,15 +65,20 @@ class MPOEConfig:
         Experts per layer, 2²⁰ at most.
     num_experts_per_tok : int
         Experts per token. If experts choose tokens, this is the average.
-    layout : {"interleaved", "split", "dense"}
-        How matrices split over sites, as for :class:`tnmoe.nn.MPOExperts`. ``dense`` makes an
+    layout : {"interleaved", "split", "hidden", "residual", "dense"}
+        What experts share and own, as for :class:`tnmoe.nn.MPOExperts`. ``dense`` makes an
         ordinary mixture whose experts share nothing, for comparison.
-    sites : int
-        Number of sites of interleaved shapes.
+    sites : int, optional
+        Number of sites of interleaved shapes, 5 by default, or of residual ones, 2 by default.
+    group_size : int or sequence of int
+        Groups of split and hidden shapes.
+    bond_ratio : float
+        How many matrices the shared core of a split or hidden shape holds.
     max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
         Largest bond dimension, for all matrices or by matrix. The default, exact bonds, preserves
-        the model's function. Smaller bonds cost accuracy: pretrained matrices compress badly.
-    shared_sites : {"center", "none"}, sequence of int, or mapping
+        the model's function. Smaller bonds cost accuracy: pretrained matrices compress badly. In
+        ``residual`` every bond preserves the function, and the default is 16.
+    shared_sites : {"center", "none"}, sequence of int, or mapping, optional
         Sites whose cores all experts of a layer share; see :class:`tnmoe.nn.MPOExperts`.
     matrices : sequence of "up", "gate", "down"
         Matrices that become MPOs. Of the remaining matrices every expert has a copy.
@@ -112,9 +125,11 @@ class MPOEConfig:
     num_experts: int = 8
     num_experts_per_tok: int = 1
     layout: AnyLayout = "interleaved"
-    sites: int = 5
+    sites: int | None = None
+    group_size: int | Sequence[int] = GROUP_SIZE
+    bond_ratio: float = 1.0
     max_bond: int | Mapping[str, int | None] | None = None
-    shared_sites: SharedSites | Mapping[str, SharedSites] = "center"
+    shared_sites: SharedSites | Mapping[str, SharedSites] | None = None
     matrices: Sequence[Matrix] = MATRICES
     common_bias: bool = False
     layers: Sequence[int] | str | None = None
@@ -145,6 +160,7 @@ class MPOEConfig:
         check_one_of("layout", self.layout, ANY_LAYOUTS)
         check_one_of("gauge", self.gauge, GAUGES)
         for name, interval in (
+            ("bond_ratio", "[1, inf)"),
             ("mask_probability", "[0, 1]"),
             ("expert_noise", "[0, inf)"),
             ("balance_weight", "[0, inf)"),
@@ -161,8 +177,10 @@ class MPOEConfig:
         object.__setattr__(self, name, value)
 
     def _set_counts(self) -> None:
-        for name in ("num_experts", "num_experts_per_tok", "sites", "every"):
+        for name in ("num_experts", "num_experts_per_tok", "every"):
             self._set(name, check_positive_int(name, getattr(self, name)))
+        self._set("sites", _check_number_of_sites(self.sites))
+        self._set("group_size", _check_group_size(self.group_size))
         if self.num_experts > _MAX_EXPERTS:
             raise InputError(
                 f"num_experts must be at most {_MAX_EXPERTS}, got {short_repr(self.num_experts)}"
@@ -221,15 +239,17 @@ class MPOEConfig:
         settings |= self.router
         return router_class(hidden_size, self.num_experts, device=device, dtype=dtype, **settings)
 
-    def shape_for(self, out_features: int, in_features: int) -> MPOShape:
-        """Return the shape for a matrix of size (``out_features``, ``in_features``)."""
-        given = self.shapes.get((out_features, in_features))
-        return given or layout_shape(self.layout, out_features, in_features, self.sites)
+    def shape_for(self, name: str, out_features: int, in_features: int) -> MPOShape:
+        """Return the shape of the matrix ``name``, of size (``out_features``, ``in_features``)."""
+        size = (out_features, in_features)
+        return self.shapes.get(size) or layout_shape(
+            self.layout, name, size, sites=self.sites, group_size=self.group_size
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        data |= {name: _with_lists(data[name]) for name in ("layers", "shared_sites", "matrices")}
+        data |= {name: _with_lists(data[name]) for name in _SEQUENCES}
         data |= {
             name: dict(data[name])
             for name in ("router", "max_bond")
@@ -281,8 +301,21 @@ def _check_bond(bond: Any) -> int | None:
     return None if bond is None else check_positive_int("max_bond", bond)
 
 
-def _check_sites(shared_sites: Any) -> str | tuple[int, ...]:
+def _check_number_of_sites(sites: Any) -> int | None:
+    return None if sites is None else check_positive_int("sites", sites)
+
+
+def _check_group_size(group_size: Any) -> int | tuple[int, ...]:
+    if isinstance(group_size, Iterable) and not isinstance(group_size, str):
+        name = f"every group of group_size={short_repr(group_size)}"
+        return tuple(check_positive_int(name, size) for size in group_size)
+    return check_positive_int("group_size", group_size)
+
+
+def _check_sites(shared_sites: Any) -> str | tuple[int, ...] | None:
     """Check shared sites as far as possible before the number of sites is known."""
+    if shared_sites is None:
+        return None
     if isinstance(shared_sites, str) or not isinstance(shared_sites, Iterable):
         resolve_shared_sites(shared_sites, sites=2, center_site=0)
         return shared_sites

@@ -76,7 +76,7 @@ def average_into(ffn: FFN, layer: MPOMoE) -> None:
         projection = getattr(layer.experts, name)
         weight_of(matrix).copy_(projection.weight().mean(0))
         if matrix.bias is not None:
-            matrix.bias.copy_(projection.bias.mean(0))
+            matrix.bias.copy_(projection.expert_biases().mean(0))
 
 
 @torch.no_grad()

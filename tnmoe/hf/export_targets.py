@@ -100,7 +100,7 @@ class Target:
             f"eval_capacity_factor={router.eval_capacity_factor}": (
                 router.eval_capacity_factor is not None
             ),
-            "biases of experts": any(part.bias is not None for part in projections),
+            "biases of experts": any(part.expert_biases() is not None for part in projections),
             "gates": experts.gate is not None and not self.gated,
             "a shared expert": layer.shared_expert is not None,
         }

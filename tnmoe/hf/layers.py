@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.ffn import FFN, weight_of
+from tnmoe.hf.ffn import FFN, FusedHalf, Matrix, weight_of
 from tnmoe.hf.find import ffns_named
-from tnmoe.nn.experts import DenseExperts
+from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.nn.projection import Projection
+from tnmoe.nn.residual_projection import ResidualProjection
 from tnmoe.nn.routing.router import Router
+from tnmoe.nn.settings import per_projection
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -30,8 +34,13 @@ def new_mixture(ffn: FFN, config: MPOEConfig, device: torch.device | str | None 
         By default the network's. On the meta device nothing is drawn.
     """
     device = weight_of(ffn.up).device if device is None else device
+    experts = _new_experts(ffn, config, device)
+    return MPOMoE(_new_router(ffn, config, device), experts, dropout=ffn.output_dropout)
+
+
+def _new_experts(ffn: FFN, config: MPOEConfig, device: torch.device | str) -> Experts:
     inner, hidden = weight_of(ffn.up).shape
-    experts = _experts_class(config)(
+    experts: Experts = _experts_class(config)(
         hidden_size=hidden,
         intermediate_size=inner,
         gated=ffn.gate is not None,
@@ -41,9 +50,23 @@ def new_mixture(ffn: FFN, config: MPOEConfig, device: torch.device | str | None 
         **_expert_settings(ffn, config),
     )
     for name, matrix in ffn.matrices.items():
-        if matrix.bias is None:
-            getattr(experts, name).bias = None
-    return MPOMoE(_new_router(ffn, config, device), experts, dropout=ffn.output_dropout)
+        projection = getattr(experts, name)
+        is_kept = _keeps_module(name, projection, matrix, config)
+        if is_kept:
+            projection.base = matrix
+        if matrix.bias is None or (is_kept and config.common_bias):
+            projection.bias = None
+    return experts
+
+
+def _keeps_module(name: str, projection: Projection, matrix: Matrix, config: MPOEConfig) -> bool:
+    """Return whether experts use a network's own module, as it stands, for what they share."""
+    if isinstance(matrix, FusedHalf):
+        return False
+    if isinstance(projection, HiddenProjection):
+        bond = per_projection("max_bond", config.max_bond, None)[name]
+        return bond is None and config.bond_ratio == 1
+    return isinstance(projection, ResidualProjection)
 
 
 def converted_mixture(
@@ -66,7 +89,10 @@ def converted_mixture(
     """
     dense: dict[str, Any] = {}
     for name, matrix in ffn.matrices.items():
-        dense |= {name: weight_of(matrix), f"{name}_bias": matrix.bias}
+        if config.layout in ("hidden", "residual") and not isinstance(matrix, FusedHalf):
+            dense[name] = matrix
+        else:
+            dense |= {name: _own_weight(matrix), f"{name}_bias": matrix.bias}
     settings = _expert_settings(ffn, config)
     if config.layout != "dense":
         report = on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info))
@@ -79,6 +105,12 @@ def converted_mixture(
         rng=np.random.default_rng(noise_seed),
     )
     return MPOMoE(router, experts, dropout=ffn.output_dropout)
+
+
+def _own_weight(matrix: Matrix) -> Tensor:
+    """Return a network's matrix, copied where it is a half of a fused one."""
+    weight = weight_of(matrix)
+    return weight.clone() if isinstance(matrix, FusedHalf) else weight
 
 
 def draw_start(
@@ -122,8 +154,12 @@ def _expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
     }
     if config.layout != "dense":
         settings |= {
-            "up_shape": config.shape_for(*weight_of(ffn.up).shape),
-            "down_shape": config.shape_for(*weight_of(ffn.down).shape),
+            "layout": config.layout,
+            "sites": config.sites,
+            "group_size": config.group_size,
+            "bond_ratio": config.bond_ratio,
+            "up_shape": config.shape_for("up", *weight_of(ffn.up).shape),
+            "down_shape": config.shape_for("down", *weight_of(ffn.down).shape),
             "max_bond": config.max_bond,
             "shared_sites": config.shared_sites,
             "matrices": config.matrices,

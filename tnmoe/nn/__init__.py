@@ -11,10 +11,12 @@ from tnmoe.nn.compute.cache import WeightCache, weight_cache
 from tnmoe.nn.compute.calibrate import calibrate
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.moe import MPOMoE, ignore_padding
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Projection, StackedProjection
+from tnmoe.nn.residual_projection import ResidualProjection
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.routing.load_bias import LoadBias
 from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
@@ -46,12 +48,14 @@ __all__ = [
     "Gated",
     "GradientMask",
     "Groups",
+    "HiddenProjection",
     "LoadBias",
     "MPOExperts",
     "MPOMoE",
     "MPOProjection",
     "Projection",
     "Rates",
+    "ResidualProjection",
     "Router",
     "RouterCollapseWarning",
     "RouterStatistics",

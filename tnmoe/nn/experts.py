@@ -13,20 +13,16 @@ from torch import Tensor, nn
 from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.errors import InputError, check_bool, check_generator, check_number_in
 from tnmoe.nn.activations import resolve_activation
+from tnmoe.nn.compute.once_per_token import FirstCall, LastCall, Load, Products, Tensors
 from tnmoe.nn.compute.pieces import apply_in_pieces
-from tnmoe.nn.compute.slots import (
-    DenseDispatch,
-    Groups,
-    combine,
-    dispatch,
-    sum_choices,
-    zero_unrouted,
-)
+from tnmoe.nn.compute.slot_network import SlotNetwork, sum_at_once, sum_in_chunks
+from tnmoe.nn.compute.slots import DenseDispatch, Groups, sum_choices, zero_unrouted
 from tnmoe.nn.mpo_projection import project_pair
 from tnmoe.nn.projection import Bias, Projection, StackedProjection
 from tnmoe.nn.settings import projection_sizes
 from tnmoe.nn.transforms import (
     autocast_dtype,
+    has_values,
     is_transformed,
     needs_native_operators,
     values_are_readable,
@@ -148,11 +144,14 @@ class Experts(nn.Module):
         groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
         routed, weights = self._count_routed(groups), top_k_weights
         if routed < groups.layer_slots:
-            weights = weights.masked_fill(top_k_index == self.num_experts, 0)
-        if self._is_faster_expert_by_expert(groups):
+            unrouted = top_k_index == self.num_experts
+            weights = weights.masked_fill(unrouted, 0)
+            states = zero_unrouted(states, unrouted.all(1))
+        products = self._products(states, groups)
+        if self._is_faster_expert_by_expert(products, groups):
             outputs = self._run_expert_by_expert(states, groups, weights)
         else:
-            outputs = self._run(states, groups, weights, routed)
+            outputs = self._run(products, states, groups, weights, routed)
         return outputs.to(hidden_states.dtype)
 
     def _check_shapes(self, states: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -187,6 +186,7 @@ class Experts(nn.Module):
 
     def _run(
         self,
+        products: Products,
         states: Tensor,
         groups: Groups,
         weights: Tensor,
@@ -197,14 +197,70 @@ class Experts(nn.Module):
 
         Rows after the first ``routed`` have no expert, nor have those where ``unrouted`` is true.
         """
-        rows = dispatch(states, groups, weights.shape[1])
-        if routed == groups.layer_slots:
-            outputs = self._feed_forward(zero_unrouted(rows, unrouted), groups)
-            outputs = zero_unrouted(outputs, unrouted)
+        network = self._slot_network(products, states)
+        if routed and self._fits_chunks(products, groups):
+            sums = sum_in_chunks(network, groups, weights, self.intermediate_size)
         else:
-            outputs = self._feed_forward(rows[:routed], groups.head(routed))
-            outputs = F.pad(outputs, (0, 0, 0, groups.layer_slots - routed))
-        return combine(outputs, groups, weights)
+            step = rows_per_piece(self.intermediate_size, self.hidden_size)
+            in_pieces = not torch.is_grad_enabled() and values_are_readable(states)
+            limit = step if in_pieces else None
+            sums = sum_at_once(network, groups, weights, routed, unrouted, limit)
+        return products.last.of_tokens([total.to(states.dtype) for total in sums])
+
+    def _products(self, states: Tensor, groups: Groups) -> Products:
+        """Return the products of this call: of gate and up, or of up alone, and of down."""
+        is_known = not torch.compiler.is_compiling() and has_values(states)
+        training = torch.is_grad_enabled() and (
+            states.requires_grad or any(each.requires_grad for each in self.parameters())
+        )
+        load = Load(len(states), groups.layer_slots, training, is_known)
+        inner = [self.up] if self.gate is None else [self.gate, self.up]
+        firsts = [each.first_product(load) or FirstCall(each) for each in inner]
+        return Products(firsts, self.down.last_product(load) or LastCall(self.down))
+
+    def _slot_network(self, products: Products, states: Tensor) -> SlotNetwork:
+        """Return the network between what acts once per token, for the tokens of a call."""
+        inputs, positions = products.states_of(states)
+
+        def function(rows: Tensors, weights: Tensors, groups: Groups) -> Tensors:
+            *of_firsts, of_last = products.split(weights)
+            if self.gate is not None and products.are_calls:
+                sides: Tensors = project_pair(self.gate, self.up, rows[0], groups)
+            else:
+                sides = tuple(
+                    first.of_slots([rows[number] for number in numbers], own, groups)
+                    for first, numbers, own in zip(
+                        products.firsts, positions, of_firsts, strict=True
+                    )
+                )
+            inner = self._drop(self.activation(*sides))
+            return products.last.of_slots(inner, of_last, groups)
+
+        return SlotNetwork(inputs, products.weights, function, self.num_experts)
+
+    def _fits_chunks(self, products: Products, groups: Groups) -> bool:
+        """Return whether slots should go through in chunks that stay in a CPU's caches."""
+        if groups.layer_slots * self.intermediate_size <= _LAST_LEVEL_CACHE:
+            return False
+        # A chunk is computed again in the backward pass, from the weights of the products alone.
+        return not (
+            products.have_calls
+            or groups.offsets.device.type != "cpu"
+            or torch.compiler.is_compiling()
+            or needs_native_operators()
+            or not has_values(groups.offsets)
+            or (torch.is_grad_enabled() and not self._is_repeatable)
+        )
+
+    @property
+    def _is_repeatable(self) -> bool:
+        """Whether the network between the products gives the same again, and trains nothing."""
+        if self.dropout and self.training:
+            return False
+        return not isinstance(self.activation, nn.Module) or not any(
+            isinstance(part, nn.RReLU | nn.modules.dropout._DropoutNd) or vars(part)["_parameters"]
+            for part in self.activation.modules()
+        )
 
     def _run_without_sync(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Do what :meth:`_run` does where the number of routed slots cannot be read.
@@ -216,8 +272,10 @@ class Experts(nn.Module):
         used = F.pad(index.masked_fill(unrouted, 0).reshape(-1), (0, 1)).amax()
         groups = Groups.of(torch.where(unrouted, used, index).reshape(-1), self.num_experts)
         weights = weights.masked_fill(unrouted, 0)
+        states = zero_unrouted(states, unrouted.all(1))
         unrouted = unrouted.reshape(-1).index_select(0, groups.order)
-        return self._run(states, groups, weights, groups.layer_slots, unrouted)
+        products = self._products(states, groups)
+        return self._run(products, states, groups, weights, groups.layer_slots, unrouted)
 
     def _run_expert_by_expert(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:
         """Compute the layer's output (T, H), one expert after the other.
@@ -233,12 +291,12 @@ class Experts(nn.Module):
             outputs.index_copy_(0, slots, part * flat.index_select(0, slots))
         return sum_choices(outputs.view(tokens, choices, self.hidden_size))
 
-    def _is_faster_expert_by_expert(self, groups: Groups) -> bool:
+    def _is_faster_expert_by_expert(self, products: Products, groups: Groups) -> bool:
         """Return whether the rows of all experts at once would spill from the caches.
 
         In training the answer is no, because the backward pass needs all rows anyway.
         """
-        if torch.is_grad_enabled() or needs_native_operators():
+        if torch.is_grad_enabled() or needs_native_operators() or not products.are_calls:
             return False
         if groups.layer_slots * self.intermediate_size <= _LAST_LEVEL_CACHE:
             return False
@@ -248,9 +306,7 @@ class Experts(nn.Module):
         )
 
     def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Apply the experts to their rows; at inference in pieces, to bound the memory."""
-        if torch.is_grad_enabled() or not values_are_readable(rows):
-            return self._network(rows, groups)
+        """Apply the experts to their rows, in pieces to bound the memory."""
 
         def network(rows: Tensor, _: list[Tensor], groups: Groups) -> Sequence[Tensor]:
             return (self._network(rows, groups),)

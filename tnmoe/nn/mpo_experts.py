@@ -8,16 +8,20 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tnmoe.decompose import decompose
-from tnmoe.errors import check_generator, check_one_of
-from tnmoe.mpo import MPO
+from tnmoe.errors import InputError, check_generator, check_one_of
 from tnmoe.nn.experts import Experts, check_ffn
-from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.layouts import new_projection, pretrained_projection
+from tnmoe.nn.linear import bias_of_linear, weight_of_linear
 from tnmoe.nn.projection import Bias, Projection, StackedProjection
-from tnmoe.nn.settings import MPOSettings, mpo_settings, projection_sizes
-from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix, Method
+from tnmoe.nn.settings import (
+    GROUP_SIZE,
+    GroupSize,
+    mpo_settings,
+    projection_sizes,
+)
+from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix
 from tnmoe.shapes import MPOShape, SharedSites
 from tnmoe.truncation.info import TruncationInfo
 
@@ -39,18 +43,33 @@ class MPOExperts(Experts):
     bias : bool or "common"
         Whether the projections of every expert have biases of their own, or all experts have them
         in common.
-    layout : {"interleaved", "split"}
-        How matrices split over sites: as :meth:`tnmoe.MPOShape.for_matrix` splits them, or as
-        :meth:`tnmoe.MPOShape.split` does, in groups of 64 or the greatest common divisor with 64.
-    sites : int
-        Number of sites of interleaved shapes.
+    layout : {"interleaved", "split", "hidden", "residual"}
+        What experts share and own. ``interleaved``: chains split as
+        :meth:`tnmoe.MPOShape.for_matrix` does. ``split``: chains split as
+        :meth:`tnmoe.MPOShape.split` does, in groups of ``group_size``. ``hidden``: the same with
+        groups on the hidden side only; the shared core is a linear module
+        (:class:`HiddenProjection`). ``residual``: a shared linear module plus a small MPO of every
+        expert, which starts at zero (:class:`ResidualProjection`). In the last two, what experts
+        share is computed once per token, however many experts the token visits.
+    sites : int, optional
+        Number of sites of interleaved shapes, 5 by default, or of residual ones, 2 by default.
+        With 2 sites a residual matrix has low rank, with more it is a tensor train.
+    group_size : int or sequence of int
+        Groups of split and hidden shapes; a single number stands for its greatest common divisor
+        with the size that it divides. A sequence gives experts several cores.
+    bond_ratio : float
+        How many times as large as one matrix needs the bond on the hidden side of the shared core
+        is, in ``split`` and ``hidden``. The shared core then holds as many matrices. With a ratio
+        of E, experts can be as different as those of an ordinary mixture.
     up_shape, down_shape : MPOShape, optional
         Shapes instead of the layout's; ``up_shape`` is the gate's, too.
     max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
-        Largest bond dimension, of all projections or of each; exact bonds by default.
-    shared_sites : {"center", "none"}, iterable of int, or mapping
+        Largest bond dimension, of all projections or of each. By default bonds are exact, or 16 in
+        ``residual``.
+    shared_sites : {"center", "none"}, iterable of int, or mapping, optional
         Sites whose cores all experts share, of all projections or of each; not all sites.
-        ``"center"`` is MPOE; ``"none"`` gives every expert an MPO of its own.
+        ``"center"``, the default, is MPOE. ``"none"`` gives every expert an MPO of its own; it is
+        the default of ``residual``.
     matrices : iterable of "up", "gate", "down"
         Which matrices are MPOs. Experts own the remaining ones whole, as in an ordinary mixture.
     device, dtype : optional
@@ -83,11 +102,13 @@ class MPOExperts(Experts):
         gated: bool = False,
         bias: Bias = False,
         layout: Layout = "interleaved",
-        sites: int = 5,
+        sites: int | None = None,
+        group_size: GroupSize = GROUP_SIZE,
+        bond_ratio: float = 1.0,
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
         max_bond: int | Mapping[str, int | None] | None = None,
-        shared_sites: SharedSites | Mapping[str, SharedSites] = "center",
+        shared_sites: SharedSites | Mapping[str, SharedSites] | None = None,
         matrices: Iterable[Matrix] = MATRICES,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -98,6 +119,8 @@ class MPOExperts(Experts):
             sizes,
             layout=layout,
             sites=sites,
+            group_size=group_size,
+            bond_ratio=bond_ratio,
             up_shape=up_shape,
             down_shape=down_shape,
             max_bond=max_bond,
@@ -106,7 +129,7 @@ class MPOExperts(Experts):
         )
         common: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         projections: dict[str, Projection] = {
-            name: MPOProjection(num_experts, **vars(settings[name]), **common)
+            name: new_projection(num_experts, settings[name], **common)
             if name in settings
             else StackedProjection(num_experts, *size, **common)
             for name, size in sizes.items()
@@ -116,9 +139,9 @@ class MPOExperts(Experts):
     @classmethod
     def from_dense(
         cls,
-        up: Tensor,
-        down: Tensor,
-        gate: Tensor | None = None,
+        up: Tensor | nn.Module,
+        down: Tensor | nn.Module,
+        gate: Tensor | nn.Module | None = None,
         *,
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
@@ -128,11 +151,13 @@ class MPOExperts(Experts):
         activation: str | Callable[..., Tensor] = "relu",
         dropout: float = 0.0,
         layout: Layout = "interleaved",
-        sites: int = 5,
+        sites: int | None = None,
+        group_size: GroupSize = GROUP_SIZE,
+        bond_ratio: float = 1.0,
         up_shape: MPOShape | None = None,
         down_shape: MPOShape | None = None,
         max_bond: int | Mapping[str, int | None] | None = None,
-        shared_sites: SharedSites | Mapping[str, SharedSites] = "center",
+        shared_sites: SharedSites | Mapping[str, SharedSites] | None = None,
         matrices: Iterable[Matrix] = MATRICES,
         gauge: Gauge = "identity",
         noise: float = 0.0,
@@ -145,17 +170,21 @@ class MPOExperts(Experts):
 
         Parameters
         ----------
-        up, gate : Tensor, shape (F, H)
-            Pretrained matrices, laid out as in ``torch.nn.Linear.weight``.
-        down : Tensor, shape (H, F)
+        up, gate : Tensor of shape (F, H), or linear Module
+            Pretrained matrices, laid out as in ``torch.nn.Linear.weight``, or the modules that hold
+            them. In ``hidden``, unless bonds are truncated or enlarged, and in ``residual`` the
+            experts use a module as it stands; its bias remains a common one, to which experts add
+            their own.
+        down : Tensor of shape (H, F), or linear Module
             Pretrained matrix.
         up_bias, gate_bias, down_bias : Tensor, shapes (F,), (F,), (H,), optional
-            Pretrained biases.
+            Pretrained biases, of matrices that are given as tensors.
         common_bias : bool
             Keep one copy of the biases for all experts instead of one per expert.
         num_experts : int
             Number of experts E.
-        activation, dropout, layout, sites, up_shape, down_shape, max_bond, shared_sites, matrices
+        activation, dropout, layout, sites, group_size, bond_ratio, up_shape, down_shape, max_bond
+        shared_sites, matrices
             As for the class.
         gauge : {"identity", "schmidt"}
             How a matrix becomes cores where nothing is cut. With ``identity`` auxiliary cores
@@ -165,7 +194,8 @@ class MPOExperts(Experts):
             truncated bonds always have.
         noise : float
             Noise on every expert's own cores, relative to each core's root mean square: experts
-            then differ from the start. Shared cores get no noise.
+            then differ from the start. Shared cores get no noise. In ``residual``, the Frobenius
+            norm of every expert's MPO relative to that of the matrix.
         rng : numpy Generator or int, optional
             Source of the noise.
         on_matrix : callable, optional
@@ -177,11 +207,19 @@ class MPOExperts(Experts):
             If the matrices do not fit each other or the shapes, a bias does not fit its matrix,
             or they contain NaN or infinity.
         """
-        given = check_ffn(up, down, gate, gate_bias)
+        sources = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
+        biases = _biases_of(sources, {"up": up_bias, "down": down_bias, "gate": gate_bias})
+        weights = {
+            name: source if isinstance(source, Tensor) else weight_of_linear(source)
+            for name, source in sources.items()
+        }
+        check_ffn(weights["up"], weights["down"], weights.get("gate"), gate_bias)
         settings = mpo_settings(
-            {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in given.items()},
+            {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in weights.items()},
             layout=layout,
             sites=sites,
+            group_size=group_size,
+            bond_ratio=bond_ratio,
             up_shape=up_shape,
             down_shape=down_shape,
             max_bond=max_bond,
@@ -191,37 +229,45 @@ class MPOExperts(Experts):
         check_one_of("gauge", gauge, GAUGES)
         rng = check_generator(rng)
         projections: dict[str, Projection] = {}
-        for name, matrix in given.items():
-            if name in settings:
-                report = None if on_matrix is None else partial(on_matrix, name)
-                mpo = _decompose(matrix.detach(), settings[name], gauge, report)
-                shared = settings[name].shared_sites
-                projections[name] = MPOProjection.from_mpo(mpo, num_experts, shared, noise, rng)
-            else:
-                projections[name] = StackedProjection.from_dense(matrix, num_experts, noise, rng)
+        for name, source in sources.items():
+            if name not in settings:
+                weight = weights[name]
+                projections[name] = StackedProjection.from_dense(weight, num_experts, noise, rng)
+                continue
+            if settings[name].keeps_matrix and not isinstance(source, Tensor):
+                biases[name] = _beside(biases[name], common_bias)
+            projections[name] = pretrained_projection(
+                source,
+                num_experts,
+                settings[name],
+                gauge=gauge,
+                noise=noise,
+                rng=rng,
+                report=None if on_matrix is None else partial(on_matrix, name),
+            )
         return cls._from_projections(
             projections,
-            {"up": up_bias, "down": down_bias, "gate": gate_bias},
+            biases,
             common_bias=common_bias,
             activation=activation,
             dropout=dropout,
         )
 
 
-def _decompose(
-    matrix: Tensor,
-    settings: MPOSettings,
-    gauge: Gauge,
-    report: Callable[[TruncationInfo], None] | None,
-) -> MPO:
-    """Decompose a pretrained matrix, and report what the truncation cut."""
-    # ``auto`` leaves identity matrices at bonds where nothing can be cut.
-    method: Method = "auto" if gauge == "identity" else "eigh"
-    if report is None:
-        return decompose(matrix, settings.shape, max_bond=settings.max_bond, method=method)
-    # The report needs spectra, which cost more than an exact decomposition without them.
-    mpo, info = decompose(
-        matrix, settings.shape, max_bond=settings.max_bond, method=method, return_info=True
-    )
-    report(info)
-    return mpo
+def _biases_of(
+    sources: Mapping[str, Tensor | nn.Module], given: Mapping[str, Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Return the biases of all matrices: those that are given, or those of modules."""
+    biases = dict(given)
+    for name, source in sources.items():
+        if not isinstance(source, nn.Module):
+            continue
+        if given[name] is not None:
+            raise InputError(f"{name}_bias was given beside a module, which has its own: {source}")
+        biases[name] = bias_of_linear(source)
+    return biases
+
+
+def _beside(bias: Tensor | None, common_bias: bool) -> Tensor | None:
+    """Return the bias that experts own beside that of a module, or None."""
+    return None if bias is None or common_bias else torch.zeros_like(bias)

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod, sqrt
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tnmoe.contraction.expert_routes import once_per_token_sites
 from tnmoe.contraction.plan import ContractionPlan
-from tnmoe.errors import InputError, check_generator, check_index
+from tnmoe.errors import InputError, check_generator, check_index, check_positive_int
 from tnmoe.mpo import MPO
 from tnmoe.nn.compute import routes
 from tnmoe.nn.compute.cache import weight_cache
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.matrices import exact_matrices
+from tnmoe.nn.compute.once_per_token import (
+    FirstBias,
+    FirstChain,
+    FirstProduct,
+    LastBias,
+    LastChain,
+    LastProduct,
+    Load,
+)
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.projection import Bias, Projection
 from tnmoe.nn.stored_cores import StoredCores
 from tnmoe.options import Route
-from tnmoe.shapes import MPOShape, SharedSites, resolve_shared_sites
+from tnmoe.shapes import (
+    MPOShape,
+    SharedSites,
+    chain_shapes,
+    resolve_center_site,
+    resolve_shared_sites,
+)
 from tnmoe.shared_mpo import SharedMPO, replicate
 
 
@@ -42,6 +58,10 @@ class MPOProjection(StoredCores, Projection):
         Whether every expert has a bias of its own, or all experts have one in common.
     max_bond : int, optional
         Largest bond dimension; exact bonds by default.
+    bond_dims : sequence of int, optional
+        Inner bond dimensions instead. They may be larger than one matrix needs.
+    center_site : int, optional
+        Site of the central core; ``shape.center_site`` by default.
     shared_sites : {"center", "none"} or iterable of int
         Sites whose cores all experts share; not all of them.
     device, dtype
@@ -71,6 +91,7 @@ class MPOProjection(StoredCores, Projection):
     """
 
     route: Route | None = None
+    _stores_center = True
 
     def __init__(
         self,
@@ -79,6 +100,8 @@ class MPOProjection(StoredCores, Projection):
         *,
         bias: Bias = False,
         max_bond: int | None = None,
+        bond_dims: Sequence[int] | None = None,
+        center_site: int | None = None,
         shared_sites: SharedSites = "center",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -96,12 +119,14 @@ class MPOProjection(StoredCores, Projection):
                 f"experts that share cores need a shape of at least 2 sites, got {shape}"
             )
         self.shape = shape
-        shared = resolve_shared_sites(shared_sites, shape.sites, shape.center_site)
+        center_site = resolve_center_site(shape, center_site)
+        shared = resolve_shared_sites(shared_sites, shape.sites, center_site)
+        bonds = _check_bonds(shape, max_bond, bond_dims)
         cores = []
-        for site, size in enumerate(shape.core_shapes(max_bond)):
+        for site, size in enumerate(chain_shapes(shape, bonds)):
             experts = () if site in shared else (self.num_experts,)
             cores.append(torch.empty(*experts, *size, device=device, dtype=dtype))
-        self._store(cores, shape.center_site)
+        self._store(cores, center_site)
         self.reset_parameters()
 
     @classmethod
@@ -173,7 +198,7 @@ class MPOProjection(StoredCores, Projection):
             self.center_site,
             self.num_experts,
             self._bond_dims,
-            transient=self.is_gathered,
+            transient=self.is_gathered or not self._stores_center,
         )
 
     def to_shared_mpo(self) -> SharedMPO:
@@ -234,6 +259,48 @@ class MPOProjection(StoredCores, Projection):
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         return routes.expert_linear(rows, self.cores, groups, self.route)
 
+    def first_product(self, load: Load) -> FirstProduct | None:
+        stop = 1 + max(self._owned_sites)
+        if stop == self.shape.sites or not self._acts_once_per_token("up", load):
+            return None
+        product = self._first_chain(stop)
+        return product if self.bias is None else FirstBias(product, self.bias, self.num_experts)
+
+    def last_product(self, load: Load) -> LastProduct | None:
+        start = min(self._owned_sites)
+        if start == 0 or not self._acts_once_per_token("down", load):
+            return None
+        product = self._last_chain(start)
+        return product if self.bias is None else LastBias(product, self.bias, self.num_experts)
+
+    def _first_chain(self, stop: int) -> FirstChain:
+        return FirstChain(self.cores, stop)
+
+    def _last_chain(self, start: int) -> LastChain:
+        return LastChain(self.cores, start)
+
+    @property
+    def _owned_sites(self) -> set[int]:
+        return set(range(self.shape.sites)) - self.shared_sites
+
+    def _acts_once_per_token(self, matrix: Literal["up", "down"], load: Load) -> bool:
+        """Return whether shared cores at one end act once per token in a call of the layer."""
+        # The parts of a product bypass the call of the module, and with it its hooks.
+        if has_hooks(self) or self.route not in (None, "joint"):
+            return False
+        once = once_per_token_sites(self.shape.sites, self.shared_sites, matrix)
+        if self.route == "joint" or self.center_site in once:
+            return True
+        if not load.is_known:
+            return False
+        top_k = max(1, load.slots // max(1, load.tokens))
+        planned = routes.plan(self.cores, load.slots, load.training, matrix=matrix, top_k=top_k)
+        return planned.route == "joint"
+
+    @property
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return self.shared_cores
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw isometric auxiliary cores and a Gaussian central one, which carries the scale."""
@@ -289,7 +356,7 @@ def project_pair(
         isinstance(first, MPOProjection)
         and isinstance(second, MPOProjection)
         # Contracting cores once bypasses the calls of the modules, and with them their hooks.
-        and not (_has_hooks(first) or _has_hooks(second))
+        and not (has_hooks(first) or has_hooks(second))
         and first.last_core is second.last_core
         and first.shape == second.shape
     ):
@@ -303,7 +370,7 @@ def project_pair(
     return first(rows, groups), second(rows, groups)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Return whether a call of the module does more than run the forward of its class."""
     return bool(
         # accelerate replaces the method of the instance.
@@ -333,6 +400,22 @@ def _apply_to_core(fn: Callable[[Tensor], Tensor], core: Tensor) -> Tensor:
     if core.ndim not in (4, 5) or type(core) not in (Tensor, nn.Parameter):
         return fn(core)
     return fn(core.detach()[None, None])[0, 0]
+
+
+def _check_bonds(
+    shape: MPOShape, max_bond: int | None, bond_dims: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the inner bond dimensions of new cores."""
+    if bond_dims is None:
+        return shape.bond_dims(max_bond)
+    if max_bond is not None:
+        raise InputError(f"give max_bond={max_bond} or bond_dims={tuple(bond_dims)}, not both")
+    if len(bond_dims) != shape.sites - 1:
+        raise InputError(
+            f"bond_dims needs one value per bond: got {tuple(bond_dims)} for {shape.sites - 1} "
+            "bonds"
+        )
+    return tuple(check_positive_int("every bond dimension", bond) for bond in bond_dims)
 
 
 def _check_torch(cores: Iterable[Any]) -> None:

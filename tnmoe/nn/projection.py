@@ -18,6 +18,7 @@ from tnmoe.errors import (
     to_python_scalar,
 )
 from tnmoe.nn.compute.grouped import grouped_linear, per_row
+from tnmoe.nn.compute.once_per_token import FirstProduct, LastProduct, Load
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.shared_mpo import replicate
 
@@ -118,8 +119,8 @@ class Projection(nn.Module, ABC):
         if isinstance(groups, Groups):
             return self.add_bias(self.multiply(rows, groups), groups)
         weight = self._masked_weight(groups).to(rows.dtype)
-        result = torch.einsum("tei,eoi->teo", rows, weight)
-        return result if self.bias is None else result + self.bias.to(result.dtype)
+        result, biases = torch.einsum("tei,eoi->teo", rows, weight), self.expert_biases()
+        return result if biases is None else result + biases.to(result.dtype)
 
     def _masked_weight(self, groups: Groups | DenseDispatch) -> Tensor:
         """Return all matrices; those of experts without tokens may hold any numbers."""
@@ -135,6 +136,47 @@ class Projection(nn.Module, ABC):
     def uses_joint_route(self, rows: int) -> bool:
         """Return whether, in inference, ``rows`` rows take the route ``joint``."""
         return False
+
+    def first_product(self, load: Load) -> FirstProduct | None:
+        """Return the product as a part per token and a part per slot, in this order.
+
+        Parameters
+        ----------
+        load : Load
+            Tokens and slots of the call.
+
+        Returns
+        -------
+        FirstProduct or None
+            None where nothing that experts share acts first, or where computing it once per token
+            does not pay.
+        """
+        return None
+
+    def last_product(self, load: Load) -> LastProduct | None:
+        """Return the product as a part per slot and a part per token, in this order.
+
+        Parameters
+        ----------
+        load : Load
+            Tokens and slots of the call.
+
+        Returns
+        -------
+        LastProduct or None
+            None where nothing that experts share acts last, or where computing it once per token
+            does not pay.
+        """
+        return None
+
+    @property
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters that all experts share, without biases: every token updates them."""
+        return []
+
+    def expert_biases(self) -> Tensor | None:
+        """Return the biases of all experts, (E, out), or None."""
+        return None if self.bias is None else self.bias.expand(self.num_experts, -1)
 
     @abstractmethod
     def reset_parameters(self) -> None:

@@ -38,9 +38,12 @@ class StoredCores(nn.Module):
             for name, core in zip(self._names, cores, strict=True)
         }
         for name in ("center", *aux_names):  # the order of the state dict
-            self.register_parameter(name, nn.Parameter(stored[name].detach().contiguous()))
+            self._store_core(name, stored[name].detach())
         # Read once: between its uses a sharded core has another shape.
         self._bond_dims = tuple(core.shape[-4] for core in cores[1:])
+
+    def _store_core(self, name: str, core: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(core.contiguous()))
 
     def _stored(self) -> tuple[nn.Parameter, ...]:
         """Return the cores of all sites as they are stored, left to right."""

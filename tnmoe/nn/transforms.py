@@ -69,6 +69,22 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return None
 
 
+def autocast_state(device: torch.device) -> tuple[str, bool, torch.dtype] | None:
+    """Return what :func:`autocast_as` takes; None for a device without autocast."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return None
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def autocast_as(state: tuple[str, bool, torch.dtype] | None) -> AbstractContextManager:
+    """Return a block under the autocast that was on when :func:`autocast_state` was called."""
+    if state is None:
+        return nullcontext()
+    kind, enabled, dtype = state
+    return torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+
 def caller_context() -> Context:
     """Return the context of the running code, or in a backward pass that of its caller.
 

@@ -198,7 +198,7 @@ def _describe(ffn: FFN, config: MPOEConfig) -> Iterator[MatrixInspection]:
     """Describe the matrices of a network by their sizes."""
     limits = per_projection("max_bond", config.max_bond, None)
     for name, matrix in _converted_matrices(ffn, config).items():
-        shape = config.shape_for(*weight_of(matrix).shape)
+        shape = config.shape_for(name, *weight_of(matrix).shape)
         yield MatrixInspection(
             f"{ffn.name}.{name}", ffn.family, shape, shape.bond_dims(limits[name])
         )

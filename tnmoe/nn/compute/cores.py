@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
@@ -111,6 +112,17 @@ class ExpertCores:
         return self.center.ndim == 5
 
     @property
+    def shared_sites(self) -> frozenset[int]:
+        """Sites whose cores all experts share."""
+        return frozenset(
+            site for site, core in enumerate(self.stored) if core.ndim == 4 or self._is_single(core)
+        )
+
+    def _is_single(self, core: Tensor) -> bool:
+        """Return whether a stack holds one core for several experts."""
+        return len(core) == 1 < self.num_experts
+
+    @property
     def legs(self) -> Legs:
         """The legs around the centre."""
         return Legs(*self.shape.legs_around(self.center_site))
@@ -134,7 +146,7 @@ class ExpertCores:
 
     def to(self, dtype: torch.dtype) -> ExpertCores:
         """Cast all cores."""
-        return self._replace(core.to(dtype) for core in self.stored)
+        return replace(self, stored=tuple(core.to(dtype) for core in self.stored))
 
     def mask_unused(self, groups: Groups | DenseDispatch) -> ExpertCores:
         """Replace the cores of experts without rows by zeros, where gradients are recorded.
@@ -145,25 +157,21 @@ class ExpertCores:
         if not torch.is_grad_enabled():
             return self
         unused = groups.used.logical_not().view(-1, 1, 1, 1, 1)
-        return self._replace(
+        masked = (
             core.masked_fill(unused, 0) if core.ndim == 5 and len(core) == len(unused) else core
             for core in self.stored
         )
+        return replace(self, stored=tuple(masked))
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Add zeros to rows, (N, in), up to the product of the input legs."""
+        missing = self.shape.padded_in - self.shape.in_features
+        return F.pad(rows, (0, missing)) if missing else rows
 
     def needs_gradients(self, rows: Tensor) -> bool:
         """Return whether a product of ``rows`` with these cores takes part in a backward pass."""
         return torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (rows, *self.stored)
-        )
-
-    def _replace(self, stored: Iterable[Tensor]) -> ExpertCores:
-        return ExpertCores(
-            tuple(stored),
-            self.shape,
-            self.center_site,
-            self.num_experts,
-            self.bond_dims,
-            self.transient,
         )
 
 

@@ -64,10 +64,10 @@ def tied_joint_linear(
 
     def through_cores(rows: Tensor, cores: list[Tensor], groups: Groups) -> Sequence[Tensor]:
         tied, rest = cores[: sites - separate], cores[sites - separate :]
-        state = _State(rows, rows.shape[1], 1).through(tied, groups)
+        state = State(rows, rows.shape[1], 1).through(tied, groups)
         chains = (rest[n * separate : (n + 1) * separate] for n in range(len(projections)))
         ends = (state.through(chain, groups) for chain in chains)
-        return [end.tensor.reshape(len(rows), end.outputs) for end in ends]
+        return [end.tensor for end in ends]
 
     chains = [projection.sites() for projection in projections]
     cores = [*chains[0][separate:], *(core for chain in chains for core in chain[:separate])]
@@ -95,13 +95,13 @@ def _count_tied(projections: Sequence[ExpertCores]) -> int:
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """Rows between two cores.
 
     Attributes
     ----------
     tensor : Tensor
-        Axes (rows, inputs to come, bond, outputs so far), some of them merged.
+        One row per vector, with axes (inputs to come, bond, outputs so far) merged.
     inputs : int
         Size, per row, of the input legs that no core has taken yet.
     outputs : int
@@ -112,10 +112,10 @@ class _State:
     inputs: int
     outputs: int
 
-    def through(self, cores: Sequence[Tensor], groups: Groups) -> _State:
-        """Contract a chain of cores, from the right."""
+    def through(self, cores: Sequence[Tensor], groups: Groups | None) -> State:
+        """Contract a chain of cores, from the right; without groups all cores are shared."""
         state, inputs, outputs = self.tensor, self.inputs, self.outputs
-        count = len(groups.experts)
+        count = len(state)
         for core in reversed(cores):
             before, out, in_, after = core.shape[-4:]
             inputs //= in_
@@ -123,17 +123,20 @@ class _State:
             state = state.reshape(count * inputs, in_ * after, outputs)
             state = _multiply(state, matrix, groups, inputs)
             outputs *= out
-        return _State(state, inputs, outputs)
+            state = state.reshape(count, inputs * before * outputs)
+        return State(state, inputs, outputs)
 
 
-def _multiply(state: Tensor, matrix: Tensor, groups: Groups, factor: int) -> Tensor:
+def _multiply(state: Tensor, matrix: Tensor, groups: Groups | None, factor: int) -> Tensor:
     """Multiply a state (rows · factor, k, n); ``factor`` rows of it belong to one row."""
-    if state.shape[2] == 1:
-        rows = state.squeeze(2)
-        if matrix.ndim == 2:
-            return rows @ matrix.T
-        return grouped_linear(rows, matrix, groups.offsets * factor)
     if matrix.ndim == 2:
-        one_group = torch.full_like(groups.offsets[:1], len(state))
+        if state.shape[2] == 1:
+            return state.squeeze(2) @ matrix.T
+        one_group = torch.full((1,), len(state), dtype=torch.int32, device=state.device)
         return grouped_linear(state, matrix[None], one_group)
-    return grouped_linear(state, matrix, groups.offsets * factor)
+    if len(matrix) == 1:
+        # Torch's own product, which costs less than the operator for groups.
+        return _multiply(state, matrix[0], groups, factor)
+    assert groups is not None, "cores that experts own need the experts of the rows"
+    rows = state.squeeze(2) if state.shape[2] == 1 else state
+    return grouped_linear(rows, matrix, groups.offsets * factor)

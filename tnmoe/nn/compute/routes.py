@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
@@ -17,7 +16,7 @@ from tnmoe.nn.compute.per_expert import per_expert_linear
 from tnmoe.nn.compute.rebuilt import rebuilt_linear
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.transforms import has_values, needs_native_operators
-from tnmoe.options import ROUTES, Route
+from tnmoe.options import ROUTES, Matrix, Route
 
 # They take padded rows; the route ``cached`` needs no padding.
 _KERNELS: dict[str, Callable[[Tensor, ExpertCores, Groups], Tensor]] = {
@@ -27,7 +26,14 @@ _KERNELS: dict[str, Callable[[Tensor, ExpertCores, Groups], Tensor]] = {
 }
 
 
-def plan(cores: ExpertCores, rows: int, training: bool) -> ContractionPlan:
+def plan(
+    cores: ExpertCores,
+    rows: int,
+    training: bool,
+    *,
+    matrix: Matrix | None = None,
+    top_k: int = 1,
+) -> ContractionPlan:
     """Plan the fastest route for a number of rows.
 
     Parameters
@@ -37,6 +43,10 @@ def plan(cores: ExpertCores, rows: int, training: bool) -> ContractionPlan:
         Slots of all experts together.
     training : bool
         Whether a backward pass follows, for which no matrices are kept.
+    matrix : {"up", "gate", "down"}, optional
+        The place of the matrices in a layer where shared cores may act once per token.
+    top_k : int
+        Slots per token.
     """
     center = cores.center
     itemsize = center.element_size()
@@ -46,6 +56,9 @@ def plan(cores: ExpertCores, rows: int, training: bool) -> ContractionPlan:
         rows,
         experts=cores.num_experts,
         center_site=cores.center_site,
+        shared_sites=cores.shared_sites,
+        matrix=matrix,
+        top_k=top_k,
         training=training,
         cached=not training
         and not cores.transient
@@ -103,7 +116,7 @@ def expert_linear(
         if route:
             _refuse_gradients(cores, rows)
         return cached_linear(rows, cores, groups)
-    result = _KERNELS[chosen](_pad(rows, cores), cores, groups)
+    result = _KERNELS[chosen](cores.pad(rows), cores, groups)
     return result[:, : cores.shape.out_features]
 
 
@@ -114,14 +127,9 @@ def tied_linear(
 
     The last cores that the projections have in common are contracted once.
     """
-    products = tied_joint_linear(_pad(rows, first), [first, second], groups)
+    products = tied_joint_linear(first.pad(rows), [first, second], groups)
     one, two = (product[:, : first.shape.out_features] for product in products)
     return one, two
-
-
-def _pad(rows: Tensor, cores: ExpertCores) -> Tensor:
-    missing = cores.shape.padded_in - cores.shape.in_features
-    return F.pad(rows, (0, missing)) if missing else rows
 
 
 def _refuse_gradients(cores: ExpertCores, rows: Tensor) -> None:

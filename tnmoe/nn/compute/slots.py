@@ -67,6 +67,13 @@ class Groups:
         ends = torch.searchsorted(experts, indices, right=True)
         return cls(experts, ends.to(torch.int32), slots, order, inverse)
 
+    @classmethod
+    def of_one_expert(cls, rows: int, device: torch.device) -> Groups:
+        """Return the groups of rows that all belong to one expert, which is number 0."""
+        numbers = torch.arange(rows, device=device)
+        ends = torch.full((1,), rows, dtype=torch.int32, device=device)
+        return cls(torch.zeros_like(numbers), ends, rows, numbers, numbers)
+
     @property
     def used(self) -> Tensor:
         """Which experts have rows, (E,) of bool; does not synchronise with an accelerator."""

@@ -1,0 +1,229 @@
+"""The network that slots go through between the parts of a layer that act once per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnmoe.nn.compute.half_precision import sum_dtype
+from tnmoe.nn.compute.once_per_token import Tensors, is_owned
+from tnmoe.nn.compute.slots import Groups, combine, dispatch, zero_unrouted
+from tnmoe.nn.transforms import autocast_as, autocast_state
+
+# Numbers in the widest rows of a chunk, which should stay in a CPU's cache from one operation to
+# the next.
+_CHUNK = 1 << 19
+
+
+# A function of rows of all inputs, of weights, and of the groups of the rows.
+SlotFunction = Callable[[Tensors, Tensors, Groups], Tensors]
+
+
+@dataclass(frozen=True)
+class SlotNetwork:
+    """What slots compute: rows of every input → rows of every sum.
+
+    Attributes
+    ----------
+    inputs : sequence of Tensor
+        T rows each: what the first products made of the tokens.
+    weights : sequence of Tensor
+        What ``function`` multiplies by; see :func:`is_owned`.
+    function : callable
+        Takes rows of all inputs, weights, and the groups of the rows. Returns tensors with as many
+        rows, whose weighted sums over the slots of every token are the last product's.
+    num_experts : int
+        Number of experts E.
+    """
+
+    inputs: Tensors
+    weights: Tensors
+    function: SlotFunction
+    num_experts: int
+
+
+def sum_at_once(
+    network: SlotNetwork,
+    groups: Groups,
+    weights: Tensor,
+    routed: int,
+    unrouted: Tensor | None = None,
+    step: int | None = None,
+) -> list[Tensor]:
+    """Take all slots through a network together, and sum its weighted rows for every token.
+
+    Parameters
+    ----------
+    network : SlotNetwork
+    groups : Groups
+        Of all slots.
+    weights : Tensor, shape (T, k)
+        Weights of the slots.
+    routed : int
+        Rows after the first ``routed`` ones have no expert.
+    unrouted : Tensor of bool, shape (N,), optional
+        Rows that have no expert, where their number is not known.
+    step : int, optional
+        Rows that go through together; all by default.
+
+    Returns
+    -------
+    list of Tensor
+        T rows each.
+    """
+    rows = [dispatch(states, groups, weights.shape[1]) for states in network.inputs]
+    if routed < groups.layer_slots:
+        missing = groups.layer_slots - routed
+        outputs = _in_pieces(network, [part[:routed] for part in rows], groups.head(routed), step)
+        outputs = [F.pad(output, (0, 0, 0, missing)) for output in outputs]
+    else:
+        rows = [zero_unrouted(part, unrouted) for part in rows]
+        outputs = _in_pieces(network, rows, groups, step)
+        outputs = [zero_unrouted(output, unrouted) for output in outputs]
+    return [combine(output, groups, weights) for output in outputs]
+
+
+def _in_pieces(
+    network: SlotNetwork, rows: Sequence[Tensor], groups: Groups, step: int | None
+) -> Tensors:
+    count = len(groups.experts)
+    if step is None or count <= step:
+        return network.function(rows, network.weights, groups)
+    pieces = [
+        network.function(
+            [part[start : start + step] for part in rows],
+            network.weights,
+            groups.part(start, min(start + step, count)),
+        )
+        for start in range(0, count, step)
+    ]
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
+
+def sum_in_chunks(
+    network: SlotNetwork, groups: Groups, weights: Tensor, width: int
+) -> list[Tensor]:
+    """Compute :func:`sum_at_once` in chunks of one expert's rows, which stay in a CPU's cache.
+
+    The backward pass computes every chunk again, so no array has a row for every slot. At least one
+    slot must have an expert.
+
+    Parameters
+    ----------
+    network, groups, weights
+        As for :func:`sum_at_once`.
+    width : int
+        Entries of the widest rows in the network.
+    """
+    chunks = _Chunks(
+        network.function, network.num_experts, groups, weights.shape[1], max(16, _CHUNK // width)
+    )
+    if not torch.is_grad_enabled():
+        return chunks.forward(network.inputs, network.weights, weights)
+    tensors = (*network.inputs, *network.weights)
+    return list(_SumInChunks.apply(chunks, len(network.inputs), weights, *tensors))
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Chunks of the slots of a call, each with rows of one expert alone."""
+
+    function: SlotFunction
+    num_experts: int
+    groups: Groups
+    choices: int
+    step: int
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the expert, the slots and the tokens of every chunk."""
+        for expert, block in self.groups.blocks:
+            for slots in self.groups.order[block].split(self.step):
+                yield expert, slots, slots // self.choices
+
+    def own(self, expert: int, weights: Tensors) -> list[Tensor]:
+        """Return an expert's weights, as those of a network with this expert alone."""
+        return [
+            weight[expert : expert + 1] if is_owned(weight, self.num_experts) else weight
+            for weight in weights
+        ]
+
+    def outputs(self, rows: Tensors, own: Tensors, factor: Tensor) -> list[Tensor]:
+        """Return the outputs of a chunk times the weights of its slots, (n, 1)."""
+        group = Groups.of_one_expert(len(factor), factor.device)
+        return [output * factor for output in self.function(rows, own, group)]
+
+    def forward(self, inputs: Tensors, weights: Tensors, factors: Tensor) -> list[Tensor]:
+        """Sum the weighted outputs of all chunks for every token."""
+        flat, sums = factors.reshape(-1, 1), list[Tensor]()
+        for expert, slots, tokens in self:
+            rows = [states.index_select(0, tokens) for states in inputs]
+            outputs = self.outputs(rows, self.own(expert, weights), flat.index_select(0, slots))
+            sums = sums or [_zeros(len(factors), output) for output in outputs]
+            for total, output in zip(sums, outputs, strict=True):
+                total.index_add_(0, tokens, output.to(total.dtype))
+        return sums
+
+    def backward(
+        self, inputs: Tensors, weights: Tensors, factors: Tensor, grads: Tensors
+    ) -> list[Tensor]:
+        """Return the gradients of inputs, weights and factors, computing every chunk again."""
+        count, flat = len(inputs), factors.reshape(-1, 1)
+        totals = [_zeros(len(tensor), tensor) for tensor in (*inputs, *weights, flat)]
+        for expert, slots, tokens in self:
+            rows = [states.index_select(0, tokens) for states in inputs]
+            leaves = [*rows, *self.own(expert, weights), flat.index_select(0, slots)]
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            with torch.enable_grad():
+                outputs = self.outputs(leaves[:count], leaves[count:-1], leaves[-1])
+            pairs = zip(grads, outputs, strict=True)
+            of_outputs = [grad.index_select(0, tokens).to(out.dtype) for grad, out in pairs]
+            *found, of_factor = torch.autograd.grad(outputs, leaves, of_outputs)
+            for total, part in zip(totals[:count], found[:count], strict=True):
+                total.index_add_(0, tokens, part.to(total.dtype))
+            own = self.own(expert, totals[count:-1])
+            for total, part in zip(own, found[count:], strict=True):
+                total += part
+            totals[-1].index_copy_(0, slots, of_factor.to(totals[-1].dtype))
+        return totals
+
+
+def _zeros(rows: int, like: Tensor) -> Tensor:
+    """Return zeros for sums of tensors like this one."""
+    return like.new_zeros(rows, *like.shape[1:], dtype=sum_dtype(like.dtype))
+
+
+class _SumInChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chunks: _Chunks, count: int, factors: Tensor, *tensors: Tensor) -> Any:
+        ctx.chunks, ctx.count = chunks, count
+        ctx.autocast = autocast_state(factors.device)
+        ctx.save_for_backward(factors, *tensors)
+        return tuple(chunks.forward(tensors[:count], tensors[count:], factors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        factors, *tensors = ctx.saved_tensors
+        inputs, weights = tensors[: ctx.count], tensors[ctx.count :]
+        with autocast_as(ctx.autocast):
+            if torch.is_grad_enabled():  # with create_graph=True
+                return None, None, *_differentiable(ctx.chunks, factors, inputs, weights, grads)
+            *found, of_factors = ctx.chunks.backward(inputs, weights, factors, grads)
+        gradients = [grad.to(each.dtype) for grad, each in zip(found, tensors, strict=True)]
+        return None, None, of_factors.view_as(factors).to(factors.dtype), *gradients
+
+
+def _differentiable(
+    chunks: _Chunks, factors: Tensor, inputs: Tensors, weights: Tensors, grads: Tensors
+) -> list[Tensor | None]:
+    """Return gradients that have gradients themselves, from a network without chunks."""
+    network = SlotNetwork(inputs, weights, chunks.function, chunks.num_experts)
+    sums = sum_at_once(network, chunks.groups, factors, int(chunks.groups.offsets[-1]))
+    given = [factors, *inputs, *weights]
+    needed = [tensor for tensor in given if tensor.requires_grad]
+    found = iter(torch.autograd.grad(sums, needed, list(grads), create_graph=True))
+    return [next(found) if tensor.requires_grad else None for tensor in given]

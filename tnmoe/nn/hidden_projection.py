@@ -1,0 +1,180 @@
+"""Matrices around a linear module that all experts share: the layout ``hidden``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnmoe.errors import InputError, check_generator
+from tnmoe.nn.compute.grouped import per_row
+from tnmoe.nn.compute.once_per_token import FirstChain, LastChain
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.linear import as_linear, bias_of_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.projection import Bias
+from tnmoe.nn.settings import end_site, square_bonds
+from tnmoe.shapes import MPOShape
+from tnmoe.shared_mpo import replicate
+
+
+class HiddenProjection(MPOProjection):
+    """Matrices whose central core is a linear module, which all experts share.
+
+    The central core stands at one end of the chain and has all legs of one side, so that its
+    matrix is the module's as it lies in memory. Experts own the other cores, whose legs are on the
+    other side: W_e = (L_e ⊗ 1)·C where the module acts first, W_e = C·(R_e ⊗ 1) where it acts last.
+    A layer calls the module once per token, however many experts the token visits.
+
+    Parameters
+    ----------
+    num_experts, bias, bond_dims, center_site, device, dtype
+        As for :class:`MPOProjection`. The default of ``center_site`` is the end that the shape
+        allows, the right one first.
+    shape : MPOShape
+        With the central site at the right end and all input legs there, or at the left end and all
+        output legs there.
+
+    Attributes
+    ----------
+    base : Module
+        The linear module; a bias of its own acts once per token, too.
+    center : Tensor, shape (D, out, in, D')
+        The module's matrix as a core.
+
+    Raises
+    ------
+    InputError
+        If the shape has legs elsewhere, or is padded.
+
+    Examples
+    --------
+    >>> shape = MPOShape((4, 8), (1, 16))
+    >>> matrices = HiddenProjection(3, shape)
+    >>> matrices.base, matrices.aux_0.shape
+    (Linear(in_features=16, out_features=32, bias=False), torch.Size([3, 1, 4, 1, 4]))
+    """
+
+    base: nn.Module
+    # A view of the module's matrix, made for every call.
+    _stores_center = False
+
+    def __init__(
+        self,
+        num_experts: int,
+        shape: MPOShape,
+        *,
+        bias: Bias = False,
+        bond_dims: Sequence[int] | None = None,
+        center_site: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            shape,
+            bias=bias,
+            bond_dims=bond_dims,
+            center_site=end_site(shape, center_site),
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        module: nn.Module,
+        num_experts: int,
+        shape: MPOShape,
+        center_site: int | None = None,
+        noise: float = 0.0,
+        rng: np.random.Generator | int | None = None,
+    ) -> HiddenProjection:
+        """Start all experts as one linear module, which becomes ``base`` as it stands.
+
+        Parameters
+        ----------
+        module : Module
+            A ``torch.nn.Linear``, transformers' Conv1D, or another linear module with
+            ``in_features`` and ``out_features``.
+        num_experts, shape, center_site
+            As for the class.
+        noise : float
+            Noise on every expert's own cores, relative to each core's root mean square.
+        rng : numpy Generator or int, optional
+            Source of the noise.
+
+        Raises
+        ------
+        InputError
+            If the module is not linear, or the shape is for a matrix of another size.
+        """
+        if size_of_linear(module) != (shape.out_features, shape.in_features):
+            rows, columns = size_of_linear(module)
+            raise InputError(f"a {rows}×{columns} module needs a shape of its size, got {shape}")
+        site = end_site(shape, center_site)
+        bonds = square_bonds(shape, site)
+        projection = cls(num_experts, shape, bond_dims=bonds, center_site=site, device="meta")
+        rng, like = check_generator(rng), weight_of_linear(module)
+        for number, core in enumerate(projection.aux):
+            identity = _identity_core(core.shape[1:], like)
+            cores = replicate(identity, projection.num_experts, noise, rng)
+            projection.register_parameter(f"aux_{number}", nn.Parameter(cores))
+        projection.base = module
+        return projection
+
+    @property
+    def center(self) -> Tensor:  # type: ignore[override]
+        """The module's matrix as a core, (D, out, in, D')."""
+        bonds = (1, *self._bond_dims, 1)
+        site = self.center_site
+        legs = self.shape.out_dims[site], self.shape.in_dims[site]
+        return weight_of_linear(self.base).reshape(bonds[site], *legs, bonds[site + 1])
+
+    def _store_core(self, name: str, core: Tensor) -> None:
+        if name != "center":
+            super()._store_core(name, core)
+            return
+        left, out, in_, right = core.shape
+        self.base = as_linear(core.reshape(left * out, in_ * right))
+
+    def parameters_at(self, site: int) -> list[nn.Parameter]:
+        if site != self.center_site:
+            return super().parameters_at(site)
+        bias = bias_of_linear(self.base)
+        return [parameter for parameter in self.base.parameters() if parameter is not bias]
+
+    def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        result, biases = super().multiply(rows, groups), self._biases_of_base()
+        return result if biases is None else result + per_row(biases.to(result.dtype), groups)
+
+    def expert_biases(self) -> Tensor | None:
+        of_base, own = self._biases_of_base(), super().expert_biases()
+        return own if of_base is None else of_base if own is None else of_base + own
+
+    def _biases_of_base(self) -> Tensor | None:
+        """Return what the module's bias adds to the outputs of every expert, (E, out)."""
+        bias = bias_of_linear(self.base)
+        if bias is None:
+            return None
+        biases = bias.expand(self.num_experts, -1)
+        if self.center_site == 0:
+            return biases
+        # The experts' cores act on the module's bias as on its products.
+        chain = self._first_chain(self.center_site)
+        one_each = Groups.of(torch.arange(self.num_experts, device=bias.device), self.num_experts)
+        return chain.of_slots((biases,), chain.weights, one_each)
+
+    def _first_chain(self, stop: int) -> FirstChain:
+        return FirstChain(self.cores, stop, self.base)
+
+    def _last_chain(self, start: int) -> LastChain:
+        return LastChain(self.cores, start, self.base, bias_of_linear(self.base))
+
+
+def _identity_core(size: Sequence[int], like: Tensor) -> Tensor:
+    """Return the core (D, out, in, D') of an identity matrix between its legs and a bond."""
+    identity = torch.eye(max(size[0], size[3]), dtype=like.dtype, device=like.device)
+    return identity.reshape(*size)

@@ -1,0 +1,183 @@
+"""Matrices that are a shared linear module plus a small MPO per expert: the layout ``residual``."""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnmoe.backends import backend_named
+from tnmoe.errors import InputError, check_generator, check_number_in
+from tnmoe.mpo import MPO
+from tnmoe.nn.compute.once_per_token import (
+    FirstBias,
+    FirstChain,
+    FirstProduct,
+    FirstSum,
+    LastBias,
+    LastChain,
+    LastProduct,
+    LastSum,
+    Load,
+)
+from tnmoe.nn.compute.slots import DenseDispatch, Groups
+from tnmoe.nn.linear import bias_of_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.mpo_projection import MPOProjection, has_hooks
+from tnmoe.nn.projection import Bias, Projection
+
+_TORCH = backend_named("torch")
+
+
+class ResidualProjection(Projection):
+    """Matrices W_e = W + M_e: a linear module that all experts share, and an MPO of each expert.
+
+    With two sites that have the legs (out | in), M_e is of low rank, as in LoRA (arXiv:2106.09685).
+    With more sites it is a tensor train. A layer calls the module once per token, however many
+    experts the token visits.
+
+    Parameters
+    ----------
+    base : Module
+        The linear module: a ``torch.nn.Linear``, transformers' Conv1D, or another one with
+        ``in_features`` and ``out_features``. It is used as it stands, its bias included.
+    delta : MPOProjection
+        The MPOs, for matrices of the module's size, without biases.
+    bias : bool or "common"
+        Whether every expert has a bias of its own, or all experts have one in common, beside the
+        module's.
+
+    Raises
+    ------
+    InputError
+        If the module is not linear, or ``delta`` is for matrices of another size or has biases.
+
+    Examples
+    --------
+    >>> from tnmoe import MPOShape
+    >>> delta = MPOProjection(3, MPOShape((32, 1), (1, 16)), max_bond=4, shared_sites="none")
+    >>> matrices = ResidualProjection(nn.Linear(16, 32), delta)
+    >>> matrices.weight().shape, matrices.delta.expert(0).bond_dims
+    (torch.Size([3, 32, 16]), (4,))
+    """
+
+    def __init__(self, base: nn.Module, delta: MPOProjection, *, bias: Bias = False) -> None:
+        size = size_of_linear(base)
+        if size != (delta.out_features, delta.in_features):
+            raise InputError(f"delta ({delta}) is not for the {size[0]}×{size[1]} module {base}")
+        if delta.bias is not None:
+            raise InputError(f"delta must have no biases, got {delta}")
+        like = delta.last_core
+        super().__init__(delta.num_experts, *size, bias=bias, device=like.device, dtype=like.dtype)
+        self.base, self.delta = base, delta
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def weight(self) -> Tensor:
+        return weight_of_linear(self.base) + self.delta.weight()
+
+    def _masked_weight(self, groups: Groups | DenseDispatch) -> Tensor:
+        return weight_of_linear(self.base) + self.delta._masked_weight(groups)
+
+    def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        return self.base(rows) + self.delta(rows, groups)
+
+    def expert_biases(self) -> Tensor | None:
+        of_base, own = bias_of_linear(self.base), super().expert_biases()
+        if of_base is None:
+            return own
+        return of_base.expand(self.num_experts, -1) if own is None else of_base + own
+
+    def expert(self, index: int) -> MPO:
+        """Return M_e of one expert: an MPO that shares memory and gradients with this module.
+
+        Parameters
+        ----------
+        index : int
+            From 0 to E − 1.
+
+        Raises
+        ------
+        InputError
+            If there is no such expert.
+        """
+        return self.delta.expert(index)
+
+    def first_product(self, load: Load) -> FirstProduct | None:
+        if has_hooks(self) or has_hooks(self.delta):
+            return None
+        delta = self.delta.first_product(load) or FirstChain(
+            self.delta.cores, self.delta.shape.sites
+        )
+        product = FirstSum(self.base, delta)
+        return product if self.bias is None else FirstBias(product, self.bias, self.num_experts)
+
+    def last_product(self, load: Load) -> LastProduct | None:
+        if has_hooks(self) or has_hooks(self.delta):
+            return None
+        delta = self.delta.last_product(load) or LastChain(self.delta.cores, 0)
+        product = LastSum(self.base, bias_of_linear(self.base), delta)
+        return product if self.bias is None else LastBias(product, self.bias, self.num_experts)
+
+    @property
+    def shared_parameters(self) -> list[nn.Parameter]:
+        bias = bias_of_linear(self.base)
+        matrix = [parameter for parameter in self.base.parameters() if parameter is not bias]
+        return [*matrix, *self.delta.shared_parameters]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the module and the MPOs anew; the latter start at zero."""
+        self.base.reset_parameters()  # type: ignore[operator]
+        start_at_zero(self.delta)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+@torch.no_grad()
+def start_at_zero(
+    delta: MPOProjection,
+    scale: float = 0.0,
+    rng: np.random.Generator | int | None = None,
+) -> None:
+    """Draw MPOs anew such that every matrix is zero, or random of a Frobenius norm.
+
+    All cores become isometries, except the one that acts last of those that experts own: that core
+    carries the norm. Training can therefore change every matrix from the first step on.
+
+    Parameters
+    ----------
+    delta : MPOProjection
+        Changed in place; on the meta device nothing is drawn.
+    scale : float
+        Expected Frobenius norm of every matrix.
+    rng : numpy Generator or int, optional
+        Source of the random numbers.
+
+    Raises
+    ------
+    InputError
+        If ``scale`` is negative or not finite.
+    """
+    scale, rng = check_number_in("scale", scale, "[0, inf)"), check_generator(rng)
+    if delta.last_core.is_meta:
+        return
+    last = min(set(range(delta.shape.sites)) - delta.shared_sites)
+    for site in range(delta.shape.sites):
+        core = delta.core_at(site)
+        if site == last:
+            numbers = _TORCH.normal(core.shape, rng, like=core) if scale else torch.zeros_like(core)
+            core.copy_(numbers * (scale / sqrt(prod(core.shape[-4:]))))
+        else:
+            core.copy_(_random_isometries(core, site < last, rng))
+
+
+def _random_isometries(core: Tensor, from_left: bool, rng: np.random.Generator) -> Tensor:
+    """Draw cores, (..., D, out, in, D'), that preserve norms from one side to the other."""
+    dtype = torch.promote_types(core.dtype, torch.float32)  # LAPACK has no half precision
+    numbers = _TORCH.normal(core.shape, rng, like=core.to(dtype))
+    matrices = numbers.flatten(-4, -2) if from_left else numbers.flatten(-3, -1)
+    is_tall = matrices.shape[-2] >= matrices.shape[-1]
+    factor = torch.linalg.qr(matrices if is_tall else matrices.mT)[0]
+    return (factor if is_tall else factor.mT).reshape(core.shape).to(core.dtype)
