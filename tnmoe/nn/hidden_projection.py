@@ -171,7 +171,7 @@ class HiddenProjection(MPOProjection):
         return FirstChain(self.cores, stop, self.base)
 
     def _last_chain(self, start: int) -> LastChain:
-        return LastChain(self.cores, start, self.base, bias_of_linear(self.base))
+        return LastChain(self.cores, start, self.base)
 
 
 def _identity_core(size: Sequence[int], like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.contraction.expert_routes import once_per_token_sites
+from tnmoe.contraction.layer_plan import Work
 from tnmoe.contraction.plan import ContractionPlan
 from tnmoe.errors import InputError, check_generator, check_index, check_positive_int
 from tnmoe.mpo import MPO
@@ -296,6 +297,16 @@ class MPOProjection(StoredCores, Projection):
         top_k = max(1, load.slots // max(1, load.tokens))
         planned = routes.plan(self.cores, load.slots, load.training, matrix=matrix, top_k=top_k)
         return planned.route == "joint"
+
+    def work_of_call(self, load: Load) -> Work:
+        cores, sizes = self.cores, chain_shapes(self.shape, self._bond_dims)
+        planned = self.plan(load.slots, load.training)
+        shared, owned = (
+            sum(prod(sizes[site]) * cores.stored[site].element_size() for site in sites)
+            for sites in (self.shared_sites, self._owned_sites)
+        )
+        flops = planned.flops / max(1, load.slots)
+        return Work(f"cores, route {self.route or planned.route}", "slot", flops, shared, owned)
 
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
