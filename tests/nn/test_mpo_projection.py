@@ -144,6 +144,18 @@ def test_cores_of_several_dtypes_make_a_shared_mpo_of_the_widest():
     torch.testing.assert_close(operator.to_matrices(), made.weight())
 
 
+@pytest.mark.parametrize("sites", [((4, 3), (1, 8)), ((12, 1), (2, 4))], ids=str)
+def test_a_projection_around_a_linear_module_becomes_a_shared_mpo_and_back(sites):
+    torch.manual_seed(0)
+    made = nn.HiddenProjection(E, tn.MPOShape(*sites))
+    operator = made.to_shared_mpo()
+    assert operator.shared_sites == {made.center_site}
+    assert operator.center.data_ptr() == made.base.weight.data_ptr()
+    torch.testing.assert_close(operator.to_matrices(), made.weight())
+    for kind in (nn.HiddenProjection, nn.MPOProjection):
+        torch.testing.assert_close(kind.from_shared_mpo(operator).weight(), made.weight())
+
+
 def test_what_a_projection_cannot_hold_or_reach_is_named():
     made = nn.MPOProjection(E, SHAPES["interleaved"])
     single = tn.MPO([torch.ones(1, 4, 4, 1)])
@@ -153,6 +165,9 @@ def test_what_a_projection_cannot_hold_or_reach_is_named():
     ):
         with pytest.raises(tn.InputError, match=message):
             nn.MPOProjection.from_shared_mpo(foreign)
+    owned = nn.MPOProjection(E, tn.MPOShape((4, 3), (1, 8)), shared_sites="none").to_shared_mpo()
+    with pytest.raises(tn.InputError, match="a HiddenProjection has one central core, got 3"):
+        nn.HiddenProjection.from_shared_mpo(owned)
     with pytest.raises(tn.InputError, match="expert must be an integer from 0 to 2, got 3"):
         made.expert(3)
     for reach in (made.core_at, lambda site: made.set_core(site, made.center)):

@@ -186,7 +186,13 @@ class MPOProjection(StoredCores, Projection):
         _check_torch(shared.cores)
         if shared.base is not None:
             raise InputError(f"an MPOProjection has no base: got {shared}")
-        projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
+        projection = cls(
+            shared.num_experts,
+            shared.shape,
+            bond_dims=shared.bond_dims,
+            center_site=shared.center_site,
+            device="meta",
+        )
         projection._store(shared.cores, shared.center_site)
         return projection
 
