@@ -137,6 +137,8 @@ class HiddenProjection(MPOProjection):
         if name != "center":
             super()._store_core(name, core)
             return
+        if core.ndim != 4:
+            raise InputError(f"a HiddenProjection has one central core, got {len(core)} of them")
         left, out, in_, right = core.shape
         self.base = as_linear(core.reshape(left * out, in_ * right))
 

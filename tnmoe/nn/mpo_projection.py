@@ -31,10 +31,15 @@ from tnmoe.nn.compute.once_per_token import (
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.projection import Bias, Projection
-from tnmoe.nn.settings import SharedSites
 from tnmoe.nn.stored_cores import StoredCores
 from tnmoe.options import Route
-from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site, resolve_shared_sites
+from tnmoe.shapes import (
+    MPOShape,
+    SharedSites,
+    chain_shapes,
+    resolve_center_site,
+    resolve_shared_sites,
+)
 from tnmoe.shared_mpo import SharedMPO, replicate
 
 
@@ -166,23 +171,29 @@ class MPOProjection(StoredCores, Projection):
 
     @classmethod
     def from_shared_mpo(cls, shared: SharedMPO) -> MPOProjection:
-        """Take over the cores of a SharedMPO, with any bonds and centre.
+        """Take over the cores of a SharedMPO, with any bonds, centre and shared sites.
 
         Parameters
         ----------
         shared : SharedMPO
-            Of torch tensors. Experts share its central core and own the others.
+            Of torch tensors and of at least two sites, without a base.
 
         Raises
         ------
         InputError
-            If the cores are not torch tensors.
+            If the cores are not torch tensors, there is one site only, or there is a base.
         """
-        _check_torch([shared.center])
-        projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
-        cores = list(shared.aux)
-        cores.insert(shared.center_site, shared.center)
-        projection._store(cores, shared.center_site)
+        _check_torch(shared.cores)
+        if shared.base is not None:
+            raise InputError(f"an MPOProjection has no base: got {shared}")
+        projection = cls(
+            shared.num_experts,
+            shared.shape,
+            bond_dims=shared.bond_dims,
+            center_site=shared.center_site,
+            device="meta",
+        )
+        projection._store(shared.cores, shared.center_site)
         return projection
 
     @property
@@ -200,16 +211,14 @@ class MPOProjection(StoredCores, Projection):
     def to_shared_mpo(self) -> SharedMPO:
         """Return a SharedMPO that shares memory and gradients with this module.
 
-        Raises
-        ------
-        InputError
-            If experts own their central cores.
+        Cores of several dtypes are cast to one that holds the numbers of all.
         """
-        cores = self.cores
-        if cores.owns_center:
-            raise InputError("a SharedMPO has one central core, but these experts own theirs")
-        left, right = cores.stacked()
-        return SharedMPO(cores.center, [*left, *right], self.shape, self.center_site)
+        cores = self.cores.to(self.cores.dtype).stored
+        chain = (
+            core[0] if site in self.shared_sites and core.ndim == 5 else core
+            for site, core in enumerate(cores)
+        )
+        return SharedMPO(tuple(chain), self.shape, self.center_site)
 
     def expert(self, index: int) -> MPO:
         """Return one expert's matrix as an MPO that shares memory and gradients with this module.
