@@ -198,7 +198,8 @@ def _plan_for_experts(
     chain = plan_for_chain(workload.shape, workload.bond_dims, rows_of_expert)
     cost = ChainCost(chain.flops, chain.peak_elements)
     seconds = predict_seconds(workload, rates, cost if chain.route == "chain" else None, cached)
-    route: Route = given or min(seconds, key=lambda name: seconds[name])
+    fastest = min(seconds, key=lambda name: seconds[name])
+    route = fastest if given is None else given
     flops, peak = flops_and_peak(workload, route, cost)
     return ContractionPlan(route, flops, peak, chain.path if route == "per_expert" else (), seconds)
 
