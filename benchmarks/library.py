@@ -1,4 +1,4 @@
-"""The operations of a library that the benchmarks time; by default, a library lacks them.
+"""The operations of a library that the benchmarks time, and tnmoe as such a library.
 
 An operation that a library lacks raises :class:`Unsupported` with the reason, which the table
 shows. ``array`` and ``operator`` convert arguments to the library's own types before the clock
@@ -8,6 +8,8 @@ starts; ``cores`` and ``to_numpy`` convert results back to NumPy after it stops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -91,3 +93,32 @@ class OnTorch(Library):
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+class Tnmoe(Library):
+    name, package = "tnmoe numpy", "tnmoe"
+
+    def operator(self, cores: Cores) -> tn.MPO:
+        return tn.MPO([self.array(core) for core in cores])
+
+    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> tn.MPO:
+        return tn.decompose(matrix, shape, **limits)
+
+    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> tn.MPO:
+        return reduce(add, operators).compress(**limits)
+
+    def round_product(self, a: Any, b: Any, max_bond: int) -> tn.MPO:
+        return (a @ b).compress(max_bond=max_bond)
+
+    def apply(self, operator: tn.MPO, x: Any) -> Any:
+        return operator.apply(x)
+
+    def norm(self, operator: tn.MPO) -> Any:
+        return operator.norm()
+
+    def inner(self, a: Any, b: Any) -> Any:
+        return a.inner(b)
+
+
+class TnmoeTorch(OnTorch, Tnmoe):
+    name = "tnmoe torch"

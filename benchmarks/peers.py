@@ -18,7 +18,7 @@ import quimb.tensor as qtn
 import tensorly as tl
 import tntorch
 import torch
-from library import Cores, Library, Limits, OnTorch, Unsupported
+from library import Cores, Library, Limits, OnTorch, Tnmoe, TnmoeTorch, Unsupported
 from tensorly.decomposition import tensor_train_matrix
 from tensorly.tt_matrix import TTMatrix
 
@@ -29,35 +29,6 @@ with warnings.catch_warnings():
     # torchTT warns five times that its C++ solvers, which the benchmark does not use, are missing.
     warnings.simplefilter("ignore")
     import torchtt
-
-
-class Tnmoe(Library):
-    name, package = "tnmoe numpy", "tnmoe"
-
-    def operator(self, cores: Cores) -> tn.MPO:
-        return tn.MPO([self.array(core) for core in cores])
-
-    def decompose(self, matrix: Any, shape: tn.MPOShape, **limits: Unpack[Limits]) -> tn.MPO:
-        return tn.decompose(matrix, shape, **limits)
-
-    def round_sum(self, operators: Sequence[Any], **limits: Unpack[Limits]) -> tn.MPO:
-        return reduce(add, operators).compress(**limits)
-
-    def round_product(self, a: Any, b: Any, max_bond: int) -> tn.MPO:
-        return (a @ b).compress(max_bond=max_bond)
-
-    def apply(self, operator: tn.MPO, x: Any) -> Any:
-        return operator.apply(x)
-
-    def norm(self, operator: tn.MPO) -> Any:
-        return operator.norm()
-
-    def inner(self, a: Any, b: Any) -> Any:
-        return a.inner(b)
-
-
-class TnmoeTorch(OnTorch, Tnmoe):
-    name = "tnmoe torch"
 
 
 class Tensorly(Library):

@@ -137,6 +137,8 @@ class HiddenProjection(MPOProjection):
         if name != "center":
             super()._store_core(name, core)
             return
+        if core.ndim != 4:
+            raise InputError(f"a HiddenProjection has one central core, got {len(core)} of them")
         left, out, in_, right = core.shape
         self.base = as_linear(core.reshape(left * out, in_ * right))
 
@@ -171,7 +173,7 @@ class HiddenProjection(MPOProjection):
         return FirstChain(self.cores, stop, self.base)
 
     def _last_chain(self, start: int) -> LastChain:
-        return LastChain(self.cores, start, self.base, bias_of_linear(self.base))
+        return LastChain(self.cores, start, self.base)
 
 
 def _identity_core(size: Sequence[int], like: Tensor) -> Tensor:

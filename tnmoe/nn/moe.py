@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of
-from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.dense_experts import DenseExperts
+from tnmoe.nn.experts import Experts
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter

@@ -18,12 +18,11 @@ from tnmoe.nn.projection import Bias, Projection, StackedProjection
 from tnmoe.nn.settings import (
     GROUP_SIZE,
     GroupSize,
-    SharedSites,
     mpo_settings,
     projection_sizes,
 )
 from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, SharedSites
 from tnmoe.truncation.info import TruncationInfo
 
 

@@ -117,7 +117,7 @@ class ResidualProjection(Projection):
         if has_hooks(self) or has_hooks(self.delta):
             return None
         delta = self.delta.last_product(load) or LastChain(self.delta.cores, 0)
-        product = LastSum(self.base, bias_of_linear(self.base), delta)
+        product = LastSum(self.base, delta)
         return product if self.bias is None else LastBias(product, self.bias, self.num_experts)
 
     @property

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from tnmoe.nn.compute.half_precision import sum_dtype
 from tnmoe.nn.compute.once_per_token import Tensors, is_owned
-from tnmoe.nn.compute.slots import Groups, combine, dispatch, zero_unrouted
+from tnmoe.nn.compute.slots import (
+    Groups,
+    SlotOrder,
+    UnsortedSlots,
+    combine,
+    dispatch,
+    zero_unrouted,
+)
 from tnmoe.nn.transforms import autocast_as, autocast_state
 
 # Numbers in the widest rows of a chunk, which should stay in a CPU's cache from one operation to
@@ -21,7 +28,7 @@ _CHUNK = 1 << 19
 
 
 # A function of rows of all inputs, of weights, and of the groups of the rows.
-SlotFunction = Callable[[Tensors, Tensors, Groups], Tensors]
+SlotFunction = Callable[[Tensors, Tensors, SlotOrder], Tensors]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class SlotNetwork:
     weights : sequence of Tensor
         What ``function`` multiplies by; see :func:`is_owned`.
     function : callable
-        Takes rows of all inputs, weights, and the groups of the rows. Returns tensors with as many
+        Takes rows of all inputs, weights, and the order of the rows. Returns tensors with as many
         rows, whose weighted sums over the slots of every token are the last product's.
     num_experts : int
         Number of experts E.
@@ -86,6 +93,31 @@ def sum_at_once(
         outputs = _in_pieces(network, rows, groups, step)
         outputs = [zero_unrouted(output, unrouted) for output in outputs]
     return [combine(output, groups, weights) for output in outputs]
+
+
+def sum_unsorted(network: SlotNetwork, index: Tensor, weights: Tensor) -> list[Tensor]:
+    """Compute :func:`sum_at_once` for a few slots without sorting them; without gradients.
+
+    Parameters
+    ----------
+    network : SlotNetwork
+    index : Tensor of int64, shape (T, k)
+        Experts of every token; all from 0 to E − 1.
+    weights : Tensor, shape (T, k)
+        Weights of the slots.
+    """
+    tokens, choices = index.shape
+    slots = UnsortedSlots(index.reshape(-1), tokens * choices)
+    rows = [
+        states[:, None].expand(-1, choices, -1).reshape(tokens * choices, -1)
+        for states in network.inputs
+    ]
+    outputs = network.function(rows, network.weights, slots)
+    dtype = torch.result_type(outputs[0], weights)
+    factors = weights[:, None].to(dtype)
+    return [
+        torch.bmm(factors, output.view(tokens, choices, -1).to(dtype))[:, 0] for output in outputs
+    ]
 
 
 def _in_pieces(
