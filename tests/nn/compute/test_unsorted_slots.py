@@ -85,3 +85,32 @@ def test_few_slots_in_half_precision_are_as_exact_as_sorted_ones(dtype, monkeypa
         assert output.dtype == dtype
         errors.append(float((output.float() - exact).norm() / exact.norm()))
     assert errors[0] < 2 * errors[1] + torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_slots_need_no_look_at_their_numbers(layout, monkeypatch):
+    torch.manual_seed(0)
+    layer = MPOExperts(4, 16, 32, bias=True, **LAYOUTS[layout])
+    states, index, weights = (
+        torch.randn(3, 16),
+        torch.tensor([[0, 3], [4, 1], [4, 4]]),
+        torch.ones(3, 2),
+    )
+    expected = layer(states, index, weights)
+    # As on an accelerator, where a look at an index would wait for it.
+    monkeypatch.setattr(experts_module, "values_are_readable", lambda tensor: False)
+    output = layer(states, index, weights)
+    torch.testing.assert_close(output, expected)
+    assert (output[2] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_slots_compile_to_one_graph(layout):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer = MPOExperts(4, 16, 32, bias=True, **LAYOUTS[layout])
+    states, index, weights = torch.randn(1, 16), torch.tensor([[0, 3]]), torch.ones(1, 2)
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(states, index, weights), layer(states, index, weights))

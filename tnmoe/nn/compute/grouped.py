@@ -13,7 +13,12 @@ from torch import Tensor
 from tnmoe.contraction.expert_routes import WIDE
 from tnmoe.nn.compute.half_precision import is_half
 from tnmoe.nn.compute.slots import SlotOrder, UnsortedSlots, blocks_of
-from tnmoe.nn.transforms import has_values, is_under_dispatch_mode, needs_native_operators
+from tnmoe.nn.transforms import (
+    has_values,
+    is_under_dispatch_mode,
+    needs_native_operators,
+    values_are_readable,
+)
 
 # Numbers that fit into the own cache of one core of a CPU.
 _L2_CACHE = 1 << 17
@@ -70,7 +75,8 @@ def selected_linear(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     slots, is_flat = len(experts), rows.ndim == 2
     # With columns, every slot has a single matrix of them or several side by side.
     columns = rows.view(slots, -1, rows.shape[1]).mT if is_flat else _columns_of_slots(rows, slots)
-    if _on_cuda(rows) or slots * weight.shape[1] * weight.shape[2] <= _SELECTED:
+    are_few = slots * weight.shape[1] * weight.shape[2] <= _SELECTED
+    if are_few or not values_are_readable(experts):
         result = torch.bmm(weight.index_select(0, experts), columns)
     else:
         result = columns.new_empty(slots, weight.shape[1], columns.shape[2])
