@@ -25,7 +25,6 @@ from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.settings import (
     GROUP_SIZE,
-    SharedSites,
     check_matrices,
     layout_shape,
     per_projection,
@@ -40,7 +39,7 @@ from tnmoe.options import (
     Matrix,
     RouterKind,
 )
-from tnmoe.shapes import MPOShape, resolve_shared_sites
+from tnmoe.shapes import MPOShape, SharedSites, resolve_shared_sites
 
 Size = tuple[int, int]
 

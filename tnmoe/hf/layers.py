@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, FusedHalf, Matrix, weight_of
 from tnmoe.hf.find import ffns_named
-from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.dense_experts import DenseExperts
+from tnmoe.nn.experts import Experts
 from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.mpo_experts import MPOExperts

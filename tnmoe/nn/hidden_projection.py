@@ -146,6 +146,8 @@ class HiddenProjection(MPOProjection):
         if name != "center":
             super()._store_core(name, core)
             return
+        if core.ndim != 4:
+            raise InputError(f"a HiddenProjection has one central core, got {len(core)} of them")
         left, out, in_, right = core.shape
         self.base = as_linear(core.reshape(left * out, in_ * right))
 
@@ -219,8 +221,7 @@ class HiddenProjection(MPOProjection):
         return FirstChain(self._cores_around(_NOT_READ), stop, self.base)
 
     def _last_chain(self, start: int) -> LastChain:
-        cores = self._cores_around(_NOT_READ)
-        return LastChain(cores, start, self.base, bias_of_linear(self.base))
+        return LastChain(self._cores_around(_NOT_READ), start, self.base)
 
 
 def _identity_core(size: Sequence[int], like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tnmoe.errors import InputError
 from tnmoe.nn.stored_cores import part_of_larger
+from tnmoe.nn.transforms import autocast_dtype
 
 
 def as_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -45,6 +46,19 @@ def size_of_linear(module: nn.Module) -> tuple[int, int]:
         )
     rows, columns = sizes
     return int(rows or 0), int(columns or 0)
+
+
+def call_linear(module: nn.Module, rows: Tensor) -> Tensor:
+    """Call a linear module, which may compute in another dtype than its surroundings."""
+    weight = getattr(module, "weight", None)
+    if (
+        not isinstance(weight, Tensor)
+        or not weight.is_floating_point()  # quantised modules cast by themselves
+        or weight.dtype == rows.dtype
+        or autocast_dtype(rows) is not None
+    ):
+        return module(rows)
+    return module(rows.to(weight.dtype)).to(rows.dtype)
 
 
 def bias_of_linear(module: nn.Module) -> Tensor | None:
