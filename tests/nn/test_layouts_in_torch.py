@@ -23,6 +23,7 @@ from tests.nn.layouts import (
     set_route,
 )
 from tnmoe import nn
+from tnmoe.nn.compute import grouped
 
 SOME = [
     "ends shared",
@@ -141,11 +142,13 @@ def test_under_transformations_numbers_that_are_not_finite_stay_with_their_exper
     assert_all_close(torch.func.grad(loss)(spoiled).values(), expected.values())
 
 
-@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("way", ["with gradients", "copied", "one by one"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", SOME)
-def test_forward_derivatives_are_those_of_the_loop(kind, gated, graded):
-    experts, (states, index, weights) = from_linear(kind, gated=gated), partly_routed()
+def test_forward_derivatives_are_those_of_the_loop(kind, gated, way, monkeypatch):
+    if way == "one by one":
+        monkeypatch.setattr(grouped, "_SELECTED", 0)
+    experts, (states, index, weights) = from_linear(kind, gated=gated), routed()
     moving = {"states": states, "weights": weights}
     moving |= {f"experts.{name}": each.detach() for name, each in experts.named_parameters()}
     tangents = {name: torch.randn_like(each) for name, each in moving.items()}
@@ -160,7 +163,7 @@ def test_forward_derivatives_are_those_of_the_loop(kind, gated, graded):
 
     found = []
     for function in (call, loop):
-        with torch.set_grad_enabled(graded), forward_ad.dual_level():
+        with torch.set_grad_enabled(way == "with gradients"), forward_ad.dual_level():
             duals = {
                 name: forward_ad.make_dual(each, tangents[name]) for name, each in moving.items()
             }

@@ -238,8 +238,8 @@ class Experts(nn.Module):
         slots = index.numel()
         if torch.is_grad_enabled() or products.have_calls or not 0 < slots <= _FEW_SLOTS:
             return False
-        sizes = (weight[0].numel() for weight in products.weights if weight.ndim == 5)
-        return slots <= _FEWEST_SLOTS or slots * max(sizes, default=0) <= _FEW_NUMBERS
+        sizes = [weight[0].numel() for weight in products.weights if weight.ndim == 5]
+        return slots <= _FEWEST_SLOTS or slots * max([0, *sizes]) <= _FEW_NUMBERS
 
     def _all_routed(self, index: Tensor) -> bool:
         lowest, highest = torch.aminmax(index)
