@@ -85,11 +85,11 @@ def test_noise_makes_experts_differ_and_a_seed_reproduces_it():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layout": "ring"}, InputError, "layout must be one of interleaved, split, dense"),
+        ({"layout": "ring"}, InputError, "layout must be one of interleaved, split, hidden, residual, dense"),
         ({"top_k": 9}, InputError, "top_k=9 exceeds num_experts=8"),
         ({"num_experts": 0}, InputError, "num_experts must be a positive integer"),
         ({"up": torch.ones(3, 5)}, InputError, r"up and gate must be \(F, H\) and down \(H, F\)"),
-        ({"up": torch.nn.Linear(2, 2)}, InputError, "up must be a Tensor, got a Linear"),
+        ({"up": torch.nn.Linear(2, 2)}, InputError, r"down \(H, F\), got up \(2, 2\)"),
         ({"layout": "dense", "sites": 3}, TypeError, "sites"),
         ({"router": {"magic": 1}}, TypeError, "magic"),
     ],

@@ -20,6 +20,8 @@ KINDS = {
     "split": {"layout": "split"},
     "owned centre": {"sites": 3, "shared_sites": "none"},
     "shared auxiliary cores": {"sites": 4, "shared_sites": (0, 1)},
+    "hidden": {"layout": "hidden", "group_size": (2, 2)},
+    "residual": {"layout": "residual", "max_bond": 2},
 }
 
 
