@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of
 from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
+from tnmoe.nn.linear import weight_of_linear
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
@@ -95,9 +96,9 @@ class MPOMoE(nn.Module):
     @classmethod
     def from_dense(
         cls,
-        up: Tensor,
-        down: Tensor,
-        gate: Tensor | None = None,
+        up: Tensor | nn.Module,
+        down: Tensor | nn.Module,
+        gate: Tensor | nn.Module | None = None,
         *,
         num_experts: int = 8,
         top_k: int = 1,
@@ -114,17 +115,18 @@ class MPOMoE(nn.Module):
 
         Parameters
         ----------
-        up, gate : Tensor, shape (F, H)
-            Pretrained matrices, laid out as in ``torch.nn.Linear.weight``.
-        down : Tensor, shape (H, F)
+        up, gate : Tensor of shape (F, H), or linear Module
+            Pretrained matrices, laid out as in ``torch.nn.Linear.weight``, or the modules that hold
+            them, see :meth:`MPOExperts.from_dense`. The layout ``dense`` takes tensors only.
+        down : Tensor of shape (H, F), or linear Module
             Pretrained matrix.
         num_experts : int
             Number of experts E.
         top_k : int
             Experts per token.
-        layout : {"interleaved", "split", "dense"}
-            How matrices split over sites, see :class:`MPOExperts`. With ``dense`` every expert
-            has its own copies, see :class:`DenseExperts`.
+        layout : {"interleaved", "split", "hidden", "residual", "dense"}
+            What experts share and own, see :class:`MPOExperts`. With ``dense`` every expert has its
+            own copies, see :class:`DenseExperts`.
         router : mapping, optional
             Further settings of :class:`TopKRouter` by name. Torch's global generator draws the
             router's weights, on the device and in the dtype of ``up``.
@@ -159,10 +161,11 @@ class MPOMoE(nn.Module):
         experts["num_experts"] = num_experts
         upcycled: Experts
         if layout == "dense":
-            upcycled = DenseExperts.from_dense(up, down, gate, **experts)
+            upcycled = DenseExperts.from_dense(up, down, gate, **experts)  # type: ignore[arg-type]
         else:
             upcycled = MPOExperts.from_dense(up, down, gate, layout=layout, **experts)
-        settings = {"device": up.device, "dtype": up.dtype, **(router or {})}
+        weight = up if isinstance(up, Tensor) else weight_of_linear(up)
+        settings = {"device": weight.device, "dtype": weight.dtype, **(router or {})}
         new_router = TopKRouter(upcycled.hidden_size, num_experts, top_k, **settings)
         return cls(new_router, upcycled, dropout=output_dropout)
 
