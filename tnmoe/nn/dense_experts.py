@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tnmoe.errors import check_generator
-from tnmoe.nn.experts import Experts, check_ffn
+from tnmoe.nn.experts import Experts
+from tnmoe.nn.pretrained_ffn import PretrainedFFN, Source
 from tnmoe.nn.projection import Bias, StackedProjection
 from tnmoe.nn.settings import projection_sizes
 
@@ -61,9 +62,9 @@ class DenseExperts(Experts):
     @classmethod
     def from_dense(
         cls,
-        up: Tensor,
-        down: Tensor,
-        gate: Tensor | None = None,
+        up: Source,
+        down: Source,
+        gate: Source | None = None,
         *,
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
@@ -94,13 +95,17 @@ class DenseExperts(Experts):
             If the matrices or biases do not fit each other.
         """
         rng = check_generator(rng)
+        given = PretrainedFFN.of(
+            {"up": up, "down": down, "gate": gate},
+            {"up": up_bias, "down": down_bias, "gate": gate_bias},
+        )
         projections = {
             name: StackedProjection.from_dense(matrix, num_experts, noise, rng)
-            for name, matrix in check_ffn(up, down, gate, gate_bias).items()
+            for name, matrix in given.weights.items()
         }
         return cls._from_projections(
             projections,
-            {"up": up_bias, "down": down_bias, "gate": gate_bias},
+            given.biases,
             common_bias=common_bias,
             activation=activation,
             dropout=dropout,

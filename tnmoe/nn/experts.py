@@ -408,29 +408,3 @@ class Experts(nn.Module):
         inner = self.activation(*(table.mask(project(rows, table)) for project in projections))
         outputs = self.down(table.mask(self._drop(inner)), table)
         return table.combine(outputs).to(states.dtype)
-
-
-def check_ffn(
-    up: Tensor, down: Tensor, gate: Tensor | None, gate_bias: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Return the matrices of a feed-forward network by name; check that they fit each other.
-
-    Raises
-    ------
-    InputError
-        If a matrix is not a Tensor, shapes do not fit, or a gate's bias comes without a gate.
-    """
-    matrices = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
-    for name, matrix in matrices.items():
-        if not isinstance(matrix, Tensor):
-            raise InputError(f"{name} must be a Tensor, got a {type(matrix).__name__}")
-    if gate is None and gate_bias is not None:
-        raise InputError("gate_bias was given without a gate")
-    fits = up.ndim == 2 and all(
-        matrix.shape == (up.shape[::-1] if name == "down" else up.shape)
-        for name, matrix in matrices.items()
-    )
-    if not fits:
-        given = ", ".join(f"{name} {tuple(matrix.shape)}" for name, matrix in matrices.items())
-        raise InputError(f"up and gate must be (F, H) and down (H, F), got {given}")
-    return matrices

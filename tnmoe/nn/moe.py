@@ -15,6 +15,7 @@ from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.linear import weight_of_linear
 from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.nn.pretrained_ffn import Source
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.scopes import ScopedValues
@@ -96,9 +97,9 @@ class MPOMoE(nn.Module):
     @classmethod
     def from_dense(
         cls,
-        up: Tensor | nn.Module,
-        down: Tensor | nn.Module,
-        gate: Tensor | nn.Module | None = None,
+        up: Source,
+        down: Source,
+        gate: Source | None = None,
         *,
         num_experts: int = 8,
         top_k: int = 1,
@@ -117,7 +118,7 @@ class MPOMoE(nn.Module):
         ----------
         up, gate : Tensor of shape (F, H), or linear Module
             Pretrained matrices, laid out as in ``torch.nn.Linear.weight``, or the modules that hold
-            them, see :meth:`MPOExperts.from_dense`. The layout ``dense`` takes tensors only.
+            them.
         down : Tensor of shape (H, F), or linear Module
             Pretrained matrix.
         num_experts : int
@@ -161,11 +162,11 @@ class MPOMoE(nn.Module):
         experts["num_experts"] = num_experts
         upcycled: Experts
         if layout == "dense":
-            upcycled = DenseExperts.from_dense(up, down, gate, **experts)  # type: ignore[arg-type]
+            upcycled = DenseExperts.from_dense(up, down, gate, **experts)
         else:
             upcycled = MPOExperts.from_dense(up, down, gate, layout=layout, **experts)
-        weight = up if isinstance(up, Tensor) else weight_of_linear(up)
-        settings = {"device": weight.device, "dtype": weight.dtype, **(router or {})}
+        like = up if isinstance(up, Tensor) else weight_of_linear(up)
+        settings = {"device": like.device, "dtype": like.dtype, **(router or {})}
         new_router = TopKRouter(upcycled.hidden_size, num_experts, top_k, **settings)
         return cls(new_router, upcycled, dropout=output_dropout)
 

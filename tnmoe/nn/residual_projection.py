@@ -24,6 +24,8 @@ from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.linear import bias_of_linear, size_of_linear, weight_of_linear
 from tnmoe.nn.mpo_projection import MPOProjection, has_hooks
 from tnmoe.nn.projection import Bias, Projection
+from tnmoe.shapes import MPOShape
+from tnmoe.shared_mpo import SharedMPO
 
 _TORCH = backend_named("torch")
 
@@ -86,6 +88,16 @@ class ResidualProjection(Projection):
         if of_base is None:
             return own
         return of_base.expand(self.num_experts, -1) if own is None else of_base + own
+
+    def to_shared_mpo(self) -> SharedMPO:
+        """Return a SharedMPO that shares memory and gradients with this module.
+
+        Its ``base`` is the module's matrix as an MPO of one site.
+        """
+        weight, delta = weight_of_linear(self.base), self.delta.to_shared_mpo()
+        whole = MPOShape((self.out_features,), (self.in_features,))
+        base = MPO([weight[None, :, :, None].to(delta.center.dtype)], whole)
+        return SharedMPO(delta.cores, delta.shape, delta.center_site, base=base)
 
     def expert(self, index: int) -> MPO:
         """Return M_e of one expert: an MPO that shares memory and gradients with this module.

@@ -184,49 +184,95 @@ class _Chunks:
             for weight in weights
         ]
 
-    def outputs(self, rows: Tensors, own: Tensors, factor: Tensor) -> list[Tensor]:
-        """Return the outputs of a chunk times the weights of its slots, (n, 1)."""
-        group = Groups.of_one_expert(len(factor), factor.device)
-        return [output * factor for output in self.function(rows, own, group)]
+    def outputs(self, rows: Tensors, own: Tensors) -> Tensors:
+        """Return the outputs of a chunk, without the weights of its slots."""
+        return self.function(rows, own, Groups.of_one_expert(len(rows[0]), rows[0].device))
 
     def forward(self, inputs: Tensors, weights: Tensors, factors: Tensor) -> list[Tensor]:
         """Sum the weighted outputs of all chunks for every token."""
         flat, sums = factors.reshape(-1, 1), list[Tensor]()
         for expert, slots, tokens in self:
             rows = [states.index_select(0, tokens) for states in inputs]
-            outputs = self.outputs(rows, self.own(expert, weights), flat.index_select(0, slots))
-            sums = sums or [_zeros(len(factors), output) for output in outputs]
+            outputs, factor = self.outputs(rows, self.own(expert, weights)), flat[slots]
+            dtype = sum_dtype(torch.result_type(outputs[0], factor))
+            sums = sums or [
+                out.new_zeros(len(factors), *out.shape[1:], dtype=dtype) for out in outputs
+            ]
             for total, output in zip(sums, outputs, strict=True):
-                total.index_add_(0, tokens, output.to(total.dtype))
+                total.index_add_(0, tokens, output.to(dtype) * factor)
         return sums
 
     def backward(
-        self, inputs: Tensors, weights: Tensors, factors: Tensor, grads: Tensors
+        self,
+        inputs: Tensors,
+        weights: Tensors,
+        factors: Tensor,
+        grads: Tensors,
+        needs: Sequence[bool],
     ) -> list[Tensor]:
-        """Return the gradients of inputs, weights and factors, computing every chunk again."""
+        """Return the gradients of inputs, weights and factors, computing every chunk again.
+
+        ``needs`` says which inputs and weights have gradients; zeros stand for the rest.
+        """
         count, flat = len(inputs), factors.reshape(-1, 1)
-        totals = [_zeros(len(tensor), tensor) for tensor in (*inputs, *weights, flat)]
+        totals = [_zeros_like(tensor) for tensor in (*inputs, *weights, flat)]
         for expert, slots, tokens in self:
             rows = [states.index_select(0, tokens) for states in inputs]
-            leaves = [*rows, *self.own(expert, weights), flat.index_select(0, slots)]
-            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            given = (*rows, *self.own(expert, weights))
+            leaves = [
+                each.detach().requires_grad_(need) for each, need in zip(given, needs, strict=True)
+            ]
             with torch.enable_grad():
-                outputs = self.outputs(leaves[:count], leaves[count:-1], leaves[-1])
-            pairs = zip(grads, outputs, strict=True)
-            of_outputs = [grad.index_select(0, tokens).to(out.dtype) for grad, out in pairs]
-            *found, of_factor = torch.autograd.grad(outputs, leaves, of_outputs)
-            for total, part in zip(totals[:count], found[:count], strict=True):
-                total.index_add_(0, tokens, part.to(total.dtype))
-            own = self.own(expert, totals[count:-1])
-            for total, part in zip(own, found[count:], strict=True):
-                total += part
-            totals[-1].index_copy_(0, slots, of_factor.to(totals[-1].dtype))
+                outputs = self.outputs(leaves[:count], leaves[count:])
+            of_outputs = [grad.index_select(0, tokens) for grad in grads]
+            pairs = list(zip(of_outputs, outputs, strict=True))
+            totals[-1][slots] = sum(_row_products(grad, output.detach()) for grad, output in pairs)
+            factor = flat[slots]
+            own = [*totals[:count], *self.own(expert, totals[count:-1])]
+            found = _gradients(
+                [(output, grad.mul_(factor).to(output.dtype)) for grad, output in pairs], leaves
+            )
+            for number, part in found:
+                if number < count:
+                    own[number].index_add_(0, tokens, part.to(own[number].dtype))
+                else:
+                    own[number] += part
         return totals
 
 
-def _zeros(rows: int, like: Tensor) -> Tensor:
+def _gradients(
+    outputs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the numbers of leaves that have gradients, and these gradients.
+
+    Parameters
+    ----------
+    outputs : sequence of (Tensor, Tensor)
+        Every output with its own gradient.
+    leaves : sequence of Tensor
+    """
+    numbers = [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
+    pairs = [pair for pair in outputs if pair[0].requires_grad]
+    if not pairs:
+        return
+    differentiable, grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(
+        differentiable, [leaves[number] for number in numbers], grads, allow_unused=True
+    )
+    for number, grad in zip(numbers, found, strict=True):
+        if grad is not None:
+            yield number, grad
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the scalar product of every two rows: (n, m), (n, m) → (n, 1)."""
+    return torch.bmm(left[:, None], right.to(left.dtype)[..., None])[:, 0]
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
     """Return zeros for sums of tensors like this one."""
-    return like.new_zeros(rows, *like.shape[1:], dtype=sum_dtype(like.dtype))
+    dtype = sum_dtype(tensor.dtype)
+    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 class _SumInChunks(torch.autograd.Function):
@@ -244,8 +290,12 @@ class _SumInChunks(torch.autograd.Function):
         with autocast_as(ctx.autocast):
             if torch.is_grad_enabled():  # with create_graph=True
                 return None, None, *_differentiable(ctx.chunks, factors, inputs, weights, grads)
-            *found, of_factors = ctx.chunks.backward(inputs, weights, factors, grads)
-        gradients = [grad.to(each.dtype) for grad, each in zip(found, tensors, strict=True)]
+            needs = ctx.needs_input_grad[3:]
+            *found, of_factors = ctx.chunks.backward(inputs, weights, factors, grads, needs)
+        gradients = [
+            grad.to(tensor.dtype) if need else None
+            for grad, tensor, need in zip(found, tensors, needs, strict=True)
+        ]
         return None, None, of_factors.view_as(factors).to(factors.dtype), *gradients
 
 
