@@ -161,7 +161,7 @@ class Experts(nn.Module):
             outputs = self._run_without_sync(states, top_k_index, top_k_weights)
             return outputs.to(hidden_states.dtype)
         products = self._products(self._load(states, top_k_index.numel()))
-        if self._are_few(products, top_k_index):
+        if self._are_few(products, top_k_index) and self._all_routed(top_k_index):
             network = self._slot_network(products, states)
             sums = sum_unsorted(network, top_k_index, top_k_weights)
             return self._output(products, sums, states).to(hidden_states.dtype)
@@ -239,10 +239,10 @@ class Experts(nn.Module):
         if torch.is_grad_enabled() or products.have_calls or not 0 < slots <= _FEW_SLOTS:
             return False
         sizes = (weight[0].numel() for weight in products.weights if weight.ndim == 5)
-        if slots > _FEWEST_SLOTS and slots * max(sizes, default=0) > _FEW_NUMBERS:
-            return False
+        return slots <= _FEWEST_SLOTS or slots * max(sizes, default=0) <= _FEW_NUMBERS
+
+    def _all_routed(self, index: Tensor) -> bool:
         lowest, highest = torch.aminmax(index)
-        # The other ways raise errors, and leave slots without an expert out.
         return bool(lowest >= 0) and bool(highest < self.num_experts)
 
     def plan(self, tokens: int, top_k: int = 1, training: bool = False) -> LayerPlan:
@@ -341,12 +341,17 @@ class Experts(nn.Module):
         outputs for them are dropped.
         """
         unrouted = index >= self.num_experts
+        states = zero_unrouted(states, unrouted.all(1))
+        weights = weights.masked_fill(unrouted, 0)
+        products = self._products(self._load(states, index.numel()))
+        if self._are_few(products, index):
+            network = self._slot_network(products, states)
+            known = index.masked_fill(unrouted, 0)
+            sums = sum_unsorted(network, known, weights, unrouted.reshape(-1))
+            return self._output(products, sums, states)
         used = F.pad(index.masked_fill(unrouted, 0).reshape(-1), (0, 1)).amax()
         groups = Groups.of(torch.where(unrouted, used, index).reshape(-1), self.num_experts)
-        weights = weights.masked_fill(unrouted, 0)
-        states = zero_unrouted(states, unrouted.all(1))
         unrouted = unrouted.reshape(-1).index_select(0, groups.order)
-        products = self._products(self._load(states, groups.layer_slots))
         return self._run(products, states, groups, weights, groups.layer_slots, unrouted)
 
     def _run_expert_by_expert(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:

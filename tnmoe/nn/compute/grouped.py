@@ -13,7 +13,12 @@ from torch import Tensor
 from tnmoe.contraction.expert_routes import WIDE
 from tnmoe.nn.compute.half_precision import is_half
 from tnmoe.nn.compute.slots import SlotOrder, UnsortedSlots, blocks_of
-from tnmoe.nn.transforms import has_values, is_under_dispatch_mode, needs_native_operators
+from tnmoe.nn.transforms import (
+    has_values,
+    is_under_dispatch_mode,
+    needs_native_operators,
+    values_are_readable,
+)
 
 # Numbers that fit into the own cache of one core of a CPU.
 _L2_CACHE = 1 << 17
@@ -67,26 +72,25 @@ def selected_linear(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     -------
     Tensor, shape (N · factor, out) or (N · factor, out, n)
     """
-    slots, is_flat = len(experts), rows.ndim == 2
-    # With columns, every slot has a single matrix of them or several side by side.
-    columns = rows.view(slots, -1, rows.shape[1]).mT if is_flat else _columns_of_slots(rows, slots)
-    if _on_cuda(rows) or slots * weight.shape[1] * weight.shape[2] <= _SELECTED:
-        result = torch.bmm(weight.index_select(0, experts), columns)
-    else:
-        result = columns.new_empty(slots, weight.shape[1], columns.shape[2])
-        for slot, expert in enumerate(experts.tolist()):
-            torch.mm(weight[expert], columns[slot], out=result[slot])
-    if is_flat:
-        return result.mT.reshape(len(rows), -1)
-    factor = len(rows) // slots
-    return result.unflatten(2, (factor, -1)).transpose(1, 2).reshape(len(rows), len(weight[0]), -1)
+    slots, (out, depth) = len(experts), weight.shape[1:]
+    if slots * out * depth > _SELECTED and values_are_readable(experts):
+        return _multiply_one_by_one(rows, weight, experts)
+    selected = weight.index_select(0, experts)
+    if rows.ndim == 2:
+        return torch.bmm(rows.view(slots, -1, depth), selected.mT).view(len(rows), out)
+    if len(rows) > slots:
+        selected = selected.repeat_interleave(len(rows) // slots, 0)
+    return torch.bmm(selected, rows)
 
 
-def _columns_of_slots(rows: Tensor, slots: int) -> Tensor:
-    """Put the columns of all rows of a slot side by side: (N · f, k, n) → (N, k, f · n)."""
-    if len(rows) == slots:
-        return rows
-    return rows.unflatten(0, (slots, -1)).transpose(1, 2).flatten(2)
+def _multiply_one_by_one(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """Compute :func:`selected_linear` without a copy of any matrix."""
+    result = rows.new_empty(len(rows), weight.shape[1], *rows.shape[2:])
+    factor = len(rows) // len(experts)
+    for slot, expert in enumerate(experts.tolist()):
+        block = slice(slot * factor, (slot + 1) * factor)
+        multiply_block(rows[block], weight[expert], result[block])
+    return result
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

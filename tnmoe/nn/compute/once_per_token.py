@@ -386,6 +386,8 @@ def _through(
     weights: Tensors, state: Tensor, cores: ExpertCores, stop: int, groups: SlotOrder | None
 ) -> Tensor:
     """Take rows through neighbouring cores, the last of which stands before site ``stop``."""
+    if not weights:
+        return state
     inputs, outputs = prod(cores.shape.in_dims[:stop]), prod(cores.shape.out_dims[stop:])
     chain = [core.to(state.dtype) for core in weights]
     return State(state, inputs, outputs).through(chain, groups).tensor

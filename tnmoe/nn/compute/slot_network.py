@@ -95,16 +95,20 @@ def sum_at_once(
     return [combine(output, groups, weights) for output in outputs]
 
 
-def sum_unsorted(network: SlotNetwork, index: Tensor, weights: Tensor) -> list[Tensor]:
+def sum_unsorted(
+    network: SlotNetwork, index: Tensor, weights: Tensor, unrouted: Tensor | None = None
+) -> list[Tensor]:
     """Compute :func:`sum_at_once` for a few slots without sorting them; without gradients.
 
     Parameters
     ----------
     network : SlotNetwork
     index : Tensor of int64, shape (T, k)
-        Experts of every token; all from 0 to E − 1.
+        Experts of every token, from 0 to E − 1; any number of these for slots without an expert.
     weights : Tensor, shape (T, k)
         Weights of the slots.
+    unrouted : Tensor of bool, shape (N,), optional
+        Slots that have no expert.
     """
     tokens, choices = index.shape
     slots = UnsortedSlots(index.reshape(-1), tokens * choices)
@@ -112,8 +116,10 @@ def sum_unsorted(network: SlotNetwork, index: Tensor, weights: Tensor) -> list[T
         states[:, None].expand(-1, choices, -1).reshape(tokens * choices, -1)
         for states in network.inputs
     ]
+    rows = [zero_unrouted(part, unrouted) for part in rows]
     outputs = network.function(rows, network.weights, slots)
-    dtype = torch.result_type(outputs[0], weights)
+    outputs = [zero_unrouted(output, unrouted) for output in outputs]
+    dtype = torch.promote_types(outputs[0].dtype, weights.dtype)
     factors = weights[:, None].to(dtype)
     return [
         torch.bmm(factors, output.view(tokens, choices, -1).to(dtype))[:, 0] for output in outputs
