@@ -111,8 +111,9 @@ class MPOMoE(nn.Module):
         """Make a layer that starts as one pretrained feed-forward network: sparse upcycling.
 
         With exact bonds, or any bonds in ``residual``, and no noise the layer computes what the
-        network computes, to rounding, if a token's weights sum to 1, which is the router's default. For another router make the
-        parts yourself: ``MPOMoE(router, MPOExperts.from_dense(...))``.
+        network computes, to rounding, if a token's weights sum to 1, which is the router's default.
+        For another router make the parts yourself:
+        ``MPOMoE(router, MPOExperts.from_dense(...))``.
 
         Parameters
         ----------
