@@ -222,7 +222,8 @@ class Experts(nn.Module):
         """
         network = self._slot_network(products, states)
         if routed and self._fits_chunks(products, groups):
-            sums = sum_in_chunks(network, groups, weights, self.intermediate_size)
+            width = max(self.intermediate_size, *(part.shape[1] for part in network.inputs))
+            sums = sum_in_chunks(network, groups, weights, width)
         else:
             step = rows_per_piece(self.intermediate_size, self.hidden_size)
             in_pieces = not torch.is_grad_enabled() and values_are_readable(states)

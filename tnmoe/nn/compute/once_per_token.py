@@ -27,6 +27,10 @@ from tnmoe.shapes import chain_shapes
 
 Tensors = Sequence[Tensor]
 
+# What the products of a layer made of its tokens so far, by the cores and modules that acted. Cores
+# that several products have in common then act once.
+Known = dict[tuple[int, ...], Tensor]
+
 
 @dataclass(frozen=True)
 class Load:
@@ -56,11 +60,7 @@ class FirstProduct(Protocol):
     def weights(self) -> Tensors:
         """What the second part multiplies by; see :func:`is_owned`."""
 
-    @property
-    def token_key(self) -> tuple:
-        """A key that is equal for products whose first parts are the same."""
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
         """Compute the first part: (T, in) → tensors of T rows."""
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
@@ -102,9 +102,8 @@ class FirstCall:
     projection: Callable[..., Tensor]
     work_of_call: Callable[[], Work]
     weights: Tensors = ()
-    token_key: tuple = ()
 
-    def of_tokens(self, tokens: Tensor) -> Tensors:
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
         return (tokens,)
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
@@ -154,24 +153,26 @@ class FirstChain:
     def weights(self) -> Tensors:
         return self.cores.sites()[: self.stop]
 
-    @property
-    def token_key(self) -> tuple:
-        if self.stop == self.cores.shape.sites:
-            return ()
-        shared = self.cores.stored[self.stop :]
-        parts = shared if self.module is None else (*shared[:-1], self.module)
-        return (*map(id, parts), self.cores.shape)
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
         sites = self.cores.shape.sites
         if self.stop == sites:
             return (tokens,)
-        if self.module is None:
-            state = self.cores.pad(tokens)
-        else:
-            sites, state = sites - 1, self.module(tokens)
-        shared = self.cores.sites()[self.stop : sites]
-        return (_through(shared, state, self.cores, sites, None),)
+        key: tuple[int, ...] = (self.cores.shape.padded_in,)
+        state = tokens
+        for site in reversed(range(self.stop, sites)):
+            module = self.module if site == sites - 1 else None
+            key = (*key, id(module or self.cores.stored[site]))
+            if key not in known:
+                known[key] = self._through(site, module, state)
+            state = known[key]
+        return (state,)
+
+    def _through(self, site: int, module: nn.Module | None, state: Tensor) -> Tensor:
+        if module is not None:
+            return module(state)
+        if site == self.cores.shape.sites - 1:
+            state = self.cores.pad(state)
+        return _through([self.cores.sites()[site]], state, self.cores, site + 1, None)
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         (state,) = states
@@ -241,12 +242,11 @@ class FirstSum:
     def weights(self) -> Tensors:
         return self.delta.weights
 
-    @property
-    def token_key(self) -> tuple:
-        return id(self.base), *self.delta.token_key
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
-        return (self.base(tokens), *self.delta.of_tokens(tokens))
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
+        key = (id(self.base),)
+        if key not in known:
+            known[key] = self.base(tokens)
+        return (known[key], *self.delta.of_tokens(tokens, known))
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         product, *rest = states
@@ -296,12 +296,8 @@ class FirstBias:
     def weights(self) -> Tensors:
         return (*self.product.weights, self.bias)
 
-    @property
-    def token_key(self) -> tuple:
-        return self.product.token_key
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
-        return self.product.of_tokens(tokens)
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
+        return self.product.of_tokens(tokens, known)
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         *rest, bias = weights
