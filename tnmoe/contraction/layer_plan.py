@@ -51,7 +51,8 @@ class LayerStep:
     flops : int
         Floating-point operations; a multiply-add counts as two.
     weight_bytes : int
-        Bytes of the weights that the step reads, those of an expert once.
+        Bytes of the weights that the step reads, those of an expert once. On routes that build
+        matrices, the bytes of the cores.
 
     Examples
     --------
