@@ -13,11 +13,9 @@ from tnmoe.errors import InputError, check_generator, check_number_in
 from tnmoe.mpo import MPO
 from tnmoe.nn.compute.once_per_token import (
     FirstBias,
-    FirstChain,
     FirstProduct,
     FirstSum,
     LastBias,
-    LastChain,
     LastProduct,
     LastSum,
     Load,
@@ -119,16 +117,14 @@ class ResidualProjection(Projection):
     def first_product(self, load: Load) -> FirstProduct | None:
         if has_hooks(self) or has_hooks(self.delta):
             return None
-        delta = self.delta.first_product(load) or FirstChain(
-            self.delta.cores, self.delta.shape.sites
-        )
+        delta = self.delta._first_chain(1 + max(self.delta._owned_sites))
         product = FirstSum(self.base, delta)
         return product if self.bias is None else FirstBias(product, self.bias, self.num_experts)
 
     def last_product(self, load: Load) -> LastProduct | None:
         if has_hooks(self) or has_hooks(self.delta):
             return None
-        delta = self.delta.last_product(load) or LastChain(self.delta.cores, 0)
+        delta = self.delta._last_chain(min(self.delta._owned_sites))
         product = LastSum(self.base, delta)
         return product if self.bias is None else LastBias(product, self.bias, self.num_experts)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_bool, check_int_from_zero, check_number_in
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.projection import Projection
 from tnmoe.nn.training.shared_cores import require_shared_parameters
 
 Probability = float | Callable[[int], float]
@@ -189,10 +189,10 @@ def _named_shared(model: nn.Module) -> dict[str, nn.Parameter]:
 def _layer_numbers(model: nn.Module) -> dict[int, int]:
     """Return the number of the first layer of experts that uses each shared core, by id."""
     numbers: dict[int, int] = {}
-    layers = [part for part in model.modules() if isinstance(part, Experts | MPOProjection)]
+    layers = [part for part in model.modules() if isinstance(part, Experts | Projection)]
     for number, layer in enumerate(layers):
         for projection in layer.modules():
-            if isinstance(projection, MPOProjection):
-                for core in projection.shared_cores:
+            if isinstance(projection, Projection):
+                for core in projection.shared_parameters:
                     numbers.setdefault(id(core), number)
     return numbers

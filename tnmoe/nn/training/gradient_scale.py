@@ -10,8 +10,13 @@ from torch.utils.hooks import RemovableHandle
 
 from tnmoe.errors import InputError, check_number_in
 from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.projection import Projection
 from tnmoe.nn.training.hooks import AttachedHooks, Removable, hook_gradient
-from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
+from tnmoe.nn.training.shared_cores import (
+    mpo_projections,
+    projections,
+    require_shared_parameters,
+)
 
 
 class SharedGradientScale(AttachedHooks):
@@ -102,9 +107,9 @@ class _GatheredScale(AttachedHooks):
 def _factors(model: nn.Module, scale: float | None) -> dict[int, tuple[nn.Parameter, float]]:
     """Return every shared core of a model with its factor, by the core's id."""
     factors: dict[int, tuple[nn.Parameter, float]] = {}
-    for projection in mpo_projections(model):
+    for projection in projections(model):
         factor = _factor(projection, scale)
-        for core in projection.shared_cores:
+        for core in projection.shared_parameters:
             if factors.setdefault(id(core), (core, factor))[1] != factor:
                 raise InputError(
                     "give scale: layers that share a core differ in their numbers of experts"
@@ -112,7 +117,7 @@ def _factors(model: nn.Module, scale: float | None) -> dict[int, tuple[nn.Parame
     return factors
 
 
-def _factor(projection: MPOProjection, scale: float | None) -> float:
+def _factor(projection: Projection, scale: float | None) -> float:
     return 1 / projection.num_experts if scale is None else scale
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_number_in
-from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
+from tnmoe.nn.training.shared_cores import projections, require_shared_parameters
 
 
 def parameter_groups(
@@ -53,7 +53,7 @@ def parameter_groups(
     """
     shared = {id(core) for core in require_shared_parameters(model)}
     if shared_scale is None:
-        counts = sorted({projection.num_experts for projection in mpo_projections(model)})
+        counts = sorted({part.num_experts for part in projections(model) if part.shared_parameters})
         if len(counts) > 1:
             raise InputError(f"give shared_scale: layers have {counts} experts")
         shared_scale = 1 / counts[0]

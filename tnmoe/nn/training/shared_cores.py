@@ -15,19 +15,25 @@ from torch import nn
 from tnmoe.errors import InputError
 from tnmoe.nn.adapters import modules_in_use
 from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.projection import Projection
 
 
-def mpo_projections(model: nn.Module) -> Iterator[MPOProjection]:
-    """Iterate over a model's MPO projections, each once."""
+def projections(model: nn.Module) -> Iterator[Projection]:
+    """Iterate over a model's projections, and those that are parts of others, each once."""
     seen: set[nn.Module] = set()
     for module in modules_in_use(model):
-        if isinstance(module, MPOProjection) and module not in seen:
+        if isinstance(module, Projection) and module not in seen:
             seen.add(module)
             yield module
 
 
+def mpo_projections(model: nn.Module) -> Iterator[MPOProjection]:
+    """Iterate over a model's MPO projections, each once."""
+    return (part for part in projections(model) if isinstance(part, MPOProjection))
+
+
 def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the cores that all experts of a layer share, each once.
+    """Return the cores and matrices that all experts of a layer share, each once.
 
     In MPOE these are the central cores.
 
@@ -43,8 +49,8 @@ def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> [core is experts.up.center for core in shared_parameters(experts)]
     [True, False]
     """
-    cores = {id(core): core for part in mpo_projections(model) for core in part.shared_cores}
-    return list(cores.values())
+    shared = {id(each): each for part in projections(model) for each in part.shared_parameters}
+    return list(shared.values())
 
 
 def require_shared_parameters(model: nn.Module) -> list[nn.Parameter]:
