@@ -154,3 +154,13 @@ def test_a_factor_that_residual_experts_share_acts_once_per_token():
 def test_one_token_and_one_expert_are_not_plural():
     experts = MPOExperts(4, 16, 32, layout="hidden", group_size=4)
     assert str(experts.plan(1)).splitlines()[0] == "1 token, 1 expert each"
+
+
+def test_a_residual_projection_with_a_hook_computes_module_and_mpos_once_per_slot():
+    experts = MPOExperts(4, 16, 32, layout="residual", max_bond=4)
+    seen, experts.up.delta.route = [], "joint"
+    experts.up.register_forward_hook(lambda *_: seen.append(1))
+    plan = experts.plan(12, top_k=2)
+    assert [step.per for step in plan.steps] == ["slot", "slot", "token"]
+    assert plan.flops == counted(experts, *routing(12, 4, 2))
+    assert seen

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.backends import backend_named
+from tnmoe.contraction.layer_plan import Work
 from tnmoe.errors import InputError, check_generator, check_number_in
 from tnmoe.mpo import MPO
 from tnmoe.nn.compute.once_per_token import (
@@ -19,6 +20,7 @@ from tnmoe.nn.compute.once_per_token import (
     LastProduct,
     LastSum,
     Load,
+    work_of_module,
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.linear import bias_of_linear, size_of_linear, weight_of_linear
@@ -127,6 +129,16 @@ class ResidualProjection(Projection):
         delta = self.delta._last_chain(min(self.delta._owned_sites))
         product = LastSum(self.base, delta)
         return product if self.bias is None else LastBias(product, self.bias, self.num_experts)
+
+    def work_of_call(self, load: Load) -> Work:
+        base, delta = work_of_module(self.base), self.delta.work_of_call(load)
+        return Work(
+            f"shared module and {delta.what}",
+            "slot",
+            base.flops + delta.flops,
+            base.shared_bytes + delta.shared_bytes,
+            delta.owned_bytes,
+        )
 
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
