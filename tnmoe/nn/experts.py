@@ -74,6 +74,7 @@ class Experts(nn.Module):
 
     Examples
     --------
+    >>> from tnmoe.nn import StackedProjection
     >>> up, down = StackedProjection(4, 16, 8), StackedProjection(4, 8, 16)
     >>> experts = Experts(up, down, activation="gelu")
     >>> index = torch.tensor([[0], [3], [3]])  # one expert for each of three tokens

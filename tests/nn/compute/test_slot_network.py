@@ -314,3 +314,18 @@ def test_an_output_that_no_loss_uses_and_tokens_that_no_expert_has(kind, chunks)
     output = experts(*routed())
     (output[:, :0]).sum().backward()
     assert all(each.grad is None or not each.grad.any() for each in experts.parameters())
+
+
+@BOTH
+@pytest.mark.parametrize("kind", FEW)
+def test_a_graph_that_is_kept_goes_backward_twice_and_notices_changed_cores(kind, chunks):
+    experts, (states, index, weights) = from_linear(kind, gated=True), routed()
+    loss = experts(states.requires_grad_(), index, weights).sin().sum()
+    first = torch.autograd.grad(loss, [states, *experts.parameters()], retain_graph=True)
+    second = torch.autograd.grad(loss, [states, *experts.parameters()], retain_graph=True)
+    assert_all_close(first, second, rtol=0, atol=0)
+    with torch.no_grad():
+        experts.up.owned_parameters[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert chunks

@@ -255,7 +255,7 @@ class FirstSum:
         return product + self.delta.of_slots(rest, weights, groups)
 
     def work(self) -> list[Work]:
-        return [_base_work(self.base), *self.delta.work()]
+        return [work_of_module(self.base), *self.delta.work()]
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class LastSum:
         return result + self.delta.of_tokens(sums[count:])
 
     def work(self) -> list[Work]:
-        return [*self.delta.work(), _base_work(self.base)]
+        return [*self.delta.work(), work_of_module(self.base)]
 
     @property
     def _bias(self) -> Tensor | None:
@@ -366,7 +366,8 @@ def _weighted(module: nn.Module, sums: Tensor, totals: Tensors) -> Tensor:
     return result + (totals[0] - 1) * bias.to(result.dtype)
 
 
-def _base_work(module: nn.Module) -> Work:
+def work_of_module(module: nn.Module) -> Work:
+    """Count what a linear module costs that acts once per token."""
     rows, columns = size_of_linear(module)
     stored = [*module.parameters(), *module.buffers()]
     read = sum(tensor.numel() * tensor.element_size() for tensor in stored)
@@ -378,7 +379,7 @@ def _chain_work(
 ) -> Work:
     """Count what neighbouring cores of a chain cost."""
     if module is not None and len(sites) == 1:
-        return _base_work(module)
+        return work_of_module(module)
     sizes = chain_shapes(cores.shape, cores.bond_dims)
     steps = list(core_by_core_steps(sizes, 1))[::-1]
     flops = sum(2 * prod(steps[site]) for site in sites)
