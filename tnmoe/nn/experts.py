@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnmoe.contraction.layer_plan import LayerPlan, layer_plan
+from tnmoe.contraction.layer_plan import LayerPlan, Work, layer_plan
 from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.errors import (
     InputError,
@@ -19,7 +19,7 @@ from tnmoe.errors import (
     check_number_in,
     check_positive_int,
 )
-from tnmoe.nn.activations import resolve_activation
+from tnmoe.nn.activations import is_repeatable, resolve_activation
 from tnmoe.nn.compute.once_per_token import FirstCall, LastCall, Load, Tensors
 from tnmoe.nn.compute.pieces import apply_in_pieces
 from tnmoe.nn.compute.products import Products
@@ -239,8 +239,8 @@ class Experts(nn.Module):
         slots = index.numel()
         if torch.is_grad_enabled() or products.have_calls or not 0 < slots <= _FEW_SLOTS:
             return False
-        sizes = (weight[0].numel() for weight in products.weights if weight.ndim == 5)
-        return slots <= _FEWEST_SLOTS or slots * max(sizes, default=0) <= _FEW_NUMBERS
+        sizes = [weight[0].numel() for weight in products.weights if weight.ndim == 5]
+        return slots <= _FEWEST_SLOTS or slots * max([0, *sizes]) <= _FEW_NUMBERS
 
     def _all_routed(self, index: Tensor) -> bool:
         lowest, highest = torch.aminmax(index)
@@ -284,12 +284,15 @@ class Experts(nn.Module):
     def _products(self, load: Load) -> Products:
         """Return the products of a call: of gate and up, or of up alone, and of down."""
         inner = [self.up] if self.gate is None else [self.gate, self.up]
+        # Parts of a product bypass the call of a projection, and with it what wraps the projection.
         firsts = [
-            each.first_product(load) or FirstCall(each, partial(each.work_of_call, load))
+            (isinstance(each, Projection) and each.first_product(load))
+            or FirstCall(each, partial(_work_of_call, each, load))
             for each in inner
         ]
-        last = self.down.last_product(load)
-        return Products(firsts, last or LastCall(self.down, partial(self.down.work_of_call, load)))
+        down = self.down
+        last = isinstance(down, Projection) and down.last_product(load)
+        return Products(firsts, last or LastCall(down, partial(_work_of_call, down, load)))
 
     def _slot_network(self, products: Products, states: Tensor) -> SlotNetwork:
         """Return the network between what acts once per token, for the tokens of a call."""
@@ -328,11 +331,9 @@ class Experts(nn.Module):
     @property
     def _is_repeatable(self) -> bool:
         """Whether the network between the products gives the same again, and trains nothing."""
-        if self.dropout and self.training:
-            return False
-        return not isinstance(self.activation, nn.Module) or not any(
-            isinstance(part, nn.RReLU | nn.modules.dropout._DropoutNd) or vars(part)["_parameters"]
-            for part in self.activation.modules()
+        sides = 1 if self.gate is None else 2
+        return not (self.dropout and self.training) and is_repeatable(
+            self.activation, sides, self.intermediate_size
         )
 
     def _run_without_sync(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -414,3 +415,8 @@ class Experts(nn.Module):
         inner = self.activation(*(table.mask(project(rows, table)) for project in projections))
         outputs = self.down(table.mask(self._drop(inner)), table)
         return table.combine(outputs).to(states.dtype)
+
+
+def _work_of_call(projection: Projection, load: Load) -> Work:
+    """Count what a call of a projection, or of a wrapper of one, costs."""
+    return projection.work_of_call(load)

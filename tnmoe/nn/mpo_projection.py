@@ -92,7 +92,6 @@ class MPOProjection(StoredCores, Projection):
     """
 
     route: Route | None = None
-    _stores_center = True
 
     def __init__(
         self,
@@ -205,7 +204,7 @@ class MPOProjection(StoredCores, Projection):
             self.center_site,
             self.num_experts,
             self._bond_dims,
-            transient=self.is_gathered or not self._stores_center,
+            transient=self.is_gathered,
         )
 
     def to_shared_mpo(self) -> SharedMPO:
@@ -317,6 +316,10 @@ class MPOProjection(StoredCores, Projection):
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
         return self.shared_cores
+
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        return [core for site in sorted(self._owned_sites) for core in self.parameters_at(site)]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -23,7 +23,13 @@ from tnmoe.nn.compute.once_per_token import (
     work_of_module,
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
-from tnmoe.nn.linear import bias_of_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.linear import (
+    bias_of_linear,
+    call_linear,
+    parameters_of_linear,
+    size_of_linear,
+    weight_of_linear,
+)
 from tnmoe.nn.mpo_projection import MPOProjection, has_hooks
 from tnmoe.nn.projection import Bias, Projection
 from tnmoe.shapes import MPOShape
@@ -83,7 +89,7 @@ class ResidualProjection(Projection):
         return weight_of_linear(self.base) + self.delta._masked_weight(groups)
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        return self.base(rows) + self.delta(rows, groups)
+        return call_linear(self.base, rows) + self.delta(rows, groups)
 
     def expert_biases(self) -> Tensor | None:
         of_base, own = bias_of_linear(self.base), super().expert_biases()
@@ -142,9 +148,11 @@ class ResidualProjection(Projection):
 
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
-        bias = bias_of_linear(self.base)
-        matrix = [parameter for parameter in self.base.parameters() if parameter is not bias]
-        return [*matrix, *self.delta.shared_parameters]
+        return [*parameters_of_linear(self.base), *self.delta.shared_parameters]
+
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        return self.delta.owned_parameters
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

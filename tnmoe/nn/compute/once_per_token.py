@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tnmoe.contraction.core_by_core import core_by_core_steps
@@ -22,7 +23,8 @@ from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.joint import State
 from tnmoe.nn.compute.slots import SlotOrder
-from tnmoe.nn.linear import bias_of_linear, size_of_linear
+from tnmoe.nn.linear import bias_of_linear, call_linear, size_of_linear
+from tnmoe.nn.stored_cores import is_gathered
 from tnmoe.shapes import chain_shapes
 
 Tensors = Sequence[Tensor]
@@ -169,7 +171,7 @@ class FirstChain:
 
     def _through(self, site: int, module: nn.Module | None, state: Tensor) -> Tensor:
         if module is not None:
-            return module(state)
+            return call_linear(module, state)
         if site == self.cores.shape.sites - 1:
             state = self.cores.pad(state)
         return _through([self.cores.sites()[site]], state, self.cores, site + 1, None)
@@ -245,7 +247,7 @@ class FirstSum:
     def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
         key = (id(self.base),)
         if key not in known:
-            known[key] = self.base(tokens)
+            known[key] = call_linear(self.base, tokens)
         return (known[key], *self.delta.of_tokens(tokens, known))
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
@@ -352,8 +354,16 @@ def _weighted(module: nn.Module, sums: Tensor, totals: Tensors) -> Tensor:
     totals : sequence of Tensor
         The sums of the weights, (T, 1), if the module has a bias.
     """
-    result, bias = module(sums), bias_of_linear(module)
-    return result if bias is None else result + (totals[0] - 1) * bias.to(result.dtype)
+    bias = bias_of_linear(module)
+    if bias is None:
+        return call_linear(module, sums)
+    if any(map(is_gathered, module.modules())):
+        # Only a call of the module brings its bias, which is what it makes of zeros.
+        result = call_linear(module, torch.cat([sums, sums.new_zeros(1, sums.shape[1])]))
+        result, bias = result[:-1], result[-1]
+    else:
+        result = call_linear(module, sums)
+    return result + (totals[0] - 1) * bias.to(result.dtype)
 
 
 def work_of_module(module: nn.Module) -> Work:

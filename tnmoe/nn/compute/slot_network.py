@@ -265,7 +265,8 @@ class _Chunks:
         for (expert, slots, tokens), result in zip(self, results, strict=True):
             of_outputs = [grad.index_select(0, tokens) for grad in grads]
             pairs = list(zip(of_outputs, result.outputs, strict=True))
-            totals[-1][slots] = sum(_row_products(grad, output.detach()) for grad, output in pairs)
+            products = (_row_products(grad, output.detach()) for grad, output in pairs)
+            totals[-1][slots] = sum(part.to(totals[-1].dtype) for part in products)
             factor = flat[slots]
             weighted = [(output, grad.mul_(factor).to(output.dtype)) for grad, output in pairs]
             own = [*totals[:count], *self.own(expert, totals[count:-1])]
@@ -282,7 +283,7 @@ def _zeros(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _gradients(
-    outputs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]
+    outputs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor], create_graph: bool = False
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the numbers of leaves that have gradients, and these gradients.
 
@@ -291,19 +292,20 @@ def _gradients(
     outputs : sequence of (Tensor, Tensor)
         Every output with its own gradient.
     leaves : sequence of Tensor
+    create_graph : bool
+        Whether the gradients shall have gradients themselves.
     """
     numbers = [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
     pairs = [pair for pair in outputs if pair[0].requires_grad]
     if not pairs:
         return
     differentiable, grads = zip(*pairs, strict=True)
-    # A second backward pass may follow on the same graph.
     found = torch.autograd.grad(
         differentiable,
         [leaves[number] for number in numbers],
         grads,
         allow_unused=True,
-        retain_graph=True,
+        create_graph=create_graph,
     )
     for number, grad in zip(numbers, found, strict=True):
         if grad is not None:
@@ -321,7 +323,7 @@ class _SumInChunks(torch.autograd.Function):
         ctx.chunks, ctx.count = chunks, count
         ctx.autocast = autocast_state(factors.device)
         ctx.save_for_backward(factors, *given)
-        inputs, weights = given[:count], given[count:]
+        inputs, weights, ctx.results = given[:count], given[count:], None
         if not chunks.is_kept:
             return tuple(chunks.sums(chunks.results(inputs, weights), factors))
         ctx.results = list(chunks.results(inputs, weights, ctx.needs_input_grad[3:]))
@@ -335,7 +337,8 @@ class _SumInChunks(torch.autograd.Function):
         with autocast_as(ctx.autocast):
             if torch.is_grad_enabled():  # with create_graph=True
                 return None, None, *_differentiable(chunks, factors, inputs, weights, grads)
-            results = ctx.results if chunks.is_kept else chunks.results(inputs, weights, needs)
+            # The first backward pass frees what was kept; another one computes it again.
+            results, ctx.results = ctx.results or chunks.results(inputs, weights, needs), None
             *found, of_factors = chunks.gradients(results, given, ctx.count, factors, grads)
         gradients = [
             grad.to(tensor.dtype) if need else None
@@ -348,9 +351,10 @@ def _differentiable(
     chunks: _Chunks, factors: Tensor, inputs: Tensors, weights: Tensors, grads: Tensors
 ) -> list[Tensor | None]:
     """Return gradients that have gradients themselves, from a network without chunks."""
-    network = SlotNetwork(inputs, weights, chunks.function, chunks.num_experts)
-    sums = sum_at_once(network, chunks.groups, factors, int(chunks.groups.offsets[-1]))
-    given = [factors, *inputs, *weights]
-    needed = [tensor for tensor in given if tensor.requires_grad]
-    found = iter(torch.autograd.grad(sums, needed, list(grads), create_graph=True))
-    return [next(found) if tensor.requires_grad else None for tensor in given]
+    # One input may be a function of another one, but no view is a function of another view.
+    views = [tensor.view_as(tensor) for tensor in (factors, *inputs, *weights)]
+    count = 1 + len(inputs)
+    network = SlotNetwork(views[1:count], views[count:], chunks.function, chunks.num_experts)
+    sums = sum_at_once(network, chunks.groups, views[0], int(chunks.groups.offsets[-1]))
+    found = dict(_gradients(list(zip(sums, grads, strict=True)), views, create_graph=True))
+    return [found.get(number) for number in range(len(views))]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, check_bool, check_int_from_zero, check_number_in
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.projection import Projection
-from tnmoe.nn.training.shared_cores import require_shared_parameters
+from tnmoe.nn.training.shared_cores import require_shared_parameters, shared_parameters
 
 Probability = float | Callable[[int], float]
 
@@ -191,8 +191,6 @@ def _layer_numbers(model: nn.Module) -> dict[int, int]:
     numbers: dict[int, int] = {}
     layers = [part for part in model.modules() if isinstance(part, Experts | Projection)]
     for number, layer in enumerate(layers):
-        for projection in layer.modules():
-            if isinstance(projection, Projection):
-                for core in projection.shared_parameters:
-                    numbers.setdefault(id(core), number)
+        for core in shared_parameters(layer):
+            numbers.setdefault(id(core), number)
     return numbers
