@@ -9,14 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_generator
+from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.once_per_token import FirstChain, LastChain
 from tnmoe.nn.compute.slots import Groups
-from tnmoe.nn.linear import as_linear, bias_of_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.linear import (
+    as_linear,
+    bias_of_linear,
+    check_has_matrix,
+    has_matrix,
+    reset_bias,
+    size_of_linear,
+    weight_of_linear,
+)
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Bias
 from tnmoe.nn.settings import end_site, square_bonds
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, chain_shapes
 from tnmoe.shared_mpo import replicate
 
 
@@ -147,12 +156,22 @@ class HiddenProjection(MPOProjection):
         return [parameter for parameter in self.base.parameters() if parameter is not bias]
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
+        if self.route in (None, "joint") and not has_matrix(self.base):
+            return self._through_module(rows, groups)
         result, biases = super().multiply(rows, groups), self._biases_of_base()
         return result if biases is None else result + per_row(biases.to(result.dtype), groups)
 
     def expert_biases(self) -> Tensor | None:
         of_base, own = self._biases_of_base(), super().expert_biases()
         return own if of_base is None else of_base if own is None else of_base + own
+
+    def _through_module(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Multiply rows by a module that does not hold its matrix, and by the experts' cores."""
+        if self.center_site:
+            first = self._first_chain(self.center_site)
+            return first.of_slots(first.of_tokens(rows), first.weights, groups)
+        last = LastChain(self._cores_beside_base(), 1, self.base)
+        return last.of_tokens(last.of_slots(rows, last.weights, groups))
 
     def _biases_of_base(self) -> Tensor | None:
         """Return what the module's bias adds to the outputs of every expert, (E, out)."""
@@ -167,11 +186,31 @@ class HiddenProjection(MPOProjection):
         one_each = Groups.of(torch.arange(self.num_experts, device=bias.device), self.num_experts)
         return chain.of_slots((biases,), chain.weights, one_each)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        check_has_matrix(self.base)
+        super().reset_parameters()
+        reset_bias(self.base)
+
     def _first_chain(self, stop: int) -> FirstChain:
-        return FirstChain(self.cores, stop, self.base)
+        return FirstChain(self._cores_beside_base(), stop, self.base)
 
     def _last_chain(self, start: int) -> LastChain:
-        return LastChain(self.cores, start, self.base, bias_of_linear(self.base))
+        bias = bias_of_linear(self.base)
+        return LastChain(self._cores_beside_base(), start, self.base, bias)
+
+    def _cores_beside_base(self) -> ExpertCores:
+        """Return the cores for products in which the module acts in place of the central one."""
+        if has_matrix(self.base):
+            return self.cores
+        # Nobody reads the central core. To make it would cost more than the product.
+        sizes = chain_shapes(self.shape, self._bond_dims)
+        center = torch.empty(sizes[self.center_site], device="meta")
+        left, right = self.aux[: self.center_site], self.aux[self.center_site :]
+        stored = (*left, center, *right)
+        return ExpertCores(
+            stored, self.shape, self.center_site, self.num_experts, self._bond_dims, transient=True
+        )
 
 
 def _identity_core(size: Sequence[int], like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from tnmoe.nn.compute.once_per_token import (
     Load,
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
-from tnmoe.nn.linear import bias_of_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.linear import bias_of_linear, reset_linear, size_of_linear, weight_of_linear
 from tnmoe.nn.mpo_projection import MPOProjection, has_hooks
 from tnmoe.nn.projection import Bias, Projection
 
@@ -129,7 +129,7 @@ class ResidualProjection(Projection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the module and the MPOs anew; the latter start at zero."""
-        self.base.reset_parameters()  # type: ignore[operator]
+        reset_linear(self.base)
         start_at_zero(self.delta)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.errors import InputError, check_index
+from tnmoe.nn.transforms import is_offloaded
 
 
 class StoredCores(nn.Module):
@@ -149,9 +150,4 @@ class StoredCores(nn.Module):
         FSDP writes to them without leaving a trace, and accelerate makes new ones every time.
         Nothing that is built from them can be kept.
         """
-        attributes = vars(self)
-        hook = attributes.get("_hf_hook")
-        offloaded = hook is not None and any(
-            getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])
-        )
-        return offloaded or attributes.get("_is_fsdp_managed_module", False)
+        return is_offloaded(self) or vars(self).get("_is_fsdp_managed_module", False)
