@@ -148,3 +148,24 @@ def resolve_activation(activation: str | Callable[..., Tensor], gated: bool) -> 
     if not callable(activation) or isinstance(activation, type):
         raise InputError(f"activation must be a name or a function of tensors, got {activation!r}")
     return Gated(activation) if gated else activation
+
+
+def is_repeatable(activation: Callable[..., Tensor], sides: int, width: int) -> bool:
+    """Return whether an activation gives the same again, and trains nothing.
+
+    It is tried: torch's generator then shows whether the activation draws random numbers, and the
+    result whether the activation has parameters, its own or others.
+
+    Parameters
+    ----------
+    activation : callable
+        Of one tensor, or of two with a gate.
+    sides, width : int
+        Number of its tensors, and their width.
+    """
+    before, numbers = torch.get_rng_state(), torch.linspace(-1, 1, width)[None]
+    with torch.enable_grad():
+        result = activation(*[numbers] * sides)
+    draws = not torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(before)
+    return not (draws or result.requires_grad)

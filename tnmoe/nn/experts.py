@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.errors import InputError, check_bool, check_generator, check_number_in
-from tnmoe.nn.activations import resolve_activation
+from tnmoe.nn.activations import is_repeatable, resolve_activation
 from tnmoe.nn.compute.once_per_token import FirstCall, LastCall, Load, Products, Tensors
 from tnmoe.nn.compute.pieces import apply_in_pieces
 from tnmoe.nn.compute.slot_network import SlotNetwork, sum_at_once, sum_in_chunks
@@ -215,8 +215,14 @@ class Experts(nn.Module):
         )
         load = Load(len(states), groups.layer_slots, training, is_known)
         inner = [self.up] if self.gate is None else [self.gate, self.up]
-        firsts = [each.first_product(load) or FirstCall(each) for each in inner]
-        return Products(firsts, self.down.last_product(load) or LastCall(self.down))
+        # Parts of a product bypass the call of a projection, and with it what wraps the projection.
+        firsts = [
+            (isinstance(each, Projection) and each.first_product(load)) or FirstCall(each)
+            for each in inner
+        ]
+        down = self.down
+        last = (isinstance(down, Projection) and down.last_product(load)) or LastCall(down)
+        return Products(firsts, last)
 
     def _slot_network(self, products: Products, states: Tensor) -> SlotNetwork:
         """Return the network between what acts once per token, for the tokens of a call."""
@@ -255,11 +261,9 @@ class Experts(nn.Module):
     @property
     def _is_repeatable(self) -> bool:
         """Whether the network between the products gives the same again, and trains nothing."""
-        if self.dropout and self.training:
-            return False
-        return not isinstance(self.activation, nn.Module) or not any(
-            isinstance(part, nn.RReLU | nn.modules.dropout._DropoutNd) or vars(part)["_parameters"]
-            for part in self.activation.modules()
+        sides = 1 if self.gate is None else 2
+        return not (self.dropout and self.training) and is_repeatable(
+            self.activation, sides, self.intermediate_size
         )
 
     def _run_without_sync(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:

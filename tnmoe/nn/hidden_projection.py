@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,12 +13,11 @@ from tnmoe.errors import InputError, check_generator
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.once_per_token import FirstChain, LastChain
-from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.linear import (
     as_linear,
     bias_of_linear,
     check_has_matrix,
-    has_matrix,
     reset_bias,
     size_of_linear,
     weight_of_linear,
@@ -25,8 +25,12 @@ from tnmoe.nn.linear import (
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Bias
 from tnmoe.nn.settings import end_site, square_bonds
-from tnmoe.shapes import MPOShape, chain_shapes
+from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import replicate
+
+
+# Chains multiply by a module in place of its core.
+_NOT_READ = torch.empty(0)
 
 
 class HiddenProjection(MPOProjection):
@@ -67,8 +71,6 @@ class HiddenProjection(MPOProjection):
     """
 
     base: nn.Module
-    # A view of the module's matrix, made for every call.
-    _stores_center = False
 
     def __init__(
         self,
@@ -155,26 +157,47 @@ class HiddenProjection(MPOProjection):
         bias = bias_of_linear(self.base)
         return [parameter for parameter in self.base.parameters() if parameter is not bias]
 
+    @property
+    def cores(self) -> ExpertCores:
+        return self._cores_around(self.center)
+
+    def _stored(self) -> tuple[nn.Parameter, ...]:
+        return self.aux
+
+    def _cores_around(self, center: Tensor) -> ExpertCores:
+        """Return the cores of all sites, with a tensor for that of the module."""
+        stored = list(self.aux)
+        stored.insert(self.center_site, center)  # type: ignore[arg-type]
+        size = self.shape, self.center_site, self.num_experts, self._bond_dims
+        # The view of the module's matrix is a new tensor for every call.
+        return ExpertCores(tuple(stored), *size, transient=True)
+
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        if self.route in (None, "joint") and not has_matrix(self.base):
-            return self._through_module(rows, groups)
-        result, biases = super().multiply(rows, groups), self._biases_of_base()
+        # A call of the module runs its hooks. Those of FSDP and accelerate bring its numbers.
+        if self.route in (None, "joint") or self.is_gathered:
+            if self.center_site == 0:
+                last = self._last_chain(1)
+                return last.of_tokens(last.of_slots(rows, last.weights, groups))
+            first = self._first_chain(self.center_site)
+            return first.of_slots(first.of_tokens(rows), first.weights, groups)
+        result, biases = super().multiply(rows, groups), self._biases_of_base(groups)
         return result if biases is None else result + per_row(biases.to(result.dtype), groups)
 
     def expert_biases(self) -> Tensor | None:
-        of_base, own = self._biases_of_base(), super().expert_biases()
+        return self._with_own(self._biases_of_base())
+
+    def _masked_biases(self, groups: Groups | DenseDispatch) -> Tensor | None:
+        return self._with_own(self._biases_of_base(groups))
+
+    def _with_own(self, of_base: Tensor | None) -> Tensor | None:
+        own = super().expert_biases()
         return own if of_base is None else of_base if own is None else of_base + own
 
-    def _through_module(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Multiply rows by a module that does not hold its matrix, and by the experts' cores."""
-        if self.center_site:
-            first = self._first_chain(self.center_site)
-            return first.of_slots(first.of_tokens(rows), first.weights, groups)
-        last = LastChain(self._cores_beside_base(), 1, self.base)
-        return last.of_tokens(last.of_slots(rows, last.weights, groups))
+    def _biases_of_base(self, groups: Groups | DenseDispatch | None = None) -> Tensor | None:
+        """Return what the module's bias adds to the outputs of every expert, (E, out).
 
-    def _biases_of_base(self) -> Tensor | None:
-        """Return what the module's bias adds to the outputs of every expert, (E, out)."""
+        With ``groups``, experts without rows may get any numbers.
+        """
         bias = bias_of_linear(self.base)
         if bias is None:
             return None
@@ -183,6 +206,8 @@ class HiddenProjection(MPOProjection):
             return biases
         # The experts' cores act on the module's bias as on its products.
         chain = self._first_chain(self.center_site)
+        if groups is not None:
+            chain = replace(chain, cores=chain.cores.mask_unused(groups))
         one_each = Groups.of(torch.arange(self.num_experts, device=bias.device), self.num_experts)
         return chain.of_slots((biases,), chain.weights, one_each)
 
@@ -193,24 +218,11 @@ class HiddenProjection(MPOProjection):
         reset_bias(self.base)
 
     def _first_chain(self, stop: int) -> FirstChain:
-        return FirstChain(self._cores_beside_base(), stop, self.base)
+        return FirstChain(self._cores_around(_NOT_READ), stop, self.base)
 
     def _last_chain(self, start: int) -> LastChain:
-        bias = bias_of_linear(self.base)
-        return LastChain(self._cores_beside_base(), start, self.base, bias)
-
-    def _cores_beside_base(self) -> ExpertCores:
-        """Return the cores for products in which the module acts in place of the central one."""
-        if has_matrix(self.base):
-            return self.cores
-        # Nobody reads the central core. To make it would cost more than the product.
-        sizes = chain_shapes(self.shape, self._bond_dims)
-        center = torch.empty(sizes[self.center_site], device="meta")
-        left, right = self.aux[: self.center_site], self.aux[self.center_site :]
-        stored = (*left, center, *right)
-        return ExpertCores(
-            stored, self.shape, self.center_site, self.num_experts, self._bond_dims, transient=True
-        )
+        cores = self._cores_around(_NOT_READ)
+        return LastChain(cores, start, self.base, bias_of_linear(self.base))
 
 
 def _identity_core(size: Sequence[int], like: Tensor) -> Tensor:

@@ -86,7 +86,6 @@ class MPOProjection(StoredCores, Projection):
     """
 
     route: Route | None = None
-    _stores_center = True
 
     def __init__(
         self,
@@ -193,7 +192,7 @@ class MPOProjection(StoredCores, Projection):
             self.center_site,
             self.num_experts,
             self._bond_dims,
-            transient=self.is_gathered or not self._stores_center,
+            transient=self.is_gathered,
         )
 
     def to_shared_mpo(self) -> SharedMPO:

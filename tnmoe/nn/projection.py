@@ -119,12 +119,16 @@ class Projection(nn.Module, ABC):
         if isinstance(groups, Groups):
             return self.add_bias(self.multiply(rows, groups), groups)
         weight = self._masked_weight(groups).to(rows.dtype)
-        result, biases = torch.einsum("tei,eoi->teo", rows, weight), self.expert_biases()
+        result, biases = torch.einsum("tei,eoi->teo", rows, weight), self._masked_biases(groups)
         return result if biases is None else result + biases.to(result.dtype)
 
     def _masked_weight(self, groups: Groups | DenseDispatch) -> Tensor:
         """Return all matrices; those of experts without tokens may hold any numbers."""
         return self.weight()
+
+    def _masked_biases(self, groups: Groups | DenseDispatch) -> Tensor | None:
+        """Return all biases; those of experts without tokens may hold any numbers."""
+        return self.expert_biases()
 
     def add_bias(self, result: Tensor, groups: Groups) -> Tensor:
         """Add to every row of ``result``, (N, out), the bias of its expert in ``groups``."""

@@ -21,6 +21,7 @@ from tnmoe.nn.compute.once_per_token import (
     LastProduct,
     LastSum,
     Load,
+    through_module,
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.linear import bias_of_linear, reset_linear, size_of_linear, weight_of_linear
@@ -81,7 +82,7 @@ class ResidualProjection(Projection):
         return weight_of_linear(self.base) + self.delta._masked_weight(groups)
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        return self.base(rows) + self.delta(rows, groups)
+        return through_module(self.base, rows) + self.delta(rows, groups)
 
     def expert_biases(self) -> Tensor | None:
         of_base, own = bias_of_linear(self.base), super().expert_biases()

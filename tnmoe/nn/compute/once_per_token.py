@@ -20,6 +20,7 @@ from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.joint import State
 from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.transforms import autocast_dtype
 
 Tensors = Sequence[Tensor]
 
@@ -153,7 +154,7 @@ class FirstChain:
         if self.module is None:
             state = self.cores.pad(tokens)
         else:
-            sites, state = sites - 1, self.module(tokens)
+            sites, state = sites - 1, through_module(self.module, tokens)
         shared = self.cores.sites()[self.stop : sites]
         return (_through(shared, state, self.cores, sites, None),)
 
@@ -198,7 +199,8 @@ class LastChain:
         shared = self.cores.sites()[skipped : self.start]
         state = _through(shared, sums[0], self.cores, self.start, None)
         if self.module is not None:
-            return weighted_bias(self.module(state), self.bias, sums[1:])
+            product = through_module(self.module, state)
+            return weighted_bias(product, self.bias, sums[1:])
         return state[:, : self.cores.shape.out_features]
 
 
@@ -218,7 +220,7 @@ class FirstSum:
         return id(self.base), *self.delta.token_key
 
     def of_tokens(self, tokens: Tensor) -> Tensors:
-        return (self.base(tokens), *self.delta.of_tokens(tokens))
+        return (through_module(self.base, tokens), *self.delta.of_tokens(tokens))
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: Groups) -> Tensor:
         product, *rest = states
@@ -246,7 +248,8 @@ class LastSum:
 
     def of_tokens(self, sums: Tensors) -> Tensor:
         count = 1 if self.bias is None else 2
-        result = weighted_bias(self.base(sums[0]), self.bias, sums[1:count])
+        product = through_module(self.base, sums[0])
+        result = weighted_bias(product, self.bias, sums[1:count])
         return result + self.delta.of_tokens(sums[count:])
 
 
@@ -380,6 +383,19 @@ def _position(state: Tensor, states: list[Tensor]) -> int:
 
 def _is_call(product: FirstProduct | LastProduct) -> bool:
     return isinstance(product, FirstCall | LastCall)
+
+
+def through_module(module: TokenProduct, rows: Tensor) -> Tensor:
+    """Call a linear module, which may compute in another dtype than its surroundings."""
+    weight = getattr(module, "weight", None)
+    if (
+        not isinstance(weight, Tensor)
+        or not weight.is_floating_point()  # quantised modules cast by themselves
+        or weight.dtype == rows.dtype
+        or autocast_dtype(rows) is not None
+    ):
+        return module(rows)
+    return module(rows.to(weight.dtype)).to(rows.dtype)
 
 
 def weighted_bias(result: Tensor, bias: Tensor | None, totals: Tensors) -> Tensor:

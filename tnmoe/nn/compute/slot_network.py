@@ -145,12 +145,9 @@ class _Chunks:
             for slots in self.groups.order[block].split(self.step):
                 yield expert, slots, slots // self.choices
 
-    def own(self, expert: int, weights: Tensors) -> list[Tensor]:
-        """Return an expert's weights, as those of a network with this expert alone."""
-        return [
-            weight[expert : expert + 1] if is_owned(weight, self.num_experts) else weight
-            for weight in weights
-        ]
+    def own(self, expert: int, weight: Tensor) -> Tensor:
+        """Return an expert's part of a weight, as in a network with this expert alone."""
+        return weight[expert : expert + 1] if is_owned(weight, self.num_experts) else weight
 
     def outputs(self, rows: Tensors, own: Tensors, factor: Tensor) -> list[Tensor]:
         """Return the outputs of a chunk times the weights of its slots, (n, 1)."""
@@ -162,34 +159,71 @@ class _Chunks:
         flat, sums = factors.reshape(-1, 1), list[Tensor]()
         for expert, slots, tokens in self:
             rows = [states.index_select(0, tokens) for states in inputs]
-            outputs = self.outputs(rows, self.own(expert, weights), flat.index_select(0, slots))
+            own = [self.own(expert, weight) for weight in weights]
+            outputs = self.outputs(rows, own, flat.index_select(0, slots))
             sums = sums or [_zeros(len(factors), output) for output in outputs]
             for total, output in zip(sums, outputs, strict=True):
                 total.index_add_(0, tokens, output.to(total.dtype))
         return sums
 
     def backward(
-        self, inputs: Tensors, weights: Tensors, factors: Tensor, grads: Tensors
-    ) -> list[Tensor]:
-        """Return the gradients of inputs, weights and factors, computing every chunk again."""
-        count, flat = len(inputs), factors.reshape(-1, 1)
-        totals = [_zeros(len(tensor), tensor) for tensor in (*inputs, *weights, flat)]
+        self, tensors: Tensors, count: int, grads: Tensors, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Return the gradients that are needed, and None elsewhere; compute every chunk again.
+
+        ``tensors`` are the factors, ``count`` inputs, and the weights.
+        """
+        factors, inputs, weights = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
+        flat = factors.reshape(-1, 1)
+        totals = [
+            _zeros(len(tensor), tensor) if need else None
+            for tensor, need in zip((flat, *inputs, *weights), needed, strict=True)
+        ]
         for expert, slots, tokens in self:
-            rows = [states.index_select(0, tokens) for states in inputs]
-            leaves = [*rows, *self.own(expert, weights), flat.index_select(0, slots)]
-            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            rows = (states.index_select(0, tokens) for states in inputs)
+            own = (self.own(expert, weight) for weight in weights)
+            leaves = [
+                part.detach().requires_grad_(need)
+                for part, need in zip((flat[slots], *rows, *own), needed, strict=True)
+            ]
             with torch.enable_grad():
-                outputs = self.outputs(leaves[:count], leaves[count:-1], leaves[-1])
-            pairs = zip(grads, outputs, strict=True)
-            of_outputs = [grad.index_select(0, tokens).to(out.dtype) for grad, out in pairs]
-            *found, of_factor = torch.autograd.grad(outputs, leaves, of_outputs)
-            for total, part in zip(totals[:count], found[:count], strict=True):
-                total.index_add_(0, tokens, part.to(total.dtype))
-            own = self.own(expert, totals[count:-1])
-            for total, part in zip(own, found[count:], strict=True):
-                total += part
-            totals[-1].index_copy_(0, slots, of_factor.to(totals[-1].dtype))
+                outputs = self.outputs(leaves[1 : 1 + count], leaves[1 + count :], leaves[0])
+            found = _gradients(outputs, leaves, [grad.index_select(0, tokens) for grad in grads])
+            places = [slots, *[tokens] * count, *[None] * len(weights)]
+            for total, part, place in zip(totals, found, places, strict=True):
+                if total is None or part is None:
+                    continue
+                if place is None:
+                    self.own(expert, total).add_(part)
+                else:
+                    total.index_add_(0, place, part.to(total.dtype))
+        if totals[0] is not None:
+            totals[0] = totals[0].view_as(factors)
         return totals
+
+
+def _gradients(
+    outputs: Tensors, leaves: Tensors, grads: Tensors, create_graph: bool = False
+) -> list[Tensor | None]:
+    """Return the gradients of the leaves that require one, and None for the others."""
+    reached = [
+        (output, grad.to(output.dtype))
+        for output, grad in zip(outputs, grads, strict=True)
+        if output.requires_grad
+    ]
+    needed = [leaf for leaf in leaves if leaf.requires_grad]
+    if not (needed and reached):
+        return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in leaves]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in reached],
+            needed,
+            [grad for _, grad in reached],
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+    )
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _zeros(rows: int, like: Tensor) -> Tensor:
@@ -207,23 +241,25 @@ class _SumInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        factors, *tensors = ctx.saved_tensors
-        inputs, weights = tensors[: ctx.count], tensors[ctx.count :]
+        tensors, count = ctx.saved_tensors, ctx.count
         with autocast_as(ctx.autocast):
             if torch.is_grad_enabled():  # with create_graph=True
-                return None, None, *_differentiable(ctx.chunks, factors, inputs, weights, grads)
-            *found, of_factors = ctx.chunks.backward(inputs, weights, factors, grads)
-        gradients = [grad.to(each.dtype) for grad, each in zip(found, tensors, strict=True)]
-        return None, None, of_factors.view_as(factors).to(factors.dtype), *gradients
+                return None, None, *_differentiable(ctx.chunks, tensors, count, grads)
+            found = ctx.chunks.backward(tensors, count, grads, ctx.needs_input_grad[2:])
+        gradients = (
+            None if grad is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(found, tensors, strict=True)
+        )
+        return None, None, *gradients
 
 
 def _differentiable(
-    chunks: _Chunks, factors: Tensor, inputs: Tensors, weights: Tensors, grads: Tensors
+    chunks: _Chunks, tensors: Tensors, count: int, grads: Tensors
 ) -> list[Tensor | None]:
     """Return gradients that have gradients themselves, from a network without chunks."""
+    # One input may be a function of another: of a view of it, no other view is.
+    views = [tensor.view_as(tensor) for tensor in tensors]
+    factors, inputs, weights = views[0], views[1 : 1 + count], views[1 + count :]
     network = SlotNetwork(inputs, weights, chunks.function, chunks.num_experts)
     sums = sum_at_once(network, chunks.groups, factors, int(chunks.groups.offsets[-1]))
-    given = [factors, *inputs, *weights]
-    needed = [tensor for tensor in given if tensor.requires_grad]
-    found = iter(torch.autograd.grad(sums, needed, list(grads), create_graph=True))
-    return [next(found) if tensor.requires_grad else None for tensor in given]
+    return _gradients(sums, views, grads, create_graph=True)
