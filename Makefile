@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint docs reproduce bench clean
+.PHONY: help env demo test lint docs reproduce bench gpu clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare it (about 7 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint   run ruff and mypy"
 	@echo "make docs   build the site: tutorials, how-tos, explanations, reference (about 4 minutes)"
 	@echo "make bench  compare speed and errors with other libraries (half an hour; ARGS=--quick: minutes)"
+	@echo "make gpu    test and time the layers on a GPU (at most 8 minutes; ARGS=--tiny: try it on a CPU)"
 	@echo "make reproduce  run the experiments (hours, resumable; ARGS=--quick: 12 minutes)"
 	@echo "make env    create the environment in $(VENV), and nothing else"
 	@echo "make clean  remove $(VENV), demo-output and docs/_build with all their contents"
@@ -49,6 +50,10 @@ $(VENV)/.bench: $(READY) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --no-build-isolation --requirement requirements/bench.txt
 	touch $@
+
+# Runs in .venv where it exists, else in the Python that has the GPU's torch: nothing is installed.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 # Resumes where it stopped. ARGS=--quick: minutes; --text OLD NEW: other texts.
 reproduce: env

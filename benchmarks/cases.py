@@ -16,7 +16,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from peers import Cores, Library
+from library import Cores, Library
 
 import tnmoe as tn
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peers import Unsupported
+from expert_peers import Published, tensorly_layers, torchtt_layers
+from expert_transformers import IMPLEMENTATIONS, SwitchLoop, stacked_experts, stacked_weights
+from library import Unsupported
 from torch import Tensor, nn
-from transformers import SwitchTransformersConfig
-from transformers.integrations.moe import use_experts_implementation
-from transformers.models.switch_transformers.modeling_switch_transformers import (
-    SwitchTransformersExperts,
-)
 
-import tnmoe as tn
-from tnmoe.nn import MPOExperts, MPOProjection
+from tnmoe.nn import MPOExperts, shared_parameters
 
-# Sizes of tnmoe's layers: bonds (None: exact) and groups of the split layout.
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+# Sizes of tnmoe's layers: bonds (None: exact), groups of the layouts split and hidden, and bonds
+# and sites of the layout residual.
 BONDS = (None, 128, 64, 32, 16, 8)
 GROUPS = (32, 64, 128)
+RESIDUALS = {"4": (4, 2), "16": (16, 2), "64": (64, 2), "16, 4 sites": (16, 4)}
+
+Maker = Callable[[], nn.Module]
 
 
 class DenseFFN(nn.Module):
@@ -39,191 +41,50 @@ class DenseFFN(nn.Module):
         return self.down(F.silu(self.gate(states)) * self.up(states))
 
 
-class SwitchLoop(nn.Module):
-    """transformers' Switch experts: a loop over experts with index_add_."""
-
-    def __init__(self, experts: int, hidden: int, inner: int) -> None:
-        super().__init__()
-        config = SwitchTransformersConfig(
-            d_model=hidden, d_ff=inner, num_experts=experts, dropout_rate=0.0
-        )
-        self.experts, self.count = SwitchTransformersExperts(config), experts
-
-    def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return self.experts(states, F.one_hot(index, self.count), weights)
-
-
-class _Stacked(nn.Module):
-    """Parameters in the layout that transformers' expert functions expect."""
-
-    def __init__(self, config: SimpleNamespace) -> None:
-        super().__init__()
-        self.num_experts, hidden, inner = config.experts, config.hidden, config.inner
-        first = (config.experts, inner * (2 if config.gated else 1), hidden)
-        weight = nn.Parameter(torch.randn(first) / hidden**0.5)
-        self.register_parameter("gate_up_proj" if config.gated else "up_proj", weight)
-        self.down_proj = nn.Parameter(torch.randn(config.experts, hidden, inner) / inner**0.5)
-        self.act_fn = F.silu if config.gated else F.relu
-
-    def forward(self, *_: Tensor) -> Tensor:
-        raise NotImplementedError("dispatched by transformers")
-
-
-@use_experts_implementation
-class _GatedStacked(_Stacked):
-    pass
-
-
-@use_experts_implementation(has_gate=False)
-class _PlainStacked(_Stacked):
-    pass
-
-
-def grouped_mm(experts: int, hidden: int, inner: int, gated: bool) -> nn.Module:
-    """Build stacked parameters for transformers' grouped_mm function."""
-    config = SimpleNamespace(
-        experts=experts, hidden=hidden, inner=inner, gated=gated,
-        _experts_implementation="grouped_mm",
-    )  # fmt: skip
-    return (_GatedStacked if gated else _PlainStacked)(config)
-
-
-class Published(nn.Module):
-    """MPOE as its paper describes it: every forward pass rebuilds every expert core by core."""
-
-    def __init__(self, experts: int, hidden: int, inner: int, max_bond: int | None) -> None:
-        super().__init__()
-        self.count = experts
-        self.projections = nn.ModuleList()
-        for sizes in ((inner, hidden), (hidden, inner)):
-            shape = tn.MPOShape.for_matrix(*sizes, sites=5)
-            self.projections.append(MPOProjection(experts, shape, max_bond=max_bond))
-
-    def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        result = torch.zeros_like(states)
-        for expert in range(self.count):
-            tokens, choice = torch.where(index == expert)
-            inner = F.relu(states[tokens] @ self._matrix(0, expert).T)
-            outputs = (inner @ self._matrix(1, expert).T) * weights[tokens, choice, None]
-            result = result.index_add(0, tokens, outputs)
-        return result
-
-    def _matrix(self, which: int, expert: int) -> Tensor:
-        projection = self.projections[which]
-        shape, cores = projection.shape, [core[expert] for core in projection.aux]
-        cores.insert(projection.center_site, projection.center)
-        product = cores[0]
-        for core in cores[1:]:
-            product = torch.tensordot(product, core, ([-1], [0]))
-        legs = product.reshape([leg for pair in zip(shape.out_dims, shape.in_dims, strict=True)
-                                for leg in pair])  # fmt: skip
-        axes = [*range(0, 2 * shape.sites, 2), *range(1, 2 * shape.sites, 2)]
-        return legs.permute(axes).reshape(shape.padded_out, shape.padded_in)
-
-
-class FactorisedLayers(nn.Module):
-    """Another library's factorised linear layers, one per expert and projection; none is shared."""
-
-    def __init__(self, experts: int, hidden: int, inner: int, make: Callable) -> None:
-        super().__init__()
-        shape = tn.MPOShape.for_matrix(inner, hidden, sites=5)
-        legs = list(shape.in_dims), list(shape.out_dims)
-        self.up = nn.ModuleList(make(*legs) for _ in range(experts))
-        self.down = nn.ModuleList(make(*legs[::-1]) for _ in range(experts))
-
-    def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        result = torch.zeros_like(states)
-        for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            tokens, choice = torch.where(index == expert)
-            if not len(tokens):
-                continue
-            outputs = down(F.relu(up(states[tokens]))) * weights[tokens, choice, None]
-            result = result.index_add(0, tokens, outputs)
-        return result
-
-
-class _TorchTT(nn.Module):
-    """torchTT's layer, which works on tensorised vectors."""
-
-    def __init__(self, in_legs: list[int], out_legs: list[int], bond: int) -> None:
-        super().__init__()
-        import torchtt
-
-        ranks = [1, *tn.MPOShape(tuple(out_legs), tuple(in_legs)).bond_dims(bond), 1]
-        self.layer = torchtt.nn.LinearLayerTT(in_legs, out_legs, ranks, torch.float32)
-        self.legs = in_legs
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.layer(rows.reshape(-1, *self.legs)).reshape(len(rows), -1)
-
-
-def torchtt_layers(experts: int, hidden: int, inner: int, bond: int) -> nn.Module:
-    """Build experts of torchTT's layers."""
-    return FactorisedLayers(experts, hidden, inner, partial(_TorchTT, bond=bond))
-
-
-def tensorly_layers(experts: int, hidden: int, inner: int, bond: int) -> nn.Module:
-    """Build experts of tensorly-torch's layer in MPO form, in its faster way: by rebuilding."""
-
-    def make(in_legs: list[int], out_legs: list[int]) -> nn.Module:
-        import tltorch
-
-        ranks = [1, *tn.MPOShape(tuple(out_legs), tuple(in_legs)).bond_dims(bond), 1]
-        layer = tltorch.FactorizedLinear(
-            tuple(in_legs), tuple(out_legs), bias=False, factorization="blocktt", rank=ranks,
-            implementation="reconstructed",
-        )  # fmt: skip
-        layer.weight.normal_(0, 0.1)
-        return layer
-
-    return FactorisedLayers(experts, hidden, inner, make)
-
-
-def mpo_experts(
-    experts: int, hidden: int, inner: int, gated: bool, route: str | None = None, **details: object
-) -> MPOExperts:
-    """Build our layer; a ``route`` replaces the planned one."""
-    layer = MPOExperts(experts, hidden, inner, "silu" if gated else "relu", gated=gated, **details)
-    for module in layer.modules():
-        if isinstance(module, MPOProjection):
-            module.route = route
-    return layer
-
-
-def split_shapes(hidden: int, inner: int, group: int) -> dict[str, tn.MPOShape]:
-    """Return the shapes of the split layout with groups of a size."""
-    return {
-        "up_shape": tn.MPOShape.split(inner, hidden, group, group),
-        "down_shape": tn.MPOShape.split(hidden, inner, group, group),
-    }
-
-
-def layers(
-    experts: int, hidden: int, inner: int, gated: bool
-) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+def layers(experts: int, hidden: int, inner: int, gated: bool) -> Iterator[tuple[str, Maker]]:
     """Yield the names and the makers of all layers of one size."""
-    sizes = (experts, hidden, inner)
     yield "dense FFN", lambda: DenseFFN(hidden, inner, gated)
-    yield "Switch loop", lambda: _ungated(gated, SwitchLoop(*sizes))
-    yield "grouped_mm", lambda: grouped_mm(*sizes, gated)
+    yield from _ordinary(experts, hidden, inner, gated)
+    yield from _ours(experts, hidden, inner, gated)
+    yield from _of_peers(experts, hidden, inner, gated)
+
+
+def _ordinary(experts: int, hidden: int, inner: int, gated: bool) -> Iterator[tuple[str, Maker]]:
+    """Yield transformers' mixtures; its implementations have the same matrices, to save memory."""
+    yield "Switch loop", lambda: _ungated(gated, SwitchLoop(experts, hidden, inner))
+    weights = cache(partial(stacked_weights, experts, hidden, inner, gated))
+    for name in IMPLEMENTATIONS:
+        yield name, lambda name=name: stacked_experts(weights(), name)
+
+
+def _ours(experts: int, hidden: int, inner: int, gated: bool) -> Iterator[tuple[str, Maker]]:
+    """Yield tnmoe's layers."""
+    make = partial(MPOExperts, experts, hidden, inner, "silu" if gated else "relu", gated=gated)
     for bond in BONDS:
         label = "exact" if bond is None else f"bond {bond}"
-        yield f"tnmoe {label}", lambda bond=bond: mpo_experts(*sizes, gated, max_bond=bond)
-    for group in GROUPS:
-        shapes = split_shapes(hidden, inner, group)
-        yield f"tnmoe split {group}", lambda shapes=shapes: mpo_experts(*sizes, gated, **shapes)
+        yield f"tnmoe {label}", partial(make, max_bond=bond)
+    for layout in ("split", "hidden"):
+        for group in GROUPS:
+            yield f"tnmoe {layout} {group}", partial(make, layout=layout, group_size=group)
+    for label, (bond, sites) in RESIDUALS.items():
+        yield (
+            f"tnmoe residual {label}",
+            partial(make, layout="residual", max_bond=bond, sites=sites),
+        )
+
+
+def _of_peers(experts: int, hidden: int, inner: int, gated: bool) -> Iterator[tuple[str, Maker]]:
+    """Yield layers in which other code computes experts of MPO form; none has a gate."""
+    sizes = (experts, hidden, inner)
     for bond in (None, 64):
         label = "exact" if bond is None else f"bond {bond}"
         yield f"published {label}", lambda bond=bond: _ungated(gated, Published(*sizes, bond))
     for bond in (64, 8):
-        yield (
-            f"torchTT bond {bond}",
-            lambda bond=bond: _ungated(gated, torchtt_layers(*sizes, bond)),
-        )
-        yield (
-            f"tensorly-torch bond {bond}",
-            lambda bond=bond: _ungated(gated, tensorly_layers(*sizes, bond)),
-        )
+        for library, make in (("torchTT", torchtt_layers), ("tensorly-torch", tensorly_layers)):
+            yield (
+                f"{library} bond {bond}",
+                lambda make=make, bond=bond: _ungated(gated, make(*sizes, bond)),
+            )
 
 
 def _ungated(gated: bool, layer: nn.Module) -> nn.Module:
@@ -233,9 +94,70 @@ def _ungated(gated: bool, layer: nn.Module) -> nn.Module:
     return layer
 
 
-def inputs(tokens: int, experts: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw tokens and one expert for each, all equally likely, with weights of 1."""
+def inputs(tokens: int, experts: int, hidden: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw tokens, different experts for each, all equally likely, and weights that sum to 1."""
     rng = np.random.default_rng(0)
     states = torch.tensor(rng.standard_normal((tokens, hidden), dtype=np.float32))
-    index = torch.tensor(rng.integers(0, experts, (tokens, 1)))
-    return states, index, torch.ones(tokens, 1)
+    index = torch.tensor(rng.random((tokens, experts)).argsort(1)[:, :top_k])
+    weights = torch.tensor(rng.random((tokens, top_k), dtype=np.float32) + 0.5)
+    return states, index, weights / weights.sum(1, keepdim=True)
+
+
+def ffn_sizes(case: dict[str, Any]) -> tuple[int, int]:
+    """Return the hidden and the intermediate size of a case's network."""
+    hidden, inner = case["ffn"].split("x")
+    return int(hidden), int(inner)
+
+
+def inputs_on(device: str, case: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Draw states, their experts and weights on a device."""
+    drawn = inputs(case["tokens"], case["experts"], ffn_sizes(case)[0], case["top_k"])
+    states, index, weights = (each.to(device) for each in drawn)
+    dtype = getattr(torch, DTYPES[device])
+    return states.to(dtype), index, weights.to(dtype)
+
+
+def makers(case: dict[str, Any], patterns: list[str]) -> dict[str, Maker]:
+    """Return the makers of a case's layers whose names match a pattern."""
+    every = layers(case["experts"], *ffn_sizes(case), case["gated"])
+    return {
+        name: make for name, make in every if any(fnmatch(name, pattern) for pattern in patterns)
+    }
+
+
+def build_on(device: str, make: Maker) -> nn.Module:
+    """Build a layer on a device, in the dtype that the benchmark measures there."""
+    # Only for this block: with a default device, torch spends microseconds on every call.
+    with torch.device(device):
+        return make().to(getattr(torch, DTYPES[device]))
+
+
+def weight_bytes(layer: nn.Module) -> int:
+    """Count the bytes of a layer's weights."""
+    return _size(layer.parameters())
+
+
+def read_bytes(layer: nn.Module, index: Tensor, experts: int) -> int:
+    """Count the bytes of the weights that a call needs: those of experts only if they have tokens.
+
+    Every expert owns the same number of weights. Matrices that a layer builds from its weights,
+    and keeps, are not counted.
+    """
+    total, common = weight_bytes(layer), _size(_common_weights(layer))
+    return common + (total - common) * len(index.unique()) // experts
+
+
+def _common_weights(layer: nn.Module) -> list[Tensor]:
+    """Return the weights that no expert owns, each once."""
+    if isinstance(layer, DenseFFN):
+        return list(layer.parameters())
+    bases = (module for name, module in layer.named_modules() if name.endswith(".base"))
+    weights = [
+        *shared_parameters(layer),
+        *(weight for base in bases for weight in base.parameters()),
+    ]
+    return list({id(weight): weight for weight in weights}.values())
+
+
+def _size(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)

@@ -1,8 +1,8 @@
 """Layers of experts side by side: forward, and forward with backward, of the same tokens.
 
     python benchmarks/experts.py --quick
-    python benchmarks/experts.py --experts 8 --tokens 512 4096
-    python benchmarks/experts.py --layers 'tnmoe*' grouped_mm --modes train
+    python benchmarks/experts.py --experts 8 32 --top-k 1 2 --tokens 512 4096
+    python benchmarks/experts.py --layers 'dense*' 'tnmoe*' grouped_mm --modes train
     python benchmarks/experts.py --check-plan      # every route beside the planned one
     python benchmarks/experts.py --building        # building matrices beside the machine's rate
     python benchmarks/experts.py --peak --tokens 512   # memory of a training step
@@ -15,19 +15,25 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from fnmatch import fnmatch
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import expert_layers
 import torch
+from expert_layers import (
+    DTYPES,
+    build_on,
+    inputs_on,
+    makers,
+    read_bytes,
+    weight_bytes,
+)
+from expert_routes import building, check_plan
+from library import OnTorch, Unsupported
 from machine import (
     PeakMemory,
     environment,
@@ -36,25 +42,24 @@ from machine import (
     keep_freed_memory,
     limit_memory,
     set_threads,
+    take_turns,
     timed,
-    timed_turn,
 )
-from peers import OnTorch, Unsupported
 
-import tnmoe as tn
-from tnmoe.nn import MPOProjection, weight_cache
+from tnmoe.errors import InputError
+from tnmoe.nn import weight_cache
 from tnmoe.nn.compute.calibrate import calibrate
-from tnmoe.nn.compute.matrices import MatrixBuilder, environments
-from tnmoe.nn.compute.slots import Groups
 from tnmoe.system.tables import format_table
 
-FFNS = {"768x3072": (768, 3072), "1024x4096": (1024, 4096)}
 PACKAGES = ("tnmoe", "transformers", "torchTT", "tensorly-torch")
-BASELINES = ("Switch loop", "grouped_mm")
-DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-ROUTES = ("joint", "per_expert", "rebuilt", "cached")
-# A route that is predicted to take longer than this multiple of the fastest is not measured.
-HOPELESS = 6
+# Ordinary mixtures: the fastest of them is the best MoE.
+BASELINES = ("Switch loop", "eager", "batched_mm", "grouped_mm")
+# A layer that fails or lacks a case stays in the table with the reason.
+REASONS = (Unsupported, InputError, RuntimeError, MemoryError, ImportError)
+# A longer first call needs no second one to tell how long calls take.
+LONG_S = 1.0
+# Even longer calls are not repeated. In training, transformers' eager experts take minutes.
+HOPELESS_S = 30.0
 
 
 def main() -> None:
@@ -81,10 +86,7 @@ def main() -> None:
     if options.building:
         report["building"] = building(library, report["gemm flops/s"])
     else:
-        for ffn, gate, experts, tokens in product(
-            options.ffn, options.gates, options.experts, options.tokens
-        ):
-            case = {"ffn": ffn, "gated": gate == "gated", "experts": experts, "tokens": tokens}
+        for case in cases(options):
             report["cases"].append(case | measure(case, library, options))
             output.write_text(json.dumps(report, indent=1) + "\n")
     if options.check_plan:
@@ -95,14 +97,30 @@ def main() -> None:
     print(f"written to {output}")
 
 
+def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the cases of the grid; no token visits more experts than there are."""
+    for ffn, gate, experts, top_k, tokens in product(
+        options.ffn, options.gates, options.experts, options.top_k, options.tokens
+    ):
+        if top_k <= experts:
+            yield {
+                "ffn": ffn,
+                "gated": gate == "gated",
+                "experts": experts,
+                "top_k": top_k,
+                "tokens": tokens,
+            }
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="8 and 512 tokens, a few minutes")
-    parser.add_argument("--ffn", nargs="*", default=["768x3072"], choices=FFNS)
+    parser.add_argument("--quick", action="store_true", help="4 and 512 tokens, a few minutes")
+    parser.add_argument("--ffn", nargs="*", default=["768x3072"], help="hidden x intermediate size")
     parser.add_argument("--gates", nargs="*", default=["relu"], choices=("relu", "gated"))
     parser.add_argument("--experts", nargs="*", type=int, default=[8])
-    parser.add_argument("--tokens", nargs="*", type=int, help="default 1, 8, 64, 512 and 4096")
+    parser.add_argument("--top-k", nargs="*", type=int, default=[1], help="experts per token")
+    parser.add_argument("--tokens", nargs="*", type=int, help="default 1 to 4096")
     parser.add_argument("--modes", nargs="*", default=["infer", "train"])
     parser.add_argument("--layers", nargs="*", default=["*"], help="patterns of layer names")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
@@ -113,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
-    options.tokens = options.tokens or ([8, 512] if options.quick else [1, 8, 64, 512, 4096])
+    options.tokens = options.tokens or ([4, 512] if options.quick else [1, 4, 16, 64, 512, 4096])
     return options
 
 
@@ -122,23 +140,6 @@ def default_output(options: argparse.Namespace) -> Path:
     kind = "-plan" * options.check_plan + "-building" * options.building + "-peak" * options.peak
     name = f"experts{kind}-{hardware_slug(options.device)}{'-quick' * options.quick}.json"
     return Path(__file__).parent / "results" / name
-
-
-def inputs_on(device: str, case: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """Draw states, their experts and weights on a device."""
-    with torch.device(device):
-        states, index, weights = expert_layers.inputs(
-            case["tokens"], case["experts"], FFNS[case["ffn"]][0]
-        )
-    dtype = getattr(torch, DTYPES[device])
-    return states.to(dtype), index, weights.to(dtype)
-
-
-def build_on(device: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Build a layer on a device, in the dtype that the benchmark measures there."""
-    # Only for this block: with a default device, torch spends microseconds on every call.
-    with torch.device(device):
-        return make().to(getattr(torch, DTYPES[device]))
 
 
 def make_call(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], mode: str) -> Callable:
@@ -150,34 +151,33 @@ def make_call(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], mode: st
             return layer(states, index, weights)
 
     def train() -> None:
-        layer.zero_grad(set_to_none=True)
         leaf = states.detach().requires_grad_()
         result = layer(leaf, index, weights)
         result.backward(torch.ones_like(result))
+        # The gradients of all layers together do not fit into memory.
+        layer.zero_grad(set_to_none=True)
 
     return train if mode == "train" else infer
 
 
 def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) -> dict[str, Any]:
     """Time all layers in both modes."""
-    hidden, inner = FFNS[case["ffn"]]
-    inputs = inputs_on(options.device, case)
-    makers = [
-        (name, make)
-        for name, make in expert_layers.layers(case["experts"], hidden, inner, case["gated"])
-        if any(fnmatch(name, pattern) for pattern in options.layers)
-    ]
-    rows: dict[str, dict[str, Any]] = {name: {} for name, _ in makers}
+    drawn = inputs_on(options.device, case)
+    chosen = makers(case, options.layers)
+    rows: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     for mode in options.modes:
         calls = {}
-        for name, make in makers:
+        for name, make in chosen.items():
             try:
                 layer = build_on(options.device, make)
-                call = make_call(layer, inputs, mode)
-                call()
-                calls[name] = call, timed(call, library)[0]
-                rows[name]["weight bytes"] = weight_bytes(layer)
-            except (Unsupported, RuntimeError, MemoryError) as reason:
+                call = make_call(layer, drawn, mode)
+                expected = expected_seconds(call, library)
+                rows[name] |= sizes(layer, case, drawn[1])
+                if expected > HOPELESS_S:
+                    rows[name][mode] = {"seconds": [expected], "median s": expected}
+                else:
+                    calls[name] = call, expected
+            except REASONS as reason:
                 rows[name][mode] = {"note": str(reason).split("\n")[0][:60]}
         seconds = take_turns(calls, library, options.repeats)
         for name, values in seconds.items():
@@ -188,15 +188,25 @@ def compare(case: dict[str, Any], library: OnTorch, options: argparse.Namespace)
     return {"layers": rows}
 
 
+def expected_seconds(call: Callable, library: OnTorch) -> float:
+    """Make the first calls, and return how long one takes."""
+    seconds = timed(call, library)[0]
+    return seconds if seconds > LONG_S else timed(call, library)[0]
+
+
+def sizes(layer: torch.nn.Module, case: dict[str, Any], index: torch.Tensor) -> dict[str, float]:
+    """Count a layer's bytes, and those that it reads in a call, for each token."""
+    read = read_bytes(layer, index, case["experts"])
+    return {"weight bytes": weight_bytes(layer), "bytes per token": read / case["tokens"]}
+
+
 def peak(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) -> dict[str, Any]:
     """Measure the memory of a training step: weights, gradients and activations."""
     rows: dict[str, Any] = {}
-    hidden, inner = FFNS[case["ffn"]]
-    for name, _ in expert_layers.layers(case["experts"], hidden, inner, case["gated"]):
-        if any(fnmatch(name, pattern) for pattern in options.layers):
-            # A new process, so that no layer uses memory that the allocator kept from another.
-            with get_context("spawn").Pool(1) as pool:
-                rows[name] = pool.apply(_peak_of, (name, case, options.device))
+    for name in makers(case, options.layers):
+        # A new process, so that no layer uses memory that the allocator kept from another.
+        with get_context("spawn").Pool(1) as pool:
+            rows[name] = pool.apply(_peak_of, (name, case, options.device))
     table = [
         [name, *(f"{value / 2**20:.0f}" for value in row.values())] if "note" not in row
         else [name, row["note"][:24], "-"] for name, row in rows.items()
@@ -209,165 +219,47 @@ def peak(case: dict[str, Any], library: OnTorch, options: argparse.Namespace) ->
 def _peak_of(name: str, case: dict[str, Any], device: str) -> dict[str, Any]:
     """Return the peak of a training step, above the memory in use before the layer was made."""
     set_threads()
-    hidden, inner = FFNS[case["ffn"]]
-    inputs = inputs_on(device, case)
+    drawn = inputs_on(device, case)
     warm_up = torch.ones(512, 512, requires_grad=True, device=device)
-    makers = dict(expert_layers.layers(case["experts"], hidden, inner, case["gated"]))
+    make = makers(case, ["*"])[name]
     # The first product loads libraries, whose memory belongs to no layer.
     warm_up.matmul(warm_up).sum().backward()
     with PeakMemory(device) as memory:
         try:
-            layer = build_on(device, makers[name])
-            step = make_call(layer, inputs, "train")
+            layer = build_on(device, make)
+            step = make_call(layer, drawn, "train")
             step()
             step()
-        except (Unsupported, RuntimeError, MemoryError) as reason:
+        except REASONS as reason:
             return {"note": str(reason).split("\n")[0]}
     return {"peak bytes": memory.peak, "weight bytes": weight_bytes(layer)}
 
 
-def weight_bytes(layer: torch.nn.Module) -> int:
-    """Count the bytes of a layer's parameters."""
-    return sum(weight.numel() * weight.element_size() for weight in layer.parameters())
-
-
-def take_turns(
-    calls: dict[str, tuple[Callable, float]], library: OnTorch, repeats: int
-) -> dict[str, list[float]]:
-    """Time calls in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, (call, expected) in calls.items():
-            seconds[name].append(timed_turn(call, library, expected))
-    return seconds
-
-
 def as_text(case: dict[str, Any], rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
     """Write the table of a case."""
-    headers, table = ["layer"], []
+    headers = ["layer", "weights MiB", "read MiB / token"]
     for mode in modes:
-        headers += [f"{mode} ms", "/ best MoE"]
-    best = {
-        mode: min(
-            (rows[name][mode].get("median s", float("inf")) for name in BASELINES if name in rows),
-            default=float("inf"),
-        )
-        for mode in modes
-    }
+        headers += [f"{mode} ms", "/ best MoE", "/ dense"]
+    table = []
     for name, row in rows.items():
-        cells = [name]
+        counts = (row.get("weight bytes"), row.get("bytes per token"))
+        cells = [name, *("-" if count is None else f"{count / 2**20:.3g}" for count in counts)]
         for mode in modes:
-            value = row[mode].get("median s")
-            if value is None:
-                cells += [row[mode]["note"][:24], "-"]
-            else:
-                cells += [f"{1e3 * value:.2f}", f"{value / best[mode]:.2f}"]
+            cells += _cells(rows, name, mode)
         table.append(cells)
     title = ", ".join(f"{key} {value}" for key, value in case.items())
     return f"{title}\n{format_table(headers, table)}\n"
 
 
-def check_plan(
-    case: dict[str, Any], library: OnTorch, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Time one projection by every route, and compare the planned route with the fastest."""
-    hidden, inner = FFNS[case["ffn"]]
-    states, index, _ = inputs_on(options.device, case)
-    groups = Groups.of(index.reshape(-1), case["experts"])
-    states = states[groups.order]
-    shapes: list[tuple[str, tn.MPOShape, int | None]] = [
-        (f"bond {bond or 'exact'}", tn.MPOShape.for_matrix(inner, hidden, 5), bond)
-        for bond in expert_layers.BONDS
-    ] + [
-        (f"split {group}", tn.MPOShape.split(inner, hidden, group, group), None)
-        for group in expert_layers.GROUPS
-    ]
-    found, table = [], []
-    for (name, shape, bond), mode in product(shapes, options.modes):
-        make = partial(MPOProjection, case["experts"], shape, max_bond=bond)
-        projection = build_on(options.device, make)
-        planned = projection.plan(case["tokens"], mode == "train")
-        limit = HOPELESS * min(planned.seconds.values())
-        calls = {
-            route: partial(_one_route, projection, route, states, groups, mode == "train")
-            for route in ROUTES
-            if planned.seconds.get(route, float("inf")) <= limit
-        }
-        medians = _medians_when_cold(calls, library, options.repeats)
-        fastest = min(medians, key=lambda route: medians[route])
-        excess = medians[planned.route] / medians[fastest] - 1
-        found.append({"shape": name, "mode": mode, "planned": planned.route, "excess": excess,
-                      "seconds": medians, "predicted": planned.seconds})  # fmt: skip
-        table.append([name, mode, planned.route, fastest, f"{excess:.0%}",
-                      *(f"{1e3 * medians[r]:.2f}" if r in medians else "-" for r in ROUTES),
-                      *(f"{1e3 * planned.seconds[r]:.2f}" if r in planned.seconds else "-"
-                        for r in ROUTES)])  # fmt: skip
-    headers = ["shape", "mode", "planned", "fastest", "excess", *ROUTES, *(f"~{r}" for r in ROUTES)]
-    print(f"{case}\n{format_table(headers, table)}\n", flush=True)
-    return {"routes": found}
-
-
-def _medians_when_cold(
-    calls: dict[str, Callable], library: OnTorch, repeats: int
-) -> dict[str, float]:
-    """Time calls in turns with cold caches, and return the medians.
-
-    A model has many layers, so the arrays of a layer are in no cache when its turn comes.
-    """
-    other = torch.ones(2**25, device=library.device)
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    rounds, start = 0, time.perf_counter()
-    while rounds < 5 * repeats and (rounds < 3 or time.perf_counter() - start < repeats):
-        for name, call in calls.items():
-            other.add_(1)
-            seconds[name].append(timed(call, library)[0])
-        rounds += 1
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def _one_route(
-    projection: MPOProjection, route: str, states: torch.Tensor, groups: Any, training: bool
-) -> None:
-    projection.route = route
-    if not training:
-        with torch.no_grad():
-            projection(states, groups)
-        return
-    projection.zero_grad(set_to_none=True)
-    result = projection(states.detach().requires_grad_(), groups)
-    result.backward(torch.ones_like(result))
-
-
-@torch.no_grad()
-def building(library: OnTorch, rate: float) -> list[dict[str, Any]]:
-    """Time the building of 8 experts' matrices, and compare its rate with the machine's."""
-    found, table = [], []
-    for bond in expert_layers.BONDS:
-        shape = tn.MPOShape.for_matrix(3072, 768, 5)
-        projection = build_on(library.device, partial(MPOProjection, 8, shape, max_bond=bond))
-        cores = projection.cores
-        left, right = environments(cores)
-        call = partial(_build_in_turn, MatrixBuilder(cores.center, cores.legs), left, right)
-        call()
-        seconds = median(take_turns({"": (call, timed(call, library)[0])}, library, 7)[""])
-        columns = projection.center[0].numel()
-        factor_rows = left.shape[1] * columns // right.shape[1]
-        operations = left[0].numel() * columns + factor_rows * right[0].numel()
-        share = 8 * 2 * operations / seconds / rate
-        found.append({"bond": bond, "seconds": seconds, "share": share})
-        table.append([bond or "exact", f"{1e3 * seconds:.1f}", f"{share:.0%}"])
-    print(format_table(["bond", "ms", "of the rate"], table))
-    return found
-
-
-def _build_in_turn(builder: MatrixBuilder, left: torch.Tensor, right: torch.Tensor) -> None:
-    turns = [(left, right)] if left.is_cuda else zip(left.split(1), right.split(1), strict=True)
-    for lefts, rights in turns:
-        products = builder.left_products(lefts)
-        for part, _ in builder.row_blocks():
-            builder.matrix_rows(builder.left_factor(products[:, part]), rights)
+def _cells(rows: dict[str, dict[str, Any]], name: str, mode: str) -> list[str]:
+    """Write a layer's milliseconds, and their ratios to the best MoE and to the dense FFN."""
+    if note := rows[name][mode].get("note"):
+        return [note[:24], "-", "-"]
+    measured = {layer: row[mode] for layer, row in rows.items() if "median s" in row[mode]}
+    medians = {layer: row["median s"] for layer, row in measured.items()}
+    best = min((medians[layer] for layer in BASELINES if layer in medians), default=float("inf"))
+    ratios = (medians[name] / best, medians[name] / medians.get("dense FFN", float("inf")))
+    return [f"{1e3 * medians[name]:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
 
 
 if __name__ == "__main__":

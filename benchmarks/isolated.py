@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case, taking_part
-from peers import Library
+from library import Library
 
 
 def run_isolated(

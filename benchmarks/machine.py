@@ -11,14 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from peers import Library
+from library import Library
 
 # NumPy's and torch's thread pools spin for tens of milliseconds after a call. On a machine with few
 # cores, the next library's short calls then take whole time slices: a call of 0.14 ms took 24 ms.
@@ -47,6 +47,17 @@ def timed_turn(call: Callable[[], Any], library: Library, expected: float) -> fl
         return timed(call, library)[0]
     _repeat(call, library, WAKE_S, limit=None)
     return median(_repeat(call, library, BLOCK_S, limit=BLOCK_CALLS))
+
+
+def take_turns(
+    calls: dict[str, tuple[Callable[[], Any], float]], library: Library, turns: int
+) -> dict[str, list[float]]:
+    """Time calls, each given with its expected seconds, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, (call, expected) in calls.items():
+            seconds[name].append(timed_turn(call, library, expected))
+    return seconds
 
 
 def _repeat(
@@ -140,7 +151,7 @@ def copy_rate(dtype: str, device: str) -> float:
 
 def environment(packages: Iterable[str], device: str, threads: int) -> dict[str, Any]:
     """Describe the machine, the commit and the versions of packages for the JSON."""
-    versions = {package: version(package) for package in packages}
+    versions = {package: found for package in packages if (found := _installed(package))}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
@@ -152,6 +163,14 @@ def environment(packages: Iterable[str], device: str, threads: int) -> dict[str,
         "python": platform.python_version(),
         "versions": {**versions, "numpy": np.__version__, "torch": torch.__version__},
     }
+
+
+def _installed(package: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def hardware_slug(device: str) -> str:

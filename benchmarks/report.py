@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from report_algebra import ALGEBRA
 from report_checks import BUILDING, PLAN, SIZES
 from report_experts import EXPERTS
+from report_models import MODELS
 from report_parts import Kind, counted, escaped
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = (ALGEBRA, EXPERTS, PLAN, BUILDING, SIZES)
+KINDS = (ALGEBRA, EXPERTS, MODELS, PLAN, BUILDING, SIZES)
 
 INTRODUCTION = """\
 # tnmoe beside its peers
@@ -93,8 +94,8 @@ def load(path: Path) -> Run:
     except (StopIteration, LookupError, TypeError, ValueError, AttributeError) as error:
         # Any part that a section misses shows that no benchmark wrote the file.
         raise SystemExit(
-            f"{path} is no result of the benchmarks: expected a file of algebra.py, experts.py or "
-            f"paper_sizes.py with at least one finished case ({error!r})"
+            f"{path} is no result of the benchmarks: expected a file of algebra.py, experts.py, "
+            f"end_to_end.py or paper_sizes.py with at least one finished case ({error!r})"
         ) from None
     return Run(path.stem, kind, *words)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -24,12 +24,18 @@ from report_parts import (
     tokens,
 )
 
-BASELINES = ("Switch loop", "grouped_mm")
+BASELINES = ("Switch loop", "eager", "batched_mm", "grouped_mm")
+DENSE = "dense FFN"
 MEASURES = {
     "infer": "inference",
     "train": "training",
     "peak bytes": "memory",
 }
+# Counted and not measured, so no case is lost or won by it.
+READ = {"bytes per token": "weights read"}
+
+# What ratios refer to: the value of a case and a measure.
+Reference = Callable[[dict[str, Any], str], float | None]
 
 LEGEND = """\
 The benchmark runs whole layers on the same tokens, and the layers take turns.
@@ -38,19 +44,29 @@ The benchmark runs whole layers on the same tokens, and the layers take turns.
 - *Memory* is the peak of a training step in a new process, above the memory in use before the layer
   was made.
 - *Weights* is the number of weights that a layer holds. A layer with fewer can express less.
+- *Weights read* is the number of weights that a call needs: those that experts share, and those of
+  the experts that have tokens. Where a layer builds matrices from its weights and keeps them, it
+  reads those instead.
 
-All figures are ratios to the **best MoE**, the better of transformers' two ordinary mixtures in the
-same case. Weights are random: the figures are about time and memory, and say nothing about what a
-layer learns.
+All figures are ratios, to the **best MoE** in one table and to the dense FFN in the next. The best
+MoE is the best of transformers' ordinary mixtures in the same case. Weights are random: the figures
+are about time and memory, and say nothing about what a layer learns.
 
-- **Switch loop**, **grouped\\_mm**: transformers' ordinary mixtures, in which every expert is a
-  separate network: its Switch experts in a loop, and its grouped products on stacked weights.
-- **dense FFN**: one network for all tokens. It is not a mixture, and stands here for orientation.
+- **Switch loop**, **eager**, **batched\\_mm**, **grouped\\_mm**: transformers' ordinary mixtures,
+  in which every expert is a separate network: its Switch experts in a loop, and its three ways to
+  compute stacked weights. They loop over experts, copy the matrices of every token's experts into
+  one batch of products, or use grouped products.
+- **dense FFN**: one network for all tokens. It is not a mixture, and an ordinary mixture has the
+  work of one such network for every expert that a token visits.
 - **tnmoe exact**, **bond B**: this library. Every matrix is a chain of small tensors, its cores.
   The experts share the central core, and each expert owns its other cores. The bonds between cores
   are as large as any matrix needs, or at most B.
 - **tnmoe split G**: the same with output legs to the left and input legs to the right of the
   central core, in groups of G. No expert's matrix is ever built.
+- **tnmoe hidden G**: experts own legs on the hidden side only, in groups of G. The central core
+  acts once per token, however many experts the token visits.
+- **tnmoe residual B**, **B, N sites**: a common matrix, which also acts once per token, plus an MPO
+  of bond B for every expert, of two sites or of N.
 - **published exact**, **bond B**: the same mixture as its paper describes it (MPOE,
   arXiv:2203.01104): every forward pass rebuilds every expert core by core. Written for this
   benchmark.
@@ -59,9 +75,9 @@ layer learns.
 
 The name of a case holds the sizes of the network (768x3072: tokens of 768 numbers, 3072 hidden
 units), whether it is gated, the number of experts and the number of tokens. Every token goes to one
-expert, chosen at random. At inference, tnmoe may build the experts' matrices once and keep them, in
-as much memory as an ordinary mixture needs. The layer then computes what that mixture computes, so
-many ratios are near 1."""
+expert, or with *top-k* to k different ones, chosen at random. At inference, tnmoe may build the
+experts' matrices once and keep them, in as much memory as an ordinary mixture needs. The layer then
+computes what that mixture computes, so many ratios are near 1."""
 
 
 def losses(result: dict[str, Any]) -> str:
@@ -72,8 +88,8 @@ def losses(result: dict[str, Any]) -> str:
     behind = [f"{_name(*each)}: {_leader(*each)}" for each in cases if _all_behind(*each)]
     count = f"{len(behind)} of {len(cases)}"
     lines = [
-        f"In {count} cases even the best of tnmoe's layers is behind the *best MoE*, the better of "
-        "transformers' two ordinary mixtures.",
+        f"In {count} cases even the best of tnmoe's layers is behind the *best MoE*, the best of "
+        "transformers' ordinary mixtures.",
         bullets(behind),
         "For every layer, the cases in which it is behind, and the worst ratio (all are listed "
         "below):",
@@ -89,6 +105,7 @@ def body(result: dict[str, Any]) -> str:
         [
             f"{_turns(result)}**Bold**: a layer of tnmoe that is behind the best MoE. "
             "–: not measured.",
+            *_summary(result),
             *_tables(result),
             "**Every case in which a peer is ahead of a layer of tnmoe**, with the ratio to the "
             "best MoE, or to the named layer of the same bond:",
@@ -129,8 +146,14 @@ def _best(case: dict[str, Any], measure: str) -> float | None:
     return smallest(_value(case, name, measure) for name in BASELINES)
 
 
-def _to_best(case: dict[str, Any], name: str, measure: str) -> float | None:
-    return ratio(_value(case, name, measure), _best(case, measure))
+def _dense(case: dict[str, Any], measure: str) -> float | None:
+    return _value(case, DENSE, measure)
+
+
+def _ratio(
+    case: dict[str, Any], name: str, measure: str, reference: Reference = _best
+) -> float | None:
+    return ratio(_value(case, name, measure), reference(case, measure))
 
 
 def _ours(case: dict[str, Any]) -> list[str]:
@@ -139,7 +162,7 @@ def _ours(case: dict[str, Any]) -> list[str]:
 
 def _is_behind(case: dict[str, Any], name: str, measure: str) -> bool:
     """Compare a layer with the best MoE; a layer without a figure counts as behind."""
-    return _value(case, name, measure) is None or is_above_one(_to_best(case, name, measure))
+    return _value(case, name, measure) is None or is_above_one(_ratio(case, name, measure))
 
 
 def _all_behind(case: dict[str, Any], measure: str) -> bool:
@@ -148,7 +171,7 @@ def _all_behind(case: dict[str, Any], measure: str) -> bool:
 
 def _leader(case: dict[str, Any], measure: str) -> str:
     """Name tnmoe's best layer of a case, with its ratio."""
-    ratios = {name: _to_best(case, name, measure) for name in _ours(case)}
+    ratios = {name: _ratio(case, name, measure) for name in _ours(case)}
     best = smallest(ratios.values())
     names = (escaped(name) for name, value in ratios.items() if value == best)
     return "no figure" if best is None else f"{next(names)} {format_ratio(best)}"
@@ -170,7 +193,7 @@ def _by_layer(cases: list[tuple[dict[str, Any], str]]) -> str:
 
 def _tally(cases: list[tuple[dict[str, Any], str]], name: str, measure: str) -> str:
     there = [case for case, what in cases if what == measure and name in case["layers"]]
-    worst = max((_to_best(case, name, measure) or 0.0 for case in there), default=0.0)
+    worst = max((_ratio(case, name, measure) or 0.0 for case in there), default=0.0)
     behind = sum(_is_behind(case, name, measure) for case in there)
     return f"{behind} of {len(there)} ({format_ratio(worst or None)})"
 
@@ -189,45 +212,72 @@ def _all_losses(case: dict[str, Any], measure: str) -> str:
     return f"{_name(case, measure)}: {', '.join(texts)}" if texts else ""
 
 
-def _group(case: dict[str, Any]) -> tuple[str, bool, int]:
-    return case["ffn"], case["gated"], case["experts"]
+def _group(case: dict[str, Any]) -> tuple[str, bool, int, int]:
+    return case["ffn"], case["gated"], case["experts"], case.get("top_k", 1)
 
 
 def _name(case: dict[str, Any], measure: str) -> str:
     return f"{network(case)}, {tokens(case)}, {MEASURES[measure]}"
 
 
+def _summary(result: dict[str, Any]) -> Iterator[str]:
+    """Yield a table of the largest ratios to the dense FFN, by the number of experts per token."""
+    found = [each for each in _measured(result) if "top_k" in each[0] and _dense(*each)]
+    columns = dict.fromkeys((measure, case["top_k"]) for case, measure in found)
+    names = dict.fromkeys(name for case, _ in found for name in case["layers"])
+    if not found:
+        return
+
+    def worst(name: str, column: tuple[str, int]) -> str:
+        ratios = [
+            _ratio(case, name, measure, _dense) or 0.0
+            for case, measure in found
+            if (measure, case["top_k"]) == column
+        ]
+        return format_ratio(max(ratios, default=0.0) or None)
+
+    yield "The largest ratio to the dense FFN in any case with so many experts per token:"
+    yield table(
+        ["layer", *(f"{MEASURES[measure]}, top-{top_k}" for measure, top_k in columns)],
+        [[escaped(name), *(worst(name, column) for column in columns)] for name in names],
+    )
+
+
 def _tables(result: dict[str, Any]) -> Iterator[str]:
-    """Yield a table per network, number of experts and measure: layers down, tokens across."""
+    """Yield tables per network, number of experts and measure: layers down, tokens across."""
     for _, group in groupby(result["cases"], key=_group):
         cases = list(group)
-        for measure in dict.fromkeys(measure for _, measure in _measured({"cases": cases})):
-            yield f"{network(cases[0])}: **{MEASURES[measure]}** / best MoE"
-            yield _table(cases, measure)
+        measures = dict.fromkeys(measure for _, measure in _measured({"cases": cases}))
+        for measure in (*measures, *READ):
+            for reference, label in ((_best, "best MoE"), (_dense, DENSE)):
+                if any(reference(case, measure) for case in cases):
+                    yield f"{network(cases[0])}: **{(MEASURES | READ)[measure]}** / {label}"
+                    yield _table(cases, measure, reference)
 
 
-def _table(cases: list[dict[str, Any]], measure: str) -> str:
+def _table(cases: list[dict[str, Any]], measure: str, reference: Reference) -> str:
     names = dict.fromkeys(name for case in cases for name in case["layers"])
     # The number of weights does not depend on the tokens: take the first case that has it.
-    known = [case for case in cases if _best(case, "weight bytes")][:1]
+    known = [case for case in cases if reference(case, "weight bytes")][:1]
     return table(
         ["layer", *(["weights"] * len(known)), *map(tokens, cases)],
         [
             [
                 escaped(name),
-                *(format_ratio(_to_best(case, name, "weight bytes")) for case in known),
-                *(_cell(case, name, measure) for case in cases),
+                *(format_ratio(_ratio(case, name, "weight bytes", reference)) for case in known),
+                *(_cell(case, name, measure, reference) for case in cases),
             ]
             for name in names
         ],
     )
 
 
-def _cell(case: dict[str, Any], name: str, measure: str) -> str:
-    value = _to_best(case, name, measure)
+def _cell(case: dict[str, Any], name: str, measure: str, reference: Reference = _best) -> str:
+    value = _ratio(case, name, measure, reference)
     if value is None:
         return _note(case, name, measure)
-    return bold(format_ratio(value), name.startswith("tnmoe") and is_above_one(value))
+    is_lost = reference is _best and name.startswith("tnmoe") and is_above_one(value)
+    return bold(format_ratio(value), is_lost)
 
 
 EXPERTS = Kind(

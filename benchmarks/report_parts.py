@@ -96,9 +96,11 @@ def escaped(value: Any) -> str:
 
 
 def network(case: dict[str, Any]) -> str:
-    """Name the network and the number of experts of a case."""
+    """Name the network, the number of experts and those per token, if more than one."""
+    top_k = case.get("top_k", 1)
     return (
         f"{escaped(case['ffn'])}{', gated' * case['gated']}, {counted(case['experts'], 'expert')}"
+        f"{f', top-{top_k}' * (top_k != 1)}"
     )
 
 

@@ -147,6 +147,10 @@ TRACEABLE = {
     "canonicalize": lambda a, x: a.canonicalize(0).to_matrix(),
     "experts": lambda a, x: tn.SharedMPO.replicate(a, 2).to_matrices(),
     "an expert": lambda a, x: tn.SharedMPO.replicate(a, 2).expert(1).to_matrix(),
+    "experts with a base": lambda a, x: tn.SharedMPO.from_base(a, 2, rng=0).to_matrices(),
+    "an expert with a base of its legs": lambda a, x: (
+        tn.SharedMPO.from_base(a, 2, a.shape, 2, rng=0).expert(1).to_matrix()
+    ),
 }
 EAGER = {
     "decompose": lambda a, x: tn.decompose(x, tn.MPOShape((2, 2), (2, 2))),
@@ -160,6 +164,7 @@ EAGER = {
     "schmidt_values": lambda a, x: a.schmidt_values(0),
     "entropy": lambda a, x: a.entropy(0),
     "noise": lambda a, x: tn.SharedMPO.replicate(a, 2, noise=0.1),
+    "an expert with a base of other legs": lambda a, x: tn.SharedMPO.from_base(a, 2).expert(0),
 }
 
 

@@ -14,6 +14,8 @@ STORED = [
 ]
 TIMES = ("seconds", "median s", "first call s", "floor s", "predicted")
 
+ORDINARY = ("Switch loop", "eager", "batched_mm", "grouped_mm")
+
 ENVIRONMENT = {
     "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "uncommitted changes": True,
     "cpu": "A | CPU", "cores": 2, "threads": 1, "device": "cpu", "python": "3.11.7",
@@ -78,6 +80,54 @@ def hostile_experts():
     return {"environment": ENVIRONMENT, "dtype": "float32", "cases": cases}
 
 
+def several_experts():
+    """Two and eight experts per token; the loops are ordinary mixtures, too."""
+
+    def row(seconds, read, weights):
+        return {
+            "weight bytes": weights, "bytes per token": read,
+            "infer": {"seconds": [seconds], "median s": seconds},
+        }  # fmt: skip
+
+    layers = {
+        2: {"dense FFN": row(2.0, 8.0, 16), "eager": row(8.0, 16.0, 128),
+            "grouped_mm": row(16.0, 16.0, 128), "tnmoe hidden 64": row(4.0, 12.0, 32)},
+        8: {"dense FFN": row(2.0, 8.0, 16), "eager": {"infer": {"note": "too large"}},
+            "grouped_mm": row(4.0, 64.0, 128), "tnmoe hidden 64": row(5.0, 16.0, 32)},
+    }  # fmt: skip
+    cases = [
+        {"ffn": "8x32", "gated": False, "experts": 8, "top_k": top_k, "tokens": 1, "layers": rows}
+        for top_k, rows in layers.items()
+    ]
+    return {"environment": ENVIRONMENT, "dtype": "float32", "cases": cases}
+
+
+def whole_models():
+    """A variant that is faster than the ordinary mixture, a slower one, and two without figures."""
+
+    def rows(**seconds):
+        timed = {
+            name.replace("_", " top-"): {"seconds": [value], "median s": value}
+            for name, value in seconds.items()
+        }
+        return timed | {"residual top-2": {"note": "no | graph"}}
+
+    return {
+        "environment": ENVIRONMENT, "dtype": "float32", "model": "A|B",
+        "variants": {
+            "dense": {"parameters": 100}, "ordinary top-2": {"parameters": 400},
+            "hidden top-2": {"parameters": 125}, "residual top-2": {"parameters": 150},
+            "residual top-8": {"note": "cannot be built"},
+        },
+        "cases": [
+            {"case": "generate, batch 1", "tokens": 8, "models": rows(dense=1.0, ordinary_2=4.0,
+                                                                      hidden_2=1.25)},
+            {"case": "training step", "tokens": 8, "models": rows(dense=1.0, ordinary_2=2.0,
+                                                                  hidden_2=2.5)},
+        ],
+    }  # fmt: skip
+
+
 def run(*arguments):
     command = [sys.executable, str(BENCHMARKS / "report.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
@@ -133,7 +183,10 @@ def test_a_machine_of_another_speed_gives_the_same_page(tmp_path):
     )
 
 
-@pytest.mark.parametrize("results", [STORED, [hostile_algebra(), hostile_experts()]])
+@pytest.mark.parametrize(
+    "results",
+    [STORED, [hostile_algebra(), hostile_experts()], [several_experts(), whole_models()]],
+)
 def test_no_time_is_on_the_page(tmp_path, results):
     page = page_of(tmp_path, *results)
     assert not re.search(r"\d\s*(s|ms|µs|ns|seconds?|minutes?|GFLOP/s|GB/s)\b", page)
@@ -164,9 +217,10 @@ def test_every_layer_behind_the_best_mixture_is_listed(tmp_path, path):
                 for name, row in case.get("layers", {}).items()
                 if "median s" in row.get(mode, {})
             }
-            best = min(medians.get(name, 1e9) for name in ("Switch loop", "grouped_mm"))
-            gated = ", gated" if case["gated"] else ""
-            start = f"- {case['ffn']}{gated}, {case['experts']} experts, {case['tokens']:,} token"
+            best = min(medians.get(name, 1e9) for name in ORDINARY)
+            top_k = case.get("top_k", 1)
+            network = f"{case['ffn']}{', gated' * case['gated']}, {case['experts']} experts"
+            start = f"- {network}{f', top-{top_k}' * (top_k > 1)}, {case['tokens']:,} token"
             lines = [line for line in page.splitlines() if line.startswith(start)]
             line = next((each for each in lines if f", {label}: " in each and "**" in each), "")
             for name, seconds in medians.items():
@@ -198,6 +252,40 @@ def test_experts_that_fail_or_have_nothing_beside_them_are_told_apart(tmp_path):
     assert "| tnmoe exact | **3.00** | – |" in page
 
 
+def test_experts_stand_beside_the_best_mixture_and_the_dense_network(tmp_path):
+    page = page_of(tmp_path, several_experts())
+    listed = losses_in(page)
+    assert "In 1 of 2 cases even the best" in listed
+    assert "- 8x32, 8 experts, top-8, 1 token, inference: tnmoe hidden 64 1.25" in listed
+    best, dense, read = (
+        page.split(f"8x32, 8 experts, top-8: **{title}")[1].split("8x32")[0]
+        for title in ("inference** / best MoE", "inference** / dense FFN", "weights read** / dense")
+    )
+    assert "| tnmoe hidden 64 | 0.25 | **1.25** |" in best
+    assert "| tnmoe hidden 64 | 2.00 | 2.50 |" in dense
+    assert "| eager | – | too large |" in dense
+    assert "| tnmoe hidden 64 | 2.00 | 2.00 |" in read
+
+
+def test_the_largest_ratio_to_the_dense_network_is_told_by_experts_per_token(tmp_path):
+    summary = page_of(tmp_path, several_experts()).split("The largest ratio to the dense FFN")[1]
+    assert "| layer | inference, top-2 | inference, top-8 |" in summary
+    assert "| eager | 4.00 | – |" in summary
+    assert "| tnmoe hidden 64 | 2.00 | 2.50 |" in summary
+
+
+def test_whole_models_show_their_share_of_the_dense_model_s_speed(tmp_path):
+    page = page_of(tmp_path, whole_models())
+    listed = losses_in(page)
+    assert "| hidden top-2 | 2 of 2 (0.40) | 1 of 2 (0.80) |" in listed
+    assert "| residual top-2 | 2 of 2 (–) | 2 of 2 (–) |" in listed
+    assert "ordinary top-2 |" not in listed.split("---")[-1]
+    assert "| ordinary top-2 | 4.00 | 0.25 | 0.50 |" in page
+    assert "| hidden top-2 | 1.25 | 0.80 | **0.40** |" in page
+    assert r"| residual top-2 | 1.50 | no \| graph | no \| graph |" in page
+    assert "| residual top-8 | – | cannot be built | cannot be built |" in page
+
+
 def test_the_environment_is_on_the_page(tmp_path):
     page = page_of(tmp_path, hostile_experts())
     assert "2026-01-02T03:04:05+00:00, commit 0123456789 with uncommitted changes" in page
@@ -207,7 +295,8 @@ def test_the_environment_is_on_the_page(tmp_path):
 
 
 def test_tables_have_as_many_cells_in_every_row(tmp_path):
-    page = page_of(tmp_path, *STORED, hostile_algebra(), hostile_experts())
+    written = hostile_algebra(), hostile_experts(), several_experts(), whole_models()
+    page = page_of(tmp_path, *STORED, *written)
     width = None
     for line in page.splitlines():
         cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else None
@@ -221,6 +310,7 @@ def test_tables_have_as_many_cells_in_every_row(tmp_path):
         "", "{", "[]", "{}", "null", "3", '"results"', '{"cases": []}', '{"cases": [{}]}',
         '{"cases": [{"rows": []}]}', '{"environment": {}, "cases": [{"rows": [{}]}]}',
         '{"environment": 1, "cases": [{"layers": 2}]}', '[{"moe": 1}]',
+        '{"cases": [{"models": {}}]}',
     ],
 )  # fmt: skip
 def test_what_is_no_result_is_refused_in_one_line_that_names_it(tmp_path, text):

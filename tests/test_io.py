@@ -22,11 +22,22 @@ def example(dtype: str, kind: str, library: str) -> tn.MPO | tn.SharedMPO:
     array = to_library(matrix if "complex" in dtype else matrix.real, library)
     array = get_backend(array).astype(array, dtype)
     mpo = tn.decompose(array, SHAPE, max_bond=4)
-    return mpo if kind == "MPO" else tn.SharedMPO.replicate(mpo, 3, noise=0.1, rng=0)
+    if kind == "MPO":
+        return mpo
+    shared_sites = {"SharedMPO": "center", "all owned": "none", "first shared": (0,)}
+    if kind in shared_sites:
+        return tn.SharedMPO.replicate(mpo, 3, shared_sites[kind], noise=0.1, rng=0)
+    experts = 1 if kind == "base, one expert" else 3
+    return tn.SharedMPO.from_base(mpo, experts, max_bond=2, rng=0)
 
 
-def arrays_of(obj: tn.MPO | tn.SharedMPO) -> tuple:
-    return obj.cores if isinstance(obj, tn.MPO) else (obj.center, *obj.aux)
+KINDS = ("MPO", "SharedMPO", "all owned", "first shared", "base", "base, one expert")
+
+
+def arrays_of(obj: tn.MPO | tn.SharedMPO | None) -> tuple:
+    if obj is None:
+        return ()
+    return obj.cores + arrays_of(getattr(obj, "base", None))
 
 
 CASES = [
@@ -37,7 +48,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["MPO", "SharedMPO"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("library", "dtype"), CASES)
 def test_round_trip_is_bit_for_bit(tmp_path, library, dtype, kind):
     obj = example(dtype, kind, library)
@@ -45,6 +56,11 @@ def test_round_trip_is_bit_for_bit(tmp_path, library, dtype, kind):
     back = tn.load(tmp_path / "x.safetensors")
     assert type(back) is type(obj)
     assert (back.shape, back.center_site) == (obj.shape, obj.center_site)
+    if isinstance(obj, tn.SharedMPO):
+        assert back.shared_sites == obj.shared_sites
+        assert (back.base is None) == (obj.base is None)
+        if obj.base is not None:
+            assert (back.base.shape, back.base.center_site) == (SHAPE, obj.base.center_site)
     for old, new in zip(arrays_of(obj), arrays_of(back), strict=True):
         assert type(new) is type(old)
         assert new.dtype == old.dtype
@@ -55,7 +71,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, library, dtype, kind):
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("saved_from", LIBRARIES)
 def test_another_library_can_be_asked_for(tmp_path, saved_from, library):
-    obj = example("float32", "SharedMPO", saved_from)
+    obj = example("float32", "base", saved_from)
     tn.save(tmp_path / "x", obj)
     back = tn.load(tmp_path / "x", library=library)
     assert get_backend(back.center).name == library
@@ -76,6 +92,17 @@ def test_cores_that_are_views_are_stored_as_they_read(tmp_path):
     mpo = example("float32", "MPO", "torch").T
     tn.save(tmp_path / "x", mpo)
     torch.testing.assert_close(tn.load(tmp_path / "x").to_matrix(), mpo.to_matrix())
+
+
+def test_tensors_that_are_only_marked_as_conjugate_or_negative_are_stored_as_they_read(tmp_path):
+    core = torch.randn(1, 2, 2, 1, dtype=torch.complex128)
+    for marked in (core.conj(), core.conj().imag):
+        assert marked.is_conj() or marked.is_neg()
+        tn.save(tmp_path / "x", tn.MPO([marked]))
+        assert torch.equal(tn.load(tmp_path / "x").cores[0], marked)
+        np.testing.assert_array_equal(
+            np.asarray(tn.MPO([marked])), marked.resolve_conj().resolve_neg()[0, :, :, 0]
+        )
 
 
 def test_the_same_operator_is_saved_as_the_same_bytes(tmp_path):
@@ -112,7 +139,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     save_file({"w": np.ones(3)}, foreign)
     partial = tmp_path / "partial"
     description = {
-        "format": 1,
+        "format": 2,
         "kind": "MPO",
         "library": "numpy",
         "dtype": "float32",
@@ -121,6 +148,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         "out_features": 2,
         "in_features": 2,
         "center_site": 0,
+        "base": None,
     }
     save_file({"cores.7": np.ones((1, 2, 2, 1))}, partial, {"tnmoe": json.dumps(description)})
     listed = tmp_path / "listed"
@@ -154,6 +182,67 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
             tn.load(described)
     with pytest.raises(FileNotFoundError):
         tn.load(tmp_path / "missing")
+
+
+def damaged(told=lambda told: None, arrays=lambda arrays: None):
+    """Changes of the description and of the arrays of a saved mixture with a base."""
+    return told, arrays
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damaged(told=lambda told: told.pop("base")), "KeyError\\('base'\\)"),
+        (damaged(told=lambda told: told.update(base=None)), r"more arrays, \['base.0', 'base.1'\]"),
+        (damaged(told=lambda told: told.update(base=[1])), "TypeError"),
+        (damaged(told=lambda told: told["base"].pop("in_dims")), "KeyError"),
+        (damaged(told=lambda told: told["base"].update(in_dims=[3, 3])), "which do not fit"),
+        (
+            damaged(told=lambda told: told["base"].update(out_features=6)),
+            "base must be a .7, 6. matrix",
+        ),
+        (
+            damaged(told=lambda told: told["base"].update(center_site=2)),
+            "center_site must be an integer",
+        ),
+        (
+            damaged(told=lambda told: told.update(center_site=None)),
+            "center_site must be an integer",
+        ),
+        (damaged(told=lambda told: told.update(kind="MPO")), "got .*(3, 1, 7, 1, 2)"),
+        (damaged(arrays=lambda arrays: arrays.pop("base.0")), "do not fit"),
+        (damaged(arrays=lambda arrays: arrays.pop("base.1")), "do not fit"),
+        (damaged(arrays=lambda arrays: arrays.pop("cores.1")), "do not fit"),
+        (damaged(arrays=lambda arrays: arrays.pop("cores.0")), "center_site must be"),
+        (
+            damaged(arrays=lambda arrays: arrays.update(center=np.ones(1, "float32"))),
+            r"more arrays, \['center'\]",
+        ),
+        (
+            damaged(arrays=lambda arrays: arrays.update({"cores.1": arrays["cores.1"][:2]})),
+            r"needs a core per expert, got \[3, 2\] experts",
+        ),
+        (
+            damaged(
+                arrays=lambda arrays: arrays.update(
+                    {f"cores.{k}": arrays[f"cores.{k}"][0] for k in (0, 1)}
+                ),
+            ),
+            "experts must own a core",
+        ),
+    ],
+)
+def test_a_mixture_that_lost_or_changed_a_part_is_refused(tmp_path, change, message):
+    tn.save(tmp_path / "x", example("float32", "base", "numpy"))
+    with safe_open(tmp_path / "x", framework="np") as file:
+        told = json.loads(file.metadata()["tnmoe"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change_description, change_arrays = change
+    change_description(told)
+    change_arrays(arrays)
+    save_file(arrays, tmp_path / "x", {"tnmoe": json.dumps(told)})
+    with pytest.raises(tn.InputError, match=rf"does not hold what tnmoe\.save writes.*{message}"):
+        tn.load(tmp_path / "x")
 
 
 def test_numbers_of_another_kind_than_the_file_says_are_refused(tmp_path):

@@ -46,6 +46,7 @@ def balancer():
 OBJECTS = {
     "MPO(64×64, ": lambda: MPO,
     "SharedMPO(3 × 64×64, ": lambda: tn.SharedMPO.replicate(MPO, 3),
+    "SharedMPO(8 × 64×64, ": lambda: tn.SharedMPO.from_base(MPO, 8),
     "TruncationInfo(discarded=": lambda: MPO.compress(max_bond=2, return_info=True)[1],
     "FitInfo(error=0.": lambda: tn.fit(MPO, max_bond=2, return_info=True)[1],
     "SqueezeResult(score=1, steps=9, ": lambda: tn.squeeze(

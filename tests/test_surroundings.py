@@ -50,6 +50,13 @@ def reloaded(obj):
         return tn.load(path)
 
 
+def with_base(chain, base):
+    whole = tn.MPO([base.to_matrix()[None, :, :, None]])
+    started = tn.SharedMPO.from_base(whole, 2, SHAPE, 4, shared_sites=(2,), rng=0)
+    mixed = tn.SharedMPO([chain.cores[0][None], *chain.cores[1:]], SHAPE, base=whole)
+    return started.to_matrices(), mixed.to_matrices(), mixed.expert(0).to_matrix()
+
+
 def squeezed(mpo):
     result = tn.squeeze({"w": mpo}, lambda mpos: float(mpos["w"].num_params), 100, max_steps=3)
     # The last bit of a product is not the same on every CPU. The phases of complex Schmidt vectors
@@ -100,7 +107,8 @@ OPERATIONS = {
         tn.MPO.zeros(SHAPE, like=m),
         tn.MPO.identity(tn.MPOShape((4, 4), (4, 4), 15, 15), like=m),
     ),
-    "experts": lambda a, b, m: tn.SharedMPO.replicate(a, 3, noise=0.1, rng=0).to_matrices(),
+    "experts": lambda a, b, m: tn.SharedMPO.replicate(a, 3, (0, 2), 0.1, rng=0).to_matrices(),
+    "experts with a base": lambda a, b, m: with_base(a, b),
     "files": lambda a, b, m: (reloaded(a), reloaded(tn.SharedMPO.replicate(b, 2)).to_matrices()),
     "quimb and tensorly": lambda a, b, m: (
         interop.from_quimb(interop.to_quimb(a)),

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -22,7 +23,7 @@ from tnmoe.system.files import parse_json, read_safetensors_header
 from tnmoe.system.memory import explain_memory_error
 
 # Written into every file; a change of the format gets a new number.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
@@ -55,30 +56,37 @@ def save(path: str | os.PathLike, obj: MPO | SharedMPO) -> None:
     ...     load(pathlib.Path(folder) / "mpo.safetensors")
     MPO(4×2, sites=2, bond_dims=(3,), num_params=18, dtype=float64, center_site=None)
     """
-    if isinstance(obj, MPO):
-        arrays = {f"cores.{site}": core for site, core in enumerate(obj.cores)}
-    elif isinstance(obj, SharedMPO):
-        arrays = {f"aux.{site}": core for site, core in enumerate(obj.aux)}
-        arrays["center"] = obj.center
-    else:
+    if not isinstance(obj, MPO | SharedMPO):
         raise TypeError(f"expected an MPO or a SharedMPO, got {type(obj).__qualname__}")
-    some = next(iter(arrays.values()))
-    xp = get_backend(some)
+    base = obj.base if isinstance(obj, SharedMPO) else None
+    arrays = {f"cores.{site}": core for site, core in enumerate(obj.cores)}
+    if base is not None:
+        arrays |= {f"base.{site}": core for site, core in enumerate(base.cores)}
+    xp = get_backend(obj.cores[0])
     description = {
         "format": _FORMAT,
         "kind": type(obj).__name__,
         "library": xp.name,
-        "dtype": xp.dtype_name(some),
-        "out_dims": obj.shape.out_dims,
-        "in_dims": obj.shape.in_dims,
-        "out_features": obj.shape.out_features,
-        "in_features": obj.shape.in_features,
-        "center_site": obj.center_site,
+        "dtype": xp.dtype_name(obj.cores[0]),
+        **_described(obj),
+        "base": None if base is None else _described(base),
     }
     stored = {name: _as_stored(xp, array) for name, array in arrays.items()}
     # One entry: safetensors writes several in an order that changes from call to call.
     contents = safetensors.numpy.save(stored, {"tnmoe": json.dumps(description)})
     write_atomically(Path(path), contents)
+
+
+def _described(chain: MPO | SharedMPO) -> dict[str, Any]:
+    """Describe what the arrays of a chain do not tell."""
+    shape = chain.shape
+    return {
+        "out_dims": shape.out_dims,
+        "in_dims": shape.in_dims,
+        "out_features": shape.out_features,
+        "in_features": shape.in_features,
+        "center_site": chain.center_site,
+    }
 
 
 def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO:
@@ -155,19 +163,37 @@ def _rebuild(
     path: str | os.PathLike, description: dict, arrays: dict[str, Array]
 ) -> MPO | SharedMPO:
     """Build the operator again from its description and its arrays."""
-    kind, center_site = description["kind"], description["center_site"]
-    check_one_of(f"the kind in {path}", kind, ("MPO", "SharedMPO"))
+    check_one_of(f"the kind in {path}", description["kind"], ("MPO", "SharedMPO"))
     try:
-        if kind == "MPO":
-            cores = [arrays[f"cores.{site}"] for site in range(len(arrays))]
-            return MPO(cores, _shape(description, cores), center_site)
-        aux = [arrays[f"aux.{site}"] for site in range(len(arrays) - 1)]
-        center = arrays["center"]
-        site = check_index("center_site", center_site, len(arrays))
-        shape = _shape(description, [*aux[:site], center, *aux[site:]])
-        return SharedMPO(center, aux, shape, center_site)
+        if description["kind"] == "MPO":
+            rebuilt: MPO | SharedMPO = _mpo(description, _chain("cores", arrays))
+        else:
+            rebuilt = _shared_mpo(description, arrays)
+        if arrays:
+            raise InputError(f"it has more arrays, {short_repr(sorted(arrays))}")
     except InputError as error:
         raise InputError(f"{path} does not hold what tnmoe.save writes: {error}") from error
+    return rebuilt
+
+
+def _shared_mpo(description: dict, arrays: dict[str, Array]) -> SharedMPO:
+    cores, base = _chain("cores", arrays), description["base"]
+    center_site = check_index("center_site", description["center_site"], len(cores))
+    if base is not None:
+        base = _mpo(base, _chain("base", arrays))
+    return SharedMPO(cores, _shape(description, cores), center_site, base)
+
+
+def _mpo(description: dict, cores: Sequence[Array]) -> MPO:
+    return MPO(cores, _shape(description, cores), description["center_site"])
+
+
+def _chain(name: str, arrays: dict[str, Array]) -> list[Array]:
+    """Take the cores ``name.0``, ``name.1``, … out of the arrays."""
+    cores: list[Array] = []
+    while (core := arrays.pop(f"{name}.{len(cores)}", None)) is not None:
+        cores.append(core)
+    return cores
 
 
 def _shape(description: dict, cores: Sequence[Array]) -> MPOShape:

@@ -9,6 +9,10 @@ from math import prod
 
 from tnmoe.errors import InputError, check_index, check_positive_int, short_repr
 from tnmoe.factors import factorize, number_of_sites, padded_size, size_to_split
+from tnmoe.options import NamedSites
+
+# Sites whose cores experts share.
+SharedSites = NamedSites | Iterable[int]
 
 
 @dataclass(frozen=True)
@@ -326,18 +330,19 @@ def resolve_shared_sites(
     InputError
         If the name is unknown, a site does not exist, or experts would own no site.
     """
+    named: dict[str, frozenset[int]] = {"center": frozenset({center_site}), "none": frozenset()}
     if isinstance(shared_sites, str):
-        named: dict[str, frozenset[int]] = {"center": frozenset({center_site}), "none": frozenset()}
         if shared_sites not in named:
             raise InputError(
                 f"shared_sites must be one of {', '.join(named)} or sites, got {shared_sites!r}"
             )
-        return named[shared_sites]
-    if not isinstance(shared_sites, Iterable):
+        chosen = named[shared_sites]
+    elif isinstance(shared_sites, Iterable):
+        chosen = frozenset(check_index("every shared site", site, sites) for site in shared_sites)
+    else:
         raise InputError(
             f"shared_sites must be a name or the numbers of sites, got {shared_sites!r}"
         )
-    chosen = frozenset(check_index("every shared site", site, sites) for site in shared_sites)
     if len(chosen) == sites:
         raise InputError(
             f"experts that share all {sites} sites would be the same: leave some sites out"

@@ -1,5 +1,6 @@
 """Orders of contraction: their cost against opt_einsum's count, and the work to find them."""
 
+from itertools import permutations
 from math import prod
 
 import numpy as np
@@ -53,6 +54,44 @@ def test_the_search_for_many_cores_hardly_misses_the_best_of_few(chain):
     if len(cores) > 1:
         best = int(counted_by_opt_einsum(cores, batch, "dp").opt_cost)
         assert best <= searched(cores, batch).flops(batch or 0) <= 1.5 * best
+
+
+def cost(cores, bonds):
+    """Cost of sums over bonds in an order, for chains that share cores: operations and entries."""
+    legs = [out * in_ for *_, out, in_, _ in cores]
+    inner = [1, *(core[-4] for core in cores[1:]), 1]
+    segments, total = [(site, site + 1) for site in range(len(cores))], 0
+    for bond in bonds:
+        left = next(segment for segment in segments if segment[1] == bond)
+        right = next(segment for segment in segments if segment[0] == bond)
+        start, stop = left[0], right[1]
+        segments = sorted({*segments, (start, stop)} - {left, right})
+        copies = max(core[0] if len(core) == 5 else 1 for core in cores[start:stop])
+        entries = copies * inner[start] * inner[stop] * prod(legs[start:stop])
+        total += entries * (2 * inner[bond] + paths._OPERATIONS_PER_ENTRY)
+    return total
+
+
+def bonds_of(path, sites):
+    """The bonds over which a path sums, in its order."""
+    remaining, bonds = [(site, site + 1) for site in range(sites)], []
+    for step in path:
+        left, right = sorted(remaining.pop(term) for term in sorted(step, reverse=True))
+        assert left[1] == right[0]
+        bonds.append(left[1])
+        remaining.append((left[0], right[1]))
+    return bonds
+
+
+@given(chains(most=6), st.data())
+@settings(max_examples=60)
+def test_chains_that_share_cores_are_built_by_the_best_of_all_orders(chain, data):
+    cores, sites = chain[0], len(chain[0])
+    owned = data.draw(st.sets(st.integers(0, sites - 1)))
+    experts = data.draw(st.integers(1, 64))
+    cores = tuple((experts, *core) if site in owned else core for site, core in enumerate(cores))
+    found = cost(cores, bonds_of(paths.neighbours_path(cores), sites))
+    assert found == min(cost(cores, order) for order in permutations(range(1, sites)))
 
 
 @given(chains(least_bond=2), st.integers(1, 600))

@@ -51,7 +51,8 @@ def test_averaging_experts_that_are_alike_gives_the_dense_model_back(name, layou
     dense = make(name)
     expected = outputs(dense, name)
     names = set(dense.state_dict())
-    back = hf.average_experts(hf.upcycle(dense, hf.MPOEConfig(num_experts=3, every=2, **LAYOUTS[layout])))
+    config = hf.MPOEConfig(num_experts=3, every=2, **LAYOUTS[layout])
+    back = hf.average_experts(hf.upcycle(dense, config))
     assert type(back) is type(dense)
     assert set(back.state_dict()) == names
     assert not any(isinstance(each, nn.MPOMoE) for each in back.modules())

@@ -1,6 +1,7 @@
 """Models with offloaded tensors compute the same as in memory."""
 
 import copy
+from itertools import product
 
 import accelerate
 import pytest
@@ -68,8 +69,10 @@ def logits(model):
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("gated", layout) for layout in LAYOUTS]
-    + [(kind, layout) for kind in list(DENSE)[1:] for layout in ("interleaved", "hidden", "residual", "load bias")],
+    [
+        *(("gated", layout) for layout in LAYOUTS),
+        *product(list(DENSE)[1:], ("interleaved", "hidden", "residual", "load bias")),
+    ],
 )
 def test_tensors_kept_elsewhere_give_the_same_logits(kind, layout, tmp_path):
     model = convert(kind, layout)

@@ -89,10 +89,9 @@ def load_operator(path: Path, intact: Path) -> str:
     except (tn.InputError, OSError) as error:
         check_line(str(error))
         return "refused"
-    cores = found.cores if isinstance(found, tn.MPO) else (*found.aux, found.center)
     with np.errstate(all="ignore"):
         dense = np.asarray(found)
-    if dense.shape[-2:] != (found.shape.out_features, found.shape.in_features) or not cores:
+    if dense.shape[-2:] != (found.shape.out_features, found.shape.in_features) or not found.cores:
         raise WrongError(f"a matrix of {dense.shape} for {found}")
     repr(found)
     return "done"

@@ -76,6 +76,7 @@ def _make_operators(folder: Path) -> None:
     tn.save(folder / "operator-complex", tn.decompose(real * (1 + 2j), shape))
     tn.save(folder / "operator-half", tn.decompose(torch.tensor(real).bfloat16(), shape))
     tn.save(folder / "operator-shared", tn.SharedMPO.replicate(tn.decompose(real, shape), 3))
+    tn.save(folder / "operator-base", tn.SharedMPO.from_base(tn.decompose(real, shape), 3, rng=0))
 
 
 def copy_with_times(original: Path, place: Path) -> None:

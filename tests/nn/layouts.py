@@ -72,7 +72,9 @@ def make(kind, route=None, *, gated=False, bias=False, dtype=torch.float64, **mo
     return set_route(vary(experts), route)
 
 
-def from_linear(kind, *, gated=False, bias=True, dtype=torch.float64, linear=torch_nn.Linear, **more):
+def from_linear(
+    kind, *, gated=False, bias=True, dtype=torch.float64, linear=torch_nn.Linear, **more
+):
     """Make a layer of linear modules, with biases of their own, whose experts differ."""
     torch.manual_seed(0)
     sizes = {"up": (H, F), "down": (F, H)} | ({"gate": (H, F)} if gated else {})

@@ -512,7 +512,7 @@ def test_experts_share_no_memory_with_the_network_they_start_from(layout, gauge)
                 up_shape=tn.MPOShape((2, 2), (3, 1)),
                 down_shape=tn.MPOShape((3, 1), (2, 2)),
             ),
-            "layout must be one of interleaved, split, got 'x'",
+            "layout must be one of interleaved, split, hidden, residual, got 'x'",
         ),
         (
             lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.full((3, 4), torch.inf)),

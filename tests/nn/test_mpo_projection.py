@@ -118,14 +118,56 @@ def test_experts_start_as_the_pretrained_matrix_and_noise_spares_what_they_share
                 assert (change[0] != change[1]).any()
 
 
-@pytest.mark.parametrize("shared", [(1,), (0, 1)], ids=str)
-def test_a_shared_mpo_becomes_a_projection_and_back(shared):
+@pytest.mark.parametrize("shared", SUBSETS, ids=str)
+@pytest.mark.parametrize("experts", [1, E])
+def test_a_projection_becomes_a_shared_mpo_and_back_with_the_memory_of_its_cores(experts, shared):
     torch.manual_seed(0)
-    made = nn.MPOProjection(E, SHAPES["interleaved"], shared_sites=shared, dtype=torch.float64)
-    twin = nn.MPOProjection.from_shared_mpo(made.to_shared_mpo())
+    made = nn.MPOProjection(experts, SHAPES["padded"], shared_sites=shared, dtype=torch.float64)
+    operator = made.to_shared_mpo()
+    assert operator.shared_sites == frozenset(shared)
+    assert (operator.num_experts, operator.center_site) == (experts, made.center_site)
+    for site in range(SITES):
+        assert operator.cores[site].data_ptr() == made.core_at(site).data_ptr()
+    twin = nn.MPOProjection.from_shared_mpo(operator)
+    assert twin.shared_sites == made.shared_sites
     torch.testing.assert_close(twin.weight(), made.weight())
-    with pytest.raises(tn.InputError, match="these experts own theirs"):
-        nn.MPOProjection(E, SHAPES["interleaved"], shared_sites="none").to_shared_mpo()
+    torch.testing.assert_close(operator.to_matrices(), made.weight())
+    operator.to_matrices().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+
+
+def test_cores_of_several_dtypes_make_a_shared_mpo_of_the_widest():
+    made = nn.MPOProjection(E, SHAPES["interleaved"])
+    made.center = torch.nn.Parameter(made.center.detach().bfloat16())
+    operator = made.to_shared_mpo()
+    assert {core.dtype for core in operator.cores} == {torch.float32}
+    torch.testing.assert_close(operator.to_matrices(), made.weight())
+
+
+@pytest.mark.parametrize("sites", [((4, 3), (1, 8)), ((12, 1), (2, 4))], ids=str)
+def test_a_projection_around_a_linear_module_becomes_a_shared_mpo_and_back(sites):
+    torch.manual_seed(0)
+    made = nn.HiddenProjection(E, tn.MPOShape(*sites))
+    operator = made.to_shared_mpo()
+    assert operator.shared_sites == {made.center_site}
+    assert operator.center.data_ptr() == made.base.weight.data_ptr()
+    torch.testing.assert_close(operator.to_matrices(), made.weight())
+    for kind in (nn.HiddenProjection, nn.MPOProjection):
+        torch.testing.assert_close(kind.from_shared_mpo(operator).weight(), made.weight())
+
+
+def test_what_a_projection_cannot_hold_or_reach_is_named():
+    made = nn.MPOProjection(E, SHAPES["interleaved"])
+    single = tn.MPO([torch.ones(1, 4, 4, 1)])
+    for foreign, message in (
+        (tn.SharedMPO.from_base(single, E), "an MPOProjection has no base: got SharedMPO"),
+        (tn.SharedMPO.replicate(single, E, "none"), "need a shape of at least 2 sites"),
+    ):
+        with pytest.raises(tn.InputError, match=message):
+            nn.MPOProjection.from_shared_mpo(foreign)
+    owned = nn.MPOProjection(E, tn.MPOShape((4, 3), (1, 8)), shared_sites="none").to_shared_mpo()
+    with pytest.raises(tn.InputError, match="a HiddenProjection has one central core, got 3"):
+        nn.HiddenProjection.from_shared_mpo(owned)
     with pytest.raises(tn.InputError, match="expert must be an integer from 0 to 2, got 3"):
         made.expert(3)
     for reach in (made.core_at, lambda site: made.set_core(site, made.center)):

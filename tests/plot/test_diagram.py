@@ -1,6 +1,7 @@
 """A diagram shows the cores, bonds and legs of its operator."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,26 +22,34 @@ def nodes(ax):
 @settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9),
-    st.sampled_from(["shape", "mpo", "shared"]),
+    st.sampled_from(["shape", "mpo", "shared", "base"]),
     st.integers(1, 32),
+    st.data(),
 )
-def test_a_network_has_its_cores_bonds_and_legs(legs, kind, experts):
+def test_a_network_has_its_cores_bonds_and_legs(legs, kind, experts, data):
     shape = tn.MPOShape(*zip(*legs, strict=True))
-    operator = shape if kind == "shape" else tn.MPO.random(shape, max_bond=3, rng=0)
-    if kind == "shared" and shape.sites > 1:
-        operator = tn.SharedMPO.replicate(operator, experts)
+    operator = mpo = shape if kind == "shape" else tn.MPO.random(shape, max_bond=3, rng=0)
+    owned = set()
+    if kind in ("shared", "base"):
+        owned = data.draw(st.sets(st.integers(0, shape.sites - 1), min_size=1))
+        operator = tn.SharedMPO.replicate(mpo, experts, set(range(shape.sites)) - owned)
     bonds = shape.bond_dims(None if kind == "shape" else 3)
+    if kind == "base":
+        operator = tn.SharedMPO(operator.cores, shape, base=mpo)
     ax = plot.network(operator, axes())
-    shared = isinstance(operator, tn.SharedMPO)
 
     squares, circles = nodes(ax)
-    assert len(squares) == 1
-    assert len(circles) == (shape.sites - 1) * (min(experts, 3) if shared else 1)
-    assert len(ax.lines) == 3 * shape.sites - 1
+    chains = 2 if kind == "base" else 1
+    behind = min(experts, 3) - 1  # cores in a stack behind the first
+    central = shape.center_site in owned
+    assert len(squares) == chains + behind * central
+    assert len(circles) == chains * (shape.sites - 1) + behind * (len(owned) - central)
+    assert len(ax.lines) == chains * (3 * shape.sites - 1)
     expected = [
-        *(str(dim) for dim in (*bonds, *range(shape.sites))),
-        *(str(dim) for leg in legs for dim in leg if dim > 1),
-        *[f"×{experts}"] * (shape.sites - 1 if shared else 0),
+        *chains * [str(dim) for dim in (*bonds, *range(shape.sites))],
+        *chains * [str(dim) for leg in legs for dim in leg if dim > 1],
+        *[f"×{experts}"] * len(owned),
+        *(["+", "base"] if kind == "base" else []),
         "input legs",
         "output legs",
     ]
@@ -96,6 +105,41 @@ def test_a_mixture_of_torch_tensors_is_drawn():
     ax = plot.network(tn.SharedMPO.replicate(mpo, 32), axes())
     assert ax.get_title().startswith("32 experts of 48 × 36, 3 sites")
     assert legend(ax) == ["central core, shared", "auxiliary cores, one per expert"]
+
+
+@pytest.mark.parametrize(
+    ("shared_sites", "expected"),
+    [
+        ((0,), ["central core, one per expert", "auxiliary cores, shared",
+                "auxiliary cores, one per expert"]),
+        ((0, 1), ["central core, shared", "auxiliary cores, shared",
+                  "auxiliary cores, one per expert"]),
+        ((0, 2), ["central core, one per expert", "auxiliary cores, shared"]),
+        ("none", ["central core, one per expert", "auxiliary cores, one per expert"]),
+    ],
+)  # fmt: skip
+def test_the_legend_names_what_is_shared_and_what_is_owned(shared_sites, expected):
+    shared = tn.SharedMPO.replicate(tn.MPO.random(SPLIT, rng=0), 4, shared_sites)
+    ax = plot.network(shared, axes())
+    assert legend(ax) == expected
+    squares, circles = nodes(ax)
+    fronts = {patch.get_center()[0]: patch.get_facecolor() for patch in [*squares, *circles]
+              if patch.get_zorder() == 3}  # fmt: skip
+    shares = {fronts[site] for site in shared.shared_sites}
+    owns = {fronts[site] for site in set(range(3)) - shared.shared_sites}
+    assert (len(shares), len(owns)) == (min(len(shared.shared_sites), 1), 1)
+    assert not shares & owns
+
+
+def test_a_base_stands_left_of_the_chain_that_is_added_to_it():
+    base = tn.MPO.random(tn.MPOShape((48,), (36,)), rng=0)
+    ax = plot.network(tn.SharedMPO.from_base(base, 4, max_bond=5, rng=0), axes())
+    assert ax.get_title().startswith("4 experts of 48 × 36, 2 sites and a base\n")
+    plus = next(text for text in ax.texts if text.get_text() == "+")
+    assert plus.get_position() == (0.5, 0)
+    bond = next(text for text in ax.texts if text.get_text() == "5")
+    assert bond.get_position()[0] == 1.5
+    assert legend(ax)[0] == "central core, shared"
 
 
 def test_a_new_figure_grows_with_the_sites():

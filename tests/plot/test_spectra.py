@@ -136,3 +136,24 @@ def test_many_long_names_along_an_axis_do_not_overlap():
     assert all(one.x1 <= other.x0 for one, other in pairwise(boxes))
     ax = plot.entropy({f"{index}": [0.5] for index in range(200)}, axes(), against="layer")
     assert len(ax.get_xticklabels()) <= 40
+
+
+@pytest.mark.parametrize("name", [None, "up"])
+def test_every_expert_of_a_mixture_is_drawn(name):
+    mpo = tn.MPO.random(tn.MPOShape((4, 4, 3), (3, 4, 3)), max_bond=6, rng=0)
+    shared = tn.SharedMPO.replicate(mpo, 2, noise=0.5, rng=0)
+    given = shared if name is None else {name: shared}
+    experts = {f"expert {index}": shared.expert(index) for index in range(2)}
+    spectra, expected = (plot.schmidt_spectra(each, axes()) for each in (given, experts))
+    for line, other in zip(spectra.lines, expected.lines, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), other.get_ydata())
+    lines = plot.entropy(given, axes()).lines
+    for index, expert in enumerate(experts.values()):
+        values = [expert.entropy(bond) for bond in range(2)]
+        np.testing.assert_allclose(lines[index].get_ydata(), values)
+    prefix = "" if name is None else f"{name}, "
+    assert legend(spectra) == [
+        f"{prefix}expert {index}, bond {bond} (dimension 6)"
+        for index in range(2)
+        for bond in range(2)
+    ]

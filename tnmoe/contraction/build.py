@@ -1,4 +1,4 @@
-"""Dense matrices built from cores: of one chain, and of experts around a central core."""
+"""Dense matrices built from cores: of one chain, and of experts that share some cores."""
 
 from __future__ import annotations
 
@@ -10,43 +10,77 @@ from typing import Any
 import numpy as np
 
 from tnmoe.backends import Array, Backend
-from tnmoe.contraction.paths import CoreShapes, building_path, shapes_of
+from tnmoe.contraction.paths import CoreShapes, neighbours_path, shapes_of
 
-# Legs of a segment are put in order while it has this many times fewer entries than the matrix.
+# Legs of a segment are put in order while it has this many times fewer entries than all matrices.
 _SMALL_SEGMENT = 8
 
 
 def to_padded_matrix(xp: Backend, cores: Sequence[Array]) -> Array:
-    """Multiply all cores of a chain to a (padded out, padded in) matrix."""
-    segments = [(core, [core.shape[1:3]]) for core in cores]
-    rows, columns = (prod(core.shape[axis] for core in cores) for axis in (1, 2))
+    """Multiply all cores of a chain, or of the chains of experts that share some cores.
+
+    The products of shared cores are computed once for all experts.
+
+    Parameters
+    ----------
+    xp : Backend
+        Library of the arrays.
+    cores : sequence of array, shapes (D, out, in, D') or (E, D, out, in, D')
+        Cores of all sites, left to right; those with an axis of experts are owned.
+
+    Returns
+    -------
+    array, shape (padded out, padded in), or (E, padded out, padded in) if a core is owned
+    """
+    segments = [_segment_of(core) for core in cores]
+    rows, columns = (prod(core.shape[axis] for core in cores) for axis in (-3, -2))
+    entries = rows * columns * max(prod(core.shape[:-4]) for core in cores)
     for site in _merge_order(shapes_of(cores)):
         (left, left_legs), (right, right_legs) = segments[site : site + 2]
-        product = left.reshape(-1, left.shape[-1]) @ right.reshape(right.shape[0], -1)
-        ends = (left.shape[0], right.shape[-1])
-        merged = product.reshape(ends[0], -1, ends[1]), [*left_legs, *right_legs]
-        # Permuting a small segment is cheap, and the last permutation, that of the whole matrix,
-        # then moves larger pieces.
-        if prod(product.shape) * _SMALL_SEGMENT <= rows * columns:
+        merged = _multiply(left, right), [*left_legs, *right_legs]
+        # Permuting a small segment is cheap, and the last permutation, that of whole matrices, then
+        # moves larger pieces.
+        if prod(merged[0].shape) * _SMALL_SEGMENT <= entries:
             merged = _outputs_first(xp, *merged)
         segments[site : site + 2] = [merged]
-    return _outputs_first(xp, *segments[0])[0].reshape(rows, columns)
+    matrix = _outputs_first(xp, *segments[0])[0]
+    return matrix.reshape(*matrix.shape[:-3], rows, columns)
+
+
+def _segment_of(core: Array) -> tuple[Array, list[tuple[int, int]]]:
+    """Return a core as a segment, (..., D, out · in, D'), and its legs."""
+    *owners, left, out, in_, right = core.shape
+    return core.reshape(*owners, left, out * in_, right), [(out, in_)]
+
+
+def _multiply(left: Array, right: Array) -> Array:
+    """Multiply neighbouring segments (..., D, legs, D'); an axis of experts stays in front."""
+    *owners_left, first, _, bond = left.shape
+    *owners_right, _, _, last = right.shape
+    if owners_right:
+        rows = left.reshape(*owners_left, -1, bond)
+        product = rows @ right.reshape(*owners_right, bond, -1)
+    else:  # one product for the rows of all experts
+        product = left.reshape(-1, bond) @ right.reshape(bond, -1)
+    return product.reshape(*(owners_left or owners_right), first, -1, last)
 
 
 def _outputs_first(
     xp: Backend, segment: Array, legs: Sequence[tuple[int, int]]
 ) -> tuple[Array, list[tuple[int, int]]]:
-    """Permute a segment (D, out · in · out · in …, D') to (D, out · out … · in · in …, D')."""
-    left, right = segment.shape[0], segment.shape[-1]
+    """Permute a segment (..., D, out · in · out · in …, D') to (..., D, out · out … · in …, D')."""
+    *owners, left, _, right = segment.shape
     # Legs of size 1 are left out: libraries limit the number of axes.
     sizes = [size for leg in legs for size in leg if size > 1]
     sides = [side for leg in legs for side, size in enumerate(leg) if size > 1]
-    axes = sorted(range(len(sizes)), key=sides.__getitem__)
+    before = len(owners) + 1
+    axes = (before + axis for axis in sorted(range(len(sizes)), key=sides.__getitem__))
     ordered = xp.permute(
-        segment.reshape(left, *sizes, right), [0, *(1 + axis for axis in axes), 1 + len(sizes)]
+        segment.reshape(*owners, left, *sizes, right),
+        [*range(before), *axes, before + len(sizes)],
     )
     out, in_ = (prod(leg[axis] for leg in legs) for axis in (0, 1))
-    return ordered.reshape(left, out * in_, right), [(out, in_)]
+    return ordered.reshape(*owners, left, out * in_, right), [(out, in_)]
 
 
 @lru_cache(maxsize=4096)
@@ -54,54 +88,14 @@ def _merge_order(cores: CoreShapes) -> tuple[int, ...]:
     """Return the best order of merges: which segment takes in its right neighbour next."""
     segments = [(site, site + 1) for site in range(len(cores))]
     merges, remaining = [], list(segments)
-    for step in building_path(cores).path:
+    for step in neighbours_path(cores):
         merged = [remaining.pop(term) for term in sorted(step, reverse=True)]
         start, stop = min(merged)[0], max(merged)[1]
         remaining.append((start, stop))
-        if len(merged) == 2:  # the path of a single core has one step, which changes nothing
-            site = segments.index(min(merged))
-            segments[site : site + 2] = [(start, stop)]
-            merges.append(site)
+        site = segments.index(min(merged))
+        segments[site : site + 2] = [(start, stop)]
+        merges.append(site)
     return tuple(merges)
-
-
-def stacked_to_padded_matrices(
-    xp: Backend, center: Array, left: Sequence[Array], right: Sequence[Array]
-) -> Array:
-    """Build the matrices of E experts from the central core and the stacked cores around it.
-
-    A shared central core takes one product for all experts together, then a batched one.
-
-    Parameters
-    ----------
-    xp : Backend
-        Library of the arrays.
-    center : array, shape (D, out, in, D') or (E, D, out, in, D')
-        Central core: one that all experts share, or one per expert.
-    left, right : sequence of array, shapes (E, D, out, in, D')
-        Stacked cores left and right of it, at least one in all.
-
-    Returns
-    -------
-    array, shape (E, padded out, padded in)
-    """
-    experts = (*left, *right)[0].shape[0]
-    *own, bond_l, out_c, in_c, bond_r = center.shape
-    env_l, out_l, in_l = left_environment(xp, left)
-    env_r, out_r, in_r = right_environment(xp, right)
-    # A side without auxiliary cores has the environment 1, the same for all experts.
-    product = center.reshape(*(own or [1]), -1, bond_r)
-    if env_l is not None:
-        rows = env_l if own else env_l.reshape(-1, bond_l)
-        product = rows @ center.reshape(*own, bond_l, -1)
-        product = product.reshape(experts, -1, bond_r)
-    if env_r is not None:
-        product = product @ env_r
-    # (E, Ol, Il, Oc, Ic, Or, Ir) -> (E, Ol, Oc, Or, Il, Ic, Ir)
-    legs = product.reshape(experts, out_l, in_l, out_c, in_c, out_r, in_r)
-    return xp.permute(legs, (0, 1, 3, 5, 2, 4, 6)).reshape(
-        experts, out_l * out_c * out_r, in_l * in_c * in_r
-    )
 
 
 def left_environment(xp: Backend, cores: Sequence[Array]) -> tuple[Array | None, int, int]:

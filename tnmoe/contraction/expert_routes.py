@@ -176,10 +176,9 @@ def predict_seconds(
     return seconds
 
 
-def flops_and_peak(workload: Workload, route: Route, chain: ChainCost | None) -> tuple[int, int]:
+def flops_and_peak(workload: Workload, route: Route, chain: ChainCost) -> tuple[int, int]:
     """Count the operations of a route and the entries of its largest intermediate array."""
     if route == "per_expert":
-        assert chain is not None
         vectors = max(1, round(workload.rows_per_expert))
         peak = peak_in_pieces(chain.peak_elements, vectors, workload.shape)
         return round(workload.active_experts * chain.flops), peak

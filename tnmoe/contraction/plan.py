@@ -17,7 +17,7 @@ from tnmoe.contraction.paths import Path, applying_path, building_path
 from tnmoe.contraction.pieces import peak_in_pieces
 from tnmoe.contraction.rates import Rates, get_rates
 from tnmoe.errors import InputError, check_int_from_zero, check_one_of, check_positive_int
-from tnmoe.options import MATRICES, Matrix, OperatorRoute, Route
+from tnmoe.options import MATRICES, ROUTES, Matrix, OperatorRoute, Route
 from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site, resolve_shared_sites
 from tnmoe.system.tables import format_table
 
@@ -84,6 +84,7 @@ def contraction_plan(
     shared_sites: Iterable[int] | None = None,
     matrix: Matrix | None = None,
     top_k: int = 1,
+    route: Route | None = None,
     training: bool = False,
     cached: bool = False,
     device: str = "cpu",
@@ -114,6 +115,8 @@ def contraction_plan(
         default they act once per vector.
     top_k : int
         Experts per token: the vectors belong to ``batch / top_k`` tokens.
+    route : {"joint", "per_expert", "rebuilt", "cached"}, optional
+        For experts: the route to plan; the fastest by default.
     training : bool
         Whether a backward pass will follow.
     cached : bool
@@ -170,6 +173,7 @@ def contraction_plan(
     shared = {center_site} if shared_sites is None else shared_sites
     shared = resolve_shared_sites(shared, shape.sites, center_site)
     check_one_of("matrix", matrix, (*MATRICES, None))
+    check_one_of("route", route, (*ROUTES, None))
     workload = Workload(
         shape=shape,
         bond_dims=bonds,
@@ -182,17 +186,20 @@ def contraction_plan(
         once=once_per_token_sites(shape.sites, shared, matrix),
         tokens=batch / top_k,
     )
-    return _plan_for_experts(workload, get_rates(device), cached)
+    return _plan_for_experts(workload, get_rates(device), cached, route)
 
 
 @lru_cache(maxsize=4096)
-def _plan_for_experts(workload: Workload, rates: Rates, cached: bool) -> ContractionPlan:
-    """Choose the route that the cost model expects to be the fastest."""
+def _plan_for_experts(
+    workload: Workload, rates: Rates, cached: bool, given: Route | None
+) -> ContractionPlan:
+    """Choose the given route, or the one that the cost model expects to be the fastest."""
     rows_of_expert = max(1, round(workload.rows / workload.active_experts))
     chain = plan_for_chain(workload.shape, workload.bond_dims, rows_of_expert)
-    cost = ChainCost(chain.flops, chain.peak_elements) if chain.route == "chain" else None
-    seconds = predict_seconds(workload, rates, cost, cached)
-    route = min(seconds, key=lambda name: seconds[name])
+    cost = ChainCost(chain.flops, chain.peak_elements)
+    seconds = predict_seconds(workload, rates, cost if chain.route == "chain" else None, cached)
+    fastest = min(seconds, key=lambda name: seconds[name])
+    route = fastest if given is None else given
     flops, peak = flops_and_peak(workload, route, cost)
     return ContractionPlan(route, flops, peak, chain.path if route == "per_expert" else (), seconds)
 

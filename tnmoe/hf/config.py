@@ -26,7 +26,6 @@ from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.settings import (
     GROUP_SIZE,
-    SharedSites,
     check_bond_ratio,
     check_matrices,
     check_shared_sites,
@@ -43,7 +42,7 @@ from tnmoe.options import (
     Matrix,
     RouterKind,
 )
-from tnmoe.shapes import MPOShape, resolve_shared_sites
+from tnmoe.shapes import MPOShape, SharedSites, resolve_shared_sites
 
 Size = tuple[int, int]
 

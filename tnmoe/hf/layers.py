@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, FusedHalf, Matrix, weight_of
 from tnmoe.hf.find import ffns_named
-from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.dense_experts import DenseExperts
+from tnmoe.nn.experts import Experts
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
@@ -70,9 +71,7 @@ def _kept_modules(ffn: FFN, config: MPOEConfig) -> set[str]:
     return {
         name
         for name, matrix in ffn.matrices.items()
-        if name in settings
-        and settings[name].keeps_matrix
-        and not isinstance(matrix, FusedHalf)
+        if name in settings and settings[name].keeps_matrix and not isinstance(matrix, FusedHalf)
     }
 
 

@@ -10,7 +10,8 @@ from tnmoe.nn.activations import ClampedSwiGLU, Gated
 from tnmoe.nn.compute.cache import WeightCache, weight_cache
 from tnmoe.nn.compute.calibrate import calibrate
 from tnmoe.nn.compute.slots import Groups
-from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.dense_experts import DenseExperts
+from tnmoe.nn.experts import Experts
 from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.moe import MPOMoE, ignore_padding
 from tnmoe.nn.mpo_experts import MPOExperts

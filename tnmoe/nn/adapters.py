@@ -21,6 +21,16 @@ def modules_in_use(model: nn.Module) -> Iterator[nn.Module]:
             yield from modules_in_use(module)
 
 
+def replaced_by_copies(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that PEFT keeps beside the copies that it trains."""
+    used = {
+        id(parameter)
+        for module in modules_in_use(model)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {id(parameter) for parameter in model.parameters()} - used
+
+
 def warn_of_unsaved(model: nn.Module, stacklevel: int = 3) -> None:
     """Warn of trained experts and routers that PEFT will not save with its adapters.
 
@@ -56,9 +66,22 @@ def _unsaved_names(model: nn.Module, name: str = "") -> set[str]:
     if _wraps_trained_copy(model):
         return set()
     if isinstance(model, Experts | Router):
-        return {name} if any(parameter.requires_grad for parameter in model.parameters()) else set()
+        return {name} if _trains_unsaved(model) else set()
     children = model.named_children()
     return {unsaved for name, child in children for unsaved in _unsaved_names(child, name)}
+
+
+def _trains_unsaved(module: nn.Module) -> bool:
+    """Return whether parameters are trained that are not in an adapter or a trained copy."""
+    if _wraps_trained_copy(module):
+        return False
+    peft: Any = sys.modules["peft"]
+    adapters: tuple[str, ...] = ()
+    if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        adapters = module.adapter_layer_names
+    return any(each.requires_grad for each in module.parameters(recurse=False)) or any(
+        _trains_unsaved(child) for name, child in module.named_children() if name not in adapters
+    )
 
 
 def _wraps_trained_copy(module: nn.Module) -> bool:

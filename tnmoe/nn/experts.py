@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tnmoe.contraction.layer_plan import LayerPlan, Work, layer_plan
 from tnmoe.contraction.pieces import rows_per_piece
-from tnmoe.errors import InputError, check_bool, check_generator, check_number_in
+from tnmoe.errors import (
+    InputError,
+    check_bool,
+    check_int_from_zero,
+    check_number_in,
+    check_positive_int,
+)
 from tnmoe.nn.activations import is_repeatable, resolve_activation
-from tnmoe.nn.compute.once_per_token import FirstCall, LastCall, Load, Products, Tensors
+from tnmoe.nn.compute.once_per_token import FirstCall, LastCall, Load, Tensors
 from tnmoe.nn.compute.pieces import apply_in_pieces
-from tnmoe.nn.compute.slot_network import SlotNetwork, sum_at_once, sum_in_chunks
-from tnmoe.nn.compute.slots import DenseDispatch, Groups, sum_choices, zero_unrouted
+from tnmoe.nn.compute.products import Products
+from tnmoe.nn.compute.slot_network import SlotNetwork, sum_at_once, sum_in_chunks, sum_unsorted
+from tnmoe.nn.compute.slots import (
+    DenseDispatch,
+    Groups,
+    SlotOrder,
+    sum_choices,
+    zero_unrouted,
+)
 from tnmoe.nn.mpo_projection import project_pair
-from tnmoe.nn.projection import Bias, Projection, StackedProjection
-from tnmoe.nn.settings import projection_sizes
+from tnmoe.nn.projection import Projection
 from tnmoe.nn.transforms import (
     autocast_dtype,
     has_values,
@@ -27,6 +40,12 @@ from tnmoe.nn.transforms import (
     needs_native_operators,
     values_are_readable,
 )
+
+# Slots of a call that are multiplied by their experts' cores without being sorted: always up to the
+# first number, and up to the second where the cores of all slots together have few numbers.
+_FEWEST_SLOTS = 16
+_FEW_SLOTS = 128
+_FEW_NUMBERS = 1 << 19
 
 # Numbers that the last-level cache of a CPU holds, roughly.
 _LAST_LEVEL_CACHE = 1 << 22
@@ -141,13 +160,17 @@ class Experts(nn.Module):
         if not values_are_readable(states):
             outputs = self._run_without_sync(states, top_k_index, top_k_weights)
             return outputs.to(hidden_states.dtype)
+        products = self._products(self._load(states, top_k_index.numel()))
+        if self._are_few(products, top_k_index) and self._all_routed(top_k_index):
+            network = self._slot_network(products, states)
+            sums = sum_unsorted(network, top_k_index, top_k_weights)
+            return self._output(products, sums, states).to(hidden_states.dtype)
         groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
         routed, weights = self._count_routed(groups), top_k_weights
         if routed < groups.layer_slots:
             unrouted = top_k_index == self.num_experts
             weights = weights.masked_fill(unrouted, 0)
             states = zero_unrouted(states, unrouted.all(1))
-        products = self._products(states, groups)
         if self._is_faster_expert_by_expert(products, groups):
             outputs = self._run_expert_by_expert(states, groups, weights)
         else:
@@ -205,33 +228,79 @@ class Experts(nn.Module):
             in_pieces = not torch.is_grad_enabled() and values_are_readable(states)
             limit = step if in_pieces else None
             sums = sum_at_once(network, groups, weights, routed, unrouted, limit)
+        return self._output(products, sums, states)
+
+    def _output(self, products: Products, sums: Sequence[Tensor], states: Tensor) -> Tensor:
         return products.last.of_tokens([total.to(states.dtype) for total in sums])
 
-    def _products(self, states: Tensor, groups: Groups) -> Products:
-        """Return the products of this call: of gate and up, or of up alone, and of down."""
+    def _are_few(self, products: Products, index: Tensor) -> bool:
+        """Return whether slots are so few that sorting them costs more than it saves."""
+        slots = index.numel()
+        if torch.is_grad_enabled() or products.have_calls or not 0 < slots <= _FEW_SLOTS:
+            return False
+        sizes = (weight[0].numel() for weight in products.weights if weight.ndim == 5)
+        return slots <= _FEWEST_SLOTS or slots * max(sizes, default=0) <= _FEW_NUMBERS
+
+    def _all_routed(self, index: Tensor) -> bool:
+        lowest, highest = torch.aminmax(index)
+        return bool(lowest >= 0) and bool(highest < self.num_experts)
+
+    def plan(self, tokens: int, top_k: int = 1, training: bool = False) -> LayerPlan:
+        """Plan a call; ``print`` the plan to see what it computes per token and per slot.
+
+        Parameters
+        ----------
+        tokens : int
+            Tokens T of the call.
+        top_k : int
+            Experts per token, E at most.
+        training : bool
+            Whether a backward pass follows. The plan is that of the forward pass.
+
+        Returns
+        -------
+        LayerPlan
+
+        Raises
+        ------
+        InputError
+            If a number is not an integer in its range.
+        """
+        tokens = check_int_from_zero("tokens", tokens)
+        top_k = check_positive_int("top_k", top_k)
+        if top_k > self.num_experts:
+            raise InputError(f"top_k={top_k} exceeds the number of experts, {self.num_experts}")
+        load = Load(tokens, tokens * top_k, check_bool("training", training), is_known=True)
+        return layer_plan(tokens, top_k, self.num_experts, self._products(load).work())
+
+    def _load(self, states: Tensor, slots: int) -> Load:
         is_known = not torch.compiler.is_compiling() and has_values(states)
         training = torch.is_grad_enabled() and (
             states.requires_grad or any(each.requires_grad for each in self.parameters())
         )
-        load = Load(len(states), groups.layer_slots, training, is_known)
+        return Load(len(states), slots, training, is_known)
+
+    def _products(self, load: Load) -> Products:
+        """Return the products of a call: of gate and up, or of up alone, and of down."""
         inner = [self.up] if self.gate is None else [self.gate, self.up]
         # Parts of a product bypass the call of a projection, and with it what wraps the projection.
         firsts = [
-            (isinstance(each, Projection) and each.first_product(load)) or FirstCall(each)
+            (isinstance(each, Projection) and each.first_product(load))
+            or FirstCall(each, partial(_work_of_call, each, load))
             for each in inner
         ]
         down = self.down
-        last = (isinstance(down, Projection) and down.last_product(load)) or LastCall(down)
-        return Products(firsts, last)
+        last = isinstance(down, Projection) and down.last_product(load)
+        return Products(firsts, last or LastCall(down, partial(_work_of_call, down, load)))
 
     def _slot_network(self, products: Products, states: Tensor) -> SlotNetwork:
         """Return the network between what acts once per token, for the tokens of a call."""
         inputs, positions = products.states_of(states)
 
-        def function(rows: Tensors, weights: Tensors, groups: Groups) -> Tensors:
+        def function(rows: Tensors, weights: Tensors, groups: SlotOrder) -> Tensors:
             *of_firsts, of_last = products.split(weights)
             if self.gate is not None and products.are_calls:
-                sides: Tensors = project_pair(self.gate, self.up, rows[0], groups)
+                sides: Tensors = project_pair(self.gate, self.up, rows[0], groups)  # type: ignore[arg-type]
             else:
                 sides = tuple(
                     first.of_slots([rows[number] for number in numbers], own, groups)
@@ -273,12 +342,17 @@ class Experts(nn.Module):
         outputs for them are dropped.
         """
         unrouted = index >= self.num_experts
+        states = zero_unrouted(states, unrouted.all(1))
+        weights = weights.masked_fill(unrouted, 0)
+        products = self._products(self._load(states, index.numel()))
+        if self._are_few(products, index):
+            network = self._slot_network(products, states)
+            known = index.masked_fill(unrouted, 0)
+            sums = sum_unsorted(network, known, weights, unrouted.reshape(-1))
+            return self._output(products, sums, states)
         used = F.pad(index.masked_fill(unrouted, 0).reshape(-1), (0, 1)).amax()
         groups = Groups.of(torch.where(unrouted, used, index).reshape(-1), self.num_experts)
-        weights = weights.masked_fill(unrouted, 0)
-        states = zero_unrouted(states, unrouted.all(1))
         unrouted = unrouted.reshape(-1).index_select(0, groups.order)
-        products = self._products(states, groups)
         return self._run(products, states, groups, weights, groups.layer_slots, unrouted)
 
     def _run_expert_by_expert(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:
@@ -342,119 +416,6 @@ class Experts(nn.Module):
         return table.combine(outputs).to(states.dtype)
 
 
-class DenseExperts(Experts):
-    """Experts that each own their whole matrices: an ordinary mixture of experts.
-
-    Parameters
-    ----------
-    num_experts, hidden_size, intermediate_size : int
-        Sizes E, H, F.
-    activation, dropout
-        As for :class:`Experts`.
-    gated : bool
-        Whether there is a gate projection.
-    bias : bool or "common"
-        Whether the projections of every expert have biases of their own, or all experts have them
-        in common.
-    device, dtype : optional
-        Device and dtype of the parameters, as for torch's own layers.
-
-    Examples
-    --------
-    >>> experts = DenseExperts(num_experts=4, hidden_size=8, intermediate_size=16)
-    >>> experts.up.weight().shape, experts.down.weight().shape
-    (torch.Size([4, 16, 8]), torch.Size([4, 8, 16]))
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
-        activation: str | Callable[..., Tensor] = "relu",
-        *,
-        gated: bool = False,
-        bias: Bias = False,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        projections = {
-            name: StackedProjection(num_experts, *size, bias=bias, device=device, dtype=dtype)
-            for name, size in projection_sizes(hidden_size, intermediate_size, gated).items()
-        }
-        super().__init__(**projections, activation=activation, dropout=dropout)
-
-    @classmethod
-    def from_dense(
-        cls,
-        up: Tensor,
-        down: Tensor,
-        gate: Tensor | None = None,
-        *,
-        up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        gate_bias: Tensor | None = None,
-        common_bias: bool = False,
-        num_experts: int = 8,
-        activation: str | Callable[..., Tensor] = "relu",
-        dropout: float = 0.0,
-        noise: float = 0.0,
-        rng: np.random.Generator | int | None = None,
-    ) -> Self:
-        """Start all experts as one pretrained FFN (sparse upcycling, arXiv:2212.05055).
-
-        Parameters
-        ----------
-        up, down, gate, up_bias, down_bias, gate_bias, common_bias, num_experts
-            As for :meth:`MPOExperts.from_dense`.
-        activation, dropout
-            As for :class:`Experts`.
-        noise : float
-            Noise on every expert's matrices, relative to the root mean square of each matrix.
-        rng : numpy Generator or int, optional
-            Source of the noise.
-
-        Raises
-        ------
-        InputError
-            If the matrices or biases do not fit each other.
-        """
-        rng = check_generator(rng)
-        projections = {
-            name: StackedProjection.from_dense(matrix, num_experts, noise, rng)
-            for name, matrix in check_ffn(up, down, gate, gate_bias).items()
-        }
-        return cls._from_projections(
-            projections,
-            {"up": up_bias, "down": down_bias, "gate": gate_bias},
-            common_bias=common_bias,
-            activation=activation,
-            dropout=dropout,
-        )
-
-
-def check_ffn(
-    up: Tensor, down: Tensor, gate: Tensor | None, gate_bias: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Return the matrices of a feed-forward network by name; check that they fit each other.
-
-    Raises
-    ------
-    InputError
-        If a matrix is not a Tensor, shapes do not fit, or a gate's bias comes without a gate.
-    """
-    matrices = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
-    for name, matrix in matrices.items():
-        if not isinstance(matrix, Tensor):
-            raise InputError(f"{name} must be a Tensor, got a {type(matrix).__name__}")
-    if gate is None and gate_bias is not None:
-        raise InputError("gate_bias was given without a gate")
-    fits = up.ndim == 2 and all(
-        matrix.shape == (up.shape[::-1] if name == "down" else up.shape)
-        for name, matrix in matrices.items()
-    )
-    if not fits:
-        given = ", ".join(f"{name} {tuple(matrix.shape)}" for name, matrix in matrices.items())
-        raise InputError(f"up and gate must be (F, H) and down (H, F), got {given}")
-    return matrices
+def _work_of_call(projection: Projection, load: Load) -> Work:
+    """Count what a call of a projection, or of a wrapper of one, costs."""
+    return projection.work_of_call(load)

@@ -18,6 +18,7 @@ from tnmoe.nn.linear import (
     as_linear,
     bias_of_linear,
     check_has_matrix,
+    parameters_of_linear,
     reset_bias,
     size_of_linear,
     weight_of_linear,
@@ -27,7 +28,6 @@ from tnmoe.nn.projection import Bias
 from tnmoe.nn.settings import end_site, square_bonds
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import replicate
-
 
 # Chains multiply by a module in place of its core.
 _NOT_READ = torch.empty(0)
@@ -148,14 +148,22 @@ class HiddenProjection(MPOProjection):
         if name != "center":
             super()._store_core(name, core)
             return
+        if core.ndim != 4:
+            raise InputError(f"a HiddenProjection has one central core, got {len(core)} of them")
         left, out, in_, right = core.shape
         self.base = as_linear(core.reshape(left * out, in_ * right))
 
     def parameters_at(self, site: int) -> list[nn.Parameter]:
         if site != self.center_site:
             return super().parameters_at(site)
-        bias = bias_of_linear(self.base)
-        return [parameter for parameter in self.base.parameters() if parameter is not bias]
+        return parameters_of_linear(self.base)
+
+    def set_core(self, site: int, core: nn.Parameter) -> None:
+        if site == self.center_site:
+            raise InputError(
+                f"the core of site {site} is the matrix of a linear module: replace `base` instead"
+            )
+        super().set_core(site, core)
 
     @property
     def cores(self) -> ExpertCores:
@@ -221,8 +229,7 @@ class HiddenProjection(MPOProjection):
         return FirstChain(self._cores_around(_NOT_READ), stop, self.base)
 
     def _last_chain(self, start: int) -> LastChain:
-        cores = self._cores_around(_NOT_READ)
-        return LastChain(cores, start, self.base, bias_of_linear(self.base))
+        return LastChain(self._cores_around(_NOT_READ), start, self.base)
 
 
 def _identity_core(size: Sequence[int], like: Tensor) -> Tensor:

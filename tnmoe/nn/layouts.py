@@ -144,9 +144,7 @@ def _residual_of(
     weight = weight_of_linear(module)
     norm = float(torch.linalg.vector_norm(weight.detach())) if noise else 0.0
     place = {"device": weight.device, "dtype": weight.dtype}
-    return ResidualProjection(
-        module, _new_delta(num_experts, settings, noise * norm, rng, **place)
-    )
+    return ResidualProjection(module, _new_delta(num_experts, settings, noise * norm, rng, **place))
 
 
 def _from_enlarged(

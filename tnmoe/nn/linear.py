@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError
-from tnmoe.nn.transforms import is_offloaded
+from tnmoe.nn.stored_cores import part_of_larger
+from tnmoe.nn.transforms import autocast_dtype, is_offloaded
 
 
 def as_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -51,12 +52,76 @@ def size_of_linear(module: nn.Module) -> tuple[int, int]:
     return int(rows or 0), int(columns or 0)
 
 
+def call_linear(module: nn.Module, rows: Tensor) -> Tensor:
+    """Call a linear module, which may compute in another dtype than its surroundings."""
+    weight = getattr(module, "weight", None)
+    if (
+        not isinstance(weight, Tensor)
+        or not weight.is_floating_point()  # quantised modules cast by themselves
+        or weight.dtype == rows.dtype
+        or autocast_dtype(rows) is not None
+    ):
+        return module(rows)
+    return module(rows.to(weight.dtype)).to(rows.dtype)
+
+
 def bias_of_linear(module: nn.Module) -> Tensor | None:
     """Return what a linear module adds to its product, shape (out,)."""
     bias = getattr(module, "bias", None)
-    if not isinstance(bias, Tensor):
-        return None
-    return _apply(module, rows=0)[0] if is_offloaded(module) else bias
+    return bias if isinstance(bias, Tensor) else None
+
+
+def parameters_of_linear(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a linear module makes its matrix of: all but its bias.
+
+    Raises
+    ------
+    InputError
+        If FSDP has made the matrix a part of a larger parameter.
+    """
+    for part in module.modules():
+        # FSDP then leaves a view in place of the parameter.
+        if vars(part).get("_is_fsdp_managed_module") and isinstance(
+            vars(part).get("weight"), Tensor
+        ):
+            raise part_of_larger("the matrix of a linear module")
+    bias = bias_of_linear(module)
+    return [parameter for parameter in module.parameters() if parameter is not bias]
+
+
+def tie_linear(first: nn.Module, other: nn.Module) -> None:
+    """Let a linear module use another one's parameters, except its own bias.
+
+    Parameters
+    ----------
+    first, other : Module
+        Of the same kind, see :func:`check_same_linear`; ``other`` is changed.
+    """
+    for name, parameter in _named_without_bias(first).items():
+        holder, _, last = name.rpartition(".")
+        other.get_submodule(holder).register_parameter(last, parameter)
+
+
+def check_same_linear(name: str, first: nn.Module, other: nn.Module) -> None:
+    """Raise an InputError unless two linear modules have parameters of the same names and shapes.
+
+    Parameters
+    ----------
+    name : str
+        Name of the modules in the error.
+    first, other : Module
+    """
+    sizes = [
+        {key: tuple(each.shape) for key, each in _named_without_bias(module).items()}
+        for module in (first, other)
+    ]
+    if type(first) is not type(other) or sizes[0] != sizes[1]:
+        raise InputError(f"{name} is not alike in all layers: {first} and {other}")
+
+
+def _named_without_bias(module: nn.Module) -> dict[str, nn.Parameter]:
+    bias = bias_of_linear(module)
+    return {name: each for name, each in module.named_parameters() if each is not bias}
 
 
 def weight_of_linear(module: nn.Module) -> Tensor:
@@ -67,7 +132,11 @@ def weight_of_linear(module: nn.Module) -> Tensor:
     if has_matrix(module):
         weight: Any = module.weight
         return weight.T if is_transposed(module) else weight
-    products = _apply(module, rows=size_of_linear(module)[1])
+    # A hook moves the rows to where an offloaded module computes.
+    device = "cpu" if is_offloaded(module) else next(_tensors_of(module)).device
+    place: dict[str, Any] = {"dtype": dtype_of_linear(module), "device": device}
+    identity = torch.eye(size_of_linear(module)[1], **place)
+    products = module(F.pad(identity, (0, 0, 0, 1)))  # of the row of zeros: the bias
     return (products[:-1] - products[-1:]).T
 
 
@@ -106,15 +175,6 @@ def reset_bias(module: nn.Module) -> None:
     if (bias := bias_of_linear(module)) is not None:
         bound = 1 / sqrt(size_of_linear(module)[1])
         bias.uniform_(-bound, bound)
-
-
-def _apply(module: nn.Module, rows: int) -> Tensor:
-    """Apply a linear module to the first rows of an identity matrix, and to a row of zeros."""
-    # A hook moves the rows to where an offloaded module computes.
-    device = "cpu" if is_offloaded(module) else next(_tensors_of(module)).device
-    place: dict[str, Any] = {"dtype": dtype_of_linear(module), "device": device}
-    identity = torch.eye(rows, size_of_linear(module)[1], **place)
-    return module(F.pad(identity, (0, 0, 0, 1)))
 
 
 def dtype_of_linear(module: nn.Module) -> torch.dtype:

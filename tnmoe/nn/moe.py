@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of
-from tnmoe.nn.experts import DenseExperts, Experts
+from tnmoe.nn.dense_experts import DenseExperts
+from tnmoe.nn.experts import Experts
+from tnmoe.nn.linear import weight_of_linear
 from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.nn.pretrained_ffn import Source
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.scopes import ScopedValues
@@ -94,9 +97,9 @@ class MPOMoE(nn.Module):
     @classmethod
     def from_dense(
         cls,
-        up: Tensor,
-        down: Tensor,
-        gate: Tensor | None = None,
+        up: Source,
+        down: Source,
+        gate: Source | None = None,
         *,
         num_experts: int = 8,
         top_k: int = 1,
@@ -113,17 +116,18 @@ class MPOMoE(nn.Module):
 
         Parameters
         ----------
-        up, gate : Tensor, shape (F, H)
-            Pretrained matrices, laid out as in ``torch.nn.Linear.weight``.
-        down : Tensor, shape (H, F)
+        up, gate : Tensor of shape (F, H), or linear Module
+            Pretrained matrices, laid out as in ``torch.nn.Linear.weight``, or the modules that hold
+            them.
+        down : Tensor of shape (H, F), or linear Module
             Pretrained matrix.
         num_experts : int
             Number of experts E.
         top_k : int
             Experts per token.
-        layout : {"interleaved", "split", "dense"}
-            How matrices split over sites, see :class:`MPOExperts`. With ``dense`` every expert
-            has its own copies, see :class:`DenseExperts`.
+        layout : {"interleaved", "split", "hidden", "residual", "dense"}
+            What experts share and own, see :class:`MPOExperts`. With ``dense`` every expert has its
+            own copies, see :class:`DenseExperts`.
         router : mapping, optional
             Further settings of :class:`TopKRouter` by name. Torch's global generator draws the
             router's weights, on the device and in the dtype of ``up``.
@@ -161,7 +165,8 @@ class MPOMoE(nn.Module):
             upcycled = DenseExperts.from_dense(up, down, gate, **experts)
         else:
             upcycled = MPOExperts.from_dense(up, down, gate, layout=layout, **experts)
-        settings = {"device": up.device, "dtype": up.dtype, **(router or {})}
+        like = up if isinstance(up, Tensor) else weight_of_linear(up)
+        settings = {"device": like.device, "dtype": like.dtype, **(router or {})}
         new_router = TopKRouter(upcycled.hidden_size, num_experts, top_k, **settings)
         return cls(new_router, upcycled, dropout=output_dropout)
 

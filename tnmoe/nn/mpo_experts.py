@@ -8,22 +8,21 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tnmoe.errors import InputError, check_generator, check_one_of
-from tnmoe.nn.experts import Experts, check_ffn
+from tnmoe.errors import check_generator, check_one_of
+from tnmoe.nn.experts import Experts
 from tnmoe.nn.layouts import new_projection, pretrained_projection
-from tnmoe.nn.linear import bias_of_linear, weight_of_linear
+from tnmoe.nn.pretrained_ffn import PretrainedFFN, Source
 from tnmoe.nn.projection import Bias, Projection, StackedProjection
 from tnmoe.nn.settings import (
     GROUP_SIZE,
     GroupSize,
-    SharedSites,
     mpo_settings,
     projection_sizes,
 )
 from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix
-from tnmoe.shapes import MPOShape
+from tnmoe.shapes import MPOShape, SharedSites
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -140,9 +139,9 @@ class MPOExperts(Experts):
     @classmethod
     def from_dense(
         cls,
-        up: Tensor | nn.Module,
-        down: Tensor | nn.Module,
-        gate: Tensor | nn.Module | None = None,
+        up: Source,
+        down: Source,
+        gate: Source | None = None,
         *,
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
@@ -208,15 +207,12 @@ class MPOExperts(Experts):
             If the matrices do not fit each other or the shapes, a bias does not fit its matrix,
             or they contain NaN or infinity.
         """
-        sources = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
-        biases = _biases_of(sources, {"up": up_bias, "down": down_bias, "gate": gate_bias})
-        weights = {
-            name: source if isinstance(source, Tensor) else weight_of_linear(source)
-            for name, source in sources.items()
-        }
-        check_ffn(weights["up"], weights["down"], weights.get("gate"), gate_bias)
+        ffn = PretrainedFFN.of(
+            {"up": up, "down": down, "gate": gate},
+            {"up": up_bias, "down": down_bias, "gate": gate_bias},
+        )
         settings = mpo_settings(
-            {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in weights.items()},
+            {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in ffn.weights.items()},
             layout=layout,
             sites=sites,
             group_size=group_size,
@@ -230,13 +226,11 @@ class MPOExperts(Experts):
         check_one_of("gauge", gauge, GAUGES)
         rng = check_generator(rng)
         projections: dict[str, Projection] = {}
-        for name, source in sources.items():
+        for name, source in ffn.sources.items():
             if name not in settings:
-                weight = weights[name]
+                weight = ffn.weights[name]
                 projections[name] = StackedProjection.from_dense(weight, num_experts, noise, rng)
                 continue
-            if settings[name].keeps_matrix and not isinstance(source, Tensor):
-                biases[name] = _beside(biases[name], common_bias)
             projections[name] = pretrained_projection(
                 source,
                 num_experts,
@@ -246,6 +240,11 @@ class MPOExperts(Experts):
                 rng=rng,
                 report=None if on_matrix is None else partial(on_matrix, name),
             )
+        kept = {name for name in settings if settings[name].keeps_matrix}
+        biases = {
+            name: _bias_beside(ffn.sources.get(name), bias, common_bias) if name in kept else bias
+            for name, bias in ffn.biases.items()
+        }
         return cls._from_projections(
             projections,
             biases,
@@ -255,20 +254,8 @@ class MPOExperts(Experts):
         )
 
 
-def _biases_of(
-    sources: Mapping[str, Tensor | nn.Module], given: Mapping[str, Tensor | None]
-) -> dict[str, Tensor | None]:
-    """Return the biases of all matrices: those that are given, or those of modules."""
-    biases = dict(given)
-    for name, source in sources.items():
-        if not isinstance(source, nn.Module):
-            continue
-        if given[name] is not None:
-            raise InputError(f"{name}_bias was given beside a module, which has its own: {source}")
-        biases[name] = bias_of_linear(source)
-    return biases
-
-
-def _beside(bias: Tensor | None, common_bias: bool) -> Tensor | None:
-    """Return the bias that experts own beside that of a module, or None."""
-    return None if bias is None or common_bias else torch.zeros_like(bias)
+def _bias_beside(source: Source | None, bias: Tensor | None, common_bias: bool) -> Tensor | None:
+    """Return the bias that experts own where they use a module as it stands, with its own bias."""
+    if bias is None or isinstance(source, Tensor):
+        return bias
+    return None if common_bias else torch.zeros_like(bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.contraction.expert_routes import once_per_token_sites
+from tnmoe.contraction.layer_plan import Work
 from tnmoe.contraction.plan import ContractionPlan
 from tnmoe.errors import InputError, check_generator, check_index, check_positive_int
 from tnmoe.mpo import MPO
@@ -30,10 +31,15 @@ from tnmoe.nn.compute.once_per_token import (
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.projection import Bias, Projection
-from tnmoe.nn.settings import SharedSites
 from tnmoe.nn.stored_cores import StoredCores
 from tnmoe.options import Route
-from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site, resolve_shared_sites
+from tnmoe.shapes import (
+    MPOShape,
+    SharedSites,
+    chain_shapes,
+    resolve_center_site,
+    resolve_shared_sites,
+)
 from tnmoe.shared_mpo import SharedMPO, replicate
 
 
@@ -164,23 +170,29 @@ class MPOProjection(StoredCores, Projection):
 
     @classmethod
     def from_shared_mpo(cls, shared: SharedMPO) -> MPOProjection:
-        """Take over the cores of a SharedMPO, with any bonds and centre.
+        """Take over the cores of a SharedMPO, with any bonds, centre and shared sites.
 
         Parameters
         ----------
         shared : SharedMPO
-            Of torch tensors. Experts share its central core and own the others.
+            Of torch tensors and of at least two sites, without a base.
 
         Raises
         ------
         InputError
-            If the cores are not torch tensors.
+            If the cores are not torch tensors, there is one site only, or there is a base.
         """
-        _check_torch([shared.center])
-        projection = cls(shared.num_experts, shared.shape, max_bond=1, device="meta")
-        cores = list(shared.aux)
-        cores.insert(shared.center_site, shared.center)
-        projection._store(cores, shared.center_site)
+        _check_torch(shared.cores)
+        if shared.base is not None:
+            raise InputError(f"an MPOProjection has no base: got {shared}")
+        projection = cls(
+            shared.num_experts,
+            shared.shape,
+            bond_dims=shared.bond_dims,
+            center_site=shared.center_site,
+            device="meta",
+        )
+        projection._store(shared.cores, shared.center_site)
         return projection
 
     @property
@@ -198,16 +210,14 @@ class MPOProjection(StoredCores, Projection):
     def to_shared_mpo(self) -> SharedMPO:
         """Return a SharedMPO that shares memory and gradients with this module.
 
-        Raises
-        ------
-        InputError
-            If experts own their central cores.
+        Cores of several dtypes are cast to one that holds the numbers of all.
         """
-        cores = self.cores
-        if cores.owns_center:
-            raise InputError("a SharedMPO has one central core, but these experts own theirs")
-        left, right = cores.stacked()
-        return SharedMPO(cores.center, [*left, *right], self.shape, self.center_site)
+        cores = self.cores.to(self.cores.dtype).stored
+        chain = (
+            core[0] if site in self.shared_sites and core.ndim == 5 else core
+            for site, core in enumerate(cores)
+        )
+        return SharedMPO(tuple(chain), self.shape, self.center_site)
 
     def expert(self, index: int) -> MPO:
         """Return one expert's matrix as an MPO that shares memory and gradients with this module.
@@ -293,9 +303,23 @@ class MPOProjection(StoredCores, Projection):
         planned = routes.plan(self.cores, load.slots, load.training, matrix=matrix, top_k=top_k)
         return planned.route == "joint"
 
+    def work_of_call(self, load: Load) -> Work:
+        cores, sizes = self.cores, chain_shapes(self.shape, self._bond_dims)
+        planned = routes.plan(cores, load.slots, load.training, route=self.route)
+        shared, owned = (
+            sum(prod(sizes[site]) * cores.stored[site].element_size() for site in sites)
+            for sites in (self.shared_sites, self._owned_sites)
+        )
+        flops = planned.flops / max(1, load.slots)
+        return Work(f"cores, route {planned.route}", "slot", flops, shared, owned)
+
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
         return self.shared_cores
+
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        return [core for site in sorted(self._owned_sites) for core in self.parameters_at(site)]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tnmoe.contraction.layer_plan import Work
 from tnmoe.errors import (
     InputError,
     check_generator,
@@ -173,9 +174,23 @@ class Projection(nn.Module, ABC):
         """
         return None
 
+    def work_of_call(self, load: Load) -> Work:
+        """Count what a call of the projection costs, all of which acts on slots."""
+        size = self.out_features * self.in_features
+        return Work("matrices of experts", "slot", 2 * size, 0, size * self._itemsize)
+
+    @property
+    def _itemsize(self) -> int:
+        return next(self.parameters()).element_size()
+
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters that all experts share, without biases: every token updates them."""
+        return []
+
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the cores that experts own, without biases; a whole matrix is no core."""
         return []
 
     def expert_biases(self) -> Tensor | None:

@@ -21,12 +21,20 @@ from tnmoe.nn.compute.once_per_token import (
     LastProduct,
     LastSum,
     Load,
-    through_module,
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
-from tnmoe.nn.linear import bias_of_linear, reset_linear, size_of_linear, weight_of_linear
+from tnmoe.nn.linear import (
+    bias_of_linear,
+    call_linear,
+    parameters_of_linear,
+    reset_linear,
+    size_of_linear,
+    weight_of_linear,
+)
 from tnmoe.nn.mpo_projection import MPOProjection, has_hooks
 from tnmoe.nn.projection import Bias, Projection
+from tnmoe.shapes import MPOShape
+from tnmoe.shared_mpo import SharedMPO
 
 _TORCH = backend_named("torch")
 
@@ -82,13 +90,23 @@ class ResidualProjection(Projection):
         return weight_of_linear(self.base) + self.delta._masked_weight(groups)
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
-        return through_module(self.base, rows) + self.delta(rows, groups)
+        return call_linear(self.base, rows) + self.delta(rows, groups)
 
     def expert_biases(self) -> Tensor | None:
         of_base, own = bias_of_linear(self.base), super().expert_biases()
         if of_base is None:
             return own
         return of_base.expand(self.num_experts, -1) if own is None else of_base + own
+
+    def to_shared_mpo(self) -> SharedMPO:
+        """Return a SharedMPO that shares memory and gradients with this module.
+
+        Its ``base`` is the module's matrix as an MPO of one site.
+        """
+        weight, delta = weight_of_linear(self.base), self.delta.to_shared_mpo()
+        whole = MPOShape((self.out_features,), (self.in_features,))
+        base = MPO([weight[None, :, :, None].to(delta.center.dtype)], whole)
+        return SharedMPO(delta.cores, delta.shape, delta.center_site, base=base)
 
     def expert(self, index: int) -> MPO:
         """Return M_e of one expert: an MPO that shares memory and gradients with this module.
@@ -118,14 +136,16 @@ class ResidualProjection(Projection):
         if has_hooks(self) or has_hooks(self.delta):
             return None
         delta = self.delta.last_product(load) or LastChain(self.delta.cores, 0)
-        product = LastSum(self.base, bias_of_linear(self.base), delta)
+        product = LastSum(self.base, delta)
         return product if self.bias is None else LastBias(product, self.bias, self.num_experts)
 
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
-        bias = bias_of_linear(self.base)
-        matrix = [parameter for parameter in self.base.parameters() if parameter is not bias]
-        return [*matrix, *self.delta.shared_parameters]
+        return [*parameters_of_linear(self.base), *self.delta.shared_parameters]
+
+    @property
+    def owned_parameters(self) -> list[nn.Parameter]:
+        return self.delta.owned_parameters
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

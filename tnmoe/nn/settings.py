@@ -16,11 +16,8 @@ from tnmoe.errors import (
     short_repr,
 )
 from tnmoe.factors import factorize, number_of_sites, padded_size
-from tnmoe.options import LAYOUTS, MATRICES, Layout, Matrix, NamedSites
-from tnmoe.shapes import MPOShape, is_padded
-
-# Sites whose cores experts share.
-SharedSites = NamedSites | Iterable[int]
+from tnmoe.options import LAYOUTS, MATRICES, Layout, Matrix
+from tnmoe.shapes import MPOShape, SharedSites, is_padded
 
 # Default group size of split and hidden shapes: large enough to leave experts some freedom, small
 # enough to be cheap.

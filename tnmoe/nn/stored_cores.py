@@ -92,24 +92,7 @@ class StoredCores(nn.Module):
         for stored in (name, f"{name}_orig"):
             if isinstance(found := self._parameters.get(stored), nn.Parameter):
                 return [found]
-        raise InputError(
-            f"the core {name!r} is only a part of a larger parameter: use FullyShardedDataParallel "
-            "with use_orig_params=True, or fully_shard, and do not call this while a model runs"
-        )
-
-    def tensors_at(self, site: int) -> list[Tensor]:
-        """Return :meth:`parameters_at`, or the tensor that FSDP gathers in their place.
-
-        Parameters
-        ----------
-        site : int
-            From 0, left to right.
-        """
-        name = self._names[site]
-        gathered = vars(self).get(name)
-        if isinstance(gathered, Tensor) and f"{name}_orig" not in self._parameters:
-            return [gathered]
-        return list(self.parameters_at(site))
+        raise part_of_larger(f"the core {name!r}")
 
     def core_at(self, site: int) -> nn.Parameter:
         """Return the stored core of a site, in one of the shapes that the class describes.
@@ -150,4 +133,17 @@ class StoredCores(nn.Module):
         FSDP writes to them without leaving a trace, and accelerate makes new ones every time.
         Nothing that is built from them can be kept.
         """
-        return is_offloaded(self) or vars(self).get("_is_fsdp_managed_module", False)
+        return is_gathered(self)
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Return whether FSDP gathers a module's parameters, or accelerate loads them, before a use."""
+    return is_offloaded(module) or vars(module).get("_is_fsdp_managed_module", False)
+
+
+def part_of_larger(what: str) -> InputError:
+    """Return the error of a tensor that FSDP keeps inside a larger parameter."""
+    return InputError(
+        f"{what} is only a part of a larger parameter: use FullyShardedDataParallel with "
+        "use_orig_params=True, or fully_shard, and do not call this while a model runs"
+    )

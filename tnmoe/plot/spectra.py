@@ -22,6 +22,7 @@ from tnmoe.plot.style import (
     new_axes,
     start_at_zero,
 )
+from tnmoe.shared_mpo import SharedMPO
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.spectra import entanglement_entropy
 
@@ -34,7 +35,7 @@ _AXIS_END = 0.1
 
 
 def schmidt_spectra(
-    operators: MPO | TruncationInfo | Mapping[str, Any], ax: Axes | None = None
+    operators: MPO | SharedMPO | TruncationInfo | Mapping[str, Any], ax: Axes | None = None
 ) -> Axes:
     """Plot Schmidt values, relative to the largest, against index / bond dimension.
 
@@ -43,9 +44,10 @@ def schmidt_spectra(
 
     Parameters
     ----------
-    operators : MPO, TruncationInfo, or mapping from str to MPO, TruncationInfo or array
-        One operator, or the record of its truncation (``return_info=True``): every bond is drawn.
-        Or several of these by name, or the Schmidt values of single bonds by name.
+    operators : MPO, SharedMPO, TruncationInfo, or mapping from str to these or to array
+        One operator, or the record of its truncation (``return_info=True``): every bond is drawn,
+        of a SharedMPO every expert's. Or several of these by name, or the Schmidt values of single
+        bonds by name.
     ax : Axes, optional
 
     Raises
@@ -89,7 +91,7 @@ def _spectra_by_name(operators: Any) -> dict[str, np.ndarray]:
     if isinstance(operators, (MPO, TruncationInfo)):
         return _bonds("operators", operators)
     arrays: dict[str, np.ndarray] = {}
-    for name, operator in check_mapping("operators", operators).items():
+    for name, operator in _by_name(operators).items():
         what = f"operators[{name!r}]"
         if isinstance(operator, (MPO, TruncationInfo)):
             bonds = _bonds(what, operator)
@@ -97,6 +99,23 @@ def _spectra_by_name(operators: Any) -> dict[str, np.ndarray]:
         else:
             arrays[name] = check_numbers(what, operator, lowest=0)
     return arrays
+
+
+def _by_name(operators: Any) -> dict[str, Any]:
+    """Return operators by name, every expert of a SharedMPO as one of its own."""
+    if isinstance(operators, SharedMPO):
+        return _experts(operators)
+    named: dict[str, Any] = {}
+    for name, operator in check_mapping("operators", operators).items():
+        if isinstance(operator, SharedMPO):
+            named |= {f"{name}, {each}": mpo for each, mpo in _experts(operator).items()}
+        else:
+            named[name] = operator
+    return named
+
+
+def _experts(shared: SharedMPO) -> dict[str, MPO]:
+    return {f"expert {index}": shared.expert(index) for index in range(shared.num_experts)}
 
 
 def _bonds(what: str, operator: MPO | TruncationInfo) -> dict[str, np.ndarray]:
@@ -125,7 +144,7 @@ def _scale(ax: Axes, values: np.ndarray) -> None:
 
 
 def entropy(
-    operators: MPO | TruncationInfo | Mapping[str, Any],
+    operators: MPO | SharedMPO | TruncationInfo | Mapping[str, Any],
     ax: Axes | None = None,
     against: EntropyAxis = "bond",
     bond_dims: Sequence[int] | None = None,
@@ -134,10 +153,10 @@ def entropy(
 
     Parameters
     ----------
-    operators : MPO, TruncationInfo, or mapping from str to these or to sequence of float
+    operators : MPO, SharedMPO, TruncationInfo, or mapping from str to these or to sequence of float
         One operator, or several by name (of layers, for example). An operator is an MPO, the
         record of a truncation (``return_info=True``), or a sequence with the entropy of every
-        bond, in nats.
+        bond, in nats. Every expert of a SharedMPO is an operator.
     ax : Axes, optional
     against : {"bond", "layer"}
         The horizontal axis: "bond" draws a line per operator, "layer" a line per bond, which is
@@ -162,7 +181,7 @@ def entropy(
     """
     check_one_of("against", against, ENTROPY_AXES)
     single = isinstance(operators, (MPO, TruncationInfo))
-    given = {"operator": operators} if single else check_mapping("operators", operators)
+    given = {"operator": operators} if single else _by_name(operators)
     lines = {name: _entropies(name, operator, bond_dims) for name, operator in given.items()}
     names, common = distinct_labels(lines)
     bonds = max(len(values) for values, _ in lines.values())

@@ -5,6 +5,7 @@ import torch
 
 from tnmoe import nn
 from tnmoe.nn.compute import grouped as grouped_module
+from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.mpo_projection import MPOProjection
 
 E, H, F = 4, 6, 8
@@ -224,7 +225,7 @@ def test_losses_and_statistics_do_not_see_tokens_that_do_not_count():
 def test_biases_on_an_accelerator_have_the_gradients_of_their_own_rows(dtype, monkeypatch):
     monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
     torch.manual_seed(0)
-    groups = grouped_module.Groups.of(torch.tensor([0, 0, 0, 2, 2, 3]), 4)
+    groups = Groups.of(torch.tensor([0, 0, 0, 2, 2, 3]), 4)
     table = torch.randn(4, 16).to(dtype).requires_grad_()
     slopes = torch.randn(6, 16).to(dtype)
     slopes[4] = torch.nan

@@ -16,8 +16,75 @@ def test_kernels_take_rows_of_whole_16_bytes_in_either_order(monkeypatch):
     assert fits(rows, weight)
     assert fits(torch.zeros(3, 24, dtype=torch.bfloat16), weight.mT)
     assert not fits(rows.float(), weight.float())
+    assert not fits(rows.half(), weight.half())
     assert not fits(rows[:, :12], weight[..., :12])
     assert not fits(rows, weight[:, ::3])
+    # A single row counts as contiguous, but its stride is that of the longer ones.
+    assert not fits(torch.zeros(1, 20, dtype=torch.bfloat16)[:, :16], weight)
+    assert not fits(at_odd_address(rows), weight)
+
+
+def at_odd_address(array):
+    """A copy of an array that does not begin at a multiple of 16 bytes."""
+    return array.new_empty(array.numel() + 1)[1:].view(array.shape).copy_(array)
+
+
+def as_slice(array):
+    """A copy of an array in longer rows."""
+    wider = array.new_empty(*array.shape[:-1], array.shape[-1] + 3)
+    return wider[..., : array.shape[-1]].copy_(array)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("change", [lambda array: array, at_odd_address, as_slice])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("columns", [None, 8])
+def test_a_gpu_multiplies_rows_that_lie_in_memory_in_any_way(
+    dtype, change, rows, columns, monkeypatch
+):
+    monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return change(torch.randn(size, generator=generator).to(dtype))
+
+    # Torch's kernel returns longer rows where 12 numbers are not a multiple of 16 bytes.
+    more = () if columns is None else (columns,)
+    tokens, weight, slopes = draw(rows, 16, *more), draw(3, 12, 16), draw(rows, 12, *more)
+    index = torch.tensor([0, 0, 2, 2, 2])[:rows]
+    offsets = Groups.of(index, 3).offsets
+    for grad in (torch.enable_grad(), torch.no_grad()):
+        with grad:
+            product = grouped_linear(tokens, weight, offsets)
+        assert product.is_contiguous()
+        expected = torch.einsum("toi,ti...->to...", weight[index].float(), tokens.float())
+        torch.testing.assert_close(product.float(), expected, rtol=2e-2, atol=2e-2)
+    outer = grouped_outer(slopes, tokens, offsets)
+    assert outer.is_contiguous()
+    chosen = torch.nn.functional.one_hot(index, 3).float()
+    sums = "te,to,ti->eoi" if columns is None else "te,ton,tin->eoi"
+    expected = torch.einsum(sums, chosen, slopes.float(), tokens.float())
+    torch.testing.assert_close(outer.float(), expected, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("out", [12, 16])
+@pytest.mark.parametrize("depth", [12, 16])
+@pytest.mark.parametrize("columns", [None, 3, 40])
+@pytest.mark.parametrize("limit", [grouped_module._GATHERED, 0])
+def test_few_rows_and_one_expert_never_make_the_cpu_wait_for_a_gpu(
+    dtype, out, depth, columns, limit, monkeypatch
+):
+    monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
+    monkeypatch.setattr(grouped_module, "_GATHERED", limit)
+    monkeypatch.setattr(grouped_module, "blocks_of", None)  # it reads the offsets
+    index, experts = (torch.tensor([0, 0, 2, 3]), 5) if limit else (torch.zeros(4).long(), 1)
+    more = () if columns is None else (columns,)
+    rows, weight = torch.randn(4, depth, *more).to(dtype), torch.randn(experts, out, depth)
+    with torch.no_grad():
+        product = grouped_linear(rows, weight.to(dtype), Groups.of(index, experts).offsets)
+    expected = torch.einsum("toi,ti...->to...", weight.to(dtype)[index].float(), rows.float())
+    torch.testing.assert_close(product.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_grouped_products_are_closed_under_differentiation():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import tnmoe as tn
 from tests.nn.layouts import (
     BIASES,
+    LAYOUTS,
     E,
     H,
-    LAYOUTS,
     assert_all_close,
     assert_is_the_loop,
     assert_within_rounding,
@@ -223,7 +223,9 @@ def test_what_gate_and_up_have_in_common_acts_once_for_both(layout, monkeypatch)
         for site in (2, 3):
             experts.gate.set_core(site, experts.up.core_at(site))
         plain = joint._multiply
-        monkeypatch.setattr(joint, "_multiply", lambda *a: rows.append(a[1].data_ptr()) or plain(*a))
+        monkeypatch.setattr(
+            joint, "_multiply", lambda *a: rows.append(a[1].data_ptr()) or plain(*a)
+        )
         experts(*routed())
         for site in (2, 3):
             assert rows.count(experts.up.core_at(site).data_ptr()) == 1

@@ -70,8 +70,8 @@ def test_grouped_kernels_do_as_well_as_loops(shape, route, monkeypatch):
     monkeypatch.setattr(
         rebuilt_module, "_batches_of_experts", lambda offsets: [(slice(None), slice(None))]
     )
-    monkeypatch.setattr(grouped_module, "_on_cuda", lambda array: True)
-    monkeypatch.setattr(grouped_module, "_has_kernel", lambda *arrays: True)
+    monkeypatch.setattr(grouped_module, "_has_kernel_for", lambda array: True)
+    monkeypatch.setattr(grouped_module, "_is_aligned", lambda array: True)
     made = projection(shape, dtype=torch.float32)
     made.route = route
     rows = torch.randn(5, made.in_features)

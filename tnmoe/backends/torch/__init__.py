@@ -31,7 +31,8 @@ class TorchBackend:
         array = gradients.unwrapped(array)
         # A tensor that torch.func.grad or a similar transformation wrapped has no memory inside it.
         with torch._C._DisableFuncTorch():
-            array = array.detach().cpu()
+            # torch may only mark a tensor as conjugate or negative, which NumPy would not see.
+            array = array.detach().cpu().resolve_conj().resolve_neg()
             return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     def from_numpy(self, array: np.ndarray, like: Tensor | None = None) -> Tensor:

@@ -204,9 +204,7 @@ def inspect_checkpoint(
 def _describe(ffn: FFN, config: MPOEConfig) -> Iterator[MatrixInspection]:
     """Describe the matrices of a network that become MPOs, by their sizes."""
     for name, settings in mpo_settings_of(ffn, config).items():
-        yield MatrixInspection(
-            f"{ffn.name}.{name}", ffn.family, settings.shape, settings.bond_dims
-        )
+        yield MatrixInspection(f"{ffn.name}.{name}", ffn.family, settings.shape, settings.bond_dims)
 
 
 def _measure(

@@ -12,22 +12,40 @@ from torch import Tensor
 
 from tnmoe.contraction.expert_routes import WIDE
 from tnmoe.nn.compute.half_precision import is_half
-from tnmoe.nn.compute.slots import Groups, blocks_of
-from tnmoe.nn.transforms import has_values, is_under_dispatch_mode, needs_native_operators
+from tnmoe.nn.compute.slots import SlotOrder, UnsortedSlots, blocks_of
+from tnmoe.nn.transforms import (
+    has_values,
+    is_under_dispatch_mode,
+    needs_native_operators,
+    values_are_readable,
+)
 
 # Numbers that fit into the own cache of one core of a CPU.
 _L2_CACHE = 1 << 17
+
+# Numbers of selected matrices that are copied for one batched product. More than that, a CPU takes
+# row by row from where they are.
+_SELECTED = 1 << 19
+
+# Numbers of results up to which a CPU takes torch's grouped kernel. It returns new memory, and
+# much of that costs more than the calls that the kernel saves.
+_SMALL_RESULT = 1 << 20
+
+# On an accelerator, numbers of matrices that are copied per row rather than looped over.
+_GATHERED = 1 << 24
 
 # Torch's grouped kernel takes rows whose size in bytes is a multiple of this.
 _ALIGNMENT = 16
 
 
-def per_row(table: Tensor, groups: Groups) -> Tensor:
+def per_row(table: Tensor, groups: SlotOrder) -> Tensor:
     """Look up the entry of every row's expert in a table: (E, n) → (N, n).
 
     Equal to ``table[groups.experts]``, without the scattered addition that indexing has as its
     gradient: the rows of an expert are adjacent.
     """
+    if isinstance(groups, UnsortedSlots):
+        return table.index_select(0, groups.experts)
     if needs_native_operators() or not torch.is_grad_enabled():
         return _entries(table, groups.experts)
     return torch.ops.tnmoe.per_row(table, groups.experts, groups.offsets)
@@ -36,6 +54,43 @@ def per_row(table: Tensor, groups: Groups) -> Tensor:
 def _entries(table: Tensor, experts: Tensor) -> Tensor:
     # Rows without an expert come last; the entries that they get are never read.
     return table.index_select(0, experts.clamp(max=len(table) - 1))
+
+
+def selected_linear(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """Multiply a few rows, in any order, by the matrices of their experts; without gradients.
+
+    Parameters
+    ----------
+    rows : Tensor, shape (N · factor, in) or (N · factor, in, n)
+        ``factor`` rows for every slot.
+    weight : Tensor, shape (E, out, in)
+        One matrix per expert, in the dtype of ``rows``.
+    experts : Tensor of int64, shape (N,)
+        Expert of every slot.
+
+    Returns
+    -------
+    Tensor, shape (N · factor, out) or (N · factor, out, n)
+    """
+    slots, (out, depth) = len(experts), weight.shape[1:]
+    if slots * out * depth > _SELECTED and values_are_readable(experts):
+        return _multiply_one_by_one(rows, weight, experts)
+    selected = weight.index_select(0, experts)
+    if rows.ndim == 2:
+        return torch.bmm(rows.view(slots, -1, depth), selected.mT).view(len(rows), out)
+    if len(rows) > slots:
+        selected = selected.repeat_interleave(len(rows) // slots, 0)
+    return torch.bmm(selected, rows)
+
+
+def _multiply_one_by_one(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """Compute :func:`selected_linear` without a copy of any matrix."""
+    result = rows.new_empty(len(rows), weight.shape[1], *rows.shape[2:])
+    factor = len(rows) // len(experts)
+    for slot, expert in enumerate(experts.tolist()):
+        block = slice(slot * factor, (slot + 1) * factor)
+        multiply_block(rows[block], weight[expert], result[block])
+    return result
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -99,18 +154,32 @@ def _native_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 def multiply_groups(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Compute :func:`grouped_linear` without a gradient."""
-    if rows.ndim == 3 and _on_cuda(rows):
+    if rows.ndim == 3 and _has_kernel_for(rows):
         # Moving the columns is cheap there, and a grouped product is one launch.
-        count, depth, columns = rows.shape
-        flat = rows.mT.reshape(count * columns, depth)
-        result = multiply_groups(flat, weight, offsets * columns)
-        return result.view(count, columns, -1).mT.contiguous()
-    if _has_kernel(rows, weight):
-        return F.grouped_mm(rows, weight.mT, offs=offsets)
+        columns = rows.shape[2]
+        result = multiply_groups(_columns_as_rows(rows), weight, offsets * columns)
+        return result.view(len(rows), columns, weight.shape[1]).mT.contiguous()
+    if _has_kernel(rows, weight) or _is_small(rows, weight):
+        # The kernel's rows are longer where theirs are no multiple of the alignment.
+        return F.grouped_mm(rows, weight.mT, offs=offsets).contiguous()
+    if _on_cuda(rows) and len(rows) * weight.shape[1] * weight.shape[2] <= _GATHERED:
+        return _multiply_gathered(rows, weight, offsets)
     result = rows.new_empty(rows.shape[0], weight.shape[1], *rows.shape[2:])
+    if _on_cuda(rows) and len(weight) == 1:
+        # Nothing reads the products of rows without an expert.
+        multiply_block(rows, weight[0], result)
+        return result
     for expert, block in blocks_of(offsets):
         multiply_block(rows[block], weight[expert], result[block])
     return result
+
+
+def _multiply_gathered(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply few rows by copies of their matrices, without waiting for an accelerator."""
+    numbers = torch.arange(len(rows), dtype=offsets.dtype, device=offsets.device)
+    experts = torch.searchsorted(offsets, numbers, right=True)
+    matrices = _entries(weight, experts)
+    return matrices @ rows if rows.ndim == 3 else (matrices @ rows[..., None])[..., 0]
 
 
 _grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_groups, mutates_args=())
@@ -118,11 +187,11 @@ _grouped_linear = torch.library.custom_op("tnmoe::grouped_linear", multiply_grou
 
 @torch.library.custom_op("tnmoe::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    if left.ndim == 3 and _on_cuda(left):
+    if left.ndim == 3 and _has_kernel_for(left):
         columns = left.shape[2]
         return _grouped_outer(_columns_as_rows(left), _columns_as_rows(right), offsets * columns)
     if _has_kernel(left, right):
-        return F.grouped_mm(left.T, right, offs=offsets)
+        return F.grouped_mm(left.T, right, offs=offsets).contiguous()
     result = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     for expert, block in blocks_of(offsets):
         outer_block(left[block], right[block], result[expert])
@@ -197,15 +266,40 @@ def _on_cuda(array: Tensor) -> bool:
 
 def _has_kernel(*arrays: Tensor) -> bool:
     """Return whether torch's grouped kernel takes these arrays."""
-    if not hasattr(F, "grouped_mm") or not _on_cuda(arrays[0]):
-        return False
-    return arrays[0].dtype in (torch.bfloat16, torch.float16) and all(map(_is_aligned, arrays))
+    return _has_kernel_for(arrays[0]) and all(map(_is_aligned, arrays))
+
+
+def _has_kernel_for(array: Tensor) -> bool:
+    """Return whether torch has a grouped kernel for the device and the dtype of an array.
+
+    For other dtypes torch, too, loops over the groups.
+    """
+    return hasattr(F, "grouped_mm") and _on_cuda(array) and array.dtype == torch.bfloat16
+
+
+def _is_small(rows: Tensor, weight: Tensor) -> bool:
+    """Return whether a CPU's product of these arrays is small, and torch's kernel takes them."""
+    return (
+        hasattr(F, "grouped_mm")
+        and rows.device.type == "cpu"
+        and rows.ndim == 2
+        and rows.dtype == torch.float32
+        and 0 < len(rows) * weight.shape[1] <= _SMALL_RESULT
+        and all(map(_is_aligned, (rows, weight)))
+    )
 
 
 def _is_aligned(array: Tensor) -> bool:
     """Return whether rows, of an array or of its transpose, are contiguous and aligned."""
     stored = array if array.is_contiguous() else array.mT
-    return stored.is_contiguous() and stored.shape[-1] * stored.element_size() % _ALIGNMENT == 0
+    # A single row counts as contiguous, whatever its stride. The kernel reads the stride.
+    row = stored.stride(-2) * stored.element_size()
+    return (
+        stored.is_contiguous()
+        and stored.stride(-2) == stored.shape[-1]
+        and row % _ALIGNMENT == 0
+        and stored.data_ptr() % _ALIGNMENT == 0
+    )
 
 
 @_grouped_linear.register_fake

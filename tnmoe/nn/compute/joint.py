@@ -16,9 +16,9 @@ from torch import Tensor
 from tnmoe.contraction.core_by_core import core_by_core_width
 from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.nn.compute.cores import ExpertCores
-from tnmoe.nn.compute.grouped import grouped_linear
+from tnmoe.nn.compute.grouped import grouped_linear, selected_linear
 from tnmoe.nn.compute.pieces import apply_in_pieces
-from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.compute.slots import Groups, SlotOrder, UnsortedSlots
 
 _cached_width = lru_cache(maxsize=4096)(core_by_core_width)
 
@@ -112,7 +112,7 @@ class State:
     inputs: int
     outputs: int
 
-    def through(self, cores: Sequence[Tensor], groups: Groups | None) -> State:
+    def through(self, cores: Sequence[Tensor], groups: SlotOrder | None) -> State:
         """Contract a chain of cores, from the right; without groups all cores are shared."""
         state, inputs, outputs = self.tensor, self.inputs, self.outputs
         count = len(state)
@@ -127,7 +127,7 @@ class State:
         return State(state, inputs, outputs)
 
 
-def _multiply(state: Tensor, matrix: Tensor, groups: Groups | None, factor: int) -> Tensor:
+def _multiply(state: Tensor, matrix: Tensor, groups: SlotOrder | None, factor: int) -> Tensor:
     """Multiply a state (rows · factor, k, n); ``factor`` rows of it belong to one row."""
     if matrix.ndim == 2:
         if state.shape[2] == 1:
@@ -139,4 +139,6 @@ def _multiply(state: Tensor, matrix: Tensor, groups: Groups | None, factor: int)
         return _multiply(state, matrix[0], groups, factor)
     assert groups is not None, "cores that experts own need the experts of the rows"
     rows = state.squeeze(2) if state.shape[2] == 1 else state
+    if isinstance(groups, UnsortedSlots):
+        return selected_linear(rows, matrix, groups.experts)
     return grouped_linear(rows, matrix, groups.offsets * factor)

@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from tnmoe.backends import backend_named
-from tnmoe.contraction.build import (
-    left_environment,
-    right_environment,
-    stacked_to_padded_matrices,
-)
+from tnmoe.contraction.build import left_environment, right_environment
 from tnmoe.nn.compute.cores import ExpertCores, Legs
 from tnmoe.nn.compute.half_precision import add_product
 from tnmoe.nn.transforms import without_autocast
@@ -36,8 +32,19 @@ def padded_matrices(cores: ExpertCores) -> Tensor:
 
     The cores must have one dtype. Gradients flow back to them.
     """
-    left, right = cores.stacked()
-    return stacked_to_padded_matrices(_TORCH, cores.center, left, right)
+    left, right = environments(cores)
+    *own, bond_left, _, _, bond_right = cores.center.shape
+    product = cores.center.reshape(*own, -1, bond_right)
+    if cores.left:  # a shared central core takes one product for all experts together
+        rows = left if own else left.reshape(-1, bond_left)
+        product = rows @ cores.center.reshape(*own, bond_left, -1)
+        product = product.reshape(cores.num_experts, -1, bond_right)
+    if cores.right:
+        product = product @ right
+    legs = cores.legs
+    sizes = [size for leg in zip(legs.out, legs.in_, strict=True) for size in leg]
+    outputs_first = product.reshape(-1, *sizes).permute(0, 1, 3, 5, 2, 4, 6)
+    return outputs_first.reshape(-1, legs.out_features, legs.in_features)
 
 
 def exact_matrices(cores: ExpertCores) -> Tensor:

@@ -14,18 +14,20 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from tnmoe.contraction.core_by_core import core_by_core_steps
+from tnmoe.contraction.layer_plan import Per, Work
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.joint import State
-from tnmoe.nn.compute.slots import Groups
-from tnmoe.nn.transforms import autocast_dtype
+from tnmoe.nn.compute.slots import SlotOrder
+from tnmoe.nn.linear import bias_of_linear, call_linear, size_of_linear
+from tnmoe.nn.stored_cores import is_gathered
+from tnmoe.shapes import chain_shapes
 
 Tensors = Sequence[Tensor]
-
-# A product that acts once per token: of a shared core, or of the linear module that holds it.
-TokenProduct = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class FirstProduct(Protocol):
     def of_tokens(self, tokens: Tensor) -> Tensors:
         """Compute the first part: (T, in) → tensors of T rows."""
 
-    def of_slots(self, states: Tensors, weights: Tensors, groups: Groups) -> Tensor:
+    def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         """Compute the second part: N rows of every state → (N, out)."""
+
+    def work(self) -> list[Work]:
+        """Count what the parts cost, in the order of computation."""
 
 
 class LastProduct(Protocol):
@@ -74,11 +79,14 @@ class LastProduct(Protocol):
     def weights(self) -> Tensors:
         """What the first part multiplies by; see :func:`is_owned`."""
 
-    def of_slots(self, rows: Tensor, weights: Tensors, groups: Groups) -> Tensors:
+    def of_slots(self, rows: Tensor, weights: Tensors, groups: SlotOrder) -> Tensors:
         """Compute the first part: (N, in) → tensors of N rows."""
 
     def of_tokens(self, sums: Tensors) -> Tensor:
         """Compute the second part: T weighted sums of every tensor → (T, out)."""
+
+    def work(self) -> list[Work]:
+        """Count what the parts cost, in the order of computation."""
 
 
 def is_owned(weight: Tensor, num_experts: int) -> bool:
@@ -94,14 +102,18 @@ class FirstCall:
     """A product all of which acts on slots: a call of a projection."""
 
     projection: Callable[..., Tensor]
+    work_of_call: Callable[[], Work]
     weights: Tensors = ()
     token_key: tuple = ()
 
     def of_tokens(self, tokens: Tensor) -> Tensors:
         return (tokens,)
 
-    def of_slots(self, states: Tensors, weights: Tensors, groups: Groups) -> Tensor:
+    def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         return self.projection(*states, groups)
+
+    def work(self) -> list[Work]:
+        return [self.work_of_call()]
 
 
 @dataclass(frozen=True)
@@ -109,13 +121,17 @@ class LastCall:
     """A product all of which acts on slots: a call of a projection."""
 
     projection: Callable[..., Tensor]
+    work_of_call: Callable[[], Work]
     weights: Tensors = ()
 
-    def of_slots(self, rows: Tensor, weights: Tensors, groups: Groups) -> Tensors:
+    def of_slots(self, rows: Tensor, weights: Tensors, groups: SlotOrder) -> Tensors:
         return (self.projection(rows, groups),)
 
     def of_tokens(self, sums: Tensors) -> Tensor:
         return sums[0]
+
+    def work(self) -> list[Work]:
+        return [self.work_of_call()]
 
 
 @dataclass(frozen=True)
@@ -127,13 +143,14 @@ class FirstChain:
     cores : ExpertCores
     stop : int
         Number of the first site after all that experts own.
-    module : callable, optional
-        Multiplies tokens in place of the last core, which must have all input legs.
+    module : Module, optional
+        Linear module that multiplies tokens in place of the last core, which must have all input
+        legs.
     """
 
     cores: ExpertCores
     stop: int
-    module: TokenProduct | None = None
+    module: nn.Module | None = None
 
     @property
     def weights(self) -> Tensors:
@@ -154,16 +171,23 @@ class FirstChain:
         if self.module is None:
             state = self.cores.pad(tokens)
         else:
-            sites, state = sites - 1, through_module(self.module, tokens)
+            sites, state = sites - 1, call_linear(self.module, tokens)
         shared = self.cores.sites()[self.stop : sites]
         return (_through(shared, state, self.cores, sites, None),)
 
-    def of_slots(self, states: Tensors, weights: Tensors, groups: Groups) -> Tensor:
+    def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         (state,) = states
         if self.stop == self.cores.shape.sites:
             state = self.cores.pad(state)
         result = _through(weights, state, self.cores, self.stop, groups)
         return result[:, : self.cores.shape.out_features]
+
+    def work(self) -> list[Work]:
+        sites, last = self.cores.shape.sites, self.stop
+        per_slot = _chain_work(self.cores, range(last), "slot")
+        if last == sites:
+            return [per_slot]
+        return [_chain_work(self.cores, range(last, sites), "token", self.module), per_slot]
 
 
 @dataclass(frozen=True)
@@ -175,40 +199,44 @@ class LastChain:
     cores : ExpertCores
     start : int
         Number of the first site that experts own.
-    module : callable, optional
-        Multiplies sums in place of the first core, which must have all output legs.
-    bias : Tensor of shape (out,), optional
-        What the module adds to its product.
+    module : Module, optional
+        Linear module that multiplies sums in place of the first core, which must have all output
+        legs.
     """
 
     cores: ExpertCores
     start: int
-    module: TokenProduct | None = None
-    bias: Tensor | None = None
+    module: nn.Module | None = None
 
     @property
     def weights(self) -> Tensors:
         return self.cores.sites()[self.start :]
 
-    def of_slots(self, rows: Tensor, weights: Tensors, groups: Groups) -> Tensors:
+    def of_slots(self, rows: Tensor, weights: Tensors, groups: SlotOrder) -> Tensors:
         state = _through(weights, self.cores.pad(rows), self.cores, self.cores.shape.sites, groups)
-        return (state,) if self.bias is None else (state, state.new_ones(len(state), 1))
+        bias = None if self.module is None else bias_of_linear(self.module)
+        return (state,) if bias is None else (state, state.new_ones(len(state), 1))
 
     def of_tokens(self, sums: Tensors) -> Tensor:
         skipped = 0 if self.module is None else 1
         shared = self.cores.sites()[skipped : self.start]
         state = _through(shared, sums[0], self.cores, self.start, None)
         if self.module is not None:
-            product = through_module(self.module, state)
-            return weighted_bias(product, self.bias, sums[1:])
+            return _weighted(self.module, state, sums[1:])
         return state[:, : self.cores.shape.out_features]
+
+    def work(self) -> list[Work]:
+        per_slot = _chain_work(self.cores, range(self.start, self.cores.shape.sites), "slot")
+        if self.start == 0:
+            return [per_slot]
+        return [per_slot, _chain_work(self.cores, range(self.start), "token", self.module)]
 
 
 @dataclass(frozen=True)
 class FirstSum:
     """A shared matrix, which acts on tokens, plus a matrix of every expert."""
 
-    base: TokenProduct
+    base: nn.Module
     delta: FirstProduct
 
     @property
@@ -220,37 +248,42 @@ class FirstSum:
         return id(self.base), *self.delta.token_key
 
     def of_tokens(self, tokens: Tensor) -> Tensors:
-        return (through_module(self.base, tokens), *self.delta.of_tokens(tokens))
+        return (call_linear(self.base, tokens), *self.delta.of_tokens(tokens))
 
-    def of_slots(self, states: Tensors, weights: Tensors, groups: Groups) -> Tensor:
+    def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         product, *rest = states
         return product + self.delta.of_slots(rest, weights, groups)
+
+    def work(self) -> list[Work]:
+        return [_base_work(self.base), *self.delta.work()]
 
 
 @dataclass(frozen=True)
 class LastSum:
-    """A shared matrix, which acts on sums over slots, plus a matrix of every expert.
+    """A shared matrix, which acts on sums over slots, plus a matrix of every expert."""
 
-    ``bias`` is what the module ``base`` adds to its product, if anything.
-    """
-
-    base: TokenProduct
-    bias: Tensor | None
+    base: nn.Module
     delta: LastProduct
 
     @property
     def weights(self) -> Tensors:
         return self.delta.weights
 
-    def of_slots(self, rows: Tensor, weights: Tensors, groups: Groups) -> Tensors:
-        ones = () if self.bias is None else (rows.new_ones(len(rows), 1),)
+    def of_slots(self, rows: Tensor, weights: Tensors, groups: SlotOrder) -> Tensors:
+        ones = () if self._bias is None else (rows.new_ones(len(rows), 1),)
         return (rows, *ones, *self.delta.of_slots(rows, weights, groups))
 
     def of_tokens(self, sums: Tensors) -> Tensor:
-        count = 1 if self.bias is None else 2
-        product = through_module(self.base, sums[0])
-        result = weighted_bias(product, self.bias, sums[1:count])
+        count = 1 if self._bias is None else 2
+        result = _weighted(self.base, sums[0], sums[1:count])
         return result + self.delta.of_tokens(sums[count:])
+
+    def work(self) -> list[Work]:
+        return [*self.delta.work(), _base_work(self.base)]
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return bias_of_linear(self.base)
 
 
 @dataclass(frozen=True)
@@ -272,11 +305,14 @@ class FirstBias:
     def of_tokens(self, tokens: Tensor) -> Tensors:
         return self.product.of_tokens(tokens)
 
-    def of_slots(self, states: Tensors, weights: Tensors, groups: Groups) -> Tensor:
+    def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         *rest, bias = weights
         result = self.product.of_slots(states, rest, groups)
         bias = bias.to(result.dtype)
         return result + (bias if len(bias) == 1 else per_row(bias, groups))
+
+    def work(self) -> list[Work]:
+        return self.product.work()
 
 
 @dataclass(frozen=True)
@@ -296,7 +332,7 @@ class LastBias:
     def _is_common(self) -> bool:
         return len(self.bias) < self.num_experts
 
-    def of_slots(self, rows: Tensor, weights: Tensors, groups: Groups) -> Tensors:
+    def of_slots(self, rows: Tensor, weights: Tensors, groups: SlotOrder) -> Tensors:
         if self._is_common:
             return (*self.product.of_slots(rows, weights, groups), rows.new_ones(len(rows), 1))
         *rest, bias = weights
@@ -308,116 +344,60 @@ class LastBias:
         result = self.product.of_tokens(rest)
         return result + (last * self.bias.to(last.dtype) if self._is_common else last)
 
-
-@dataclass(frozen=True)
-class Products:
-    """The products of one call of a layer.
-
-    Attributes
-    ----------
-    firsts : sequence of FirstProduct
-        Of gate and up, or of up alone.
-    last : LastProduct
-        Of down.
-    """
-
-    firsts: Sequence[FirstProduct]
-    last: LastProduct
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What the parts for slots multiply by, of all products."""
-        return [weight for product in self._all for weight in product.weights]
-
-    @property
-    def are_calls(self) -> bool:
-        """Whether nothing acts once per token."""
-        return all(map(_is_call, self._all))
-
-    @property
-    def have_calls(self) -> bool:
-        """Whether a product acts on slots as a whole."""
-        return any(map(_is_call, self._all))
-
-    @property
-    def _all(self) -> list[FirstProduct | LastProduct]:
-        return [*self.firsts, self.last]
-
-    def split(self, weights: Tensors) -> list[Tensors]:
-        """Return the weights of every product, from those of all."""
-        parts, start = [], 0
-        for product in self._all:
-            stop = start + len(product.weights)
-            parts.append(weights[start:stop])
-            start = stop
-        return parts
-
-    def states_of(self, tokens: Tensor) -> tuple[list[Tensor], list[list[int]]]:
-        """Compute what acts on tokens before they are dispatched, each part once.
-
-        Returns
-        -------
-        states : list of Tensor
-            T rows each.
-        positions : list of list of int
-            For every first product the positions of its states in ``states``.
-        """
-        states: list[Tensor] = []
-        by_key: dict[tuple, list[int]] = {}
-        for first in self.firsts:
-            if first.token_key not in by_key:
-                by_key[first.token_key] = [
-                    _position(state, states) for state in first.of_tokens(tokens)
-                ]
-        return states, [by_key[first.token_key] for first in self.firsts]
+    def work(self) -> list[Work]:
+        return self.product.work()
 
 
-def _position(state: Tensor, states: list[Tensor]) -> int:
-    """Return the position of a tensor in a list, to which it is added if it is not there."""
-    for number, known in enumerate(states):
-        if known is state:
-            return number
-    states.append(state)
-    return len(states) - 1
-
-
-def _is_call(product: FirstProduct | LastProduct) -> bool:
-    return isinstance(product, FirstCall | LastCall)
-
-
-def through_module(module: TokenProduct, rows: Tensor) -> Tensor:
-    """Call a linear module, which may compute in another dtype than its surroundings."""
-    weight = getattr(module, "weight", None)
-    if (
-        not isinstance(weight, Tensor)
-        or not weight.is_floating_point()  # quantised modules cast by themselves
-        or weight.dtype == rows.dtype
-        or autocast_dtype(rows) is not None
-    ):
-        return module(rows)
-    return module(rows.to(weight.dtype)).to(rows.dtype)
-
-
-def weighted_bias(result: Tensor, bias: Tensor | None, totals: Tensors) -> Tensor:
-    """Weight the bias that a module added once per token by the sum of the token's weights.
+def _weighted(module: nn.Module, sums: Tensor, totals: Tensors) -> Tensor:
+    """Apply a linear module to weighted sums, and weight its bias by the totals of the weights.
 
     Parameters
     ----------
-    result : Tensor, shape (T, out)
-        What the module returned.
-    bias : Tensor of shape (out,) or None
+    module : Module
+    sums : Tensor, shape (T, in)
     totals : sequence of Tensor
-        The sums, (T, 1), if there is a bias.
+        The sums of the weights, (T, 1), if the module has a bias.
     """
+    bias = bias_of_linear(module)
     if bias is None:
-        return result
+        return call_linear(module, sums)
+    if any(map(is_gathered, module.modules())):
+        # Only a call of the module brings its bias, which is what it makes of zeros.
+        result = call_linear(module, torch.cat([sums, sums.new_zeros(1, sums.shape[1])]))
+        result, bias = result[:-1], result[-1]
+    else:
+        result = call_linear(module, sums)
     return result + (totals[0] - 1) * bias.to(result.dtype)
 
 
+def _base_work(module: nn.Module) -> Work:
+    rows, columns = size_of_linear(module)
+    stored = [*module.parameters(), *module.buffers()]
+    read = sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    return Work("shared module", "token", 2 * rows * columns, read, 0)
+
+
+def _chain_work(
+    cores: ExpertCores, sites: range, per: Per, module: nn.Module | None = None
+) -> Work:
+    """Count what neighbouring cores of a chain cost."""
+    if module is not None and len(sites) == 1:
+        return _base_work(module)
+    sizes = chain_shapes(cores.shape, cores.bond_dims)
+    steps = list(core_by_core_steps(sizes, 1))[::-1]
+    flops = sum(2 * prod(steps[site]) for site in sites)
+    read = [prod(sizes[site]) * cores.stored[site].element_size() for site in sites]
+    shared = sum(size for size, site in zip(read, sites, strict=True) if site in cores.shared_sites)
+    what = "shared cores" if per == "token" else "cores of experts"
+    return Work(what, per, flops, shared, sum(read) - shared)
+
+
 def _through(
-    weights: Tensors, state: Tensor, cores: ExpertCores, stop: int, groups: Groups | None
+    weights: Tensors, state: Tensor, cores: ExpertCores, stop: int, groups: SlotOrder | None
 ) -> Tensor:
     """Take rows through neighbouring cores, the last of which stands before site ``stop``."""
+    if not weights:
+        return state
     inputs, outputs = prod(cores.shape.in_dims[:stop]), prod(cores.shape.out_dims[stop:])
     chain = [core.to(state.dtype) for core in weights]
     return State(state, inputs, outputs).through(chain, groups).tensor

@@ -33,6 +33,7 @@ def plan(
     *,
     matrix: Matrix | None = None,
     top_k: int = 1,
+    route: Route | None = None,
 ) -> ContractionPlan:
     """Plan the fastest route for a number of rows.
 
@@ -47,6 +48,8 @@ def plan(
         The place of the matrices in a layer where shared cores may act once per token.
     top_k : int
         Slots per token.
+    route : {"joint", "per_expert", "rebuilt", "cached"}, optional
+        The route to plan; the fastest by default.
     """
     center = cores.center
     itemsize = center.element_size()
@@ -59,6 +62,7 @@ def plan(
         shared_sites=cores.shared_sites,
         matrix=matrix,
         top_k=top_k,
+        route=route,
         training=training,
         cached=not training
         and not cores.transient

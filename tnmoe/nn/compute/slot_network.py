@@ -12,7 +12,14 @@ from torch import Tensor
 
 from tnmoe.nn.compute.half_precision import sum_dtype
 from tnmoe.nn.compute.once_per_token import Tensors, is_owned
-from tnmoe.nn.compute.slots import Groups, combine, dispatch, zero_unrouted
+from tnmoe.nn.compute.slots import (
+    Groups,
+    SlotOrder,
+    UnsortedSlots,
+    combine,
+    dispatch,
+    zero_unrouted,
+)
 from tnmoe.nn.transforms import autocast_as, autocast_state
 
 # Numbers in the widest rows of a chunk, which should stay in a CPU's cache from one operation to
@@ -21,7 +28,7 @@ _CHUNK = 1 << 19
 
 
 # A function of rows of all inputs, of weights, and of the groups of the rows.
-SlotFunction = Callable[[Tensors, Tensors, Groups], Tensors]
+SlotFunction = Callable[[Tensors, Tensors, SlotOrder], Tensors]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class SlotNetwork:
     weights : sequence of Tensor
         What ``function`` multiplies by; see :func:`is_owned`.
     function : callable
-        Takes rows of all inputs, weights, and the groups of the rows. Returns tensors with as many
+        Takes rows of all inputs, weights, and the order of the rows. Returns tensors with as many
         rows, whose weighted sums over the slots of every token are the last product's.
     num_experts : int
         Number of experts E.
@@ -86,6 +93,37 @@ def sum_at_once(
         outputs = _in_pieces(network, rows, groups, step)
         outputs = [zero_unrouted(output, unrouted) for output in outputs]
     return [combine(output, groups, weights) for output in outputs]
+
+
+def sum_unsorted(
+    network: SlotNetwork, index: Tensor, weights: Tensor, unrouted: Tensor | None = None
+) -> list[Tensor]:
+    """Compute :func:`sum_at_once` for a few slots without sorting them; without gradients.
+
+    Parameters
+    ----------
+    network : SlotNetwork
+    index : Tensor of int64, shape (T, k)
+        Experts of every token, from 0 to E − 1; any number of these for slots without an expert.
+    weights : Tensor, shape (T, k)
+        Weights of the slots.
+    unrouted : Tensor of bool, shape (N,), optional
+        Slots that have no expert.
+    """
+    tokens, choices = index.shape
+    slots = UnsortedSlots(index.reshape(-1), tokens * choices)
+    rows = [
+        states[:, None].expand(-1, choices, -1).reshape(tokens * choices, -1)
+        for states in network.inputs
+    ]
+    rows = [zero_unrouted(part, unrouted) for part in rows]
+    outputs = network.function(rows, network.weights, slots)
+    outputs = [zero_unrouted(output, unrouted) for output in outputs]
+    dtype = torch.promote_types(outputs[0].dtype, weights.dtype)
+    factors = weights[:, None].to(dtype)
+    return [
+        torch.bmm(factors, output.view(tokens, choices, -1).to(dtype))[:, 0] for output in outputs
+    ]
 
 
 def _in_pieces(
@@ -145,90 +183,109 @@ class _Chunks:
             for slots in self.groups.order[block].split(self.step):
                 yield expert, slots, slots // self.choices
 
-    def own(self, expert: int, weight: Tensor) -> Tensor:
-        """Return an expert's part of a weight, as in a network with this expert alone."""
-        return weight[expert : expert + 1] if is_owned(weight, self.num_experts) else weight
+    def own(self, expert: int, weights: Tensors) -> list[Tensor]:
+        """Return an expert's weights, as those of a network with this expert alone."""
+        return [
+            weight[expert : expert + 1] if is_owned(weight, self.num_experts) else weight
+            for weight in weights
+        ]
 
-    def outputs(self, rows: Tensors, own: Tensors, factor: Tensor) -> list[Tensor]:
-        """Return the outputs of a chunk times the weights of its slots, (n, 1)."""
-        group = Groups.of_one_expert(len(factor), factor.device)
-        return [output * factor for output in self.function(rows, own, group)]
+    def outputs(self, rows: Tensors, own: Tensors) -> Tensors:
+        """Return the outputs of a chunk, without the weights of its slots."""
+        return self.function(rows, own, Groups.of_one_expert(len(rows[0]), rows[0].device))
 
     def forward(self, inputs: Tensors, weights: Tensors, factors: Tensor) -> list[Tensor]:
         """Sum the weighted outputs of all chunks for every token."""
         flat, sums = factors.reshape(-1, 1), list[Tensor]()
         for expert, slots, tokens in self:
             rows = [states.index_select(0, tokens) for states in inputs]
-            own = [self.own(expert, weight) for weight in weights]
-            outputs = self.outputs(rows, own, flat.index_select(0, slots))
-            sums = sums or [_zeros(len(factors), output) for output in outputs]
+            outputs, factor = self.outputs(rows, self.own(expert, weights)), flat[slots]
+            dtype = sum_dtype(torch.result_type(outputs[0], factor))
+            sums = sums or [
+                out.new_zeros(len(factors), *out.shape[1:], dtype=dtype) for out in outputs
+            ]
             for total, output in zip(sums, outputs, strict=True):
-                total.index_add_(0, tokens, output.to(total.dtype))
+                total.index_add_(0, tokens, output.to(dtype) * factor)
         return sums
 
     def backward(
-        self, tensors: Tensors, count: int, grads: Tensors, needed: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Return the gradients that are needed, and None elsewhere; compute every chunk again.
+        self,
+        inputs: Tensors,
+        weights: Tensors,
+        factors: Tensor,
+        grads: Tensors,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """Return the gradients of inputs, weights and factors, computing every chunk again.
 
-        ``tensors`` are the factors, ``count`` inputs, and the weights.
+        ``needs`` says which inputs and weights have gradients; zeros stand for the rest.
         """
-        factors, inputs, weights = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
-        flat = factors.reshape(-1, 1)
-        totals = [
-            _zeros(len(tensor), tensor) if need else None
-            for tensor, need in zip((flat, *inputs, *weights), needed, strict=True)
-        ]
+        count, flat = len(inputs), factors.reshape(-1, 1)
+        totals = [_zeros_like(tensor) for tensor in (*inputs, *weights, flat)]
         for expert, slots, tokens in self:
-            rows = (states.index_select(0, tokens) for states in inputs)
-            own = (self.own(expert, weight) for weight in weights)
+            rows = [states.index_select(0, tokens) for states in inputs]
+            given = (*rows, *self.own(expert, weights))
             leaves = [
-                part.detach().requires_grad_(need)
-                for part, need in zip((flat[slots], *rows, *own), needed, strict=True)
+                each.detach().requires_grad_(need) for each, need in zip(given, needs, strict=True)
             ]
             with torch.enable_grad():
-                outputs = self.outputs(leaves[1 : 1 + count], leaves[1 + count :], leaves[0])
-            found = _gradients(outputs, leaves, [grad.index_select(0, tokens) for grad in grads])
-            places = [slots, *[tokens] * count, *[None] * len(weights)]
-            for total, part, place in zip(totals, found, places, strict=True):
-                if total is None or part is None:
-                    continue
-                if place is None:
-                    self.own(expert, total).add_(part)
+                outputs = self.outputs(leaves[:count], leaves[count:])
+            of_outputs = [grad.index_select(0, tokens) for grad in grads]
+            pairs = list(zip(of_outputs, outputs, strict=True))
+            products = (_row_products(grad, output.detach()) for grad, output in pairs)
+            totals[-1][slots] = sum(part.to(totals[-1].dtype) for part in products)
+            factor = flat[slots]
+            own = [*totals[:count], *self.own(expert, totals[count:-1])]
+            found = _gradients(
+                [(output, grad.mul_(factor).to(output.dtype)) for grad, output in pairs], leaves
+            )
+            for number, part in found:
+                if number < count:
+                    own[number].index_add_(0, tokens, part.to(own[number].dtype))
                 else:
-                    total.index_add_(0, place, part.to(total.dtype))
-        if totals[0] is not None:
-            totals[0] = totals[0].view_as(factors)
+                    own[number] += part
         return totals
 
 
 def _gradients(
-    outputs: Tensors, leaves: Tensors, grads: Tensors, create_graph: bool = False
-) -> list[Tensor | None]:
-    """Return the gradients of the leaves that require one, and None for the others."""
-    reached = [
-        (output, grad.to(output.dtype))
-        for output, grad in zip(outputs, grads, strict=True)
-        if output.requires_grad
-    ]
-    needed = [leaf for leaf in leaves if leaf.requires_grad]
-    if not (needed and reached):
-        return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in leaves]
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in reached],
-            needed,
-            [grad for _, grad in reached],
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
+    outputs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor], create_graph: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the numbers of leaves that have gradients, and these gradients.
+
+    Parameters
+    ----------
+    outputs : sequence of (Tensor, Tensor)
+        Every output with its own gradient.
+    leaves : sequence of Tensor
+    create_graph : bool
+        Whether the gradients shall have gradients themselves.
+    """
+    numbers = [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
+    pairs = [pair for pair in outputs if pair[0].requires_grad]
+    if not pairs:
+        return
+    differentiable, grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(
+        differentiable,
+        [leaves[number] for number in numbers],
+        grads,
+        create_graph=create_graph,
+        allow_unused=True,
     )
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+    for number, grad in zip(numbers, found, strict=True):
+        if grad is not None:
+            yield number, grad
 
 
-def _zeros(rows: int, like: Tensor) -> Tensor:
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the scalar product of every two rows: (n, m), (n, m) → (n, 1)."""
+    return torch.bmm(left[:, None], right.to(left.dtype)[..., None])[:, 0]
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
     """Return zeros for sums of tensors like this one."""
-    return like.new_zeros(rows, *like.shape[1:], dtype=sum_dtype(like.dtype))
+    dtype = sum_dtype(tensor.dtype)
+    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 class _SumInChunks(torch.autograd.Function):
@@ -241,25 +298,28 @@ class _SumInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        tensors, count = ctx.saved_tensors, ctx.count
+        factors, *tensors = ctx.saved_tensors
+        inputs, weights = tensors[: ctx.count], tensors[ctx.count :]
         with autocast_as(ctx.autocast):
             if torch.is_grad_enabled():  # with create_graph=True
-                return None, None, *_differentiable(ctx.chunks, tensors, count, grads)
-            found = ctx.chunks.backward(tensors, count, grads, ctx.needs_input_grad[2:])
-        gradients = (
-            None if grad is None else grad.to(tensor.dtype)
-            for grad, tensor in zip(found, tensors, strict=True)
-        )
-        return None, None, *gradients
+                return None, None, *_differentiable(ctx.chunks, factors, inputs, weights, grads)
+            needs = ctx.needs_input_grad[3:]
+            *found, of_factors = ctx.chunks.backward(inputs, weights, factors, grads, needs)
+        gradients = [
+            grad.to(tensor.dtype) if need else None
+            for grad, tensor, need in zip(found, tensors, needs, strict=True)
+        ]
+        return None, None, of_factors.view_as(factors).to(factors.dtype), *gradients
 
 
 def _differentiable(
-    chunks: _Chunks, tensors: Tensors, count: int, grads: Tensors
+    chunks: _Chunks, factors: Tensor, inputs: Tensors, weights: Tensors, grads: Tensors
 ) -> list[Tensor | None]:
     """Return gradients that have gradients themselves, from a network without chunks."""
-    # One input may be a function of another: of a view of it, no other view is.
-    views = [tensor.view_as(tensor) for tensor in tensors]
-    factors, inputs, weights = views[0], views[1 : 1 + count], views[1 + count :]
-    network = SlotNetwork(inputs, weights, chunks.function, chunks.num_experts)
-    sums = sum_at_once(network, chunks.groups, factors, int(chunks.groups.offsets[-1]))
-    return _gradients(sums, views, grads, create_graph=True)
+    # One input may be a function of another one, but no view is a function of another view.
+    views = [tensor.view_as(tensor) for tensor in (factors, *inputs, *weights)]
+    count = 1 + len(inputs)
+    network = SlotNetwork(views[1:count], views[count:], chunks.function, chunks.num_experts)
+    sums = sum_at_once(network, chunks.groups, views[0], int(chunks.groups.offsets[-1]))
+    found = dict(_gradients(list(zip(sums, grads, strict=True)), views, create_graph=True))
+    return [found.get(number) for number in range(len(views))]

@@ -104,6 +104,26 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class UnsortedSlots:
+    """A few slots in the order of tokens, for which sorting would cost more than it saves.
+
+    Attributes
+    ----------
+    experts : Tensor of int64, shape (N,)
+        Expert of every row, token by token, choice by choice. All rows have one.
+    layer_slots : int
+        Number of slots N.
+    """
+
+    experts: Tensor
+    layer_slots: int
+
+
+# How rows of slots lie, and which experts they belong to.
+SlotOrder = Groups | UnsortedSlots
+
+
+@dataclass(frozen=True)
 class DenseDispatch:
     """A table of tokens and experts, for code that may not depend on how many slots experts have.
 

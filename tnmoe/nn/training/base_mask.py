@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_bool, check_int_from_zero, check_number_in
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.mpo_projection import MPOProjection
-from tnmoe.nn.training.shared_cores import require_shared_parameters
+from tnmoe.nn.projection import Projection
+from tnmoe.nn.training.shared_cores import require_shared_parameters, shared_parameters
 
 Probability = float | Callable[[int], float]
 
@@ -189,10 +189,8 @@ def _named_shared(model: nn.Module) -> dict[str, nn.Parameter]:
 def _layer_numbers(model: nn.Module) -> dict[int, int]:
     """Return the number of the first layer of experts that uses each shared core, by id."""
     numbers: dict[int, int] = {}
-    layers = [part for part in model.modules() if isinstance(part, Experts | MPOProjection)]
+    layers = [part for part in model.modules() if isinstance(part, Experts | Projection)]
     for number, layer in enumerate(layers):
-        for projection in layer.modules():
-            if isinstance(projection, MPOProjection):
-                for core in projection.shared_cores:
-                    numbers.setdefault(id(core), number)
+        for core in shared_parameters(layer):
+            numbers.setdefault(id(core), number)
     return numbers

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from tnmoe.errors import InputError
-from tnmoe.nn.adapters import modules_in_use, warn_of_unsaved
-from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
+from tnmoe.nn.adapters import replaced_by_copies, warn_of_unsaved
+from tnmoe.nn.training.shared_cores import projections, require_shared_parameters
 
 
 def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
@@ -53,28 +53,13 @@ def train_auxiliary(model: nn.Module, also: Iterable[str] = ()) -> int:
     named = dict(model.named_parameters())
     if absent := [part for part in parts if not any(part in name for name in named)]:
         raise InputError(f"no parameter has {', '.join(absent)} in its name")
-    owned = {
-        id(core)
-        for projection in mpo_projections(model)
-        for site in set(range(projection.shape.sites)) - projection.shared_sites
-        for core in projection.parameters_at(site)
-    }
-    replaced = _replaced_by_peft(model)
+    owned = {id(core) for part in projections(model) for core in part.owned_parameters}
+    replaced = replaced_by_copies(model)
     for name, parameter in named.items():
         is_trained = id(parameter) in owned or any(part in name for part in parts)
         parameter.requires_grad_(is_trained and id(parameter) not in replaced)
     warn_of_unsaved(model)
     return sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
-
-
-def _replaced_by_peft(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that PEFT keeps beside the copies that it trains."""
-    used = {
-        id(parameter)
-        for module in modules_in_use(model)
-        for parameter in module.parameters(recurse=False)
-    }
-    return {id(parameter) for parameter in model.parameters()} - used
 
 
 def freeze_shared(model: nn.Module, frozen: bool = True) -> int:

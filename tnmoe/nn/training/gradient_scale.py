@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tnmoe.errors import InputError, check_number_in
-from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.projection import Projection
+from tnmoe.nn.stored_cores import is_gathered
 from tnmoe.nn.training.hooks import AttachedHooks, Removable, hook_gradient
-from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
+from tnmoe.nn.training.shared_cores import require_shared_parameters, sharing_projections
 
 
 class SharedGradientScale(AttachedHooks):
@@ -56,9 +57,8 @@ class SharedGradientScale(AttachedHooks):
             for core, factor in factors.values()
         ]
         handles += [
-            _GatheredScale(projection, _factor(projection, self.scale), set(factors))
-            for projection in mpo_projections(model)
-            if projection.is_gathered
+            _GatheredScale(module, names, factor, set(factors))
+            for module, (names, factor) in _gathering(model, self.scale).items()
         ]
         super().__init__(*handles)
 
@@ -73,19 +73,22 @@ class _GatheredScale(AttachedHooks):
     forward pass on, and they may be new ones in every pass.
     """
 
-    def __init__(self, projection: MPOProjection, factor: float, parameters: set[int]) -> None:
-        super().__init__(projection.register_forward_pre_hook(self._before_forward))
+    def __init__(
+        self, module: nn.Module, names: list[str], factor: float, parameters: set[int]
+    ) -> None:
+        super().__init__(module.register_forward_pre_hook(self._before_forward))
+        self._names = names
         self._factor = factor
         self._parameters = parameters  # have their own hooks
         # Holding the tensors keeps their ids from being used again.
         self._hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
 
-    def _before_forward(self, projection: Any, _: Any) -> None:
+    def _before_forward(self, module: nn.Module, _: Any) -> None:
+        tensors = (getattr(module, name) for name in self._names)
         gathered = [
-            core
-            for site in projection.shared_sites
-            for core in projection.tensors_at(site)
-            if core.requires_grad and id(core) not in self._parameters
+            tensor
+            for tensor in tensors
+            if tensor.requires_grad and id(tensor) not in self._parameters
         ]
         multiplied = partial(_multiplied, factor=self._factor)
         self._hooked = {
@@ -99,12 +102,24 @@ class _GatheredScale(AttachedHooks):
             handle.remove()
 
 
+def _gathering(model: nn.Module, scale: float | None) -> dict[nn.Module, tuple[list[str], float]]:
+    """Return the modules whose shared parameters FSDP gathers, with their names and factor."""
+    found: dict[nn.Module, tuple[list[str], float]] = {}
+    for projection, parameters in sharing_projections(model).items():
+        shared = set(map(id, parameters))
+        for module in filter(is_gathered, projection.modules()):
+            names = [name for name, each in module._parameters.items() if id(each) in shared]
+            if names:
+                found.setdefault(module, (names, _factor(projection, scale)))
+    return found
+
+
 def _factors(model: nn.Module, scale: float | None) -> dict[int, tuple[nn.Parameter, float]]:
     """Return every shared core of a model with its factor, by the core's id."""
     factors: dict[int, tuple[nn.Parameter, float]] = {}
-    for projection in mpo_projections(model):
+    for projection, shared in sharing_projections(model).items():
         factor = _factor(projection, scale)
-        for core in projection.shared_cores:
+        for core in shared:
             if factors.setdefault(id(core), (core, factor))[1] != factor:
                 raise InputError(
                     "give scale: layers that share a core differ in their numbers of experts"
@@ -112,7 +127,7 @@ def _factors(model: nn.Module, scale: float | None) -> dict[int, tuple[nn.Parame
     return factors
 
 
-def _factor(projection: MPOProjection, scale: float | None) -> float:
+def _factor(projection: Projection, scale: float | None) -> float:
     return 1 / projection.num_experts if scale is None else scale
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError, check_number_in
-from tnmoe.nn.training.shared_cores import mpo_projections, require_shared_parameters
+from tnmoe.nn.training.shared_cores import require_shared_parameters, sharing_projections
 
 
 def parameter_groups(
@@ -51,9 +51,9 @@ def parameter_groups(
     >>> [group["lr"] for group in optimizer.param_groups]
     [0.001, 0.00025]
     """
-    shared = {id(core) for core in require_shared_parameters(model)}
+    shared = {id(each) for each in require_shared_parameters(model)}
     if shared_scale is None:
-        counts = sorted({projection.num_experts for projection in mpo_projections(model)})
+        counts = sorted({projection.num_experts for projection in sharing_projections(model)})
         if len(counts) > 1:
             raise InputError(f"give shared_scale: layers have {counts} experts")
         shared_scale = 1 / counts[0]

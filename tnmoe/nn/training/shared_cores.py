@@ -1,4 +1,4 @@
-"""The cores of a model that all experts of a layer share.
+"""The parameters of a model that all experts of a layer share.
 
 Every token of a layer updates the shared cores, while only the tokens of an expert update the
 cores that it owns. :class:`tnmoe.nn.GradientMask` compensates for that as MPOE does. The other
@@ -13,23 +13,34 @@ from collections.abc import Iterator
 from torch import nn
 
 from tnmoe.errors import InputError
-from tnmoe.nn.adapters import modules_in_use
-from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.adapters import modules_in_use, replaced_by_copies
+from tnmoe.nn.projection import Projection
 
 
-def mpo_projections(model: nn.Module) -> Iterator[MPOProjection]:
-    """Iterate over a model's MPO projections, each once."""
+def projections(model: nn.Module) -> Iterator[Projection]:
+    """Iterate over a model's projections, each once; parts of other projections are among them."""
     seen: set[nn.Module] = set()
     for module in modules_in_use(model):
-        if isinstance(module, MPOProjection) and module not in seen:
+        if isinstance(module, Projection) and module not in seen:
             seen.add(module)
             yield module
+
+
+def sharing_projections(model: nn.Module) -> dict[Projection, list[nn.Parameter]]:
+    """Return the projections whose experts share parameters, each with these."""
+    replaced = replaced_by_copies(model)
+    found = {
+        projection: [each for each in projection.shared_parameters if id(each) not in replaced]
+        for projection in projections(model)
+    }
+    return {projection: shared for projection, shared in found.items() if shared}
 
 
 def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the cores that all experts of a layer share, each once.
 
-    In MPOE these are the central cores.
+    In MPOE these are the central cores, in the layouts ``hidden`` and ``residual`` the parameters
+    of the linear modules, without biases.
 
     Parameters
     ----------
@@ -43,8 +54,8 @@ def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> [core is experts.up.center for core in shared_parameters(experts)]
     [True, False]
     """
-    cores = {id(core): core for part in mpo_projections(model) for core in part.shared_cores}
-    return list(cores.values())
+    parts = sharing_projections(model).values()
+    return list({id(each): each for part in parts for each in part}.values())
 
 
 def require_shared_parameters(model: nn.Module) -> list[nn.Parameter]:

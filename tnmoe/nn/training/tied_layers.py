@@ -9,7 +9,11 @@ from torch import nn
 
 from tnmoe.errors import InputError, check_index
 from tnmoe.nn.experts import Experts
+from tnmoe.nn.hidden_projection import HiddenProjection
+from tnmoe.nn.linear import check_same_linear, tie_linear
 from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.residual_projection import ResidualProjection
+from tnmoe.nn.stored_cores import is_gathered
 from tnmoe.options import MATRICES
 
 
@@ -28,7 +32,9 @@ def tie_layers(
         All of the same shapes and bonds. Their up projections are tied to each other, and so are
         their gates and their down projections.
     sites : {"center"} or iterable of int
-        Sites whose cores are tied.
+        Sites whose cores are tied. In the layouts ``hidden`` and ``residual``, ``"center"`` ties
+        the linear modules' matrices and leaves their biases; numbers are those of the sites of
+        experts' MPOs.
 
     Raises
     ------
@@ -55,8 +61,7 @@ def tie_layers(
     for name, first, other in pairs:
         _check_pair(name, first, other, numbers)
     for _, first, other in pairs:
-        for site in [first.center_site] if numbers is None else numbers:
-            other.set_core(site, first.core_at(site))
+        _tie_pair(first, other, numbers)
 
 
 def _check_layers(layers: Iterable[nn.Module]) -> list[Experts]:
@@ -66,8 +71,7 @@ def _check_layers(layers: Iterable[nn.Module]) -> list[Experts]:
         raise InputError(f"tying needs at least two layers, got {len(experts)}")
     if wrong := [type(layer).__name__ for layer in experts if not isinstance(layer, Experts)]:
         raise InputError(f"layers must be Experts, or an MPOMoE of them, got {', '.join(wrong)}")
-    modules = (module for layer in experts for module in layer.modules())
-    if any(isinstance(module, MPOProjection) and module.is_gathered for module in modules):
+    if any(is_gathered(module) for layer in experts for module in layer.modules()):
         raise InputError("layers are sharded or offloaded already: tie them before that")
     return experts
 
@@ -84,18 +88,47 @@ def _check_sites(sites: Literal["center"] | Iterable[int]) -> list[int] | None:
 
 def _check_pair(name: str, first: Any, other: Any, sites: list[int] | None) -> None:
     for projection in (first, other):
-        if not isinstance(projection, MPOProjection):
+        if not isinstance(projection, MPOProjection | ResidualProjection):
             raise InputError(f"{name} is not an MPO in one of the layers: {projection}")
-    if first.shape != other.shape:
-        raise InputError(f"{name} differs in its shape: {first.shape} and {other.shape}")
-    if first.center_site != other.center_site:
-        raise InputError(
-            f"{name} differs in the site of its centre: {first.center_site} and {other.center_site}"
+    if type(first) is not type(other):
+        raise InputError(f"{name} differs in its layout: {first} and {other}")
+    chains = _chain_of(first), _chain_of(other)
+    if chains[0].shape != chains[1].shape:
+        raise InputError(f"{name} differs in its shape: {chains[0].shape} and {chains[1].shape}")
+    centers = [chain.center_site for chain in chains]
+    if centers[0] != centers[1]:
+        raise InputError(f"{name} differs in the site of its centre: {centers[0]} and {centers[1]}")
+    for site in [None] if sites is None else sites:
+        if _is_module_at(first, site):
+            check_same_linear(f"{name}.base", first.base, other.base)
+            continue
+        site = (
+            centers[0] if site is None else check_index("every site", site, chains[0].shape.sites)
         )
-    for site in [first.center_site] if sites is None else sites:
-        check_index("every site", site, first.shape.sites)
-        shapes = [tuple(projection.core_at(site).shape) for projection in (first, other)]
+        shapes = [tuple(chain.core_at(site).shape) for chain in chains]
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"{name}'s cores of site {site} differ in shape: {shapes[0]} and {shapes[1]}"
             )
+
+
+def _tie_pair(first: Any, other: Any, sites: list[int] | None) -> None:
+    """Let a projection use another one's cores; None stands for the centre, or for ``base``."""
+    for site in [None] if sites is None else sites:
+        if _is_module_at(first, site):
+            tie_linear(first.base, other.base)
+        else:
+            chain = _chain_of(first)
+            number = chain.center_site if site is None else site
+            _chain_of(other).set_core(number, chain.core_at(number))
+
+
+def _chain_of(projection: Any) -> MPOProjection:
+    return projection.delta if isinstance(projection, ResidualProjection) else projection
+
+
+def _is_module_at(projection: Any, site: int | None) -> bool:
+    """Return whether a linear module holds what layers share at a site, None for the centre."""
+    if isinstance(projection, HiddenProjection):
+        return site in (None, projection.center_site)
+    return isinstance(projection, ResidualProjection) and site is None
