@@ -50,9 +50,7 @@ def test_experts_use_the_models_own_modules_as_they_stand(name, layout, common_b
     weights = [{part: each.weight for part, each in ffn.matrices.items()} for ffn in ffns]
     before = [{part: each.weight.clone() for part, each in ffn.matrices.items()} for ffn in ffns]
     hf.upcycle(model, config_of(layout, common_bias=common_bias))
-    for ffn, layer, parameters, numbers in zip(
-        ffns, mixtures(model), weights, before, strict=True
-    ):
+    for ffn, layer, parameters, numbers in zip(ffns, mixtures(model), weights, before, strict=True):
         for part, module in ffn.matrices.items():
             projection = getattr(layer.experts, part)
             assert projection.base is module
