@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.cli.command import tnmoe
@@ -23,6 +25,38 @@ def test_settings_come_from_a_file_and_from_the_command_line_first(dense, tmp_pa
     stored = json.loads((target / "config.json").read_text())["tnmoe"]["config"]
     assert stored["layers"] == [0, 1]
     assert stored["matrices"] == ["up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("options", "entries"),
+    [
+        (["--layout", "hidden"], {"layout": "hidden", "group_size": 64, "sites": None}),
+        (
+            ["--layout", "hidden", "--group-size", "8,2", "--bond-ratio", "1.5"],
+            {"group_size": [8, 2], "bond_ratio": 1.5},
+        ),
+        (["--layout", "split", "--group-size", "8"], {"group_size": 8}),
+        (["--layout", "residual"], {"layout": "residual", "sites": None, "max_bond": None}),
+        (["--layout", "residual", "--sites", "4", "--max-bond", "3"], {"sites": 4, "max_bond": 3}),
+    ],
+)
+def test_layouts_around_a_module_are_options_and_keep_the_function(
+    options, entries, dense, tmp_path
+):
+    target = tmp_path / "target"
+    planned = tnmoe("upcycle", dense, target, "--experts", 4, *options, "--dry-run", "--json")
+    made = tnmoe("upcycle", dense, target, "--experts", 4, *options, "--json")
+    planned, made = json.loads(planned.stdout), json.loads(made.stdout)
+    assert planned["parameters"] == made["parameters"]
+    assert planned["bytes"] == made["bytes"]
+    stored = json.loads((target / "config.json").read_text())["tnmoe"]["config"]
+    assert stored | entries == stored
+    before = AutoModelForCausalLM.from_pretrained(dense).eval()
+    after = AutoModelForCausalLM.from_pretrained(target).eval()
+    assert made["parameters"]["target"] == after.num_parameters()
+    ids = torch.arange(3, 17).view(2, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(after(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_numbers_in_a_file_may_be_integers(dense, tmp_path):

@@ -46,6 +46,38 @@ def test_inspection_shows_sizes_spectra_and_what_truncation_costs(dense, tmp_pat
     assert "entropies" in text
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_inspection_tells_the_bonds_that_a_conversion_makes(weights, dense):
+    more = [] if weights else ["--no-weights"]
+    for options, settings in (
+        (["--layout", "hidden"], {}),
+        (["--layout", "hidden", "--group-size", "4,2"], {"group_size": [4, 2]}),
+        (["--layout", "hidden", "--bond-ratio", "2"], {"bond_ratio": 2}),
+        (["--layout", "hidden", "--max-bond", "3"], {"max_bond": 3}),
+        (["--layout", "residual"], {}),
+        (["--layout", "residual", "--sites", "4"], {"sites": 4}),
+    ):
+        found = json.loads(
+            tnmoe("inspect", dense, "--experts", 4, *options, *more, "--json").stdout
+        )
+        config = hf.MPOEConfig(num_experts=4, layout=options[1], **settings)
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        assert found["parameters"] == counts(model, config)
+        hf.upcycle(model, config)
+        for matrix in found["matrices"]:
+            layer, _, part = matrix["name"].rpartition(".")
+            experts = model.get_submodule(layer).mlp.experts
+            projection = getattr(experts, part)
+            mpo = projection.expert(0)
+            assert tuple(matrix["bond_dims"]) == mpo.bond_dims
+            assert tuple(matrix["shape"]["out_dims"]) == mpo.shape.out_dims
+            # Nothing of a residual matrix is decomposed.
+            is_measured = weights and options[1] == "hidden"
+            assert (matrix["errors"] is not None) == is_measured
+        text = tnmoe("inspect", dense, "--experts", 4, *options, *more).stdout
+        assert ("entropies" in text) == (weights and options[1] == "hidden")
+
+
 @pytest.mark.parametrize("way", ["file", "no weights"])
 def test_a_configuration_is_enough_for_the_counts(way, dense, tmp_path):
     (tmp_path / "config.json").write_bytes((dense / "config.json").read_bytes())

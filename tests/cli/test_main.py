@@ -34,6 +34,18 @@ def damaged(folder):
         (lambda d, t: ["upcycle", d, t, "--config", d / "config.json"], "unknown entries in an"),
         (lambda d, t: ["export", d, t], "is not an MPOE checkpoint"),
         (lambda d, t: ["upcycle", d, t, "--sites", "1000"], "sites must be at most 100, got 1000"),
+        (lambda d, t: ["upcycle", d, t, "--group-size", "8"], "group_size is for layout='split'"),
+        (lambda d, t: ["upcycle", d, t, "--group-size", "8,0"], "expected an integer from 1 up"),
+        (lambda d, t: ["upcycle", d, t, "--bond-ratio", "2"], "bond_ratio enlarges the exact bon"),
+        (lambda d, t: ["upcycle", d, t, "--bond-ratio", ".5"], "expected a number from 1 up"),
+        (
+            lambda d, t: ["upcycle", d, t, "--layout", "hidden", "--sites", "3"],
+            "sites is for layout='interleaved' and 'residual'",
+        ),
+        (
+            lambda d, t: ["inspect", d, "--layout", "residual", "--bonds", "4"],
+            "bonds are for layouts that may cut some, got bonds=[4]",
+        ),
         (lambda d, t: ["inspect", d, "--experts", "9" * 5000], "expected an integer from 1 up"),
         (lambda d, t: ["upcycle", d, t, "--config", pipe(d / "pipe")], "pipe is not JSON"),
         (lambda d, t: ["inspect", d, "--bonds", "4,0"], "expected an integer from 1 up"),

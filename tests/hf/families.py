@@ -149,6 +149,18 @@ MODELS = {
     "clip vision": (lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_VISION)), 3),
 }  # fmt: skip
 
+# Settings of every layout, for networks of these sizes.
+LAYOUTS = {
+    "interleaved": {"sites": 3},
+    "split": {"layout": "split"},
+    "hidden": {"layout": "hidden"},
+    "two groups": {"layout": "hidden", "group_size": [2, 4]},
+    "two matrices": {"layout": "hidden", "bond_ratio": 2.0},
+    "residual": {"layout": "residual"},
+    "tensor train": {"layout": "residual", "sites": 4, "max_bond": 3},
+    "dense": {"layout": "dense"},
+}
+
 ENCODER_DECODERS = ("t5", "flan-t5", "mt5", "t5gemma", "prophetnet", "bart")
 GENERATORS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gptj", "gpt_neox", "falcon", "phi",

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 import tnmoe as tn
-from tests.hf.families import IDS, MODELS, inputs, make, outputs, relative
+from tests.hf.families import IDS, LAYOUTS, MODELS, inputs, make, outputs, relative
 from tnmoe import hf, nn
 from tnmoe.hf.export_targets import _switch_steps
+from tnmoe.nn.compute.slots import Groups
 
 CONFIG = {"num_experts": 3, "sites": 3, "num_experts_per_tok": 2}
 SWITCH = {"num_experts_per_tok": 1}
@@ -45,12 +46,13 @@ def exported(model, folder):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", ["interleaved", "dense"])
+@pytest.mark.parametrize("layout", ["interleaved", "hidden", "residual", "dense"])
 def test_averaging_experts_that_are_alike_gives_the_dense_model_back(name, layout):
     dense = make(name)
     expected = outputs(dense, name)
     names = set(dense.state_dict())
-    back = hf.average_experts(hf.upcycle(dense, hf.MPOEConfig(**CONFIG, layout=layout, every=2)))
+    config = hf.MPOEConfig(num_experts=3, every=2, **LAYOUTS[layout])
+    back = hf.average_experts(hf.upcycle(dense, config))
     assert type(back) is type(dense)
     assert set(back.state_dict()) == names
     assert not any(isinstance(each, nn.MPOMoE) for each in back.modules())
@@ -77,12 +79,34 @@ def test_averages_are_those_of_matrices_and_biases(name, common_bias, tmp_path):
     torch.testing.assert_close(outputs(loaded, name), outputs(back, name))
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama with biases"])
+@pytest.mark.parametrize("common_bias", [False, True])
+@pytest.mark.parametrize("layout", ["hidden", "two matrices", "residual"])
+def test_averages_of_experts_around_a_module_are_those_of_what_experts_compute(
+    name, common_bias, layout
+):
+    model = trained(name, common_bias=common_bias, **{"sites": None, **LAYOUTS[layout]})
+    back = hf.average_experts(model)
+    moes = [each for each in model.modules() if isinstance(each, nn.MPOMoE)]
+    for ffn, layer in zip(hf.find_ffns(back), moes, strict=True):
+        for part, matrix in ffn.matrices.items():
+            projection = getattr(layer.experts, part)
+            rows = torch.eye(projection.in_features)
+            rows = torch.cat([rows, torch.zeros_like(rows[:1])]).repeat(3, 1)
+            experts = torch.arange(3).repeat_interleave(len(rows) // 3)
+            with torch.no_grad():
+                computed = projection(rows, Groups.of(experts, 3)).unflatten(0, (3, -1)).mean(0)
+                torch.testing.assert_close(computed[-1], matrix.bias)
+                weight = matrix.weight if name == "gpt2" else matrix.weight.T
+                torch.testing.assert_close(computed[:-1] - computed[-1], weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "top_k"), [(n, k) for n in MIXTURES for k in (1, 2) if (n, k) != ("t5", 2)]
 )
 def test_an_ordinary_mixture_of_the_same_experts_computes_the_same(name, top_k, layout, tmp_path):
-    model = trained(name, num_experts_per_tok=top_k, layout=layout)
+    model = trained(name, **{"num_experts_per_tok": top_k, "sites": None, **LAYOUTS[layout]})
     mixture = exported(model, tmp_path)
     assert type(mixture) is MIXTURES[name]
     assert relative(outputs(mixture, name), outputs(model, name)) < 1e-5

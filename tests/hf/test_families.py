@@ -5,7 +5,17 @@ import torch
 import transformers as tf
 
 import tnmoe as tn
-from tests.hf.families import GENERATORS, IDS, MASK, MODELS, inputs, make, outputs, relative
+from tests.hf.families import (
+    GENERATORS,
+    IDS,
+    LAYOUTS,
+    MASK,
+    MODELS,
+    inputs,
+    make,
+    outputs,
+    relative,
+)
 from tnmoe import hf, nn
 
 CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
@@ -16,12 +26,12 @@ def moes(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
     model = make(name)
     expected = outputs(model, name)
-    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=top_k, layout=layout, sites=3)
+    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=top_k, **LAYOUTS[layout])
     assert hf.upcycle(model, config) is model
     assert len(moes(model)) == MODELS[name][1]
     assert relative(outputs(model, name), expected) < 1e-5
@@ -29,7 +39,8 @@ def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
 
 @pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_generation_with_a_cache_and_padding_on_either_side_is_unchanged(name, side):
+@pytest.mark.parametrize("layout", ["interleaved", "hidden", "residual"])
+def test_generation_with_a_cache_and_padding_on_either_side_is_unchanged(name, side, layout):
     model = make(name)
     mask = MASK.flip(1) if side == "left" else MASK
     batch = {"input_ids": IDS * mask, "attention_mask": mask}
@@ -38,15 +49,18 @@ def test_generation_with_a_cache_and_padding_on_either_side_is_unchanged(name, s
         "use_cache": True, "return_dict_in_generate": True, "output_logits": True,
     }  # fmt: skip
     dense = model.generate(**batch, **settings)
-    converted = hf.upcycle(model, CONFIG).generate(**batch, **settings)
+    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=2, **LAYOUTS[layout])
+    converted = hf.upcycle(model, config).generate(**batch, **settings)
     assert torch.equal(converted.sequences, dense.sequences)
     for one, other in zip(converted.logits, dense.logits, strict=True):
         assert relative(one, other) < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_converted_family_trains_saves_and_loads(name, tmp_path):
-    model = hf.upcycle(make(name), CONFIG).train()
+@pytest.mark.parametrize("layout", ["interleaved", "hidden", "residual"])
+def test_every_converted_family_trains_saves_and_loads(name, layout, tmp_path):
+    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=2, **LAYOUTS[layout])
+    model = hf.upcycle(make(name), config).train()
     loss = model(**inputs(name))[0].square().mean()
     loss.backward()
     centers = nn.shared_parameters(model)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 
 import tnmoe as tn
 from tests.hf.composites import PARTS
-from tests.hf.families import IDS, make, outputs, relative
+from tests.hf.families import IDS, LAYOUTS, make, outputs, relative
 from tnmoe import hf, nn
 
 CONFIG = hf.MPOEConfig(num_experts=3, sites=3)
@@ -180,11 +180,11 @@ def test_a_part_whose_tensors_transformers_does_not_find_is_refused(tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lost", ["mlp.router", "mlp.experts.up", "mlp.experts", "1.mlp"])
 @pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}, {"device_map": "cpu"}])
 def test_missing_tensors_of_mixtures_are_named(layout, lost, options, tmp_path):
-    model = converted("llama", hf.MPOEConfig(num_experts=3, sites=3, layout=layout))
+    model = converted("llama", hf.MPOEConfig(num_experts=3, **LAYOUTS[layout]))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {name: each for name, each in tensors.items() if lost not in name}
@@ -228,7 +228,7 @@ def test_a_record_that_does_not_suit_the_tensors_is_refused(change, folder):
     [
         {"num_experts": 2}, {"num_experts": 5}, {"sites": 2}, {"max_bond": 4},
         {"shared_sites": "none"}, {"max_bond": {"down": 4}}, {"shared_sites": [0]},
-        {"layout": "split"},
+        {"layout": "split", "sites": None},
         {"shapes": [{"out_dims": [4, 5, 2], "in_dims": [2, 3, 4]}]},
     ],
     ids=str,

@@ -25,6 +25,8 @@ OF_INTEGERS = {
     "num_experts": lambda n: {"num_experts": n(4)},
     "num_experts_per_tok": lambda n: {"num_experts_per_tok": n(2)},
     "sites": lambda n: {"sites": n(3)},
+    "group_size": lambda n: {"group_size": n(8), "layout": "hidden"},
+    "group_size of several": lambda n: {"group_size": [n(8), n(2)], "layout": "split"},
     "max_bond": lambda n: {"max_bond": n(8)},
     "max_bond of one": lambda n: {"max_bond": {"up": n(8), "down": None}},
     "shared": lambda n: {"shared_sites": [n(2), n(0)]},
@@ -41,6 +43,7 @@ OF_INTEGERS = {
     },
 }  # fmt: skip
 OF_FLOATS = {
+    "bond_ratio": lambda x: {"bond_ratio": x(2), "layout": "split"},
     "expert_noise": lambda x: {"expert_noise": x(1)},
     "balance_weight": lambda x: {"balance_weight": x(0)},
     "z_weight": lambda x: {"z_weight": x(2)},
@@ -89,7 +92,8 @@ def test_every_spelling_of_a_number_gives_the_same_configuration(entries, plain,
     ("field", "allowed"),
     [
         ("num_experts", int), ("num_experts_per_tok", int), ("sites", int), ("every", int),
-        ("max_bond", int), ("expert_noise", float), ("balance_weight", float), ("z_weight", float),
+        ("max_bond", int), ("bond_ratio", float), ("expert_noise", float),
+        ("balance_weight", float), ("z_weight", float),
         ("mask_probability", float),
     ],
 )  # fmt: skip
@@ -102,7 +106,7 @@ def test_every_spelling_of_a_number_gives_the_same_configuration(entries, plain,
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_is_no_such_number_is_told_in_a_line(field, allowed, value):
-    is_meant = (field == "max_bond" and value is None) or (
+    is_meant = (field in ("max_bond", "sites") and value is None) or (
         allowed is int and type(value) is int and value > 0
     )
     if is_meant:

@@ -1,6 +1,7 @@
 """Models with offloaded tensors compute the same as in memory."""
 
 import copy
+from itertools import product
 
 import accelerate
 import pytest
@@ -27,6 +28,10 @@ DENSE = {
 LAYOUTS = {
     "interleaved": {"sites": 3},
     "split": {"layout": "split"},
+    "hidden": {"layout": "hidden"},
+    "residual": {"layout": "residual"},
+    "residual, shared biases": {"layout": "residual", "common_bias": True},
+    "two matrices": {"layout": "hidden", "bond_ratio": 2.0},
     "dense": {"layout": "dense"},
     "nothing shared": {"sites": 3, "shared_sites": "none"},
     "shared biases": {"sites": 3, "common_bias": True},
@@ -64,8 +69,10 @@ def logits(model):
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("gated", layout) for layout in LAYOUTS]
-    + [(kind, layout) for kind in list(DENSE)[1:] for layout in ("interleaved", "load bias")],
+    [
+        *(("gated", layout) for layout in LAYOUTS),
+        *product(list(DENSE)[1:], ("interleaved", "hidden", "residual", "load bias")),
+    ],
 )
 def test_tensors_kept_elsewhere_give_the_same_logits(kind, layout, tmp_path):
     model = convert(kind, layout)
@@ -80,7 +87,9 @@ def test_tensors_kept_elsewhere_give_the_same_logits(kind, layout, tmp_path):
 
 
 @pytest.mark.parametrize("route", ["rebuilt", "joint", "per_expert", "cached"])
-@pytest.mark.parametrize("layout", ["interleaved", "split", "nothing shared"])
+@pytest.mark.parametrize(
+    "layout", ["interleaved", "split", "hidden", "residual", "two matrices", "nothing shared"]
+)
 def test_every_route_works_with_tensors_kept_elsewhere(layout, route):
     model = convert("gated", layout, route)
     expected = logits(model)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import tnmoe as tn
-from tests.hf.families import IDS, make
+from tests.hf.families import IDS, LAYOUTS, make
 from tnmoe import hf, nn
 
 WARNING = "PEFT does not save the trained parameters of {}: name them in modules_to_save"
@@ -69,6 +69,44 @@ def test_cores_and_routers_named_in_modules_to_save_reload_exactly_and_merge(kin
     torch.testing.assert_close(logits(hf.from_pretrained(tmp_path / "merged")), logits(adapted))
     mixture = hf.to_moe(hf.from_pretrained(tmp_path / "merged")).eval()
     torch.testing.assert_close(logits(mixture), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", ["hidden", "two groups", "residual"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
+def test_adapters_of_the_module_that_experts_share_train_reload_and_merge(
+    name, layout, kind, tmp_path
+):
+    torch.manual_seed(0)
+    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=2, **LAYOUTS[layout])
+    model = hf.upcycle(make(name), config)
+    model.save_pretrained(tmp_path / "base")
+    before = logits(model)
+    modules = {"target_modules": ["base"]}
+    if kind == "saved":
+        modules = {"target_modules": ["q_proj", "c_attn"], "modules_to_save": ["base"]}
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=4, fan_in_fan_out=name == "gpt2", use_dora=kind == "dora", **modules),
+    )
+    torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-5)
+    rows = []
+    for module in adapted.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.register_forward_pre_hook(lambda _, given: rows.append(given[0][..., 0].numel()))
+    train(adapted)
+    assert set(rows) == {IDS.numel()}  # once per token, and no identity matrix
+    assert (logits(adapted) - before).norm() > 0.01 * before.norm()
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(
+        hf.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    torch.testing.assert_close(logits(loaded.eval()), logits(adapted))
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = hf.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-4, atol=1e-5)
 
 
 def test_originals_that_peft_keeps_are_neither_trained_nor_counted(base):

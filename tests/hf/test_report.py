@@ -5,14 +5,17 @@ import json
 import pytest
 import transformers
 
-from tests.hf.families import MODELS, make
+from tests.hf.families import LAYOUTS, MODELS, make
 from tnmoe import hf, nn
 
 
 @pytest.mark.parametrize("name", ["bert", "llama with biases"])
-@pytest.mark.parametrize("options", [{}, {"layout": "split"}, {"max_bond": 3}, {"layers": [1]}])
+@pytest.mark.parametrize(
+    "options",
+    [*LAYOUTS.values(), {"layout": "hidden", "max_bond": 3}, {"max_bond": 3}, {"layers": [1]}],
+)
 def test_the_report_counts_what_really_built_models_hold(name, options):
-    config = hf.MPOEConfig(num_experts=3, sites=3, **options)
+    config = hf.MPOEConfig(num_experts=3, **options)
     report = hf.parameter_report(make(name).config, config)
     from_model = hf.parameter_report(make(name), config)
     # The configuration alone is laid out as the bare model, whose layers have shorter names.
@@ -44,9 +47,9 @@ def test_the_report_of_a_huge_configuration_takes_no_memory():
 
 
 @pytest.mark.parametrize("name", ["phi3", "modernbert", "albert", "bloom", "bamba"])
-@pytest.mark.parametrize("layout", ["interleaved", "dense"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_report_counts_fused_and_repeated_networks_once(name, layout):
-    config = hf.MPOEConfig(num_experts=3, sites=3, layout=layout)
+    config = hf.MPOEConfig(num_experts=3, **LAYOUTS[layout])
     model = make(name)
     report = hf.parameter_report(model, config)
     assert len(report.ffns) == MODELS[name][1]

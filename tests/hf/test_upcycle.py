@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import tnmoe as tn
-from tests.hf.families import IDS, MASK, make, relative
+from tests.hf.families import IDS, LAYOUTS, MASK, make, relative
 from tnmoe import hf, nn
 from tnmoe.demo.data import packaged_model
 
@@ -55,9 +55,9 @@ def test_truncation_is_told_per_matrix():
 
 
 @pytest.mark.parametrize("name", ["bert", "mpnet", "llama with biases"])
-@pytest.mark.parametrize("layout", ["interleaved", "split", "dense"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_saved_model_loads_to_the_same_outputs(tmp_path, name, layout):
-    model = hf.upcycle(make(name), hf.MPOEConfig(num_experts=3, layout=layout, sites=3))
+    model = hf.upcycle(make(name), hf.MPOEConfig(num_experts=3, **LAYOUTS[layout]))
     with torch.no_grad():
         for parameter in model.parameters():  # as after training: experts differ
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -141,11 +141,12 @@ def test_the_real_minilm_keeps_its_outputs_and_trains(tmp_path):
     assert all(center.grad is not None for center in nn.shared_parameters(model))
 
 
-def test_a_failed_conversion_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_failed_conversion_leaves_the_model_as_it_was(layout):
     model = make("bert")
     model.encoder.layer[2].intermediate.dense.weight.data[0, 0] = torch.nan
     with pytest.raises(tn.InputError, match="NaN"):
-        hf.upcycle(model, CONFIG)
+        hf.upcycle(model, hf.MPOEConfig(num_experts=3, **LAYOUTS[layout]))
     assert len(hf.find_ffns(model)) == 3
     assert not hasattr(model.config, "tnmoe")
 

@@ -90,7 +90,7 @@ def test_a_converted_model_of_images_takes_the_layout_of_images(layout):
             image_size=16, patch_size=8,
         )
     )  # fmt: skip
-    model = hf.upcycle(dense.eval(), hf.MPOEConfig(num_experts=4, sites=3, layout=layout))
+    model = hf.upcycle(dense.eval(), hf.MPOEConfig(num_experts=4, layout=layout))
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = model(images).last_hidden_state

@@ -40,6 +40,7 @@ int_from_one = _argument_type(int, lambda n: n >= 1, "an integer from 1 up")
 int_from_two = _argument_type(int, lambda n: n >= 2, "an integer from 2 up")
 seed = _argument_type(int, lambda n: 0 <= n < SEEDS, "an integer of 64 bits from 0 up")
 positive_number = _argument_type(float, lambda x: 0 < x < inf, "a positive number")
+number_from_one = _argument_type(float, lambda x: 1 <= x < inf, "a number from 1 up")
 weight = _argument_type(float, lambda x: 0 <= x < inf, "a number from 0 up")
 fraction = _argument_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
@@ -47,6 +48,12 @@ fraction = _argument_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 def bond_dims(text: str) -> list[int]:
     """Parse integers from 1 up, separated by commas."""
     return [int_from_one(part) for part in text.split(",")]
+
+
+def group_size(text: str) -> int | list[int]:
+    """Parse one integer from 1 up, or several, separated by commas."""
+    sizes = bond_dims(text)
+    return sizes if len(sizes) > 1 else sizes[0]
 
 
 def layers(text: str) -> list[int] | str:
@@ -68,6 +75,13 @@ def size(text: str) -> int:
     return num_bytes
 
 
+# Meanings of options that the demo has as well.
+LAYOUT = (
+    "what experts share: a core in the middle of an MPO (interleaved, split), a core at its end "
+    "(hidden), or the matrix as it is, to which each adds a small MPO (residual)"
+)
+SITES = "sites of an interleaved MPO (default: 5) or of a residual one (default: 2)"
+
 # The arguments that describe an MPOEConfig: name, help, and settings of argparse.
 _CONFIG: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
@@ -83,12 +97,26 @@ _CONFIG: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     (
         "--layout",
-        "how a matrix is split over the sites of its MPO; dense makes an ordinary mixture "
-        "(default: interleaved)",
+        f"{LAYOUT}; dense makes an ordinary mixture (default: interleaved)",
         {"choices": ANY_LAYOUTS},
     ),
-    ("--sites", "sites of an interleaved MPO (default: 5)", {"type": int_from_two}),
-    ("--max-bond", "largest bond dimension (default: exact)", {"type": int_from_one}),
+    ("--sites", SITES, {"type": int_from_two}),
+    (
+        "--group-size",
+        "groups of legs that experts own in split and hidden, one site per number, separated by "
+        "commas (default: 64)",
+        {"type": group_size, "metavar": "N[,N...]"},
+    ),
+    (
+        "--bond-ratio",
+        "how many matrices the shared core of split and hidden holds, at exact bonds (default: 1)",
+        {"type": number_from_one},
+    ),
+    (
+        "--max-bond",
+        "largest bond dimension (default: exact, or 16 in residual)",
+        {"type": int_from_one},
+    ),
     (
         "--matrices",
         "matrices that become MPOs, separated by commas (default: up,gate,down)",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tnmoe.cli.arguments import (
+    LAYOUT,
+    SITES,
     fraction,
     int_from_one,
     int_from_two,
@@ -36,8 +38,8 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--learning-rate", "peak learning rate of all models", {"type": positive_number}),
     ("--experts", "experts per layer", {"type": int_from_one, "dest": "num_experts"}),
     ("--top-k", "experts per token", {"type": int_from_one}),
-    ("--layout", "how a matrix is split over the sites of its MPO", {"choices": LAYOUTS}),
-    ("--sites", "sites of an interleaved MPO", {"type": int_from_two}),
+    ("--layout", LAYOUT, {"choices": LAYOUTS}),
+    ("--sites", SITES, {"type": int_from_two}),
     (
         "--mask-probability",
         "fraction of training steps that leave shared cores unchanged",

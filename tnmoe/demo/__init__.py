@@ -24,7 +24,7 @@ class DemoOptions:
     num_experts: int = 8
     top_k: int = 1
     layout: Layout = "interleaved"
-    sites: int = 5
+    sites: int | None = None
     mask_probability: float = 0.0
     balance_weight: float = 0.01
     z_weight: float = 0.001

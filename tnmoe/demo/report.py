@@ -147,7 +147,7 @@ def write_report(folder: Path, data: dict[str, Any]) -> None:
 
 
 def draw_pictures(folder: Path, results: list[Result], spectra: dict[str, np.ndarray]) -> None:
-    """Write loss curves, expert loads and Schmidt spectra as PNG files."""
+    """Write loss curves, expert loads and Schmidt spectra, where there are any, as PNG files."""
     losses = {result.kind: result.losses for result in results if result.losses}
     if losses:
         figure = _figure(1)
@@ -161,9 +161,11 @@ def draw_pictures(folder: Path, results: list[Result], spectra: dict[str, np.nda
         plot.expert_load(expert_load(result), axes, brightest)
         axes.set_title(f"{result.kind}: {axes.get_title()}")
     figure.savefig(folder / "expert_load.png", dpi=_DPI)
-    figure = _figure(1)
-    plot.schmidt_spectra(spectra, figure.axes[0]).set_title("Schmidt spectra of the first FFN's up")
-    figure.savefig(folder / "schmidt_spectra.png", dpi=_DPI)
+    if spectra:
+        figure = _figure(1)
+        axes = plot.schmidt_spectra(spectra, figure.axes[0])
+        axes.set_title("Schmidt spectra of the first FFN's up")
+        figure.savefig(folder / "schmidt_spectra.png", dpi=_DPI)
 
 
 def _figure(columns: int, height: float = _HEIGHT) -> Figure:

@@ -23,6 +23,7 @@ from tnmoe.demo.training import (
     predict,
     run_in_new_process,
 )
+from tnmoe.hf.layers import mpo_settings_of
 from tnmoe.nn.compute.devices import usable_device
 from tnmoe.system.progress import progress_bar
 from tnmoe.truncation.info import TruncationInfo
@@ -112,7 +113,8 @@ def _convert(
     expected = predict(dense, tokenizer, texts)
     spectra: dict[str, np.ndarray] = {}
     ffns = hf.find_ffns(dense)
-    matrices = sum(2 + (ffn.gate is not None) for ffn in ffns)
+    settings = [each for ffn in ffns for each in mpo_settings_of(ffn, config).values()]
+    matrices = sum(not each.keeps_matrix for each in settings)
     with progress_bar(total=matrices, desc="decomposing", unit="matrix") as bar:
 
         def on_matrix(name: str, info: TruncationInfo) -> None:

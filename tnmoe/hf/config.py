@@ -19,13 +19,16 @@ from tnmoe.errors import (
     short_repr,
     to_python_scalar,
 )
+from tnmoe.factors import number_of_sites
 from tnmoe.hf.find import check_layers
 from tnmoe.nn.routing.expert_choice import ExpertChoiceRouter
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.settings import (
     GROUP_SIZE,
+    check_bond_ratio,
     check_matrices,
+    check_shared_sites,
     layout_shape,
     per_projection,
 )
@@ -66,24 +69,31 @@ class MPOEConfig:
     num_experts_per_tok : int
         Experts per token. If experts choose tokens, this is the average.
     layout : {"interleaved", "split", "hidden", "residual", "dense"}
-        What experts share and own, as for :class:`tnmoe.nn.MPOExperts`. ``dense`` makes an
-        ordinary mixture whose experts share nothing, for comparison.
+        What experts share and own, as for :class:`tnmoe.nn.MPOExperts`. In ``residual`` and, at
+        exact bonds, in ``hidden`` experts share the model's own linear module as it stands.
+        ``dense`` makes an ordinary mixture whose experts share nothing, for comparison; it ignores
+        the settings of MPOs.
     sites : int, optional
         Number of sites of interleaved shapes, 5 by default, or of residual ones, 2 by default.
+        Other layouts take ``group_size``.
     group_size : int or sequence of int
-        Groups of split and hidden shapes.
+        Groups of split and hidden shapes, one site per number. A single number stands for its
+        greatest common divisor with the size that it divides.
     bond_ratio : float
-        How many matrices the shared core of a split or hidden shape holds.
+        How many matrices the shared core of a split or hidden shape holds, from 1 to
+        ``num_experts``. Bonds must be exact.
     max_bond : int, or mapping from "up", "gate", "down" to int or None, optional
         Largest bond dimension, for all matrices or by matrix. The default, exact bonds, preserves
         the model's function. Smaller bonds cost accuracy: pretrained matrices compress badly. In
         ``residual`` every bond preserves the function, and the default is 16.
     shared_sites : {"center", "none"}, sequence of int, or mapping, optional
-        Sites whose cores all experts of a layer share; see :class:`tnmoe.nn.MPOExperts`.
+        Sites whose cores all experts of a layer share; see :class:`tnmoe.nn.MPOExperts`. In
+        ``hidden`` that is the central one.
     matrices : sequence of "up", "gate", "down"
         Matrices that become MPOs. Of the remaining matrices every expert has a copy.
     common_bias : bool
-        Keep the pretrained biases once for all experts. By default every expert has a copy.
+        Keep the pretrained biases once for all experts. By default every expert has a copy, or,
+        where experts share a module, a bias beside the module's, which starts at zero.
     layers : sequence of int, or str, optional
         Feed-forward networks to convert: positions in the list of :func:`find_ffns`, or a regular
         expression to search for in their names (``"encoder"``). All by default.
@@ -93,10 +103,12 @@ class MPOEConfig:
         Shapes for matrices of these sizes, instead of the layout's.
     gauge : {"identity", "schmidt"}
         How auxiliary cores start if bonds are exact; see :meth:`tnmoe.nn.MPOExperts.from_dense`.
+        Where experts share a module, its matrix stays as it is.
     expert_noise : float
-        Noise on every expert's own cores at the start, relative to each core's root mean square.
-        With 0 the model's function stays the same, and experts differ once they have trained on
-        different tokens.
+        Noise on every expert's own cores at the start, relative to each core's root mean square,
+        or in ``residual`` the norm of every expert's MPO relative to that of the matrix. With 0 the
+        model's function stays the same, and experts differ once they have trained on different
+        tokens.
     router_kind : {"top_k", "expert_choice"}
         Whether tokens choose experts (``top_k``) or experts choose tokens.
     router : mapping
@@ -113,7 +125,7 @@ class MPOEConfig:
     Raises
     ------
     InputError
-        If a value is out of range.
+        If a value is out of range, or the layout cannot use it.
 
     Examples
     --------
@@ -171,6 +183,7 @@ class MPOEConfig:
             if not isinstance(getattr(self, name), Mapping):
                 raise InputError(f"{name} must be a mapping, got {short_repr(getattr(self, name))}")
         self._check_shapes()
+        self._check_layout()
         self._set_router()
 
     def _set(self, name: str, value: Any) -> None:
@@ -192,6 +205,32 @@ class MPOEConfig:
                 raise InputError(f"shapes[{size}] must be an MPOShape, got {shape!r}")
             if tuple(size) != (shape.out_features, shape.in_features):
                 raise InputError(f"shapes[{size}] is for another matrix: {shape}")
+
+    def _check_layout(self) -> None:
+        """Check that the layout can use the other settings; an ordinary mixture ignores them."""
+        if self.layout == "dense":
+            return
+        has_groups = self.layout in ("split", "hidden")
+        if self.sites is not None and has_groups:
+            raise InputError(
+                "sites is for layout='interleaved' and 'residual', got "
+                f"sites={self.sites} with layout={self.layout!r}, where group_size makes the sites"
+            )
+        if self.group_size != GROUP_SIZE and not has_groups:
+            raise InputError(
+                "group_size is for layout='split' and 'hidden', got "
+                f"group_size={self.group_size} with layout={self.layout!r}"
+            )
+        bonds = per_projection("max_bond", self.max_bond, None)
+        shared = per_projection("shared_sites", self.shared_sites, None)
+        if self.bond_ratio > self.num_experts:
+            raise InputError(
+                f"bond_ratio must be at most num_experts={self.num_experts}, with which experts "
+                f"share nothing any more, got {self.bond_ratio}"
+            )
+        for name in self.matrices:
+            check_bond_ratio(self.layout, self.bond_ratio, bonds[name])
+            check_shared_sites(self.layout, shared[name])
 
     def _set_router(self) -> None:
         check_one_of("router_kind", self.router_kind, ROUTER_KINDS)
@@ -302,14 +341,23 @@ def _check_bond(bond: Any) -> int | None:
 
 
 def _check_number_of_sites(sites: Any) -> int | None:
-    return None if sites is None else check_positive_int("sites", sites)
+    if sites is None:
+        return None
+    number = number_of_sites(sites)
+    if number < 2:
+        raise InputError("sites must be at least 2: experts share one core and own another, got 1")
+    return number
 
 
 def _check_group_size(group_size: Any) -> int | tuple[int, ...]:
-    if isinstance(group_size, Iterable) and not isinstance(group_size, str):
-        name = f"every group of group_size={short_repr(group_size)}"
-        return tuple(check_positive_int(name, size) for size in group_size)
-    return check_positive_int("group_size", group_size)
+    group_size = to_python_scalar(group_size)
+    if not isinstance(group_size, Iterable) or isinstance(group_size, str | bytes):
+        return check_positive_int("group_size", group_size)
+    name = f"every group of group_size={short_repr(group_size)}"
+    groups = tuple(check_positive_int(name, size) for size in group_size)
+    if not groups:
+        raise InputError("group_size must be a number or several, got none")
+    return groups
 
 
 def _check_sites(shared_sites: Any) -> str | tuple[int, ...] | None:

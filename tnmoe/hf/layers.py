@@ -14,13 +14,10 @@ from tnmoe.hf.ffn import FFN, FusedHalf, Matrix, weight_of
 from tnmoe.hf.find import ffns_named
 from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
-from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.mpo_experts import MPOExperts
-from tnmoe.nn.projection import Projection
-from tnmoe.nn.residual_projection import ResidualProjection
 from tnmoe.nn.routing.router import Router
-from tnmoe.nn.settings import per_projection
+from tnmoe.nn.settings import MPOSettings, mpo_settings
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -50,24 +47,32 @@ def _new_experts(ffn: FFN, config: MPOEConfig, device: torch.device | str) -> Ex
         dtype=weight_of(ffn.up).dtype,
         **_expert_settings(ffn, config),
     )
+    kept = _kept_modules(ffn, config)
     for name, matrix in ffn.matrices.items():
         projection = getattr(experts, name)
-        is_kept = _keeps_module(name, projection, matrix, config)
-        if is_kept:
+        if name in kept:
             projection.base = matrix
-        if matrix.bias is None or (is_kept and config.common_bias):
+        if matrix.bias is None or (name in kept and config.common_bias):
             projection.bias = None
     return experts
 
 
-def _keeps_module(name: str, projection: Projection, matrix: Matrix, config: MPOEConfig) -> bool:
-    """Return whether experts use a network's own module, as it stands, for what they share."""
-    if isinstance(matrix, FusedHalf):
-        return False
-    if isinstance(projection, HiddenProjection):
-        bond = per_projection("max_bond", config.max_bond, None)[name]
-        return bond is None and config.bond_ratio == 1
-    return isinstance(projection, ResidualProjection)
+def mpo_settings_of(ffn: FFN, config: MPOEConfig) -> dict[str, MPOSettings]:
+    """Return the settings of those matrices of a network that become MPOs, by name."""
+    if config.layout == "dense":
+        return {}
+    sizes = {name: _size_of(matrix) for name, matrix in ffn.matrices.items()}
+    return mpo_settings(sizes, **_layout_settings(ffn, config))
+
+
+def _kept_modules(ffn: FFN, config: MPOEConfig) -> set[str]:
+    """Return the names of matrices whose modules experts share as they stand."""
+    settings = mpo_settings_of(ffn, config)
+    return {
+        name
+        for name, matrix in ffn.matrices.items()
+        if name in settings and settings[name].keeps_matrix and not isinstance(matrix, FusedHalf)
+    }
 
 
 def converted_mixture(
@@ -89,8 +94,9 @@ def converted_mixture(
         As for :func:`upcycle`.
     """
     dense: dict[str, Any] = {}
+    kept = _kept_modules(ffn, config)
     for name, matrix in ffn.matrices.items():
-        if config.layout in ("hidden", "residual") and not isinstance(matrix, FusedHalf):
+        if name in kept:
             dense[name] = matrix
         else:
             dense |= {name: _own_weight(matrix), f"{name}_bias": matrix.bias}
@@ -153,19 +159,27 @@ def _expert_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
         "activation": ffn.activation,
         "dropout": ffn.dropout,
     }
-    if config.layout != "dense":
-        settings |= {
-            "layout": config.layout,
-            "sites": config.sites,
-            "group_size": config.group_size,
-            "bond_ratio": config.bond_ratio,
-            "up_shape": config.shape_for("up", *weight_of(ffn.up).shape),
-            "down_shape": config.shape_for("down", *weight_of(ffn.down).shape),
-            "max_bond": config.max_bond,
-            "shared_sites": config.shared_sites,
-            "matrices": config.matrices,
-        }
-    return settings
+    return settings if config.layout == "dense" else settings | _layout_settings(ffn, config)
+
+
+def _layout_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
+    """Return the arguments that say which matrices are MPOs, of which shapes and bonds."""
+    return {
+        "layout": config.layout,
+        "sites": config.sites,
+        "group_size": config.group_size,
+        "bond_ratio": config.bond_ratio,
+        "up_shape": config.shapes.get(_size_of(ffn.up)),
+        "down_shape": config.shapes.get(_size_of(ffn.down)),
+        "max_bond": config.max_bond,
+        "shared_sites": config.shared_sites,
+        "matrices": config.matrices,
+    }
+
+
+def _size_of(matrix: Matrix) -> tuple[int, int]:
+    rows, columns = weight_of(matrix).shape
+    return rows, columns
 
 
 def _new_router(ffn: FFN, config: MPOEConfig, device: torch.device | str | None) -> Router:

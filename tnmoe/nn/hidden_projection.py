@@ -17,7 +17,9 @@ from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.linear import (
     as_linear,
     bias_of_linear,
+    check_has_matrix,
     parameters_of_linear,
+    reset_bias,
     size_of_linear,
     weight_of_linear,
 )
@@ -216,6 +218,12 @@ class HiddenProjection(MPOProjection):
             chain = replace(chain, cores=chain.cores.mask_unused(groups))
         one_each = Groups.of(torch.arange(self.num_experts, device=bias.device), self.num_experts)
         return chain.of_slots((biases,), chain.weights, one_each)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        check_has_matrix(self.base)
+        super().reset_parameters()
+        reset_bias(self.base)
 
     def _first_chain(self, stop: int) -> FirstChain:
         return FirstChain(self._cores_around(_NOT_READ), stop, self.base)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.decompose import decompose
+from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.linear import as_linear, weight_of_linear
@@ -53,7 +54,9 @@ def new_projection(
             **place,
         )
     if settings.layout == "residual":
-        delta = _new_delta(num_experts, settings, **place)
+        # torch's global generator seeds the draw, as it draws the numbers of torch's own layers.
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        delta = _new_delta(num_experts, settings, rng=seed, **place)
         base = nn.Linear(shape.in_features, shape.out_features, bias=False, **place)
         return ResidualProjection(base, delta, bias=bias)
     return MPOProjection(
@@ -93,6 +96,7 @@ def pretrained_projection(
     """
     if settings.keeps_matrix:
         module = as_linear(source) if isinstance(source, Tensor) else source
+        _check_finite(weight_of_linear(module))
         if settings.layout == "hidden":
             site = settings.center_site
             return HiddenProjection.from_linear(
@@ -108,17 +112,25 @@ def pretrained_projection(
     return _from_enlarged(mpo, num_experts, settings, noise, rng)
 
 
-def _new_delta(num_experts: int, settings: MPOSettings, **place: Any) -> MPOProjection:
-    """Make the MPOs of a residual projection, which start at zero."""
+def _new_delta(
+    num_experts: int,
+    settings: MPOSettings,
+    scale: float = 0.0,
+    rng: np.random.Generator | int | None = None,
+    **place: Any,
+) -> MPOProjection:
+    """Make the MPOs of a residual projection, of this Frobenius norm."""
+    # On the meta device the constructor draws nothing.
     delta = MPOProjection(
         num_experts,
         settings.shape,
         bond_dims=settings.bond_dims,
         shared_sites=settings.shared_sites,
-        **place,
+        device="meta",
+        dtype=place["dtype"],
     )
-    # torch's global generator seeds the draw, as it draws the parameters of torch's own layers.
-    start_at_zero(delta, rng=int(torch.randint(2**62, (), device="cpu")))
+    delta.to_empty(device=torch.empty(0, **place).device)
+    start_at_zero(delta, scale, rng)
     return delta
 
 
@@ -130,17 +142,9 @@ def _residual_of(
     rng: np.random.Generator,
 ) -> ResidualProjection:
     weight = weight_of_linear(module)
-    delta = MPOProjection(
-        num_experts,
-        settings.shape,
-        bond_dims=settings.bond_dims,
-        shared_sites=settings.shared_sites,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
     norm = float(torch.linalg.vector_norm(weight.detach())) if noise else 0.0
-    start_at_zero(delta, noise * norm, rng)
-    return ResidualProjection(module, delta)
+    place = {"device": weight.device, "dtype": weight.dtype}
+    return ResidualProjection(module, _new_delta(num_experts, settings, noise * norm, rng, **place))
 
 
 def _from_enlarged(
@@ -209,3 +213,8 @@ def _decompose(matrix: Tensor, settings: MPOSettings, gauge: Gauge, report: Repo
     )
     report(info)
     return mpo
+
+
+def _check_finite(matrix: Tensor) -> None:
+    if not torch.isfinite(matrix).all():
+        raise InputError(f"the {tuple(matrix.shape)} matrix contains NaN or infinity")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+from math import sqrt
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnmoe.errors import InputError
 from tnmoe.nn.stored_cores import part_of_larger
-from tnmoe.nn.transforms import autocast_dtype
+from tnmoe.nn.transforms import autocast_dtype, is_offloaded
 
 
 def as_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -121,26 +125,61 @@ def _named_without_bias(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weight_of_linear(module: nn.Module) -> Tensor:
-    """Return a linear module's matrix, (out, in): a view where the module stores it as floats.
+    """Return a linear module's matrix, (out, in): a view where :func:`has_matrix`.
 
-    Other modules, quantised ones or those with adapters for instance, are applied to the identity
-    matrix.
+    Other modules are applied to the identity matrix.
     """
-    weight: Any = getattr(module, "weight", None)
-    if is_transposed(module):
-        return weight.T
-    if type(module) is nn.Linear:
-        return weight
-    size = size_of_linear(module)
-    dtype, device = dtype_of_linear(module), next(module.parameters()).device
-    product = module(torch.eye(size[1], dtype=dtype, device=device))
-    bias = bias_of_linear(module)
-    return (product if bias is None else product - bias).T
+    if has_matrix(module):
+        weight: Any = module.weight
+        return weight.T if is_transposed(module) else weight
+    # A hook moves the rows to where an offloaded module computes.
+    device = "cpu" if is_offloaded(module) else next(_tensors_of(module)).device
+    place: dict[str, Any] = {"dtype": dtype_of_linear(module), "device": device}
+    identity = torch.eye(size_of_linear(module)[1], **place)
+    products = module(F.pad(identity, (0, 0, 0, 1)))  # of the row of zeros: the bias
+    return (products[:-1] - products[-1:]).T
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Return whether a linear module holds its matrix as floats, in memory, and nothing else.
+
+    Quantised modules, modules with adapters and offloaded ones do not.
+    """
+    return (type(module) is nn.Linear or is_transposed(module)) and not is_offloaded(module)
+
+
+def check_has_matrix(module: nn.Module) -> None:
+    """Raise an InputError unless a linear module holds its matrix; see :func:`has_matrix`."""
+    if not has_matrix(module):
+        raise InputError(f"only a module that holds a matrix of floats is drawn anew, got {module}")
+
+
+@torch.no_grad()
+def reset_linear(module: nn.Module) -> None:
+    """Draw the numbers of a linear module anew, with the variance of ``torch.nn.Linear``'s.
+
+    Raises
+    ------
+    InputError
+        If the module does not hold its matrix as floats.
+    """
+    check_has_matrix(module)
+    weight = weight_of_linear(module)
+    weight.uniform_(-1 / sqrt(weight.shape[1]), 1 / sqrt(weight.shape[1]))
+    reset_bias(module)
+
+
+@torch.no_grad()
+def reset_bias(module: nn.Module) -> None:
+    """Draw the bias of a linear module anew, if it has one."""
+    if (bias := bias_of_linear(module)) is not None:
+        bound = 1 / sqrt(size_of_linear(module)[1])
+        bias.uniform_(-bound, bound)
 
 
 def dtype_of_linear(module: nn.Module) -> torch.dtype:
     """Return the dtype in which a linear module computes."""
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in _tensors_of(module):
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.get_default_dtype()
@@ -149,3 +188,7 @@ def dtype_of_linear(module: nn.Module) -> torch.dtype:
 def is_transposed(module: nn.Module) -> bool:
     """Return whether a module is transformers' Conv1D, which stores its matrix as (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())

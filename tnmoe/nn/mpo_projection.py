@@ -324,10 +324,15 @@ class MPOProjection(StoredCores, Projection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw isometric auxiliary cores and a Gaussian central one, which carries the scale."""
+        kept = 1.0
         for number, stack in enumerate(self.aux):
+            from_left = number < self.center_site
             for core in stack:
-                _draw_isometry(core, from_left=number < self.center_site)
-        variance = self.shape.padded_out / (3 * prod(self.center.shape[-4:]))
+                _draw_isometry(core, from_left)
+            # A bond that is larger than one matrix needs loses a share of the central core.
+            towards_center = stack.shape[-1] if from_left else stack.shape[-4]
+            kept *= min(1.0, prod(stack.shape[-4:]) / towards_center**2)
+        variance = self.shape.padded_out / (3 * prod(self.center.shape[-4:]) * kept)
         self.center.normal_(std=sqrt(variance))
         if self.bias is not None:
             bound = 1 / sqrt(self.in_features)

@@ -27,6 +27,7 @@ from tnmoe.nn.linear import (
     bias_of_linear,
     call_linear,
     parameters_of_linear,
+    reset_linear,
     size_of_linear,
     weight_of_linear,
 )
@@ -157,7 +158,7 @@ class ResidualProjection(Projection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the module and the MPOs anew; the latter start at zero."""
-        self.base.reset_parameters()  # type: ignore[operator]
+        reset_linear(self.base)
         start_at_zero(self.delta)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -13,6 +13,7 @@ from tnmoe.errors import (
     check_number_in,
     check_one_of,
     check_positive_int,
+    short_repr,
 )
 from tnmoe.factors import factorize, number_of_sites, padded_size
 from tnmoe.options import LAYOUTS, MATRICES, Layout, Matrix
@@ -116,8 +117,8 @@ def mpo_settings(
     Raises
     ------
     InputError
-        If a name is unknown, a shape is for a matrix of another size, or ``bond_ratio`` does not
-        fit the layout or the other bonds.
+        If a name is unknown, a shape is for a matrix of another size, or the layout cannot use a
+        setting.
     """
     chosen = check_matrices(matrices, sizes)
     check_one_of("layout", layout, LAYOUTS)
@@ -128,6 +129,7 @@ def mpo_settings(
     for name, size in sizes.items():
         if name not in chosen:
             continue
+        check_shared_sites(layout, shared[name])
         side: Matrix = "down" if name == "down" else "up"
         given = down_shape if side == "down" else up_shape
         if given is None:
@@ -165,14 +167,9 @@ def _enlarged_bond(
     bond_ratio: float,
 ) -> tuple[int, int] | None:
     """Return number and dimension of the bond that holds several matrices; None at ratio 1."""
-    ratio = check_number_in("bond_ratio", bond_ratio, "[1, inf)")
+    ratio = check_bond_ratio(layout, bond_ratio, max_bond)
     if ratio == 1:
         return None
-    if layout not in ("hidden", "split") or max_bond is not None:
-        raise InputError(
-            "bond_ratio enlarges the exact bonds of layout='hidden' and 'split': got "
-            f"bond_ratio={bond_ratio}, layout={layout!r}, max_bond={max_bond}"
-        )
     bond = center_site if side == "down" else center_site - 1
     if not 0 <= bond < shape.sites - 1:
         raise InputError(f"bond_ratio needs a site on the hidden side of the centre, got {shape}")
@@ -298,6 +295,38 @@ def square_bonds(shape: MPOShape, center_site: int) -> tuple[int, ...]:
     if center_site:
         return tuple(prod(shape.out_dims[:cut]) for cut in cuts)
     return tuple(prod(shape.in_dims[cut:]) for cut in cuts)
+
+
+def check_bond_ratio(layout: str, bond_ratio: float, max_bond: int | None) -> float:
+    """Return the ratio of the shared bond; raise an InputError where that bond cannot be enlarged.
+
+    Parameters
+    ----------
+    layout, bond_ratio, max_bond
+        As for :class:`tnmoe.nn.MPOExperts`, ``max_bond`` of one projection.
+    """
+    ratio = check_number_in("bond_ratio", bond_ratio, "[1, inf)")
+    if ratio > 1 and (layout not in ("hidden", "split") or max_bond is not None):
+        raise InputError(
+            "bond_ratio enlarges the exact bonds of layout='hidden' and 'split': got "
+            f"bond_ratio={ratio}, layout={layout!r}, max_bond={max_bond}"
+        )
+    return ratio
+
+
+def check_shared_sites(layout: str, shared_sites: SharedSites | None) -> None:
+    """Raise an InputError for shared sites that a layout cannot use.
+
+    Parameters
+    ----------
+    layout, shared_sites
+        As for :class:`tnmoe.nn.MPOExperts`, ``shared_sites`` of one projection.
+    """
+    if layout == "hidden" and shared_sites not in (None, "center"):
+        raise InputError(
+            "experts of layout='hidden' share their central core and nothing else, got "
+            f"shared_sites={short_repr(shared_sites)}"
+        )
 
 
 def check_matrices(names: Iterable[str], present: Iterable[str] = MATRICES) -> tuple[Matrix, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tnmoe.errors import InputError, check_index
+from tnmoe.nn.transforms import is_offloaded
 
 
 class StoredCores(nn.Module):
@@ -137,12 +138,7 @@ class StoredCores(nn.Module):
 
 def is_gathered(module: nn.Module) -> bool:
     """Return whether FSDP gathers a module's parameters, or accelerate loads them, before a use."""
-    attributes = vars(module)
-    hook = attributes.get("_hf_hook")
-    offloaded = hook is not None and any(
-        getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])
-    )
-    return offloaded or attributes.get("_is_fsdp_managed_module", False)
+    return is_offloaded(module) or vars(module).get("_is_fsdp_managed_module", False)
 
 
 def part_of_larger(what: str) -> InputError:

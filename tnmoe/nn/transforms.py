@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, copy_context
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tnmoe.backends.torch.gradients import in_forward_mode
@@ -43,6 +43,12 @@ def values_are_readable(tensor: Tensor) -> bool:
 def has_values(tensor: Tensor) -> bool:
     """Return whether a tensor holds numbers and not only sizes, as on ``meta`` or when faked."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Return whether accelerate loads a module's own tensors for every call of the module."""
+    hook = vars(module).get("_hf_hook")
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
 
 
 def in_backward() -> bool:

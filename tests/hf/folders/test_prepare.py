@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import tnmoe as tn
 from tests.hf.composites import PARTS
-from tests.hf.families import MODELS, make, outputs, relative
+from tests.hf.families import LAYOUTS, MODELS, make, outputs, relative
 from tnmoe import hf, nn
 from tnmoe.hf.files.checkpoint import Checkpoint
 
@@ -30,14 +30,18 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_converted_folder_equals_the_saved_model_and_becomes_dense_again(name, tmp_path):
+@pytest.mark.parametrize("layout", ["interleaved", "hidden", "two matrices", "residual"])
+def test_a_converted_folder_equals_the_saved_model_and_becomes_dense_again(name, layout, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
-    hf.prepare_upcycle(tmp_path / "dense", CONFIG, seed=5).run(
-        tmp_path / "mpoe", shard_bytes=50_000
+    config = hf.MPOEConfig(
+        num_experts=3, num_experts_per_tok=2, expert_noise=0.1, **LAYOUTS[layout]
     )
+    conversion = hf.prepare_upcycle(tmp_path / "dense", config, seed=5)
+    assert conversion.num_params >= hf.parameter_report(model, config).total.mpoe
+    conversion.run(tmp_path / "mpoe", shard_bytes=50_000)
     torch.manual_seed(5)
-    expected = hf.upcycle(model, CONFIG)
+    expected = hf.upcycle(model, config)
     loaded = load(tmp_path / "mpoe", expected)
     same(loaded, expected)
     assert relative(outputs(loaded, name), outputs(expected, name)) < 1e-5
@@ -71,11 +75,12 @@ def test_a_part_that_was_saved_alone_is_converted_and_exported_like_any_model(
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "t5"])
-def test_a_folder_becomes_the_ordinary_mixture_of_its_family(name, tmp_path):
-    top_k = 1 if name == "t5" else 2
+@pytest.mark.parametrize("layout", ["interleaved", "hidden", "residual"])
+def test_a_folder_becomes_the_ordinary_mixture_of_its_family(name, layout, tmp_path):
     config = hf.MPOEConfig(
-        num_experts=3, sites=3, num_experts_per_tok=top_k, expert_noise=0.1, common_bias=True
-    )
+        num_experts=3, num_experts_per_tok=1 if name == "t5" else 2, expert_noise=0.1,
+        common_bias=True, **LAYOUTS[layout],
+    )  # fmt: skip
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
     hf.prepare_upcycle(tmp_path / "dense", config).run(tmp_path / "mpoe")

@@ -40,7 +40,7 @@ def chunks(request, monkeypatch):
     is_kept = getattr(request, "param", False)
     monkeypatch.setattr(experts_module, "_LAST_LEVEL_CACHE", -1)
     monkeypatch.setattr(experts_module, "_FEW_SLOTS", -1)
-    monkeypatch.setattr(slot_network, "_KEPT", 1 << 62 if is_kept else -1, raising=False)
+    monkeypatch.setattr(slot_network, "_KEPT", 1 << 62 if is_kept else -1)
     sizes, of_one_expert, init = [], Groups.of_one_expert, slot_network._Chunks.__init__
     names = [field.name for field in fields(slot_network._Chunks)]
 
@@ -246,6 +246,17 @@ def test_dropout_drops_the_same_in_both_passes(kind, chunks):
     experts.eval()
     experts(states, index, weights).sum().backward()
     assert chunks
+
+
+@BOTH
+@pytest.mark.parametrize("kind", FEW)
+def test_a_second_backward_pass_gives_the_same_gradients(kind, chunks):
+    experts = from_linear(kind, gated=True)
+    loss = experts(*routed()).sin().sum()
+    first, second = (
+        torch.autograd.grad(loss, [*experts.parameters()], retain_graph=True) for _ in range(2)
+    )
+    assert_all_close(first, second)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

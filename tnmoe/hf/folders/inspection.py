@@ -13,27 +13,33 @@ from typing import Any
 import torch
 
 from tnmoe.decompose import decompose
-from tnmoe.errors import check_positive_int
+from tnmoe.errors import InputError, check_positive_int
 from tnmoe.hf.config import MPOEConfig, check_config
-from tnmoe.hf.ffn import FFN, Matrix, weight_of
+from tnmoe.hf.ffn import FFN, weight_of
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.folder import read_config
 from tnmoe.hf.find import find_ffns
 from tnmoe.hf.folders.parallel import ordered_results
 from tnmoe.hf.folders.skeleton import Skeleton
+from tnmoe.hf.layers import mpo_settings_of
 from tnmoe.hf.meta import check_unconverted_entries, config_from_entries, meta_model
 from tnmoe.hf.report import ParameterReport, parameter_report
-from tnmoe.nn.settings import check_matrices, per_projection
 from tnmoe.shapes import MPOShape
 from tnmoe.system.memory import explain_memory_error
 from tnmoe.system.tables import format_table
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.spectra import entanglement_entropy, squared_loss, squared_tails
 
+# Layouts in which no conversion cuts a bond of a pretrained matrix.
+_UNCUT = ("residual", "dense")
+
 
 @dataclass(frozen=True)
 class MatrixInspection:
     """A matrix of a feed-forward network, as the MPO that a conversion would make of it.
+
+    In the layout ``residual`` shape and bonds are those of the MPO that every expert adds to the
+    matrix. The matrix itself is not decomposed, so there are no entropies and no errors.
 
     Attributes
     ----------
@@ -43,7 +49,8 @@ class MatrixInspection:
     entropies : tuple of float, or None
         Entropy of the Schmidt values at every bond, in nats; None if no weights were read.
     errors : dict from int to float, or None
-        Bound of the relative Frobenius error, by largest bond dimension.
+        Bound of the relative Frobenius error, by largest bond dimension; None if no weights were
+        read.
 
     Examples
     --------
@@ -136,7 +143,8 @@ def inspect_checkpoint(
         Largest bond dimensions to predict errors for; by default a quarter and half of the
         largest bond of all matrices.
     weights : bool
-        Read the weights of a folder, a network at a time.
+        Read the weights of a folder, a network at a time. The layouts ``residual`` and ``dense``
+        cut no bond, so that there is nothing to predict, and no weights are read.
     jobs : int, optional
         Number of networks that are read at the same time; the number of CPUs by default.
     on_progress : callable, optional
@@ -150,7 +158,8 @@ def inspect_checkpoint(
     ------
     InputError
         If the checkpoint is incomplete or damaged, its tensors do not suit its config.json,
-        nothing in it can be converted, or it is converted or quantized already.
+        nothing in it can be converted, or it is converted or quantized already; or if ``bonds`` are
+        given for a layout that cuts none.
 
     Notes
     -----
@@ -175,7 +184,13 @@ def inspect_checkpoint(
     entries = read_config(path)
     check_unconverted_entries(entries, path)
     bonds = None if bonds is None else [check_positive_int("every bond", bond) for bond in bonds]
-    if path.is_file() or not weights or config.layout == "dense":
+    cuts_bonds = config.layout not in _UNCUT
+    if bonds is not None and not cuts_bonds:
+        raise InputError(
+            f"bonds are for layouts that may cut some, got bonds={bonds} with "
+            f"layout={config.layout!r}"
+        )
+    if path.is_file() or not weights or not cuts_bonds:
         model = meta_model(config_from_entries(entries))
         ffns = find_ffns(model, config.layers, config.every)
         matrices = [matrix for ffn in ffns for matrix in _describe(ffn, config)]
@@ -186,22 +201,10 @@ def inspect_checkpoint(
     return Inspection(type(model).__name__, parameter_report(model, config), tuple(matrices))
 
 
-def _converted_matrices(ffn: FFN, config: MPOEConfig) -> dict[str, Matrix]:
-    """Return the matrices of a network that become MPOs; none in an ordinary mixture."""
-    if config.layout == "dense":
-        return {}
-    names = check_matrices(config.matrices, ffn.matrices)
-    return {name: matrix for name, matrix in ffn.matrices.items() if name in names}
-
-
 def _describe(ffn: FFN, config: MPOEConfig) -> Iterator[MatrixInspection]:
-    """Describe the matrices of a network by their sizes."""
-    limits = per_projection("max_bond", config.max_bond, None)
-    for name, matrix in _converted_matrices(ffn, config).items():
-        shape = config.shape_for(name, *weight_of(matrix).shape)
-        yield MatrixInspection(
-            f"{ffn.name}.{name}", ffn.family, shape, shape.bond_dims(limits[name])
-        )
+    """Describe the matrices of a network that become MPOs, by their sizes."""
+    for name, settings in mpo_settings_of(ffn, config).items():
+        yield MatrixInspection(f"{ffn.name}.{name}", ffn.family, settings.shape, settings.bond_dims)
 
 
 def _measure(
@@ -234,10 +237,8 @@ def _measure_network(
     found = []
     purpose = f"measuring {ffn.name}: fewer networks at a time (--jobs) take less"
     with explain_memory_error(purpose), skeleton.filled(names):
-        for described, matrix in zip(
-            _describe(ffn, config), _converted_matrices(ffn, config).values(), strict=True
-        ):
-            weight = weight_of(matrix)
+        for described in _describe(ffn, config):
+            weight = weight_of(ffn.matrices[described.name.rpartition(".")[2]])
             info = decompose(weight, described.shape, method="eigh", return_info=True)[1]
             found.append(_with_spectra(described, info, bonds))
     return found

@@ -300,13 +300,11 @@ def _gradients(
     if not pairs:
         return
     differentiable, grads = zip(*pairs, strict=True)
-    # A second backward pass may follow on the same graph.
     found = torch.autograd.grad(
         differentiable,
         [leaves[number] for number in numbers],
         grads,
         allow_unused=True,
-        retain_graph=True,
         create_graph=create_graph,
     )
     for number, grad in zip(numbers, found, strict=True):
@@ -325,7 +323,7 @@ class _SumInChunks(torch.autograd.Function):
         ctx.chunks, ctx.count = chunks, count
         ctx.autocast = autocast_state(factors.device)
         ctx.save_for_backward(factors, *given)
-        inputs, weights = given[:count], given[count:]
+        inputs, weights, ctx.results = given[:count], given[count:], None
         if not chunks.is_kept:
             return tuple(chunks.sums(chunks.results(inputs, weights), factors))
         ctx.results = list(chunks.results(inputs, weights, ctx.needs_input_grad[3:]))
@@ -339,7 +337,8 @@ class _SumInChunks(torch.autograd.Function):
         with autocast_as(ctx.autocast):
             if torch.is_grad_enabled():  # with create_graph=True
                 return None, None, *_differentiable(chunks, factors, inputs, weights, grads)
-            results = ctx.results if chunks.is_kept else chunks.results(inputs, weights, needs)
+            # The first backward pass frees what was kept; another one computes it again.
+            results, ctx.results = ctx.results or chunks.results(inputs, weights, needs), None
             *found, of_factors = chunks.gradients(results, given, ctx.count, factors, grads)
         gradients = [
             grad.to(tensor.dtype) if need else None
