@@ -12,8 +12,10 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyObject
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.inspect import TypeAliasForwardRef
 
 import tnmoe
+from tnmoe.nn.settings import GROUP_SIZE
 from tnmoe.options import MATRICES
 
 HERE = Path(__file__).parent
@@ -117,7 +119,11 @@ def _prepare_for_napoleon(
     lines[:] = (before + heading + separate).split("\n")
 
 
-_ALIAS = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
+# Defaults that the code takes from constants.
+_CONSTANTS = {"MATRICES": MATRICES, "GROUP_SIZE": GROUP_SIZE}
+
+# In unions and containers, Sphinx shows the object that stands for an alias of a type.
+TypeAliasForwardRef.__repr__ = lambda alias: alias.name
 
 
 def _clean_signature(  # noqa: PLR0917 - Sphinx passes seven positional arguments
@@ -126,14 +132,14 @@ def _clean_signature(  # noqa: PLR0917 - Sphinx passes seven positional argument
     """Return a signature and its result as the code spells them.
 
     Sphinx shows three things otherwise. A dataclass's factory becomes an invalid default. A
-    protocol's inherited signature says nothing. In unions, an alias becomes the object that stands
-    for it.
+    protocol's inherited signature says nothing. A constant stands for its value.
     """
     if text is None:
         return None
-    written = _ALIAS.sub(r"\1", text).replace("<factory>", "...")
-    written = written.replace("= MATRICES", f"= {MATRICES!r}")
-    return "" if text == "(*args, **kwargs)" else written, result and _ALIAS.sub(r"\1", result)
+    written = text.replace("<factory>", "...")
+    for constant, value in _CONSTANTS.items():
+        written = written.replace(f"= {constant}", f"= {value!r}")
+    return "" if text == "(*args, **kwargs)" else written, result
 
 
 class _TypesAreClasses(SphinxPostTransform):

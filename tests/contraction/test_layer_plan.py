@@ -135,3 +135,32 @@ def test_a_plan_prints_every_step_with_its_vectors_and_the_totals():
 def test_impossible_plans_are_refused(arguments, message):
     with pytest.raises(tn.InputError, match=message):
         MPOExperts(4, 16, 32, layout="residual").plan(*arguments)
+
+
+def test_a_factor_that_residual_experts_share_acts_once_per_token():
+    sites = {"up": {1}, "down": {0}}
+    experts = MPOExperts(4, 16, 32, layout="residual", max_bond=4, shared_sites=sites)
+    steps = experts.plan(1, top_k=2).steps
+    assert [(step.matrix, step.what, step.per) for step in steps] == [
+        ("up", "shared module", "token"),
+        ("up", "shared cores", "token"),
+        ("up", "cores of experts", "slot"),
+        ("down", "cores of experts", "slot"),
+        ("down", "shared cores", "token"),
+        ("down", "shared module", "token"),
+    ]
+
+
+def test_one_token_and_one_expert_are_not_plural():
+    experts = MPOExperts(4, 16, 32, layout="hidden", group_size=4)
+    assert str(experts.plan(1)).splitlines()[0] == "1 token, 1 expert each"
+
+
+def test_a_residual_projection_with_a_hook_computes_module_and_mpos_once_per_slot():
+    experts = MPOExperts(4, 16, 32, layout="residual", max_bond=4)
+    seen, experts.up.delta.route = [], "joint"
+    experts.up.register_forward_hook(lambda *_: seen.append(1))
+    plan = experts.plan(12, top_k=2)
+    assert [step.per for step in plan.steps] == ["slot", "slot", "token"]
+    assert plan.flops == counted(experts, *routing(12, 4, 2))
+    assert seen

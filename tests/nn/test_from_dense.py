@@ -51,6 +51,19 @@ def test_the_layer_computes_what_the_network_computes(layout, gated, biased, top
     assert (layer.router.num_experts, layer.router.top_k) == (4, top_k)
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "split", "hidden", "residual", "dense"])
+def test_modules_stand_for_their_matrices_and_biases(layout):
+    up = torch.nn.Linear(HIDDEN, INNER, dtype=torch.float64)
+    down = torch.nn.Linear(INNER, HIDDEN, dtype=torch.float64)
+    layer = nn.MPOMoE.from_dense(up, down, num_experts=4, top_k=2, layout=layout, activation="gelu")
+    assert layer.router.weight.dtype == torch.float64
+    x = torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), down(functional.gelu(up(x))))
+    if layout in ("hidden", "residual"):
+        assert layer.experts.up.base is up
+        assert layer.experts.down.base is down
+
+
 def test_settings_of_experts_router_and_layer_arrive_where_they_belong():
     layer = nn.MPOMoE.from_dense(
         **pretrained(gated=True, biased=True, dtype=torch.float64),
@@ -85,11 +98,17 @@ def test_noise_makes_experts_differ_and_a_seed_reproduces_it():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layout": "ring"}, InputError, "layout must be one of interleaved, split, dense"),
+        (
+            {"layout": "ring"},
+            InputError,
+            "layout must be one of interleaved, split, hidden, residual, dense",
+        ),
         ({"top_k": 9}, InputError, "top_k=9 exceeds num_experts=8"),
         ({"num_experts": 0}, InputError, "num_experts must be a positive integer"),
         ({"up": torch.ones(3, 5)}, InputError, r"up and gate must be \(F, H\) and down \(H, F\)"),
-        ({"up": torch.nn.Linear(2, 2)}, InputError, "up must be a Tensor, got a Linear"),
+        ({"up": torch.nn.Linear(2, 2)}, InputError, r"got up \(2, 2\), down \(24, 36\)"),
+        ({"up": torch.nn.ReLU()}, InputError, "must be linear, .*; got ReLU"),
+        ({"up": 3.0}, InputError, "up must be a Tensor or a linear Module, got a float"),
         ({"layout": "dense", "sites": 3}, TypeError, "sites"),
         ({"router": {"magic": 1}}, TypeError, "magic"),
     ],

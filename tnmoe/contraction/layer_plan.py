@@ -51,7 +51,16 @@ class LayerStep:
     flops : int
         Floating-point operations; a multiply-add counts as two.
     weight_bytes : int
-        Bytes of the weights that the step reads, those of an expert once.
+        Bytes of the weights that the step reads, those of an expert once. On routes that build
+        matrices, the bytes of the cores.
+
+    Examples
+    --------
+    >>> from tnmoe.nn import MPOExperts
+    >>> experts = MPOExperts(8, hidden_size=64, intermediate_size=256, layout="residual")
+    >>> step = experts.plan(tokens=1, top_k=8).steps[1]
+    >>> step.matrix, step.what, step.per, step.vectors
+    ('up', 'cores of experts', 'slot', 8)
     """
 
     matrix: Matrix
@@ -112,16 +121,20 @@ class LayerPlan:
             [
                 step.matrix,
                 step.what,
-                f"{step.vectors} {step.per}s" if step.vectors != 1 else f"1 {step.per}",
+                _count(step.vectors, step.per),
                 f"{step.flops:.3g}",
                 f"{step.weight_bytes:.3g}",
             ]
             for step in self.steps
         ]
         rows.append(["all", "", "", f"{self.flops:.3g}", f"{self.weight_bytes:.3g}"])
-        title = f"{self.tokens} tokens, {self.top_k} experts each"
+        title = f"{_count(self.tokens, 'token')}, {_count(self.top_k, 'expert')} each"
         headers = ["matrix", "times", "vectors", "flops", "weight bytes"]
         return f"{title}\n{format_table(headers, rows)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def layer_plan(

@@ -1,10 +1,11 @@
-"""PyTorch layers: experts that share a central core, routers, losses, the gradient mask."""
+"""PyTorch layers: experts that share cores, routers, losses, the gradient mask."""
 
 from tnmoe.system.extras import require_extra
 
 require_extra("tnmoe.nn", "torch")
 
 import tnmoe.nn.compute.flops  # noqa: F401 - registers formulas with torch
+from tnmoe.contraction.layer_plan import LayerPlan, LayerStep
 from tnmoe.contraction.rates import Rates
 from tnmoe.nn.activations import ClampedSwiGLU, Gated
 from tnmoe.nn.compute.cache import WeightCache, weight_cache
@@ -50,6 +51,8 @@ __all__ = [
     "GradientMask",
     "Groups",
     "HiddenProjection",
+    "LayerPlan",
+    "LayerStep",
     "LoadBias",
     "MPOExperts",
     "MPOMoE",

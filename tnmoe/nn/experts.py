@@ -222,7 +222,8 @@ class Experts(nn.Module):
         """
         network = self._slot_network(products, states)
         if routed and self._fits_chunks(products, groups):
-            sums = sum_in_chunks(network, groups, weights, self.intermediate_size)
+            width = max(self.intermediate_size, *(part.shape[1] for part in network.inputs))
+            sums = sum_in_chunks(network, groups, weights, width)
         else:
             step = rows_per_piece(self.intermediate_size, self.hidden_size)
             in_pieces = not torch.is_grad_enabled() and values_are_readable(states)
@@ -238,8 +239,8 @@ class Experts(nn.Module):
         slots = index.numel()
         if torch.is_grad_enabled() or products.have_calls or not 0 < slots <= _FEW_SLOTS:
             return False
-        sizes = (weight[0].numel() for weight in products.weights if weight.ndim == 5)
-        return slots <= _FEWEST_SLOTS or slots * max(sizes, default=0) <= _FEW_NUMBERS
+        sizes = [weight[0].numel() for weight in products.weights if weight.ndim == 5]
+        return slots <= _FEWEST_SLOTS or slots * max([0, *sizes]) <= _FEW_NUMBERS
 
     def _all_routed(self, index: Tensor) -> bool:
         lowest, highest = torch.aminmax(index)

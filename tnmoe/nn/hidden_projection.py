@@ -187,7 +187,7 @@ class HiddenProjection(MPOProjection):
                 last = self._last_chain(1)
                 return last.of_tokens(last.of_slots(rows, last.weights, groups))
             first = self._first_chain(self.center_site)
-            return first.of_slots(first.of_tokens(rows), first.weights, groups)
+            return first.of_slots(first.of_tokens(rows, {}), first.weights, groups)
         result, biases = super().multiply(rows, groups), self._biases_of_base(groups)
         return result if biases is None else result + per_row(biases.to(result.dtype), groups)
 

@@ -110,9 +110,10 @@ class MPOMoE(nn.Module):
     ) -> Self:
         """Make a layer that starts as one pretrained feed-forward network: sparse upcycling.
 
-        With exact bonds and no noise the layer computes what the network computes, to rounding, if
-        a token's weights sum to 1, which is the router's default. For another router make the
-        parts yourself: ``MPOMoE(router, MPOExperts.from_dense(...))``.
+        With exact bonds, or any bonds in ``residual``, and no noise the layer computes what the
+        network computes, to rounding, if a token's weights sum to 1, which is the router's default.
+        For another router make the parts yourself:
+        ``MPOMoE(router, MPOExperts.from_dense(...))``.
 
         Parameters
         ----------

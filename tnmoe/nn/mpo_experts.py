@@ -27,10 +27,11 @@ from tnmoe.truncation.info import TruncationInfo
 
 
 class MPOExperts(Experts):
-    """Experts whose matrices share a central core (MPOE, arXiv:2203.01104, section 3.2).
+    """Experts whose matrices share cores, or a matrix: by default MPOE.
 
     Per projection the layer holds one ``center`` (D, out, in, D') and stacked auxiliary cores
-    ``aux_0``, ``aux_1``, … (E, D, out, in, D').
+    ``aux_0``, ``aux_1``, … (E, D, out, in, D'), as MPOE does (arXiv:2203.01104, section 3.2). In
+    the layouts ``hidden`` and ``residual`` a linear module ``base`` holds what experts share.
 
     Parameters
     ----------
@@ -166,7 +167,8 @@ class MPOExperts(Experts):
     ) -> Self:
         """Start all experts as one pretrained FFN.
 
-        With exact bonds and no noise every expert is that FFN, to rounding.
+        With exact bonds, or any bonds in ``residual``, and no noise every expert is that FFN, to
+        rounding.
 
         Parameters
         ----------

@@ -175,7 +175,13 @@ class Projection(nn.Module, ABC):
         return None
 
     def work_of_call(self, load: Load) -> Work:
-        """Count what a call of the projection costs, all of which acts on slots."""
+        """Count what a call of the projection costs, all of which acts on slots.
+
+        Parameters
+        ----------
+        load : Load
+            Tokens and slots of the call.
+        """
         size = self.out_features * self.in_features
         return Work("matrices of experts", "slot", 2 * size, 0, size * self._itemsize)
 

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.backends import backend_named
+from tnmoe.contraction.layer_plan import Work
 from tnmoe.errors import InputError, check_generator, check_number_in
 from tnmoe.mpo import MPO
 from tnmoe.nn.compute.once_per_token import (
     FirstBias,
-    FirstChain,
     FirstProduct,
     FirstSum,
     LastBias,
-    LastChain,
     LastProduct,
     LastSum,
     Load,
+    work_of_module,
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.linear import (
@@ -126,18 +126,26 @@ class ResidualProjection(Projection):
     def first_product(self, load: Load) -> FirstProduct | None:
         if has_hooks(self) or has_hooks(self.delta):
             return None
-        delta = self.delta.first_product(load) or FirstChain(
-            self.delta.cores, self.delta.shape.sites
-        )
+        delta = self.delta._first_chain(1 + max(self.delta._owned_sites))
         product = FirstSum(self.base, delta)
         return product if self.bias is None else FirstBias(product, self.bias, self.num_experts)
 
     def last_product(self, load: Load) -> LastProduct | None:
         if has_hooks(self) or has_hooks(self.delta):
             return None
-        delta = self.delta.last_product(load) or LastChain(self.delta.cores, 0)
+        delta = self.delta._last_chain(min(self.delta._owned_sites))
         product = LastSum(self.base, delta)
         return product if self.bias is None else LastBias(product, self.bias, self.num_experts)
+
+    def work_of_call(self, load: Load) -> Work:
+        base, delta = work_of_module(self.base), self.delta.work_of_call(load)
+        return Work(
+            f"shared module and {delta.what}",
+            "slot",
+            base.flops + delta.flops,
+            base.shared_bytes + delta.shared_bytes,
+            delta.owned_bytes,
+        )
 
     @property
     def shared_parameters(self) -> list[nn.Parameter]:

@@ -1,6 +1,7 @@
 """Slots that go through in chunks give what they give together, in every mode of torch."""
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -31,21 +32,31 @@ FEW = ["hidden, ragged groups", "hidden, bonds of 1.3", "residual", "residual, e
 
 
 @pytest.fixture
-def chunks(monkeypatch):
-    """Make every call go through in chunks of 2 rows; return the numbers of rows so far."""
+def chunks(request, monkeypatch):
+    """Make every call go through in chunks of 2 rows; return the numbers of rows so far.
+
+    The backward pass computes the chunks again, or with True takes those of the forward pass.
+    """
+    is_kept = getattr(request, "param", False)
     monkeypatch.setattr(experts_module, "_LAST_LEVEL_CACHE", -1)
     monkeypatch.setattr(experts_module, "_FEW_SLOTS", -1)
+    monkeypatch.setattr(slot_network, "_KEPT", 1 << 62 if is_kept else -1)
     sizes, of_one_expert, init = [], Groups.of_one_expert, slot_network._Chunks.__init__
+    names = [field.name for field in fields(slot_network._Chunks)]
 
     def counted(rows, device):
         sizes.append(rows)
         return of_one_expert(rows, device)
 
+    def small(self, *values):
+        init(self, **dict(zip(names, values, strict=True)) | {"step": 2})
+
     monkeypatch.setattr(Groups, "of_one_expert", counted)
-    monkeypatch.setattr(
-        slot_network._Chunks, "__init__", lambda self, *fields: init(self, *fields[:-1], 2)
-    )
+    monkeypatch.setattr(slot_network._Chunks, "__init__", small)
     return sizes
+
+
+BOTH = pytest.mark.parametrize("chunks", [False, True], indirect=True)
 
 
 def together(experts, states, index, weights):
@@ -58,6 +69,7 @@ def together(experts, states, index, weights):
         experts_module._LAST_LEVEL_CACHE = limit
 
 
+@BOTH
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", CHUNKED)
 def test_chunks_are_the_loop(kind, gated, chunks):
@@ -85,6 +97,7 @@ def test_slots_without_an_expert_are_in_no_chunk(kind, chunks):
     assert sum(chunks) == 2 * 9
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", FEW)
 def test_half_precision_in_chunks_is_within_rounding(kind, dtype, chunks):
@@ -119,6 +132,7 @@ def test_derivatives_of_every_order_are_those_of_finite_differences(kind, gated,
     assert chunks
 
 
+@BOTH
 @pytest.mark.parametrize("frozen", ["weights", "states", "base", "own", "everything but weights"])
 @pytest.mark.parametrize("kind", FEW)
 def test_gradient_penalties_with_frozen_parts_are_those_of_the_loop(kind, frozen, chunks):
@@ -146,6 +160,7 @@ def freeze(experts, what):
             parameter.requires_grad_(False)
 
 
+@BOTH
 @pytest.mark.parametrize("frozen", ["weights", "states", "base", "own", "everything but weights"])
 @pytest.mark.parametrize("kind", FEW)
 def test_what_is_frozen_gets_no_gradient_and_takes_no_work(kind, frozen, chunks, monkeypatch):
@@ -233,6 +248,17 @@ def test_dropout_drops_the_same_in_both_passes(kind, chunks):
     assert chunks
 
 
+@BOTH
+@pytest.mark.parametrize("kind", FEW)
+def test_a_second_backward_pass_gives_the_same_gradients(kind, chunks):
+    experts = from_linear(kind, gated=True)
+    loss = experts(*routed()).sin().sum()
+    first, second = (
+        torch.autograd.grad(loss, [*experts.parameters()], retain_graph=True) for _ in range(2)
+    )
+    assert_all_close(first, second)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", FEW)
 def test_checkpointing_gives_the_same_gradients(kind, reentrant, chunks):
@@ -252,6 +278,7 @@ def test_checkpointing_gives_the_same_gradients(kind, reentrant, chunks):
     assert_all_close(*found)
 
 
+@BOTH
 @pytest.mark.parametrize("kind", FEW)
 def test_saved_tensor_hooks_see_what_is_saved(kind, chunks):
     experts, packed = from_linear(kind, gated=True), []
@@ -277,6 +304,7 @@ def test_deterministic_mode_is_respected(kind, chunks):
     assert chunks
 
 
+@BOTH
 @pytest.mark.parametrize("kind", FEW)
 def test_activations_that_ignore_an_input_give_it_no_gradient(kind, chunks):
     for gated, activation in (

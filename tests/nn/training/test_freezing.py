@@ -37,6 +37,35 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
     assert trained == {"up.aux_1", "down.center"}
 
 
+@pytest.mark.parametrize("layout", ["hidden", "residual"])
+def test_a_linear_module_that_experts_share_is_shared_and_its_bias_is_not(layout):
+    up, down = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+    layer = nn.MPOMoE.from_dense(up, down, num_experts=4, layout=layout, group_size=2)
+    assert {*map(id, nn.shared_parameters(layer))} == {id(up.weight), id(down.weight)}
+    assert nn.freeze_shared(layer) == up.weight.numel() + down.weight.numel()
+    assert not up.weight.requires_grad
+    assert up.bias.requires_grad
+    groups = nn.parameter_groups(layer, lr=1.0)
+    assert groups[1]["params"] == []  # frozen
+    nn.freeze_shared(layer, frozen=False)
+    with nn.SharedGradientScale(layer):
+        backward(layer)
+    scaled = up.weight.grad.clone()
+    layer.zero_grad()
+    backward(layer)
+    torch.testing.assert_close(scaled, up.weight.grad / 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    with nn.GradientMask(optimizer, layer, probability=1.0, per_layer=True):
+        before = up.weight.detach().clone()
+        backward(layer)
+        optimizer.step()
+    assert torch.equal(up.weight, before)
+    nn.train_auxiliary(layer)
+    trained = {name for name, each in layer.named_parameters() if each.requires_grad}
+    owned = {"aux_0"} if layout == "hidden" else {"delta.center", "delta.aux_0"}
+    assert trained == {f"experts.{side}.{name}" for side in ("up", "down") for name in owned}
+
+
 def test_auxiliary_cores_are_trained_through_their_parametrizations():
     layer = make_top2_layer()
     up = layer.experts.up

@@ -73,7 +73,8 @@ def selected_linear(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     Tensor, shape (N · factor, out) or (N · factor, out, n)
     """
     slots, (out, depth) = len(experts), weight.shape[1:]
-    if slots * out * depth > _SELECTED and values_are_readable(experts):
+    is_large = slots * out * depth > _SELECTED
+    if is_large and values_are_readable(experts) and not needs_native_operators():
         return _multiply_one_by_one(rows, weight, experts)
     selected = weight.index_select(0, experts)
     if rows.ndim == 2:

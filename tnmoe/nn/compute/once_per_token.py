@@ -29,6 +29,10 @@ from tnmoe.shapes import chain_shapes
 
 Tensors = Sequence[Tensor]
 
+# What the products of a layer made of its tokens so far, by the cores and modules that acted. Cores
+# that several products have in common then act once.
+Known = dict[tuple[int, ...], Tensor]
+
 
 @dataclass(frozen=True)
 class Load:
@@ -58,11 +62,7 @@ class FirstProduct(Protocol):
     def weights(self) -> Tensors:
         """What the second part multiplies by; see :func:`is_owned`."""
 
-    @property
-    def token_key(self) -> tuple:
-        """A key that is equal for products whose first parts are the same."""
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
         """Compute the first part: (T, in) → tensors of T rows."""
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
@@ -104,9 +104,8 @@ class FirstCall:
     projection: Callable[..., Tensor]
     work_of_call: Callable[[], Work]
     weights: Tensors = ()
-    token_key: tuple = ()
 
-    def of_tokens(self, tokens: Tensor) -> Tensors:
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
         return (tokens,)
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
@@ -156,24 +155,26 @@ class FirstChain:
     def weights(self) -> Tensors:
         return self.cores.sites()[: self.stop]
 
-    @property
-    def token_key(self) -> tuple:
-        if self.stop == self.cores.shape.sites:
-            return ()
-        shared = self.cores.stored[self.stop :]
-        parts = shared if self.module is None else (*shared[:-1], self.module)
-        return (*map(id, parts), self.cores.shape)
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
         sites = self.cores.shape.sites
         if self.stop == sites:
             return (tokens,)
-        if self.module is None:
-            state = self.cores.pad(tokens)
-        else:
-            sites, state = sites - 1, call_linear(self.module, tokens)
-        shared = self.cores.sites()[self.stop : sites]
-        return (_through(shared, state, self.cores, sites, None),)
+        key: tuple[int, ...] = (self.cores.shape.padded_in,)
+        state = tokens
+        for site in reversed(range(self.stop, sites)):
+            module = self.module if site == sites - 1 else None
+            key = (*key, id(module or self.cores.stored[site]))
+            if key not in known:
+                known[key] = self._through(site, module, state)
+            state = known[key]
+        return (state,)
+
+    def _through(self, site: int, module: nn.Module | None, state: Tensor) -> Tensor:
+        if module is not None:
+            return call_linear(module, state)
+        if site == self.cores.shape.sites - 1:
+            state = self.cores.pad(state)
+        return _through([self.cores.sites()[site]], state, self.cores, site + 1, None)
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         (state,) = states
@@ -243,19 +244,18 @@ class FirstSum:
     def weights(self) -> Tensors:
         return self.delta.weights
 
-    @property
-    def token_key(self) -> tuple:
-        return id(self.base), *self.delta.token_key
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
-        return (call_linear(self.base, tokens), *self.delta.of_tokens(tokens))
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
+        key = (id(self.base),)
+        if key not in known:
+            known[key] = call_linear(self.base, tokens)
+        return (known[key], *self.delta.of_tokens(tokens, known))
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         product, *rest = states
         return product + self.delta.of_slots(rest, weights, groups)
 
     def work(self) -> list[Work]:
-        return [_base_work(self.base), *self.delta.work()]
+        return [work_of_module(self.base), *self.delta.work()]
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class LastSum:
         return result + self.delta.of_tokens(sums[count:])
 
     def work(self) -> list[Work]:
-        return [*self.delta.work(), _base_work(self.base)]
+        return [*self.delta.work(), work_of_module(self.base)]
 
     @property
     def _bias(self) -> Tensor | None:
@@ -298,12 +298,8 @@ class FirstBias:
     def weights(self) -> Tensors:
         return (*self.product.weights, self.bias)
 
-    @property
-    def token_key(self) -> tuple:
-        return self.product.token_key
-
-    def of_tokens(self, tokens: Tensor) -> Tensors:
-        return self.product.of_tokens(tokens)
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
+        return self.product.of_tokens(tokens, known)
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         *rest, bias = weights
@@ -370,7 +366,8 @@ def _weighted(module: nn.Module, sums: Tensor, totals: Tensors) -> Tensor:
     return result + (totals[0] - 1) * bias.to(result.dtype)
 
 
-def _base_work(module: nn.Module) -> Work:
+def work_of_module(module: nn.Module) -> Work:
+    """Count what a linear module costs that acts once per token."""
     rows, columns = size_of_linear(module)
     stored = [*module.parameters(), *module.buffers()]
     read = sum(tensor.numel() * tensor.element_size() for tensor in stored)
@@ -382,7 +379,7 @@ def _chain_work(
 ) -> Work:
     """Count what neighbouring cores of a chain cost."""
     if module is not None and len(sites) == 1:
-        return _base_work(module)
+        return work_of_module(module)
     sizes = chain_shapes(cores.shape, cores.bond_dims)
     steps = list(core_by_core_steps(sizes, 1))[::-1]
     flops = sum(2 * prod(steps[site]) for site in sites)

@@ -11,6 +11,7 @@ from tnmoe.contraction.layer_plan import Work
 from tnmoe.nn.compute.once_per_token import (
     FirstCall,
     FirstProduct,
+    Known,
     LastCall,
     LastProduct,
     Tensors,
@@ -84,13 +85,12 @@ class Products:
             For every first product the positions of its states in ``states``.
         """
         states: list[Tensor] = []
-        by_key: dict[tuple, list[int]] = {}
-        for first in self.firsts:
-            if first.token_key not in by_key:
-                by_key[first.token_key] = [
-                    _position(state, states) for state in first.of_tokens(tokens)
-                ]
-        return states, [by_key[first.token_key] for first in self.firsts]
+        known: Known = {}
+        positions = [
+            [_position(state, states) for state in first.of_tokens(tokens, known)]
+            for first in self.firsts
+        ]
+        return states, positions
 
 
 def _position(state: Tensor, states: list[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from tnmoe.nn.transforms import autocast_as, autocast_state
 # Numbers in the widest rows of a chunk, which should stay in a CPU's cache from one operation to
 # the next.
 _CHUNK = 1 << 19
+
+# Numbers that each array of the network may hold for the backward pass. Beyond that, the backward
+# pass computes the chunks again.
+_KEPT = 1 << 24
 
 
 # A function of rows of all inputs, of weights, and of the groups of the rows.
@@ -148,8 +152,9 @@ def sum_in_chunks(
 ) -> list[Tensor]:
     """Compute :func:`sum_at_once` in chunks of one expert's rows, which stay in a CPU's cache.
 
-    The backward pass computes every chunk again, so no array has a row for every slot. At least one
-    slot must have an expert.
+    No array has a row for every slot, except those that the backward pass needs. Where these would
+    be large, the backward pass computes every chunk again instead. At least one slot must have an
+    expert.
 
     Parameters
     ----------
@@ -158,24 +163,37 @@ def sum_in_chunks(
     width : int
         Entries of the widest rows in the network.
     """
-    chunks = _Chunks(
-        network.function, network.num_experts, groups, weights.shape[1], max(16, _CHUNK // width)
-    )
-    if not torch.is_grad_enabled():
-        return chunks.forward(network.inputs, network.weights, weights)
+    step, is_kept = max(16, _CHUNK // width), groups.layer_slots * width <= _KEPT
+    chunks = _Chunks(network.function, network.num_experts, groups, weights.shape[1], step, is_kept)
     tensors = (*network.inputs, *network.weights)
-    return list(_SumInChunks.apply(chunks, len(network.inputs), weights, *tensors))
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (weights, *tensors)):
+        return list(_SumInChunks.apply(chunks, len(network.inputs), weights, *tensors))
+    results = chunks.results(network.inputs, network.weights)
+    return chunks.sums(results, weights)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The leaves of a chunk, i.e. its rows and its expert's weights, and its outputs."""
+
+    leaves: list[Tensor]
+    outputs: Tensors
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Chunks of the slots of a call, each with rows of one expert alone."""
+    """Chunks of the slots of a call, each with rows of one expert alone.
+
+    ``is_kept`` says whether the backward pass takes the chunks of the forward pass, or computes
+    them again.
+    """
 
     function: SlotFunction
     num_experts: int
     groups: Groups
     choices: int
     step: int
+    is_kept: bool
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the expert, the slots and the tokens of every chunk."""
@@ -190,61 +208,78 @@ class _Chunks:
             for weight in weights
         ]
 
-    def outputs(self, rows: Tensors, own: Tensors) -> Tensors:
-        """Return the outputs of a chunk, without the weights of its slots."""
-        return self.function(rows, own, Groups.of_one_expert(len(rows[0]), rows[0].device))
+    def results(
+        self, inputs: Tensors, weights: Tensors, needs: Sequence[bool] | None = None
+    ) -> Iterator[_Result]:
+        """Compute all chunks, one after the other.
 
-    def forward(self, inputs: Tensors, weights: Tensors, factors: Tensor) -> list[Tensor]:
-        """Sum the weighted outputs of all chunks for every token."""
-        flat, sums = factors.reshape(-1, 1), list[Tensor]()
+        ``needs`` says which inputs and weights have gradients; by default none is recorded.
+        """
         for expert, slots, tokens in self:
             rows = [states.index_select(0, tokens) for states in inputs]
-            outputs, factor = self.outputs(rows, self.own(expert, weights)), flat[slots]
-            dtype = sum_dtype(torch.result_type(outputs[0], factor))
-            sums = sums or [
-                out.new_zeros(len(factors), *out.shape[1:], dtype=dtype) for out in outputs
-            ]
+            leaves = [*rows, *self.own(expert, weights)]
+            if needs is not None:
+                pairs = zip(leaves, needs, strict=True)
+                leaves = [leaf.detach().requires_grad_(need) for leaf, need in pairs]
+            group = Groups.of_one_expert(len(slots), slots.device)
+            with torch.set_grad_enabled(needs is not None):
+                outputs = self.function(leaves[: len(rows)], leaves[len(rows) :], group)
+            yield _Result(leaves, outputs)
+
+    def sums(self, results: Iterable[_Result], factors: Tensor) -> list[Tensor]:
+        """Sum the outputs of all chunks for every token, weighted by factors, (T, k)."""
+        flat, sums = factors.reshape(-1, 1), list[Tensor]()
+        for (_, slots, tokens), result in zip(self, results, strict=True):
+            outputs, factor = [output.detach() for output in result.outputs], flat[slots]
+            dtype = sum_dtype(torch.promote_types(outputs[0].dtype, factor.dtype))
+            sums = sums or [_zeros(output, len(factors), dtype) for output in outputs]
             for total, output in zip(sums, outputs, strict=True):
                 total.index_add_(0, tokens, output.to(dtype) * factor)
         return sums
 
-    def backward(
+    def gradients(
         self,
-        inputs: Tensors,
-        weights: Tensors,
+        results: Iterable[_Result],
+        given: Tensors,
+        count: int,
         factors: Tensor,
         grads: Tensors,
-        needs: Sequence[bool],
     ) -> list[Tensor]:
-        """Return the gradients of inputs, weights and factors, computing every chunk again.
+        """Return the gradients of what was given, and of the factors.
 
-        ``needs`` says which inputs and weights have gradients; zeros stand for the rest.
+        Zeros stand for the gradients of what needs none.
+
+        Parameters
+        ----------
+        results : iterable of _Result
+            Of all chunks.
+        given : sequence of Tensor
+            The inputs, ``count`` of them, and the weights.
+        count : int
+        factors : Tensor, shape (T, k)
+        grads : sequence of Tensor
+            Gradients of the sums.
         """
-        count, flat = len(inputs), factors.reshape(-1, 1)
-        totals = [_zeros_like(tensor) for tensor in (*inputs, *weights, flat)]
-        for expert, slots, tokens in self:
-            rows = [states.index_select(0, tokens) for states in inputs]
-            given = (*rows, *self.own(expert, weights))
-            leaves = [
-                each.detach().requires_grad_(need) for each, need in zip(given, needs, strict=True)
-            ]
-            with torch.enable_grad():
-                outputs = self.outputs(leaves[:count], leaves[count:])
+        flat = factors.reshape(-1, 1)
+        totals = [_zeros(each, len(each), sum_dtype(each.dtype)) for each in (*given, flat)]
+        for (expert, slots, tokens), result in zip(self, results, strict=True):
             of_outputs = [grad.index_select(0, tokens) for grad in grads]
-            pairs = list(zip(of_outputs, outputs, strict=True))
+            pairs = list(zip(of_outputs, result.outputs, strict=True))
             products = (_row_products(grad, output.detach()) for grad, output in pairs)
             totals[-1][slots] = sum(part.to(totals[-1].dtype) for part in products)
             factor = flat[slots]
+            weighted = [(output, grad.mul_(factor).to(output.dtype)) for grad, output in pairs]
             own = [*totals[:count], *self.own(expert, totals[count:-1])]
-            found = _gradients(
-                [(output, grad.mul_(factor).to(output.dtype)) for grad, output in pairs], leaves
-            )
-            for number, part in found:
+            for number, part in _gradients(weighted, result.leaves):
                 if number < count:
                     own[number].index_add_(0, tokens, part.to(own[number].dtype))
                 else:
                     own[number] += part
         return totals
+
+
+def _zeros(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    return like.new_zeros(rows, *like.shape[1:], dtype=dtype)
 
 
 def _gradients(
@@ -269,8 +304,8 @@ def _gradients(
         differentiable,
         [leaves[number] for number in numbers],
         grads,
-        create_graph=create_graph,
         allow_unused=True,
+        create_graph=create_graph,
     )
     for number, grad in zip(numbers, found, strict=True):
         if grad is not None:
@@ -282,32 +317,32 @@ def _row_products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left[:, None], right.to(left.dtype)[..., None])[:, 0]
 
 
-def _zeros_like(tensor: Tensor) -> Tensor:
-    """Return zeros for sums of tensors like this one."""
-    dtype = sum_dtype(tensor.dtype)
-    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 class _SumInChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chunks: _Chunks, count: int, factors: Tensor, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, chunks: _Chunks, count: int, factors: Tensor, *given: Tensor) -> Any:
         ctx.chunks, ctx.count = chunks, count
         ctx.autocast = autocast_state(factors.device)
-        ctx.save_for_backward(factors, *tensors)
-        return tuple(chunks.forward(tensors[:count], tensors[count:], factors))
+        ctx.save_for_backward(factors, *given)
+        inputs, weights, ctx.results = given[:count], given[count:], None
+        if not chunks.is_kept:
+            return tuple(chunks.sums(chunks.results(inputs, weights), factors))
+        ctx.results = list(chunks.results(inputs, weights, ctx.needs_input_grad[3:]))
+        return tuple(chunks.sums(ctx.results, factors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        factors, *tensors = ctx.saved_tensors
-        inputs, weights = tensors[: ctx.count], tensors[ctx.count :]
+        factors, *given = ctx.saved_tensors
+        inputs, weights = given[: ctx.count], given[ctx.count :]
+        needs, chunks = ctx.needs_input_grad[3:], ctx.chunks
         with autocast_as(ctx.autocast):
             if torch.is_grad_enabled():  # with create_graph=True
-                return None, None, *_differentiable(ctx.chunks, factors, inputs, weights, grads)
-            needs = ctx.needs_input_grad[3:]
-            *found, of_factors = ctx.chunks.backward(inputs, weights, factors, grads, needs)
+                return None, None, *_differentiable(chunks, factors, inputs, weights, grads)
+            # The first backward pass frees what was kept; another one computes it again.
+            results, ctx.results = ctx.results or chunks.results(inputs, weights, needs), None
+            *found, of_factors = chunks.gradients(results, given, ctx.count, factors, grads)
         gradients = [
             grad.to(tensor.dtype) if need else None
-            for grad, tensor, need in zip(found, tensors, needs, strict=True)
+            for grad, tensor, need in zip(found, given, needs, strict=True)
         ]
         return None, None, of_factors.view_as(factors).to(factors.dtype), *gradients
 

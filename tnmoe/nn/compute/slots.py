@@ -69,7 +69,15 @@ class Groups:
 
     @classmethod
     def of_one_expert(cls, rows: int, device: torch.device) -> Groups:
-        """Return the groups of rows that all belong to one expert, which is number 0."""
+        """Return the groups of rows that all belong to one expert, which is number 0.
+
+        Parameters
+        ----------
+        rows : int
+            Number of rows.
+        device : torch.device
+            Device of the tensors.
+        """
         numbers = torch.arange(rows, device=device)
         ends = torch.full((1,), rows, dtype=torch.int32, device=device)
         return cls(torch.zeros_like(numbers), ends, rows, numbers, numbers)

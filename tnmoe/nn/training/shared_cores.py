@@ -37,7 +37,7 @@ def sharing_projections(model: nn.Module) -> dict[Projection, list[nn.Parameter]
 
 
 def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the cores that all experts of a layer share, each once.
+    """Return the cores and matrices that all experts of a layer share, each once.
 
     In MPOE these are the central cores, in the layouts ``hidden`` and ``residual`` the parameters
     of the linear modules, without biases.
