@@ -102,6 +102,21 @@ def test_the_pictures_are_pictures(demo):
         assert (demo[0] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("layout", ["hidden", "residual"])
+def test_the_demo_knows_layouts_that_decompose_nothing(layout, tiny_model, sentences, tmp_path):
+    done = tnmoe(
+        "demo", "--model", tiny_model, "--data", sentences, "--output", tmp_path / "out",
+        "--steps", 1, "--experts", 3, "--top-k", 2, "--batch-size", 8, "--layout", layout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = set(os.listdir(tmp_path / "out"))
+    assert made >= {"report.json", "loss_curves.png", "expert_load.png", "model"}
+    assert "schmidt_spectra.png" not in made
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["options"]["layout"] == layout
+    assert report["function_preservation"]["relative_difference"] <= 1e-4
+
+
 def test_the_checkpoint_is_a_hugging_face_folder_with_what_was_trained(demo):
     folder = demo[0] / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))

@@ -4,13 +4,15 @@ import copy
 import pickle
 from contextlib import nullcontext
 
+import matplotlib
 import pytest
 import torch
 import transformers
+from matplotlib import pyplot
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.hf.families import IDS, LAYOUTS, MASK, make, outputs, relative
-from tnmoe import hf, nn
+from tnmoe import hf, nn, plot
 
 AROUND_A_MODULE = ("hidden", "two groups", "residual", "tensor train")
 NAMES = ("bert", "llama", "llama with biases", "gpt2", "t5", "albert")
@@ -182,3 +184,16 @@ def test_a_compiled_model_and_one_with_checkpointing_train_alike(name, layout):
         for one, two in zip(other, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each != "dense"])
+def test_pictures_show_converted_models_of_every_layout(layout):
+    matplotlib.use("Agg")
+    dense, config = make("gpt2"), config_of(layout)
+    report = hf.parameter_report(dense, config)
+    assert len(plot.parameter_bars(report).patches) == 6
+    up = mixtures(hf.upcycle(dense, config))[0].experts.up
+    bonds = up.expert(0).shape.sites - 1
+    assert len(plot.schmidt_spectra(up.expert(0)).lines) == bonds
+    assert plot.entropy(up.expert(0)).lines
+    pyplot.close("all")

@@ -149,16 +149,16 @@ def test_every_way_in_gives_the_model_that_was_saved(load, saved):
     PARTS,
     ids=[f"{whole.__name__[1:]}-{layers}-{part.__name__}" for whole, layers, part, _ in PARTS],
 )
+@pytest.mark.parametrize("layout", ["interleaved", "hidden", "residual"])
 def test_a_part_of_a_converted_model_computes_what_it_did_in_the_dense_one(
-    whole, layers, part, inputs, tmp_path
+    whole, layers, part, inputs, layout, tmp_path
 ):
     torch.manual_seed(0)
     dense = whole().eval()
     dense.save_pretrained(tmp_path / "dense")
-    hf.prepare_upcycle(
-        tmp_path / "dense", hf.MPOEConfig(num_experts=2, sites=3, layers=layers)
-    ).run(tmp_path / "planned")
-    model = hf.upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3, layers=layers))
+    config = hf.MPOEConfig(num_experts=2, layers=layers, **LAYOUTS[layout])
+    hf.prepare_upcycle(tmp_path / "dense", config).run(tmp_path / "planned")
+    model = hf.upcycle(dense, config)
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         expected = part.from_pretrained(tmp_path / "dense").eval()(**inputs)[0]

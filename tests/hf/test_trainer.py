@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import tnmoe as tn
-from tests.hf.families import IDS, MASK, make
+from tests.hf.families import IDS, LAYOUTS, MASK, make
 from tnmoe import hf, nn
 
 CONFIG = hf.MPOEConfig(num_experts=3, num_experts_per_tok=2, sites=3, balance_weight=0.1)
@@ -82,6 +82,25 @@ def test_masked_steps_of_trainer_spare_the_shared_cores(tmp_path, engine, accumu
     # Training is over: nothing is masked any more.
     run.model(input_ids=IDS, labels=IDS).loss.backward()
     assert run.model.model.layers[0].mlp.experts.up.center.grad is not None
+
+
+@pytest.mark.parametrize("layout", ["hidden", "residual"])
+@pytest.mark.parametrize("engine", ["optimizer", "autograd"])
+def test_masked_steps_spare_the_modules_that_experts_share(tmp_path, layout, engine):
+    config = hf.MPOEConfig(num_experts=3, num_experts_per_tok=2, **LAYOUTS[layout])
+    model = hf.upcycle(make("llama"), config)
+    modules = [each.experts.up.base for each in model.modules() if isinstance(each, nn.MPOMoE)]
+    before = [each.weight.clone() for each in modules]
+    callback = hf.GradientMaskCallback(1.0, engine=engine)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, report_to=[], save_strategy="no", disable_tqdm=True,
+        learning_rate=1e-2, gradient_checkpointing=True,
+    )  # fmt: skip
+    run = Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback])
+    run.train()
+    assert all(map(torch.equal, before, (each.weight for each in modules)))
+    experts = hf.average_experts(model).model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(experts, before[0])  # what experts own has moved
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -220,3 +220,13 @@ def test_matrices_of_any_choice_are_kept_until_one_of_its_cores_changes(shared, 
             made.core_at(site).mul_(1.5)
             expected = torch.einsum("toi,ti->to", matrices(made)[index], rows)
             torch.testing.assert_close(made(rows, Groups.of(index, E)), expected)
+
+
+@pytest.mark.parametrize("layout", ["split", "hidden"])
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 4.0])
+def test_new_matrices_have_the_variance_of_linear_layers_at_any_bond(layout, ratio):
+    torch.manual_seed(0)
+    experts = nn.MPOExperts(4, 64, 128, layout=layout, group_size=16, bond_ratio=ratio)
+    for projection in (experts.up, experts.down):
+        variance = float(projection.weight().detach().var())
+        assert variance == pytest.approx(1 / (3 * projection.in_features), rel=0.1)

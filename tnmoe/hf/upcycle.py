@@ -36,8 +36,9 @@ def upcycle(
     config : MPOEConfig
         Experts, routing, shapes, and which layers to convert.
     on_matrix : callable, optional
-        Called as ``on_matrix(name, info)`` after every decomposition, for progress and spectra.
-        With ``max_bond`` set, ``info.error_bound`` bounds the error of the truncation.
+        Called as ``on_matrix(name, info)`` after every decomposition, for progress and spectra; not
+        where experts share a matrix as it is, in ``hidden`` and ``residual``. With ``max_bond``
+        set, ``info.error_bound`` bounds the error of the truncation.
 
     Returns
     -------
