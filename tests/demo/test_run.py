@@ -102,6 +102,7 @@ def test_the_pictures_are_pictures(demo):
         assert (demo[0] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hidden", "residual"])
 def test_the_demo_knows_layouts_that_decompose_nothing(layout, tiny_model, sentences, tmp_path):
     done = tnmoe(

@@ -27,7 +27,7 @@ def moes(model):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
     model = make(name)
     expected = outputs(model, name)

@@ -160,6 +160,7 @@ def test_a_model_loads_as_another_class_of_its_family(layout, tmp_path):
     assert len(mixtures(head)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("layout", [*AROUND_A_MODULE, "two matrices"])
 def test_a_compiled_model_and_one_with_checkpointing_train_alike(name, layout):

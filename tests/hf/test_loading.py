@@ -149,7 +149,13 @@ def test_every_way_in_gives_the_model_that_was_saved(load, saved):
     PARTS,
     ids=[f"{whole.__name__[1:]}-{layers}-{part.__name__}" for whole, layers, part, _ in PARTS],
 )
-@pytest.mark.parametrize("layout", ["interleaved", "hidden", "residual"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "interleaved",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("hidden", "residual")),
+    ],
+)
 def test_a_part_of_a_converted_model_computes_what_it_did_in_the_dense_one(
     whole, layers, part, inputs, layout, tmp_path
 ):

@@ -192,7 +192,14 @@ def masked_bert():
     return BertForMaskedLM(BertConfig(vocab_size=50, num_hidden_layers=2, **sizes))
 
 
-@pytest.mark.parametrize("dense", [lambda: make("llama"), masked_bert, lambda: make("t5")])
+@pytest.mark.parametrize(
+    "dense",
+    [
+        lambda: make("llama"),
+        pytest.param(masked_bert, marks=pytest.mark.slow),
+        pytest.param(lambda: make("t5"), marks=pytest.mark.slow),
+    ],
+)
 def test_losses_of_routers_weigh_the_same_however_many_passes_make_a_step(tmp_path, dense):
     def loss(passes, weight):
         torch.manual_seed(0)

@@ -76,6 +76,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_demo_draw_no_bar_in_a_log(tmp_path):
     script, log = tmp_path / "demo.py", tmp_path / "log"
     script.write_text(DEMO)

@@ -132,10 +132,11 @@ def weight_of_linear(module: nn.Module) -> Tensor:
     if has_matrix(module):
         weight: Any = module.weight
         return weight.T if is_transposed(module) else weight
+    columns = size_of_linear(module)[1]
     # A hook moves the rows to where an offloaded module computes.
     device = "cpu" if is_offloaded(module) else next(_tensors_of(module)).device
     place: dict[str, Any] = {"dtype": dtype_of_linear(module), "device": device}
-    identity = torch.eye(size_of_linear(module)[1], **place)
+    identity = torch.eye(columns, **place)
     products = module(F.pad(identity, (0, 0, 0, 1)))  # of the row of zeros: the bias
     return (products[:-1] - products[-1:]).T
 

@@ -30,7 +30,15 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", ["interleaved", "hidden", "two matrices", "residual"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "hidden",
+        "residual",
+        pytest.param("interleaved", marks=pytest.mark.slow),
+        pytest.param("two matrices", marks=pytest.mark.slow),
+    ],
+)
 def test_a_converted_folder_equals_the_saved_model_and_becomes_dense_again(name, layout, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path / "dense")

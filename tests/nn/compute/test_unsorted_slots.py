@@ -106,7 +106,7 @@ def test_few_slots_need_no_look_at_their_numbers(layout, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["hidden", "residual"])
 def test_few_slots_compile_to_one_graph(layout):
     torch.manual_seed(0)
     torch.compiler.reset()

@@ -111,6 +111,7 @@ def ranks():
     return on_two_ranks(run_rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "way", "units"), list(cases()))
 def test_two_processes_train_as_one(kind, way, units, ranks):
     for change in CHANGES:
