@@ -79,9 +79,8 @@ def test_compiled_without_a_graph_break_a_layer_computes_the_same(kind, gated):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize(("gated", "autocast"), [(False, True), (True, False)])
+@pytest.mark.parametrize("kind", ["hidden, ragged groups", "residual"])
 def test_inductor_compiles_inference_and_training(kind, gated, autocast):
     experts = from_linear(kind, gated=gated, dtype=torch.float32)
     compiled = torch.compile(experts, fullgraph=True)
