@@ -77,7 +77,7 @@ The name of a case holds the sizes of the network (768x3072: tokens of 768 numbe
 units), whether it is gated, the number of experts and the number of tokens. Every token goes to one
 expert, or with *top-k* to k different ones, chosen at random. At inference, tnmoe may build the
 experts' matrices once and keep them, in as much memory as an ordinary mixture needs. The layer then
-computes what that mixture computes, so many ratios are near 1."""
+computes what that mixture computes. Many ratios are therefore near 1."""
 
 
 def losses(result: dict[str, Any]) -> str:
@@ -236,7 +236,7 @@ def _summary(result: dict[str, Any]) -> Iterator[str]:
         ]
         return format_ratio(max(ratios, default=0.0) or None)
 
-    yield "The largest ratio to the dense FFN in any case with so many experts per token:"
+    yield "The largest ratio to the dense FFN, by the number of experts per token:"
     yield table(
         ["layer", *(f"{MEASURES[measure]}, top-{top_k}" for measure, top_k in columns)],
         [[escaped(name), *(worst(name, column) for column in columns)] for name in names],

@@ -58,7 +58,7 @@ class SharedMPO:
     ------
     InputError
         If the cores do not chain, do not fit ``shape`` or are of several libraries or dtypes; if
-        experts own none of them; or if the base has another size or dtype.
+        all cores are shared; or if the base has another size or dtype.
     TypeError
         If ``shape`` or ``base`` is of another type, or the base of another library.
 

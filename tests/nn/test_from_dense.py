@@ -116,3 +116,15 @@ def test_noise_makes_experts_differ_and_a_seed_reproduces_it():
 def test_what_does_not_fit_is_named(arguments, error, message):
     with pytest.raises(error, match=message):
         nn.MPOMoE.from_dense(**{**pretrained(False, False), **arguments})
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "split", "hidden", "residual", "dense"])
+def test_training_leaves_matrices_that_were_given_as_they_are(layout):
+    given = pretrained(gated=True, biased=True)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    layer = nn.MPOMoE.from_dense(**given, num_experts=4, layout=layout, activation="gelu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter += 1
+    for name, tensor in given.items():
+        assert torch.equal(tensor, before[name]), name

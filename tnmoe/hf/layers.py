@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, FusedHalf, Matrix, weight_of
@@ -99,7 +99,7 @@ def converted_mixture(
         if name in kept:
             dense[name] = matrix
         else:
-            dense |= {name: _own_weight(matrix), f"{name}_bias": matrix.bias}
+            dense |= {name: weight_of(matrix), f"{name}_bias": matrix.bias}
     settings = _expert_settings(ffn, config)
     if config.layout != "dense":
         report = on_matrix and (lambda name, info: on_matrix(f"{ffn.name}.{name}", info))
@@ -112,12 +112,6 @@ def converted_mixture(
         rng=np.random.default_rng(noise_seed),
     )
     return MPOMoE(router, experts, dropout=ffn.output_dropout)
-
-
-def _own_weight(matrix: Matrix) -> Tensor:
-    """Return a network's matrix, copied where it is a half of a fused one."""
-    weight = weight_of(matrix)
-    return weight.clone() if isinstance(matrix, FusedHalf) else weight
 
 
 def draw_start(

@@ -85,7 +85,7 @@ def pretrained_projection(
     ----------
     source : Tensor of shape (out, in), or linear Module
         A module whose matrix stays as it stands (``settings.keeps_matrix``) becomes a part of the
-        projection, its bias included. Otherwise the projection has no bias.
+        projection, its bias included. Otherwise the projection has no bias. A tensor is copied.
     num_experts : int
         Number of experts E.
     settings : MPOSettings
@@ -95,7 +95,8 @@ def pretrained_projection(
         Called with the TruncationInfo of a decomposition.
     """
     if settings.keeps_matrix:
-        module = as_linear(source) if isinstance(source, Tensor) else source
+        # A matrix stays the caller's: training must not change it.
+        module = as_linear(source.clone()) if isinstance(source, Tensor) else source
         _check_finite(weight_of_linear(module))
         if settings.layout == "hidden":
             site = settings.center_site

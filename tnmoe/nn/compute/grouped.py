@@ -293,7 +293,7 @@ def _is_small(rows: Tensor, weight: Tensor) -> bool:
 def _is_aligned(array: Tensor) -> bool:
     """Return whether rows, of an array or of its transpose, are contiguous and aligned."""
     stored = array if array.is_contiguous() else array.mT
-    # A single row counts as contiguous, whatever its stride. The kernel reads the stride.
+    # Torch calls a single row contiguous even if its stride is longer. The kernel reads the stride.
     row = stored.stride(-2) * stored.element_size()
     return (
         stored.is_contiguous()
