@@ -539,14 +539,14 @@ def test_experts_one_by_one_compute_what_they_do_together(monkeypatch):
     index[index == 2] = 0  # an expert without rows, another chosen twice
     with torch.no_grad():
         together = layer(states, index, weights)
-        monkeypatch.setattr("tnmoe.nn.experts._LAST_LEVEL_CACHE", 0)
+        monkeypatch.setattr("tnmoe.nn.compute.slot_sums._LAST_LEVEL_CACHE", 0)
         torch.testing.assert_close(layer(states, index, weights), together)
 
 
 def test_experts_one_by_one_take_the_route_that_is_planned_for_all_of_them(monkeypatch):
     layer, planned = small_experts(None), []
     plan = routes.plan
-    monkeypatch.setattr("tnmoe.nn.experts._LAST_LEVEL_CACHE", 0)
+    monkeypatch.setattr("tnmoe.nn.compute.slot_sums._LAST_LEVEL_CACHE", 0)
     monkeypatch.setattr(
         routes, "plan", lambda cores, rows, training: planned.append(rows) or
         plan(cores, rows, training)

@@ -346,7 +346,7 @@ def test_slots_without_an_expert_give_zero_and_no_gradient_on_every_route(route,
 
 
 def test_experts_that_take_turns_leave_zeros_where_there_is_no_expert(monkeypatch):
-    monkeypatch.setattr("tnmoe.nn.experts._LAST_LEVEL_CACHE", 0)
+    monkeypatch.setattr("tnmoe.nn.compute.slot_sums._LAST_LEVEL_CACHE", 0)
     experts = nn.MPOExperts(E, H, F, bias=True, sites=3)
     index = torch.tensor([[0, E], [E, E], [3, 1]])
     x, weights = torch.randn(3, H), torch.rand(3, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Self
 
@@ -20,35 +20,20 @@ from tnmoe.errors import (
     check_positive_int,
 )
 from tnmoe.nn.activations import is_repeatable, resolve_activation
+from tnmoe.nn.compute.choices import Choices
 from tnmoe.nn.compute.once_per_token import FirstCall, LastCall, Load, Tensors
-from tnmoe.nn.compute.pieces import apply_in_pieces
 from tnmoe.nn.compute.products import Products
-from tnmoe.nn.compute.slot_network import SlotNetwork, sum_at_once, sum_in_chunks, sum_unsorted
-from tnmoe.nn.compute.slots import (
-    DenseDispatch,
-    Groups,
-    SlotOrder,
-    sum_choices,
-    zero_unrouted,
-)
+from tnmoe.nn.compute.slot_network import SlotNetwork
+from tnmoe.nn.compute.slot_sums import sum_slots
+from tnmoe.nn.compute.slots import DenseDispatch, SlotOrder
 from tnmoe.nn.mpo_projection import project_pair
 from tnmoe.nn.projection import Projection
 from tnmoe.nn.transforms import (
     autocast_dtype,
     has_values,
     is_transformed,
-    needs_native_operators,
     values_are_readable,
 )
-
-# Slots of a call that are multiplied by their experts' cores without being sorted: always up to the
-# first number, and up to the second where the cores of all slots together have few numbers.
-_FEWEST_SLOTS = 16
-_FEW_SLOTS = 128
-_FEW_NUMBERS = 1 << 19
-
-# Numbers that the last-level cache of a CPU holds, roughly.
-_LAST_LEVEL_CACHE = 1 << 22
 
 
 class Experts(nn.Module):
@@ -158,24 +143,13 @@ class Experts(nn.Module):
         if is_transformed():
             return self._run_densely(hidden_states, top_k_index, top_k_weights)
         states = hidden_states.to(autocast_dtype(hidden_states) or hidden_states.dtype)
-        if not values_are_readable(states):
-            outputs = self._run_without_sync(states, top_k_index, top_k_weights)
-            return outputs.to(hidden_states.dtype)
-        products = self._products(self._load(states, top_k_index.numel()))
-        if self._are_few(products, top_k_index) and self._all_routed(top_k_index):
-            network = self._slot_network(products, states)
-            sums = sum_unsorted(network, top_k_index, top_k_weights)
-            return self._output(products, sums, states).to(hidden_states.dtype)
-        groups = Groups.of(top_k_index.reshape(-1), self.num_experts)
-        routed, weights = self._count_routed(groups), top_k_weights
-        if routed < groups.layer_slots:
-            unrouted = top_k_index == self.num_experts
-            weights = weights.masked_fill(unrouted, 0)
-            states = zero_unrouted(states, unrouted.all(1))
-        if self._is_faster_expert_by_expert(products, groups):
-            outputs = self._run_expert_by_expert(states, groups, weights)
-        else:
-            outputs = self._run(products, states, groups, weights, routed)
+        readable = values_are_readable(states)
+        choices = Choices.of(top_k_index, top_k_weights, self.num_experts, readable)
+        states = choices.zero_unrouted(states)
+        products = self._products(self._load(states, choices.slots))
+        network = self._slot_network(products, states)
+        sums = sum_slots(network, choices, self._is_repeatable, self._may_take_turns)
+        outputs = products.last.of_tokens([total.to(states.dtype) for total in sums])
         return outputs.to(hidden_states.dtype)
 
     def _check_shapes(self, states: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -195,57 +169,6 @@ class Experts(nn.Module):
             )
         if index.is_floating_point():
             raise InputError(f"top_k_index must hold integers, got {index.dtype}")
-
-    def _count_routed(self, groups: Groups) -> int:
-        """Count the slots that have an expert; they come first."""
-        if not groups.layer_slots:
-            return 0
-        lowest, highest = groups.experts[0].item(), groups.experts[-1].item()
-        if lowest < 0 or highest > self.num_experts:
-            raise InputError(
-                f"top_k_index must hold experts from 0 to {self.num_experts - 1}, or "
-                f"{self.num_experts} for none, got {lowest} to {highest}"
-            )
-        return groups.layer_slots if highest < self.num_experts else int(groups.offsets[-1])
-
-    def _run(
-        self,
-        products: Products,
-        states: Tensor,
-        groups: Groups,
-        weights: Tensor,
-        routed: int,
-        unrouted: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the layer's output (T, H), each projection for all experts at once.
-
-        Rows after the first ``routed`` have no expert, nor have those where ``unrouted`` is true.
-        """
-        network = self._slot_network(products, states)
-        if routed and self._fits_chunks(products, groups):
-            width = max(self.intermediate_size, *(part.shape[1] for part in network.inputs))
-            sums = sum_in_chunks(network, groups, weights, width)
-        else:
-            step = rows_per_piece(self.intermediate_size, self.hidden_size)
-            in_pieces = not torch.is_grad_enabled() and values_are_readable(states)
-            limit = step if in_pieces else None
-            sums = sum_at_once(network, groups, weights, routed, unrouted, limit)
-        return self._output(products, sums, states)
-
-    def _output(self, products: Products, sums: Sequence[Tensor], states: Tensor) -> Tensor:
-        return products.last.of_tokens([total.to(states.dtype) for total in sums])
-
-    def _are_few(self, products: Products, index: Tensor) -> bool:
-        """Return whether slots are so few that sorting them costs more than it saves."""
-        slots = index.numel()
-        if torch.is_grad_enabled() or products.have_calls or not 0 < slots <= _FEW_SLOTS:
-            return False
-        sizes = [weight[0].numel() for weight in products.weights if weight.ndim == 5]
-        return slots <= _FEWEST_SLOTS or slots * max([0, *sizes]) <= _FEW_NUMBERS
-
-    def _all_routed(self, index: Tensor) -> bool:
-        lowest, highest = torch.aminmax(index)
-        return bool(lowest >= 0) and bool(highest < self.num_experts)
 
     def plan(self, tokens: int, top_k: int = 1, training: bool = False) -> LayerPlan:
         """Plan a call; ``print`` the plan to see what it computes per token and per slot.
@@ -304,102 +227,35 @@ class Experts(nn.Module):
             if self.gate is not None and products.are_calls:
                 sides: Tensors = project_pair(self.gate, self.up, rows[0], groups)  # type: ignore[arg-type]
             else:
-                sides = tuple(
+                sides = [
                     first.of_slots([rows[number] for number in numbers], own, groups)
                     for first, numbers, own in zip(
                         products.firsts, positions, of_firsts, strict=True
                     )
-                )
+                ]
             inner = self._drop(self.activation(*sides))
             return products.last.of_slots(inner, of_last, groups)
 
-        return SlotNetwork(inputs, products.weights, function, self.num_experts)
-
-    def _fits_chunks(self, products: Products, groups: Groups) -> bool:
-        """Return whether slots should go through in chunks that stay in a CPU's caches."""
-        if groups.layer_slots * self.intermediate_size <= _LAST_LEVEL_CACHE:
-            return False
-        # A chunk is computed again in the backward pass, from the weights of the products alone.
-        return not (
-            products.have_calls
-            or groups.offsets.device.type != "cpu"
-            or torch.compiler.is_compiling()
-            or needs_native_operators()
-            or not has_values(groups.offsets)
-            or (torch.is_grad_enabled() and not self._is_repeatable)
+        return SlotNetwork(
+            inputs,
+            products.weights,
+            function,
+            self.num_experts,
+            width=max(self.intermediate_size, *(part.shape[1] for part in inputs)),
+            most_rows=rows_per_piece(self.intermediate_size, self.hidden_size),
+            has_calls=products.have_calls,
         )
 
-    @property
     def _is_repeatable(self) -> bool:
-        """Whether the network between the products gives the same again, and trains nothing."""
+        """Return whether activation and dropout give the same again, and train nothing."""
         sides = 1 if self.gate is None else 2
         return not (self.dropout and self.training) and is_repeatable(
             self.activation, sides, self.intermediate_size
         )
 
-    def _run_without_sync(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Do what :meth:`_run` does where the number of routed slots cannot be read.
-
-        An expert that has tokens anyway takes the slots without an expert, as rows of zeros. Its
-        outputs for them are dropped.
-        """
-        unrouted = index >= self.num_experts
-        states = zero_unrouted(states, unrouted.all(1))
-        weights = weights.masked_fill(unrouted, 0)
-        products = self._products(self._load(states, index.numel()))
-        if self._are_few(products, index):
-            network = self._slot_network(products, states)
-            known = index.masked_fill(unrouted, 0)
-            sums = sum_unsorted(network, known, weights, unrouted.reshape(-1))
-            return self._output(products, sums, states)
-        used = F.pad(index.masked_fill(unrouted, 0).reshape(-1), (0, 1)).amax()
-        groups = Groups.of(torch.where(unrouted, used, index).reshape(-1), self.num_experts)
-        unrouted = unrouted.reshape(-1).index_select(0, groups.order)
-        return self._run(products, states, groups, weights, groups.layer_slots, unrouted)
-
-    def _run_expert_by_expert(self, states: Tensor, groups: Groups, weights: Tensor) -> Tensor:
-        """Compute the layer's output (T, H), one expert after the other.
-
-        The rows between two projections are then still in a cache when the second one starts.
-        """
-        (tokens, choices), flat = weights.shape, weights.reshape(-1, 1)
-        dtype = torch.result_type(states, weights)
-        outputs = states.new_zeros(tokens * choices, self.hidden_size, dtype=dtype)
-        for block, group in groups.by_expert():
-            slots = groups.order[block]
-            part = self._feed_forward(states.index_select(0, slots // choices), group)
-            outputs.index_copy_(0, slots, part * flat.index_select(0, slots))
-        return sum_choices(outputs.view(tokens, choices, self.hidden_size))
-
-    def _is_faster_expert_by_expert(self, products: Products, groups: Groups) -> bool:
-        """Return whether the rows of all experts at once would spill from the caches.
-
-        In training the answer is no, because the backward pass needs all rows anyway.
-        """
-        if torch.is_grad_enabled() or needs_native_operators() or not products.are_calls:
-            return False
-        if groups.layer_slots * self.intermediate_size <= _LAST_LEVEL_CACHE:
-            return False
-        return not (
-            self.up.uses_joint_route(groups.layer_slots)
-            or self.down.uses_joint_route(groups.layer_slots)
-        )
-
-    def _feed_forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Apply the experts to their rows, in pieces to bound the memory."""
-
-        def network(rows: Tensor, _: list[Tensor], groups: Groups) -> Sequence[Tensor]:
-            return (self._network(rows, groups),)
-
-        step = rows_per_piece(self.intermediate_size, self.hidden_size)
-        return apply_in_pieces(network, rows, (), groups, step)[0]
-
-    def _network(self, rows: Tensor, groups: Groups) -> Tensor:
-        if self.gate is None:
-            inner = self.activation(self.up(rows, groups))
-        else:
-            inner = self.activation(*project_pair(self.gate, self.up, rows, groups))
-        return self.down(self._drop(inner), groups)
+    def _may_take_turns(self, slots: int) -> bool:
+        """Return whether no projection multiplies the rows of all experts together."""
+        return not (self.up.uses_joint_route(slots) or self.down.uses_joint_route(slots))
 
     def _drop(self, inner: Tensor) -> Tensor:
         return F.dropout(inner, self.dropout, self.training) if self.dropout else inner

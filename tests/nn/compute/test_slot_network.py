@@ -22,8 +22,7 @@ from tests.nn.layouts import (
     results,
     routed,
 )
-from tnmoe.nn import experts as experts_module
-from tnmoe.nn.compute import slot_network
+from tnmoe.nn.compute import slot_chunks, slot_sums
 from tnmoe.nn.compute.slots import Groups
 
 # Layouts all of whose projections act once per token in part.
@@ -38,11 +37,11 @@ def chunks(request, monkeypatch):
     The backward pass computes the chunks again, or with True takes those of the forward pass.
     """
     is_kept = getattr(request, "param", False)
-    monkeypatch.setattr(experts_module, "_LAST_LEVEL_CACHE", -1)
-    monkeypatch.setattr(experts_module, "_FEW_SLOTS", -1)
-    monkeypatch.setattr(slot_network, "_KEPT", 1 << 62 if is_kept else -1)
-    sizes, of_one_expert, init = [], Groups.of_one_expert, slot_network._Chunks.__init__
-    names = [field.name for field in fields(slot_network._Chunks)]
+    monkeypatch.setattr(slot_sums, "_LAST_LEVEL_CACHE", -1)
+    monkeypatch.setattr(slot_sums, "_FEW_SLOTS", -1)
+    monkeypatch.setattr(slot_chunks, "_KEPT", 1 << 62 if is_kept else -1)
+    sizes, of_one_expert, init = [], Groups.of_one_expert, slot_chunks._Chunks.__init__
+    names = [field.name for field in fields(slot_chunks._Chunks)]
 
     def counted(rows, device):
         sizes.append(rows)
@@ -52,7 +51,7 @@ def chunks(request, monkeypatch):
         init(self, **dict(zip(names, values, strict=True)) | {"step": 2})
 
     monkeypatch.setattr(Groups, "of_one_expert", counted)
-    monkeypatch.setattr(slot_network._Chunks, "__init__", small)
+    monkeypatch.setattr(slot_chunks._Chunks, "__init__", small)
     return sizes
 
 
@@ -61,12 +60,12 @@ BOTH = pytest.mark.parametrize("chunks", [False, True], indirect=True)
 
 def together(experts, states, index, weights):
     """Run without chunks."""
-    limit = experts_module._LAST_LEVEL_CACHE
-    experts_module._LAST_LEVEL_CACHE = 1 << 30
+    limit = slot_sums._LAST_LEVEL_CACHE
+    slot_sums._LAST_LEVEL_CACHE = 1 << 30
     try:
         return experts(states, index, weights)
     finally:
-        experts_module._LAST_LEVEL_CACHE = limit
+        slot_sums._LAST_LEVEL_CACHE = limit
 
 
 @BOTH

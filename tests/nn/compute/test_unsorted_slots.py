@@ -6,6 +6,7 @@ import torch
 from tnmoe.nn import MPOExperts
 from tnmoe.nn import experts as experts_module
 from tnmoe.nn.compute import grouped as grouped_module
+from tnmoe.nn.compute import slot_sums
 from tnmoe.nn.compute.grouped import selected_linear
 
 LAYOUTS = {
@@ -44,13 +45,13 @@ def test_few_slots_give_what_sorted_ones_give(layout, tokens, bias, gated, monke
     states, index = torch.randn(tokens, 16).double(), torch.rand(tokens, 4).topk(3).indices
     weights = torch.rand(tokens, 3).double()
     calls = []
-    unsorted = experts_module.sum_unsorted
+    unsorted = slot_sums.sum_unsorted
     monkeypatch.setattr(
-        experts_module, "sum_unsorted", lambda *given: calls.append(1) or unsorted(*given)
+        slot_sums, "sum_unsorted", lambda *given: calls.append(1) or unsorted(*given)
     )
     few = layer(states, index, weights)
     assert calls
-    monkeypatch.setattr(experts_module, "_FEW_SLOTS", 0)
+    monkeypatch.setattr(slot_sums, "_FEW_SLOTS", 0)
     torch.testing.assert_close(few, layer(states, index, weights), rtol=1e-12, atol=1e-12)
     assert len(calls) == 1
 
@@ -80,7 +81,7 @@ def test_few_slots_in_half_precision_are_as_exact_as_sorted_ones(dtype, monkeypa
     layer, states = layer.to(dtype), states.to(dtype)
     errors = []
     for slots in (128, 0):
-        monkeypatch.setattr(experts_module, "_FEW_SLOTS", slots)
+        monkeypatch.setattr(slot_sums, "_FEW_SLOTS", slots)
         output = layer(states, index, weights)
         assert output.dtype == dtype
         errors.append(float((output.float() - exact).norm() / exact.norm()))

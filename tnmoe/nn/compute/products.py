@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -19,39 +18,38 @@ from tnmoe.nn.compute.once_per_token import (
 from tnmoe.options import Matrix
 
 
-@dataclass(frozen=True)
 class Products:
     """The products of one call of a layer.
 
-    Attributes
+    Parameters
     ----------
     firsts : sequence of FirstProduct
         Of gate and up, or of up alone.
     last : LastProduct
         Of down.
+
+    Attributes
+    ----------
+    weights : list of Tensor
+        What the parts for slots multiply by, of all products.
+    are_calls : bool
+        Whether nothing acts once per token.
+    have_calls : bool
+        Whether a product acts on slots as a whole.
     """
 
-    firsts: Sequence[FirstProduct]
-    last: LastProduct
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What the parts for slots multiply by, of all products."""
-        return [weight for product in self._all for weight in product.weights]
-
-    @property
-    def are_calls(self) -> bool:
-        """Whether nothing acts once per token."""
-        return all(map(_is_call, self._all))
-
-    @property
-    def have_calls(self) -> bool:
-        """Whether a product acts on slots as a whole."""
-        return any(map(_is_call, self._all))
-
-    @property
-    def _all(self) -> list[FirstProduct | LastProduct]:
-        return [*self.firsts, self.last]
+    def __init__(self, firsts: Sequence[FirstProduct], last: LastProduct) -> None:
+        self.firsts, self.last = firsts, last
+        weights: list[Tensor] = []
+        # Where the weights of every product lie among those of all.
+        self._parts: list[slice] = []
+        for product in (*firsts, last):
+            start = len(weights)
+            weights += product.weights
+            self._parts.append(slice(start, len(weights)))
+        self.weights = weights
+        calls = [isinstance(product, FirstCall | LastCall) for product in (*firsts, last)]
+        self.are_calls, self.have_calls = all(calls), any(calls)
 
     def work(self) -> list[tuple[Matrix, Work]]:
         """Count what the parts of all products cost, in the order of computation."""
@@ -67,12 +65,7 @@ class Products:
 
     def split(self, weights: Tensors) -> list[Tensors]:
         """Return the weights of every product, from those of all."""
-        parts, start = [], 0
-        for product in self._all:
-            stop = start + len(product.weights)
-            parts.append(weights[start:stop])
-            start = stop
-        return parts
+        return [weights[part] for part in self._parts]
 
     def states_of(self, tokens: Tensor) -> tuple[list[Tensor], list[list[int]]]:
         """Compute what acts on tokens before they are dispatched, each part once.
@@ -100,7 +93,3 @@ def _position(state: Tensor, states: list[Tensor]) -> int:
             return number
     states.append(state)
     return len(states) - 1
-
-
-def _is_call(product: FirstProduct | LastProduct) -> bool:
-    return isinstance(product, FirstCall | LastCall)

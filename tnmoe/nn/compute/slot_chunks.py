@@ -1,0 +1,259 @@
+"""Slots in chunks of one expert's rows, which stay in a CPU's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnmoe.nn.compute.choices import SortedChoices
+from tnmoe.nn.compute.half_precision import sum_dtype
+from tnmoe.nn.compute.once_per_token import Tensors, is_owned
+from tnmoe.nn.compute.slot_network import SlotFunction, SlotNetwork, sum_at_once
+from tnmoe.nn.compute.slots import Groups
+from tnmoe.nn.transforms import autocast_as, autocast_state
+
+# Numbers in the widest rows of a chunk, which should stay in a CPU's cache from one operation to
+# the next.
+_CHUNK = 1 << 19
+
+# Numbers that each array of the network may hold for the backward pass. Beyond that, the backward
+# pass computes the chunks again.
+_KEPT = 1 << 24
+
+
+def sum_in_chunks(
+    network: SlotNetwork, groups: Groups, weights: Tensor, step: int | None = None
+) -> list[Tensor]:
+    """Compute :func:`sum_at_once` in chunks of one expert's rows, which stay in a CPU's cache.
+
+    No array has a row for every slot, except those that the backward pass needs. Where these would
+    be large, the backward pass computes every chunk again instead. At least one slot must have an
+    expert. A network that calls projections must need no gradients.
+
+    Parameters
+    ----------
+    network, groups, weights
+        As for :func:`sum_at_once`.
+    step : int, optional
+        Rows of a chunk; by default, as many as stay in a cache.
+    """
+    step = step or max(16, _CHUNK // network.width)
+    is_kept = groups.layer_slots * network.width <= _KEPT
+    own = network.function, network.num_experts, network.has_calls
+    chunks = _Chunks(*own, groups, weights.shape[1], step, is_kept)
+    tensors = (*network.inputs, *network.weights)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (weights, *tensors)):
+        return list(_SumInChunks.apply(chunks, len(network.inputs), weights, *tensors))
+    results = chunks.results(network.inputs, network.weights)
+    return chunks.sums(results, weights)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The leaves of a chunk, i.e. its rows and its expert's weights, and its outputs."""
+
+    leaves: list[Tensor]
+    outputs: Tensors
+
+
+class _Chunk(NamedTuple):
+    """Rows of one expert: the number of the first one, their slots and their tokens."""
+
+    expert: int
+    start: int
+    slots: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Chunks of the slots of a call, each with rows of one expert alone.
+
+    ``is_kept`` says whether the backward pass takes the chunks of the forward pass, or computes
+    them again.
+    """
+
+    function: SlotFunction
+    num_experts: int
+    has_calls: bool
+    groups: Groups
+    choices: int
+    step: int
+    is_kept: bool
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        for expert, block in self.groups.blocks:
+            for start in range(block.start, block.stop, self.step):
+                slots = self.groups.order[start : min(start + self.step, block.stop)]
+                yield _Chunk(expert, start, slots, slots // self.choices)
+
+    def own(self, expert: int, weights: Tensors) -> list[Tensor]:
+        """Return an expert's weights, as those of a network with this expert alone."""
+        if self.has_calls:
+            return list(weights)
+        return [
+            weight[expert : expert + 1] if is_owned(weight, self.num_experts) else weight
+            for weight in weights
+        ]
+
+    def order(self, chunk: _Chunk) -> Groups:
+        """Return the groups of a chunk's rows."""
+        rows = len(chunk.slots)
+        if self.has_calls:
+            return self.groups.part(chunk.start, chunk.start + rows)
+        return Groups.of_one_expert(rows, chunk.slots.device)
+
+    def results(
+        self, inputs: Tensors, weights: Tensors, needs: Sequence[bool] | None = None
+    ) -> Iterator[_Result]:
+        """Compute all chunks, one after the other.
+
+        ``needs`` says which inputs and weights have gradients; by default none is recorded.
+        """
+        for chunk in self:
+            rows = [states.index_select(0, chunk.tokens) for states in inputs]
+            leaves = [*rows, *self.own(chunk.expert, weights)]
+            if needs is not None:
+                pairs = zip(leaves, needs, strict=True)
+                leaves = [leaf.detach().requires_grad_(need) for leaf, need in pairs]
+            with torch.set_grad_enabled(needs is not None):
+                outputs = self.function(leaves[: len(rows)], leaves[len(rows) :], self.order(chunk))
+            yield _Result(leaves, outputs)
+
+    def sums(self, results: Iterable[_Result], factors: Tensor) -> list[Tensor]:
+        """Sum the outputs of all chunks for every token, weighted by factors, (T, k)."""
+        flat, sums = factors.reshape(-1, 1), list[Tensor]()
+        for (_, _, slots, tokens), result in zip(self, results, strict=True):
+            outputs, factor = [output.detach() for output in result.outputs], flat[slots]
+            dtype = sum_dtype(torch.promote_types(outputs[0].dtype, factor.dtype))
+            sums = sums or [_zeros(output, len(factors), dtype) for output in outputs]
+            for total, output in zip(sums, outputs, strict=True):
+                total.index_add_(0, tokens, output.to(dtype) * factor)
+        return sums
+
+    def gradients(
+        self,
+        results: Iterable[_Result],
+        given: Tensors,
+        count: int,
+        factors: Tensor,
+        grads: Tensors,
+    ) -> list[Tensor]:
+        """Return the gradients of what was given, and of the factors.
+
+        Zeros stand for the gradients of what needs none.
+
+        Parameters
+        ----------
+        results : iterable of _Result
+            Of all chunks.
+        given : sequence of Tensor
+            The inputs, ``count`` of them, and the weights.
+        count : int
+        factors : Tensor, shape (T, k)
+        grads : sequence of Tensor
+            Gradients of the sums.
+        """
+        flat = factors.reshape(-1, 1)
+        totals = [_zeros(each, len(each), sum_dtype(each.dtype)) for each in (*given, flat)]
+        for (expert, _, slots, tokens), result in zip(self, results, strict=True):
+            of_outputs = [grad.index_select(0, tokens) for grad in grads]
+            pairs = list(zip(of_outputs, result.outputs, strict=True))
+            products = (_row_products(grad, output.detach()) for grad, output in pairs)
+            totals[-1][slots] = sum(part.to(totals[-1].dtype) for part in products)
+            factor = flat[slots]
+            weighted = [(output, grad.mul_(factor).to(output.dtype)) for grad, output in pairs]
+            own = [*totals[:count], *self.own(expert, totals[count:-1])]
+            for number, part in _gradients(weighted, result.leaves):
+                if number < count:
+                    own[number].index_add_(0, tokens, part.to(own[number].dtype))
+                else:
+                    own[number] += part
+        return totals
+
+
+def _zeros(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    return like.new_zeros(rows, *like.shape[1:], dtype=dtype)
+
+
+def _gradients(
+    outputs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor], create_graph: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the numbers of leaves that have gradients, and these gradients.
+
+    Parameters
+    ----------
+    outputs : sequence of (Tensor, Tensor)
+        Every output with its own gradient.
+    leaves : sequence of Tensor
+    create_graph : bool
+        Whether the gradients shall have gradients themselves.
+    """
+    numbers = [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
+    pairs = [pair for pair in outputs if pair[0].requires_grad]
+    if not pairs:
+        return
+    differentiable, grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(
+        differentiable,
+        [leaves[number] for number in numbers],
+        grads,
+        allow_unused=True,
+        create_graph=create_graph,
+    )
+    for number, grad in zip(numbers, found, strict=True):
+        if grad is not None:
+            yield number, grad
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the scalar product of every two rows: (n, m), (n, m) → (n, 1)."""
+    return torch.bmm(left[:, None], right.to(left.dtype)[..., None])[:, 0]
+
+
+class _SumInChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chunks: _Chunks, count: int, factors: Tensor, *given: Tensor) -> Any:
+        ctx.chunks, ctx.count = chunks, count
+        ctx.autocast = autocast_state(factors.device)
+        ctx.save_for_backward(factors, *given)
+        inputs, weights, ctx.results = given[:count], given[count:], None
+        if not chunks.is_kept:
+            return tuple(chunks.sums(chunks.results(inputs, weights), factors))
+        ctx.results = list(chunks.results(inputs, weights, ctx.needs_input_grad[3:]))
+        return tuple(chunks.sums(ctx.results, factors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        factors, *given = ctx.saved_tensors
+        inputs, weights = given[: ctx.count], given[ctx.count :]
+        needs, chunks = ctx.needs_input_grad[3:], ctx.chunks
+        with autocast_as(ctx.autocast):
+            if torch.is_grad_enabled():  # with create_graph=True
+                return None, None, *_differentiable(chunks, factors, inputs, weights, grads)
+            # The first backward pass frees what was kept; another one computes it again.
+            results, ctx.results = ctx.results or chunks.results(inputs, weights, needs), None
+            *found, of_factors = chunks.gradients(results, given, ctx.count, factors, grads)
+        gradients = [
+            grad.to(tensor.dtype) if need else None
+            for grad, tensor, need in zip(found, given, needs, strict=True)
+        ]
+        return None, None, of_factors.view_as(factors).to(factors.dtype), *gradients
+
+
+def _differentiable(
+    chunks: _Chunks, factors: Tensor, inputs: Tensors, weights: Tensors, grads: Tensors
+) -> list[Tensor | None]:
+    """Return gradients that have gradients themselves, from a network without chunks."""
+    # One input may be a function of another one, but no view is a function of another view.
+    views = [tensor.view_as(tensor) for tensor in (factors, *inputs, *weights)]
+    count, groups = 1 + len(inputs), chunks.groups
+    network = SlotNetwork(views[1:count], views[count:], chunks.function, chunks.num_experts)
+    slots = SortedChoices(groups, int(groups.offsets[-1]), None)
+    sums = sum_at_once(network, slots, views[0])
+    found = dict(_gradients(list(zip(sums, grads, strict=True)), views, create_graph=True))
+    return [found.get(number) for number in range(len(views))]
