@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,16 @@ from tnmoe.nn.compute.slot_sums import sum_slots
 from tnmoe.nn.compute.slots import DenseDispatch, SlotOrder
 from tnmoe.nn.mpo_projection import project_pair
 from tnmoe.nn.projection import Projection
+from tnmoe.nn.snapshot import Snapshot
 from tnmoe.nn.transforms import (
     autocast_dtype,
     has_values,
     is_transformed,
     values_are_readable,
 )
+
+# The products of each layer's last call, with its load and what its projections held.
+_last_products: WeakKeyDictionary[Experts, tuple[Load, Snapshot, Products]] = WeakKeyDictionary()
 
 
 class Experts(nn.Module):
@@ -206,6 +211,19 @@ class Experts(nn.Module):
         return Load(len(states), slots, training, is_known)
 
     def _products(self, load: Load) -> Products:
+        """Return the products of a call; those of the last call if they are still the same."""
+        if torch.compiler.is_compiling():
+            return self._new_products(load)
+        kept = _last_products.get(self)
+        if kept is not None and kept[0] == load and kept[1].is_current():
+            return kept[2]
+        products = self._new_products(load)
+        parts = [part for part in self.modules() if isinstance(part, Experts | Projection)]
+        if not products.have_calls and all(getattr(p, "holds_all_cores", True) for p in parts):
+            _last_products[self] = load, Snapshot(parts), products
+        return products
+
+    def _new_products(self, load: Load) -> Products:
         """Return the products of a call: of gate and up, or of up alone, and of down."""
         inner = [self.up] if self.gate is None else [self.gate, self.up]
         # Parts of a product bypass the call of a projection, and with it what wraps the projection.

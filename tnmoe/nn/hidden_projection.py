@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -172,6 +171,10 @@ class HiddenProjection(MPOProjection):
     def _stored(self) -> tuple[nn.Parameter, ...]:
         return self.aux
 
+    @property
+    def holds_all_cores(self) -> bool:
+        return all(name in self._parameters for name in self._names if name != "center")
+
     def _cores_around(self, center: Tensor) -> ExpertCores:
         """Return the cores of all sites, with a tensor for that of the module."""
         stored = list(self.aux)
@@ -213,9 +216,10 @@ class HiddenProjection(MPOProjection):
         if self.center_site == 0:
             return biases
         # The experts' cores act on the module's bias as on its products.
-        chain = self._first_chain(self.center_site)
+        cores = self._cores_around(_NOT_READ)
         if groups is not None:
-            chain = replace(chain, cores=chain.cores.mask_unused(groups))
+            cores = cores.mask_unused(groups)
+        chain = FirstChain(cores, self.center_site)
         one_each = Groups.of(torch.arange(self.num_experts, device=bias.device), self.num_experts)
         return chain.of_slots((biases,), chain.weights, one_each)
 

@@ -31,6 +31,7 @@ from tnmoe.nn.compute.once_per_token import (
 )
 from tnmoe.nn.compute.slots import DenseDispatch, Groups
 from tnmoe.nn.projection import Bias, Projection
+from tnmoe.nn.snapshot import has_hooks
 from tnmoe.nn.stored_cores import StoredCores
 from tnmoe.options import Route
 from tnmoe.shapes import (
@@ -285,10 +286,6 @@ class MPOProjection(StoredCores, Projection):
     def _last_chain(self, start: int) -> LastChain:
         return LastChain(self.cores, start)
 
-    @property
-    def _owned_sites(self) -> set[int]:
-        return set(range(self.shape.sites)) - self.shared_sites
-
     def _acts_once_per_token(self, matrix: Literal["up", "down"], load: Load) -> bool:
         """Return whether shared cores at one end act once per token in a call of the layer."""
         # The parts of a product bypass the call of the module, and with it its hooks.
@@ -393,18 +390,6 @@ def project_pair(
             products = routes.tied_linear(rows, first_cores, second_cores, groups)
             return first.add_bias(products[0], groups), second.add_bias(products[1], groups)
     return first(rows, groups), second(rows, groups)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether a call of the module does more than run the forward of its class."""
-    return bool(
-        # accelerate replaces the method of the instance.
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _draw_isometry(core: Tensor, from_left: bool) -> None:

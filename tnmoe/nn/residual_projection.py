@@ -31,8 +31,9 @@ from tnmoe.nn.linear import (
     size_of_linear,
     weight_of_linear,
 )
-from tnmoe.nn.mpo_projection import MPOProjection, has_hooks
+from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Bias, Projection
+from tnmoe.nn.snapshot import has_hooks
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 

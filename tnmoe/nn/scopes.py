@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from tnmoe.nn.transforms import caller_context
+from tnmoe.nn.transforms import caller_context, in_backward
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -62,7 +62,12 @@ class ScopedValues(Generic[T]):
         if torch.compiler.is_compiling():
             blocks = (*local.eager, *local.compiled)
         else:
-            blocks = (*caller_context().get(self._in_context, ()), *local.compiled)
+            in_context = (
+                caller_context().get(self._in_context, ())
+                if in_backward()
+                else self._in_context.get()
+            )
+            blocks = (*in_context, *local.compiled)
         key = id(module)
         # Another thread may empty a block's values at the same time.
         found = [values.get(key) for values in blocks]

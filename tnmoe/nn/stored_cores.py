@@ -22,6 +22,7 @@ class StoredCores(nn.Module):
     center: nn.Parameter
     center_site: int
     shared_sites: frozenset[int]
+    _owned_sites: frozenset[int]
     # Names of the cores of all sites, left to right.
     _names: tuple[str, ...]
     _bond_dims: tuple[int, ...]
@@ -30,6 +31,7 @@ class StoredCores(nn.Module):
         """Make parameters of the cores of all sites. Experts own the cores with five axes."""
         self.center_site = center_site
         self.shared_sites = frozenset(site for site, core in enumerate(cores) if core.ndim == 4)
+        self._owned_sites = frozenset(range(len(cores))) - self.shared_sites
         # Parameters of the module itself and not of a list in it: whatever moves a module's
         # parameters in and out of memory around its forward, as accelerate does, must find them.
         aux_names = [f"aux_{number}" for number in range(len(cores) - 1)]
@@ -59,6 +61,11 @@ class StoredCores(nn.Module):
     def aux(self) -> tuple[nn.Parameter, ...]:
         """The cores of all sites but the centre, left to right."""
         return tuple(self._core_named(name) for name in self._names if name != "center")
+
+    @property
+    def holds_all_cores(self) -> bool:
+        """Whether all cores are parameters of this module, and not computed for every use."""
+        return all(name in self._parameters for name in self._names)
 
     @property
     def last_core(self) -> nn.Parameter:

@@ -103,6 +103,7 @@ def caller_context() -> Context:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Return a block in which operations on a device keep the dtype of their tensors."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()

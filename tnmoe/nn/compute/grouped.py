@@ -72,15 +72,15 @@ def selected_linear(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     -------
     Tensor, shape (N · factor, out) or (N · factor, out, n)
     """
-    slots, (out, depth) = len(experts), weight.shape[1:]
+    slots, (_, out, depth) = experts.shape[0], weight.shape
     is_large = slots * out * depth > _SELECTED
     if is_large and values_are_readable(experts) and not needs_native_operators():
         return _multiply_one_by_one(rows, weight, experts)
     selected = weight.index_select(0, experts)
     if rows.ndim == 2:
-        return torch.bmm(rows.view(slots, -1, depth), selected.mT).view(len(rows), out)
-    if len(rows) > slots:
-        selected = selected.repeat_interleave(len(rows) // slots, 0)
+        return torch.bmm(rows.view(slots, -1, depth), selected.mT).view(rows.shape[0], out)
+    if rows.shape[0] > slots:
+        selected = selected.repeat_interleave(rows.shape[0] // slots, 0)
     return torch.bmm(selected, rows)
 
 

@@ -115,11 +115,11 @@ class State:
     def through(self, cores: Sequence[Tensor], groups: SlotOrder | None) -> State:
         """Contract a chain of cores, from the right; without groups all cores are shared."""
         state, inputs, outputs = self.tensor, self.inputs, self.outputs
-        count = len(state)
+        count = state.shape[0]
         for core in reversed(cores):
-            before, out, in_, after = core.shape[-4:]
+            *experts, before, out, in_, after = core.shape
             inputs //= in_
-            matrix = core.reshape(*core.shape[:-4], before * out, in_ * after)
+            matrix = core.reshape(*experts, before * out, in_ * after)
             state = state.reshape(count * inputs, in_ * after, outputs)
             state = _multiply(state, matrix, groups, inputs)
             outputs *= out
@@ -129,14 +129,14 @@ class State:
 
 def _multiply(state: Tensor, matrix: Tensor, groups: SlotOrder | None, factor: int) -> Tensor:
     """Multiply a state (rows · factor, k, n); ``factor`` rows of it belong to one row."""
+    if matrix.ndim == 3 and matrix.shape[0] == 1:
+        # Torch's own product, which costs less than the operator for groups.
+        matrix = matrix[0]
     if matrix.ndim == 2:
         if state.shape[2] == 1:
             return state.squeeze(2) @ matrix.T
         one_group = torch.full((1,), len(state), dtype=torch.int32, device=state.device)
         return grouped_linear(state, matrix[None], one_group)
-    if len(matrix) == 1:
-        # Torch's own product, which costs less than the operator for groups.
-        return _multiply(state, matrix[0], groups, factor)
     assert groups is not None, "cores that experts own need the experts of the rows"
     rows = state.squeeze(2) if state.shape[2] == 1 else state
     if isinstance(groups, UnsortedSlots):

@@ -25,7 +25,7 @@ from tnmoe.nn.compute.joint import State
 from tnmoe.nn.compute.slots import SlotOrder
 from tnmoe.nn.linear import bias_of_linear, call_linear, size_of_linear
 from tnmoe.nn.stored_cores import is_gathered
-from tnmoe.shapes import chain_shapes
+from tnmoe.shapes import MPOShape, chain_shapes
 
 Tensors = Sequence[Tensor]
 
@@ -133,11 +133,10 @@ class LastCall:
         return [self.work_of_call()]
 
 
-@dataclass(frozen=True)
 class FirstChain:
     """A chain of cores, of which those from site ``stop`` on act on tokens.
 
-    Attributes
+    Parameters
     ----------
     cores : ExpertCores
     stop : int
@@ -147,18 +146,17 @@ class FirstChain:
         legs.
     """
 
-    cores: ExpertCores
-    stop: int
-    module: nn.Module | None = None
-
-    @property
-    def weights(self) -> Tensors:
-        return self.cores.sites()[: self.stop]
+    def __init__(self, cores: ExpertCores, stop: int, module: nn.Module | None = None) -> None:
+        self.cores, self.stop, self.module = cores, stop, module
+        self.weights: Tensors = cores.stored[:stop]
+        self._part = _Part.of(cores.shape, stop)
+        self._acts_first = stop == cores.shape.sites
+        self._is_padded = cores.shape.padded_out > cores.shape.out_features
 
     def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
-        sites = self.cores.shape.sites
-        if self.stop == sites:
+        if self._acts_first:
             return (tokens,)
+        sites = self.cores.shape.sites
         key: tuple[int, ...] = (self.cores.shape.padded_in,)
         state = tokens
         for site in reversed(range(self.stop, sites)):
@@ -174,14 +172,15 @@ class FirstChain:
             return call_linear(module, state)
         if site == self.cores.shape.sites - 1:
             state = self.cores.pad(state)
-        return _through([self.cores.sites()[site]], state, self.cores, site + 1, None)
+        part = _Part.of(self.cores.shape, site + 1)
+        return part.through([self.cores.stored[site]], state, None)
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         (state,) = states
-        if self.stop == self.cores.shape.sites:
+        if self._acts_first:
             state = self.cores.pad(state)
-        result = _through(weights, state, self.cores, self.stop, groups)
-        return result[:, : self.cores.shape.out_features]
+        result = self._part.through(weights, state, groups)
+        return result[:, : self.cores.shape.out_features] if self._is_padded else result
 
     def work(self) -> list[Work]:
         sites, last = self.cores.shape.sites, self.stop
@@ -191,11 +190,10 @@ class FirstChain:
         return [_chain_work(self.cores, range(last, sites), "token", self.module), per_slot]
 
 
-@dataclass(frozen=True)
 class LastChain:
     """A chain of cores, of which those before site ``start`` act on sums over slots.
 
-    Attributes
+    Parameters
     ----------
     cores : ExpertCores
     start : int
@@ -205,23 +203,20 @@ class LastChain:
         legs.
     """
 
-    cores: ExpertCores
-    start: int
-    module: nn.Module | None = None
-
-    @property
-    def weights(self) -> Tensors:
-        return self.cores.sites()[self.start :]
+    def __init__(self, cores: ExpertCores, start: int, module: nn.Module | None = None) -> None:
+        self.cores, self.start, self.module = cores, start, module
+        self.weights: Tensors = cores.stored[start:]
+        self._shared: Tensors = cores.stored[0 if module is None else 1 : start]
+        self._part = _Part.of(cores.shape, cores.shape.sites)
+        self._rest = _Part.of(cores.shape, start)
 
     def of_slots(self, rows: Tensor, weights: Tensors, groups: SlotOrder) -> Tensors:
-        state = _through(weights, self.cores.pad(rows), self.cores, self.cores.shape.sites, groups)
+        state = self._part.through(weights, self.cores.pad(rows), groups)
         bias = None if self.module is None else bias_of_linear(self.module)
         return (state,) if bias is None else (state, state.new_ones(len(state), 1))
 
     def of_tokens(self, sums: Tensors) -> Tensor:
-        skipped = 0 if self.module is None else 1
-        shared = self.cores.sites()[skipped : self.start]
-        state = _through(shared, sums[0], self.cores, self.start, None)
+        state = self._rest.through(self._shared, sums[0], None)
         if self.module is not None:
             return _weighted(self.module, state, sums[1:])
         return state[:, : self.cores.shape.out_features]
@@ -389,12 +384,28 @@ def _chain_work(
     return Work(what, per, flops, shared, sum(read) - shared)
 
 
-def _through(
-    weights: Tensors, state: Tensor, cores: ExpertCores, stop: int, groups: SlotOrder | None
-) -> Tensor:
-    """Take rows through neighbouring cores, the last of which stands before site ``stop``."""
-    if not weights:
-        return state
-    inputs, outputs = prod(cores.shape.in_dims[:stop]), prod(cores.shape.out_dims[stop:])
-    chain = [core.to(state.dtype) for core in weights]
-    return State(state, inputs, outputs).through(chain, groups).tensor
+@dataclass(frozen=True)
+class _Part:
+    """Neighbouring cores of a chain.
+
+    Attributes
+    ----------
+    inputs, outputs : int
+        Per row, the inputs that the cores up to the last one of the part take, and the outputs of
+        the cores that acted before.
+    """
+
+    inputs: int
+    outputs: int
+
+    @classmethod
+    def of(cls, shape: MPOShape, stop: int) -> _Part:
+        """Describe cores the last of which stands before site ``stop``."""
+        return cls(prod(shape.in_dims[:stop]), prod(shape.out_dims[stop:]))
+
+    def through(self, cores: Tensors, state: Tensor, groups: SlotOrder | None) -> Tensor:
+        """Take rows through the cores; without groups, all of these are shared."""
+        if not cores:
+            return state
+        chain = [core.to(state.dtype) for core in cores]
+        return State(state, self.inputs, self.outputs).through(chain, groups).tensor

@@ -43,12 +43,13 @@ class Products:
         weights: list[Tensor] = []
         # Where the weights of every product lie among those of all.
         self._parts: list[slice] = []
-        for product in (*firsts, last):
+        products: list[FirstProduct | LastProduct] = [*firsts, last]
+        for product in products:
             start = len(weights)
             weights += product.weights
             self._parts.append(slice(start, len(weights)))
         self.weights = weights
-        calls = [isinstance(product, FirstCall | LastCall) for product in (*firsts, last)]
+        calls = [isinstance(product, FirstCall | LastCall) for product in products]
         self.are_calls, self.have_calls = all(calls), any(calls)
 
     def work(self) -> list[tuple[Matrix, Work]]:
