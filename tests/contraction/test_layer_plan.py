@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 import tnmoe as tn
+from tests.nn.flop_counting import count_products
 from tnmoe.contraction.expert_routes import once_per_token_sites
 from tnmoe.contraction.layer_plan import expected_experts
 from tnmoe.nn import DenseExperts, Experts, MPOExperts, MPOProjection
@@ -28,9 +28,7 @@ def routing(tokens, experts, top_k):
 
 def counted(experts, *inputs):
     """Operations that torch counts in a forward pass with gradients."""
-    with FlopCounterMode(display=False) as counter:
-        experts(*inputs)
-    return counter.get_total_flops()
+    return count_products(lambda: experts(*inputs))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

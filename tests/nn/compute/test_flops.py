@@ -6,18 +6,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnmoe as tn
+from tests.nn.flop_counting import count_products as count
 from tnmoe import nn
 from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.mpo_projection import MPOProjection
 
 E, H, F = 4, 16, 32
-
-
-def count(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def routed(top_k, tokens=24, experts=3):

@@ -18,6 +18,7 @@ from tnmoe.nn.compute.slots import (
     UnsortedSlots,
     combine,
     dispatch,
+    weighted_sums,
     zero_unrouted,
 )
 
@@ -102,8 +103,7 @@ def sum_unsorted(network: SlotNetwork, choices: Choices) -> list[Tensor]:
     unrouted = None if choices.unrouted is None else choices.unrouted.reshape(-1)
     rows = [zero_unrouted(_repeat(states, count), unrouted) for states in network.inputs]
     outputs = network.function(rows, network.weights, slots)
-    factors = choices.weights[:, None]
-    return [_weighted_sums(zero_unrouted(output, unrouted), factors) for output in outputs]
+    return [weighted_sums(zero_unrouted(each, unrouted), choices.weights) for each in outputs]
 
 
 def _repeat(states: Tensor, count: int) -> Tensor:
@@ -112,14 +112,6 @@ def _repeat(states: Tensor, count: int) -> Tensor:
     if tokens == 1:
         return states.expand(count, width)
     return states[:, None].expand(-1, count, -1).reshape(tokens * count, width)
-
-
-def _weighted_sums(rows: Tensor, factors: Tensor) -> Tensor:
-    """Sum the weighted rows of every token: (T · k, n), (T, 1, k) → (T, n)."""
-    dtype = torch.promote_types(rows.dtype, factors.dtype)
-    tokens, _, count = factors.shape
-    by_token = rows.to(dtype).view(tokens, count, rows.shape[1])
-    return torch.bmm(factors.to(dtype), by_token).squeeze(1)
 
 
 def _in_pieces(

@@ -69,14 +69,8 @@ def _are_few(network: SlotNetwork, choices: Choices) -> bool:
         return False
     if slots <= _FEWEST_SLOTS:
         return True
-    largest = max(
-        (
-            weight[0].numel()
-            for weight in network.weights
-            if weight.ndim == 5 and is_owned(weight, network.num_experts)
-        ),
-        default=0,
-    )
+    owned = (each for each in network.weights if is_owned(each, network.num_experts))
+    largest = max([0, *(each[0].numel() for each in owned if each.ndim == 5)])
     return slots * largest <= _FEW_NUMBERS
 
 

@@ -207,13 +207,18 @@ def combine(rows: Tensor, groups: Groups, weights: Tensor) -> Tensor:
     -------
     Tensor, shape (T, H)
     """
-    slots = _gather(rows, groups.inverse, groups.order)
-    return sum_choices(slots.unflatten(0, weights.shape) * weights[..., None])
+    return weighted_sums(_gather(rows, groups.inverse, groups.order), weights)
 
 
-def sum_choices(slots: Tensor) -> Tensor:
-    """Sum over the choices of every token: (T, choices, H) → (T, H)."""
-    return slots.sum(1) if slots.shape[1] > 1 else slots.squeeze(1)
+def weighted_sums(slots: Tensor, weights: Tensor) -> Tensor:
+    """Sum the weighted rows of every token: (T · choices, H), (T, choices) → (T, H)."""
+    dtype = torch.promote_types(slots.dtype, weights.dtype)
+    slots, weights = slots.to(dtype), weights.to(dtype)
+    tokens, choices = weights.shape
+    if choices == 1:
+        return slots * weights
+    # A product reads every row once, and no weighted rows are written.
+    return torch.bmm(weights[:, None], slots.view(tokens, choices, slots.shape[1])).squeeze(1)
 
 
 def zero_unrouted(rows: Tensor, unrouted: Tensor | None) -> Tensor:
