@@ -105,11 +105,6 @@ class Groups:
         """Return the first ``rows`` rows; routes are planned for these alone."""
         return replace(self.part(0, rows), layer_slots=rows)
 
-    def by_expert(self) -> Iterator[tuple[slice, Groups]]:
-        """Yield the rows of each expert that has any, and the part with these rows alone."""
-        for _, block in self.blocks:
-            yield block, self.part(block.start, block.stop)
-
 
 @dataclass(frozen=True)
 class UnsortedSlots:
