@@ -169,3 +169,23 @@ def test_layers_that_nobody_holds_are_freed():
     del experts
     gc.collect()
     assert [reference() for reference in references] == [None, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_a_layer_gives_up_are_freed(kind):
+    for give_up in (lambda experts: experts.to("meta"), add_hooks_and_replace):
+        experts, given = make(kind), routed()
+        experts(*given)
+        references = [weakref.ref(parameter) for parameter in experts.parameters()]
+        give_up(experts)
+        if not next(experts.parameters()).is_meta:
+            experts(*given)
+        gc.collect()
+        assert not any(reference() is not None for reference in references)
+
+
+def add_hooks_and_replace(experts):
+    load_and_assign(experts)
+    for projection in (experts.up, experts.down):
+        projection.register_forward_hook(lambda *_: None)

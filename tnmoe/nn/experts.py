@@ -221,7 +221,14 @@ class Experts(nn.Module):
         parts = [part for part in self.modules() if isinstance(part, Experts | Projection)]
         if not products.have_calls and all(getattr(p, "holds_all_cores", True) for p in parts):
             _last_products[self] = load, Snapshot(parts), products
+        else:
+            _last_products.pop(self, None)
         return products
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A move to the meta device frees parameters, unless somebody keeps them.
+        _last_products.pop(self, None)
+        return super()._apply(fn, recurse)
 
     def _new_products(self, load: Load) -> Products:
         """Return the products of a call: of gate and up, or of up alone, and of down."""
