@@ -40,6 +40,32 @@ def test_the_operations_of_a_plan_are_those_that_torch_counts(layout, gated, top
     assert experts.plan(12, top_k).flops == counted(experts, *inputs)
 
 
+@pytest.mark.parametrize("layout", ["hidden", "residual"])
+def test_a_module_that_gate_and_up_have_in_common_counts_once(layout):
+    experts = MPOExperts(4, 16, 32, gated=True, **LAYOUTS[layout])
+    apart = experts.plan(12, 2)
+    experts.gate.base = experts.up.base
+    plan, inputs = experts.plan(12, 2), routing(12, 4, 2)
+    assert plan.flops == counted(experts, *inputs)
+    assert apart.flops - plan.flops == 12 * 2 * 16 * 32
+    assert apart.weight_bytes - plan.weight_bytes == 16 * 32 * 4
+
+
+@pytest.mark.parametrize("tied", [(3,), (2, 3)])
+def test_cores_that_gate_and_up_have_in_common_count_once(tied):
+    shared = {"up": {2, 3}, "gate": {2, 3}}
+    experts = MPOExperts(4, 16, 32, gated=True, sites=4, shared_sites=shared)
+    for projection in (experts.up, experts.gate, experts.down):
+        projection.route = "joint"
+    apart = experts.plan(12, 2)
+    for site in tied:
+        experts.gate.set_core(site, experts.up.core_at(site))
+    plan, inputs = experts.plan(12, 2), routing(12, 4, 2)
+    assert plan.flops == counted(experts, *inputs) < apart.flops
+    sizes = sum(experts.up.core_at(site).numel() for site in tied)
+    assert apart.weight_bytes - plan.weight_bytes == sizes * 4
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shared_work_does_not_grow_with_the_experts_of_a_token(layout):
     experts = MPOExperts(4, 16, 32, **LAYOUTS[layout])

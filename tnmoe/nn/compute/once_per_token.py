@@ -29,9 +29,12 @@ from tnmoe.shapes import MPOShape, chain_shapes
 
 Tensors = Sequence[Tensor]
 
-# What the products of a layer made of its tokens so far, by the cores and modules that acted. Cores
-# that several products have in common then act once.
-Known = dict[tuple[int, ...], Tensor]
+# The cores and modules that acted on tokens, one after the other.
+Key = tuple[int, ...]
+
+# What the products of a layer made of its tokens so far. Cores that several products have in common
+# then act once.
+Known = dict[Key, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,11 @@ class FirstProduct(Protocol):
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         """Compute the second part: N rows of every state → (N, out)."""
 
-    def work(self) -> list[Work]:
-        """Count what the parts cost, in the order of computation."""
+    def work(self, counted: set[Key]) -> list[Work]:
+        """Count what the parts cost, in the order of computation.
+
+        What is in ``counted`` has acted on the tokens already. The method adds to it.
+        """
 
 
 class LastProduct(Protocol):
@@ -111,7 +117,7 @@ class FirstCall:
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         return self.projection(*states, groups)
 
-    def work(self) -> list[Work]:
+    def work(self, counted: set[Key]) -> list[Work]:
         return [self.work_of_call()]
 
 
@@ -151,17 +157,23 @@ class FirstChain:
         self.weights: Tensors = cores.stored[:stop]
         self._part = _Part.of(cores.shape, stop)
         self._acts_first = stop == cores.shape.sites
+        self._steps = self._steps_of_tokens()
         self._is_padded = cores.shape.padded_out > cores.shape.out_features
 
-    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
-        if self._acts_first:
-            return (tokens,)
+    def _steps_of_tokens(self) -> list[tuple[int, nn.Module | None, Key]]:
+        """Return the sites that act on tokens, the modules in place of their cores, and keys."""
         sites = self.cores.shape.sites
-        key: tuple[int, ...] = (self.cores.shape.padded_in,)
-        state = tokens
+        key: Key = (self.cores.shape.padded_in,)
+        steps: list[tuple[int, nn.Module | None, Key]] = []
         for site in reversed(range(self.stop, sites)):
             module = self.module if site == sites - 1 else None
             key = (*key, id(module or self.cores.stored[site]))
+            steps.append((site, module, key))
+        return steps
+
+    def of_tokens(self, tokens: Tensor, known: Known) -> Tensors:
+        state = tokens
+        for site, module, key in self._steps:
             if key not in known:
                 known[key] = self._through(site, module, state)
             state = known[key]
@@ -182,12 +194,13 @@ class FirstChain:
         result = self._part.through(weights, state, groups)
         return result[:, : self.cores.shape.out_features] if self._is_padded else result
 
-    def work(self) -> list[Work]:
-        sites, last = self.cores.shape.sites, self.stop
-        per_slot = _chain_work(self.cores, range(last), "slot")
-        if last == sites:
+    def work(self, counted: set[Key]) -> list[Work]:
+        per_slot = _chain_work(self.cores, range(self.stop), "slot")
+        sites = [site for site, _, key in self._steps if key not in counted]
+        counted.update(key for _, _, key in self._steps)
+        if not sites:
             return [per_slot]
-        return [_chain_work(self.cores, range(last, sites), "token", self.module), per_slot]
+        return [_chain_work(self.cores, sites, "token", self.module), per_slot]
 
 
 class LastChain:
@@ -249,8 +262,11 @@ class FirstSum:
         product, *rest = states
         return product + self.delta.of_slots(rest, weights, groups)
 
-    def work(self) -> list[Work]:
-        return [work_of_module(self.base), *self.delta.work()]
+    def work(self, counted: set[Key]) -> list[Work]:
+        key = (id(self.base),)
+        shared = [] if key in counted else [work_of_module(self.base)]
+        counted.add(key)
+        return [*shared, *self.delta.work(counted)]
 
 
 @dataclass(frozen=True)
@@ -302,8 +318,8 @@ class FirstBias:
         bias = bias.to(result.dtype)
         return result + (bias if len(bias) == 1 else per_row(bias, groups))
 
-    def work(self) -> list[Work]:
-        return self.product.work()
+    def work(self, counted: set[Key]) -> list[Work]:
+        return self.product.work(counted)
 
 
 @dataclass(frozen=True)
@@ -370,9 +386,9 @@ def work_of_module(module: nn.Module) -> Work:
 
 
 def _chain_work(
-    cores: ExpertCores, sites: range, per: Per, module: nn.Module | None = None
+    cores: ExpertCores, sites: Sequence[int], per: Per, module: nn.Module | None = None
 ) -> Work:
-    """Count what neighbouring cores of a chain cost."""
+    """Count what some cores of a chain cost."""
     if module is not None and len(sites) == 1:
         return work_of_module(module)
     sizes = chain_shapes(cores.shape, cores.bond_dims)

@@ -10,6 +10,7 @@ from tnmoe.contraction.layer_plan import Work
 from tnmoe.nn.compute.once_per_token import (
     FirstCall,
     FirstProduct,
+    Key,
     Known,
     LastCall,
     LastProduct,
@@ -55,10 +56,11 @@ class Products:
     def work(self) -> list[tuple[Matrix, Work]]:
         """Count what the parts of all products cost, in the order of computation."""
         names: tuple[Matrix, ...] = ("gate", "up") if len(self.firsts) == 2 else ("up",)
+        counted: set[Key] = set()
         of_firsts = [
             (name, work)
             for name, first in zip(names, self.firsts, strict=True)
-            for work in first.work()
+            for work in first.work(counted)
         ]
         # What acts on tokens comes before they are dispatched, for all first products.
         of_firsts.sort(key=lambda pair: pair[1].per == "slot")
