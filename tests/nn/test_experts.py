@@ -19,6 +19,7 @@ from tnmoe.nn.activations import ACTIVATIONS, resolve_activation
 from tnmoe.nn.compute import routes
 
 H, F_, E = 16, 24, 4
+SITES = {"interleaved": {"sites": 3}}  # split shapes follow from their groups
 
 
 def dense_ffn(gated=False, bias=True, dtype=torch.float64, seed=0) -> dict[str, torch.Tensor]:
@@ -75,7 +76,7 @@ def make_experts(kind, gated, bias) -> nn.Experts:
     torch.manual_seed(0)
     if kind == "dense":
         return nn.DenseExperts(E, H, F_, **common)
-    return nn.MPOExperts(E, H, F_, layout=kind, sites=3, **common)
+    return nn.MPOExperts(E, H, F_, layout=kind, **SITES.get(kind, {}), **common)
 
 
 @given(
@@ -141,7 +142,7 @@ def test_upcycled_layer_computes_the_dense_network(dtype, gated, bias, layout, t
         experts = nn.DenseExperts.from_dense(**ffn, num_experts=E, activation="silu")
     else:
         experts = nn.MPOExperts.from_dense(
-            **ffn, num_experts=E, activation="silu", layout=layout, sites=3
+            **ffn, num_experts=E, activation="silu", layout=layout, **SITES.get(layout, {})
         )
     layer = nn.MPOMoE(nn.TopKRouter(H, E, top_k, dtype=dtype), experts)
     x = torch.randn(2, 5, H, dtype=dtype)
@@ -180,7 +181,9 @@ def test_parameter_names_are_one_center_and_stacked_aux_per_projection():
 @pytest.mark.parametrize("shared", ["center", "none", (0, 1)])
 def test_fresh_weights_have_the_variance_of_a_linear_layer(layout, shared):
     torch.manual_seed(0)
-    experts = nn.MPOExperts(E, 128, 256, layout=layout, sites=3, shared_sites=shared)
+    experts = nn.MPOExperts(
+        E, 128, 256, layout=layout, **SITES.get(layout, {}), shared_sites=shared
+    )
     for projection in (experts.up, experts.down):
         expected = 1 / (3 * projection.in_features)
         for matrix in projection.weight():
@@ -201,7 +204,9 @@ def test_copies_pickles_and_state_dicts_keep_the_function(tmp_path):
 @pytest.mark.parametrize("layout", ["interleaved", "split"])
 def test_in_the_identity_gauge_the_centre_is_the_matrix_and_the_rest_identities(layout):
     up, down = torch.randn(32, 16), torch.randn(16, 32)
-    experts = nn.MPOExperts.from_dense(up, down, num_experts=E, layout=layout, sites=3)
+    experts = nn.MPOExperts.from_dense(
+        up, down, num_experts=E, layout=layout, **SITES.get(layout, {})
+    )
     for projection, matrix in ((experts.up, up), (experts.down, down)):
         center = projection.center.detach().flatten()
         assert torch.equal(center.sort().values, matrix.flatten().sort().values)
@@ -513,6 +518,14 @@ def test_experts_share_no_memory_with_the_network_they_start_from(layout, gauge)
                 down_shape=tn.MPOShape((3, 1), (2, 2)),
             ),
             "layout must be one of interleaved, split, hidden, residual, got 'x'",
+        ),
+        (
+            lambda: nn.MPOExperts(4, 16, 24, layout="hidden", sites=3),
+            "sites is for layout='interleaved' and 'residual', got sites=3 with layout='hidden'",
+        ),
+        (
+            lambda: nn.MPOExperts(4, 16, 24, group_size=(2, 4)),
+            r"group_size is for .*, got group_size=\(2, 4\) with layout='interleaved'",
         ),
         (
             lambda: nn.DenseExperts.from_dense(torch.ones(4, 3), torch.full((3, 4), torch.inf)),

@@ -260,11 +260,9 @@ def test_an_upcycled_layer_starts_as_the_dense_network_whatever_the_router(name,
         if kind == "dense":
             experts = nn.DenseExperts.from_dense(**ffn, **details)
         else:
-            layout = "split" if kind == "split" else "interleaved"
+            layout = {"layout": "split"} if kind == "split" else {"sites": 3}
             shared = "none" if kind == "none shared" else "center"
-            experts = nn.MPOExperts.from_dense(
-                **ffn, **details, sites=3, layout=layout, shared_sites=shared
-            )
+            experts = nn.MPOExperts.from_dense(**ffn, **details, **layout, shared_sites=shared)
         layer, x = nn.MPOMoE(router, experts).train(), torch.randn(5, 6, H, dtype=torch.float64)
         expected = run_dense(ffn, x)
         error = (layer(x) - expected).norm() / expected.norm()

@@ -29,6 +29,7 @@ from tnmoe.nn.settings import (
     check_bond_ratio,
     check_matrices,
     check_shared_sites,
+    check_sites_and_groups,
     layout_shape,
     per_projection,
 )
@@ -210,17 +211,7 @@ class MPOEConfig:
         """Check that the layout can use the other settings; an ordinary mixture ignores them."""
         if self.layout == "dense":
             return
-        has_groups = self.layout in ("split", "hidden")
-        if self.sites is not None and has_groups:
-            raise InputError(
-                "sites is for layout='interleaved' and 'residual', got "
-                f"sites={self.sites} with layout={self.layout!r}, where group_size makes the sites"
-            )
-        if self.group_size != GROUP_SIZE and not has_groups:
-            raise InputError(
-                "group_size is for layout='split' and 'hidden', got "
-                f"group_size={self.group_size} with layout={self.layout!r}"
-            )
+        check_sites_and_groups(self.layout, self.sites, self.group_size)
         bonds = per_projection("max_bond", self.max_bond, None)
         shared = per_projection("shared_sites", self.shared_sites, None)
         if self.bond_ratio > self.num_experts:

@@ -122,6 +122,7 @@ def mpo_settings(
     """
     chosen = check_matrices(matrices, sizes)
     check_one_of("layout", layout, LAYOUTS)
+    check_sites_and_groups(layout, sites, group_size)
     default_sites: SharedSites = "none" if layout == "residual" else "center"
     bonds = per_projection("max_bond", max_bond, None)
     shared = per_projection("shared_sites", shared_sites, None)
@@ -182,6 +183,29 @@ def _bonds(
     if layout == "hidden" and max_bond is None:
         return square_bonds(shape, center_site)
     return shape.bond_dims(max_bond)
+
+
+def check_sites_and_groups(layout: str, sites: int | None, group_size: GroupSize) -> None:
+    """Raise an InputError if a layout's shapes depend on only one of two settings, and not on this.
+
+    Parameters
+    ----------
+    layout : {"interleaved", "split", "hidden", "residual"}
+    sites : int or None
+        None if it was not given.
+    group_size : int or sequence of int
+    """
+    has_groups = layout in ("split", "hidden")
+    if sites is not None and has_groups:
+        raise InputError(
+            "sites is for layout='interleaved' and 'residual', got "
+            f"sites={sites} with layout={layout!r}, where group_size makes the sites"
+        )
+    if group_size != GROUP_SIZE and not has_groups:
+        raise InputError(
+            "group_size is for layout='split' and 'hidden', got "
+            f"group_size={group_size} with layout={layout!r}"
+        )
 
 
 def layout_shape(

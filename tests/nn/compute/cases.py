@@ -57,7 +57,8 @@ def check_against_dense_matrices(made, rows, index):
 
 def experts(route, dtype=torch.float32, gated=True, **details):
     torch.manual_seed(0)
-    layer = nn.MPOExperts(4, 8, 12, "silu", gated=gated, bias=True, sites=3, dtype=dtype, **details)
+    details = details if "layout" in details else {"sites": 3} | details
+    layer = nn.MPOExperts(4, 8, 12, "silu", gated=gated, bias=True, dtype=dtype, **details)
     for module in layer.modules():
         if isinstance(module, MPOProjection):
             module.route = route

@@ -13,6 +13,7 @@ from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.mpo_projection import MPOProjection
 
 E, H, F = 4, 16, 32
+SITES = {"interleaved": {"sites": 3}}  # split shapes follow from their groups
 
 
 def routed(top_k, tokens=24, experts=3):
@@ -177,7 +178,7 @@ def test_sizes_without_numbers_are_counted(layout, grad):
     if layout == "dense":
         experts = nn.DenseExperts(E, H, F, device="meta")
     else:
-        experts = nn.MPOExperts(E, H, F, layout=layout, sites=3, device="meta")
+        experts = nn.MPOExperts(E, H, F, layout=layout, **SITES.get(layout, {}), device="meta")
     states, weights = torch.randn(24, H, device="meta"), torch.rand(24, 2, device="meta")
     index = torch.zeros(24, 2, dtype=torch.int64, device="meta")
     with torch.set_grad_enabled(grad):
@@ -195,7 +196,7 @@ def test_tensors_that_only_have_sizes_take_what_those_of_the_meta_device_take(la
         if layout == "dense":
             experts = nn.DenseExperts(E, H, F, device=device)
         else:
-            experts = nn.MPOExperts(E, H, F, layout=layout, sites=3, device=device)
+            experts = nn.MPOExperts(E, H, F, layout=layout, **SITES.get(layout, {}), device=device)
         made = nn.MPOMoE(nn.TopKRouter(H, E, top_k=top_k, device=device), experts)
         states = torch.randn(24, H, device=device, requires_grad=grad)
         with torch.set_grad_enabled(grad):

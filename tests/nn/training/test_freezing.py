@@ -40,7 +40,7 @@ def test_auxiliary_cores_alone_are_trained_and_what_else_is_named():
 @pytest.mark.parametrize("layout", ["hidden", "residual"])
 def test_a_linear_module_that_experts_share_is_shared_and_its_bias_is_not(layout):
     up, down = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
-    layer = nn.MPOMoE.from_dense(up, down, num_experts=4, layout=layout, group_size=2)
+    layer = nn.MPOMoE.from_dense(up, down, num_experts=4, layout=layout)
     assert {*map(id, nn.shared_parameters(layer))} == {id(up.weight), id(down.weight)}
     assert nn.freeze_shared(layer) == up.weight.numel() + down.weight.numel()
     assert not up.weight.requires_grad
