@@ -1,11 +1,10 @@
-"""The tnmoe command as a user runs it: real processes, a tiny real model, real files."""
+"""The demo as a user runs it: a tiny real model, real files, and processes where they matter."""
 
 import json
 import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,12 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.cli.command import TNMOE, tnmoe
+from tnmoe.demo import run
 from tnmoe.demo.data import packaged_model
 
-TNMOE = str(Path(sys.executable).parent / "tnmoe")
 
-
-def tnmoe(*arguments: object, **details) -> subprocess.CompletedProcess:
+def in_new_process(*arguments: object, **details) -> subprocess.CompletedProcess:
     return subprocess.run(
         [TNMOE, *map(str, arguments)], capture_output=True, text=True, check=False, **details
     )
@@ -53,10 +52,11 @@ def sentences(tmp_path_factory) -> Path:
     return path
 
 
+# Five processes, which import torch and transformers: its tests are slow.
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory, tiny_model, sentences) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("demo") / "out"
-    done = tnmoe(
+    done = in_new_process(
         "demo", "--model", tiny_model, "--data", sentences, "--output", output,
         "--steps", 6, "--experts", 3, "--batch-size", 8, "--mask-probability", 0.5,
     )  # fmt: skip
@@ -65,6 +65,7 @@ def demo(tmp_path_factory, tiny_model, sentences) -> tuple[Path, str]:
     return output, done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_prints_counts_the_comparison_and_a_verdict(demo):
     _, printed = demo
     assert "180 sentences to train on, 20 held out" in printed
@@ -73,12 +74,14 @@ def test_the_demo_prints_counts_the_comparison_and_a_verdict(demo):
         assert line in printed
 
 
+@pytest.mark.slow
 def test_a_log_holds_lines_and_no_progress_bars(demo):
     output, printed = demo
     assert "\r" not in printed
     assert (output.parent / "stderr").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_the_report_agrees_with_the_models(demo, tiny_model):
     report = json.loads((demo[0] / "report.json").read_text())
     assert report["function_preservation"]["relative_difference"] <= 1e-4
@@ -97,19 +100,22 @@ def test_the_report_agrees_with_the_models(demo, tiny_model):
     assert 0 < mpoe["masked_steps"] < 6
 
 
+@pytest.mark.slow
 def test_the_pictures_are_pictures(demo):
     for name in ("loss_curves", "expert_load", "schmidt_spectra"):
         assert (demo[0] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hidden", "residual"])
-def test_the_demo_knows_layouts_that_decompose_nothing(layout, tiny_model, sentences, tmp_path):
-    done = tnmoe(
+def test_the_demo_knows_layouts_that_decompose_nothing(
+    layout, tiny_model, sentences, tmp_path, monkeypatch
+):
+    # New processes take most of the time, and layouts do not depend on them.
+    monkeypatch.setattr(run, "run_in_new_process", lambda function, *given: function(*given))
+    tnmoe(
         "demo", "--model", tiny_model, "--data", sentences, "--output", tmp_path / "out",
         "--steps", 1, "--experts", 3, "--top-k", 2, "--batch-size", 8, "--layout", layout,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     made = set(os.listdir(tmp_path / "out"))
     assert made >= {"report.json", "loss_curves.png", "expert_load.png", "model"}
     assert "schmidt_spectra.png" not in made
@@ -118,6 +124,7 @@ def test_the_demo_knows_layouts_that_decompose_nothing(layout, tiny_model, sente
     assert report["function_preservation"]["relative_difference"] <= 1e-4
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_a_hugging_face_folder_with_what_was_trained(demo):
     folder = demo[0] / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))
@@ -132,7 +139,7 @@ def test_the_checkpoint_is_a_hugging_face_folder_with_what_was_trained(demo):
 
 
 def test_help_and_version_answer():
-    assert "demo" in tnmoe("--help").stdout
+    assert "demo" in in_new_process("--help").stdout
     assert "--mask-probability" in tnmoe("demo", "--help").stdout
     assert tnmoe("--version").stdout.startswith("tnmoe 0.")
 
@@ -180,7 +187,6 @@ def a_file(path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow  # every case starts the command, which takes seconds
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -214,8 +220,7 @@ def test_bad_input_gets_one_message_exit_code_2_and_writes_nothing(
         if flag not in given:
             given = [*given, flag, value]
     before = sorted(path for path in tmp_path.rglob("*") if path.name != "none")
-    done = tnmoe("demo", *given)
-    assert done.returncode == 2
+    done = tnmoe("demo", *given, code=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("tnmoe")
@@ -223,23 +228,44 @@ def test_bad_input_gets_one_message_exit_code_2_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, tiny_model, sentences):
-    def no_room():  # a limit on the size of files acts where a full disk would
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
-    done = tnmoe(
-        "demo", "--model", tiny_model, "--data", sentences, "--output", tmp_path / "out",
-        "--steps", 1, preexec_fn=no_room,
+def test_a_process_that_gets_bad_input_prints_nothing_but_the_message(
+    tmp_path, tiny_model, sentences
+):
+    """Nor do the libraries that it loads."""
+    done = in_new_process(
+        "demo", "--model", truncated(tiny_model, tmp_path / "model"), "--data", sentences,
+        "--output", tmp_path / "out",
     )  # fmt: skip
     assert done.returncode == 2
+    assert done.stderr.startswith("tnmoe: cannot load a model from")
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, tiny_model, sentences, monkeypatch):
+    def only_what_writes(function, job):  # the process that fine-tunes MPOE writes the checkpoint
+        return apart(function, job) if job.kind == "MPOE" else function(job)
+
+    apart = run.run_in_new_process
+    monkeypatch.setattr(run, "run_in_new_process", only_what_writes)
+    # A limit on the size of files acts where a full disk would. New processes inherit it.
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, most))
+    try:
+        done = tnmoe(
+            "demo", "--model", tiny_model, "--data", sentences, "--output", tmp_path / "out",
+            "--steps", 1, code=2,
+        )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot write the checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
 
 
 def test_a_command_is_required():
-    done = tnmoe()
-    assert done.returncode == 2
+    done = tnmoe(code=2)
     assert "COMMAND" in done.stderr
 
 

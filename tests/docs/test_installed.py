@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.docs.pages import NEEDS, PAGES, ROOT, cells, extras, fences
 from tests.test_readme import EXAMPLES, README
@@ -19,9 +22,6 @@ PROGRAMS = {
     "howto/demo": ("code.py", r"tnmoe demo --model.*"),
     "howto/distributed": ("train.py", None),
 }
-# What each extra brings besides itself, and how much it installs: larger environments come later.
-BRINGS = {"hf": {"torch"}, "peft": {"hf", "torch"}, "demo": {"hf", "torch", "plot"}}
-WEIGHTS = {"plot": 1, "torch": 10, "hf": 20, "demo": 30, "peft": 40}
 # Threads of gloo print this when a process ends. About one plain torch run in six does so.
 ABORTED = "terminate called without an active exception"
 RUNNER = """
@@ -83,19 +83,36 @@ def run(*command, cwd, **more):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def make_environment(folder, wheel, needed, parent=None):
-    """Make a virtual environment that links to the files of ``parent``, which has fewer extras."""
-    run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+def distributions(requirement, found=None):
+    """Return what pip installs for a requirement, itself included: distributions by name."""
+    found = {} if found is None else found
+    for extra in requirement.extras or {""}:
+        key = canonicalize_name(requirement.name), extra
+        if key in found:
+            continue
+        found[key] = installed = metadata.distribution(requirement.name)
+        for line in installed.requires or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                distributions(needed, found)
+    return {name: installed for (name, _), installed in found.items()}
+
+
+def make_environment(folder, wheel, needed):
+    """Make a virtual environment that links to packages of this one: they need no unpacking."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    brought = distributions(Requirement(f"tnmoe[{','.join(needed)}]"))
+    brought.pop("tnmoe")
+    owners = metadata.packages_distributions()
+    for installed in brought.values():
+        for name in {file.parts[0] for file in installed.files} - {"..", "__pycache__"}:
+            # Otherwise, the link would bring more than the page names.
+            assert len(set(owners.get(name.removesuffix(".py"), [""]))) == 1, name
+            (packages / name).symlink_to(installed.locate_file(name))
     python = folder / "bin/python"
-    if parent is not None:
-        (new,), (old,) = (path.glob("lib/python*/site-packages") for path in (folder, parent))
-        run("/bin/cp", "--archive", "--link", "--force", f"{old}/.", new, cwd=folder)
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    constraints = ROOT / "requirements/constraints.txt"
-    named = f"{wheel}[{','.join(sorted(needed))}]" if needed else wheel
-    run(*pip, "--constraint", constraints, named, cwd=folder)
-    # The links lack the command.
-    run(*pip, "--no-deps", "--force-reinstall", wheel, cwd=folder)
+    pip = (sys.executable, "-m", "pip", "--python", python, "--quiet", "install", "--no-deps")
+    run(*pip, "--disable-pip-version-check", wheel, cwd=folder)
     return python
 
 
@@ -113,26 +130,6 @@ def work(name):
         return [(("-c", write), None), (launch, None)]
     lines = [line for line in PAGES[name].splitlines() if re.fullmatch(shell, line)]
     return [(("-c", RUNNER), json.dumps([[first, False], *((line, False) for line in lines)]))]
-
-
-def weight(needed):
-    return sum(WEIGHTS[extra] for extra in needed)
-
-
-def all_brought(needed):
-    """Return some extras with all those that they bring."""
-    return needed.union(*(BRINGS.get(extra, set()) for extra in needed))
-
-
-def make_smallest_first(folder, wheel, wanted):
-    """Yield each set of extras with the Python of its environment, built on an earlier one."""
-    made = {}
-    for needed in sorted(wanted, key=weight):
-        parents = [earlier for earlier in made if all_brought(earlier) <= all_brought(needed)]
-        parent = made[max(parents, key=weight)].parents[1] if parents else None
-        name = "-".join(sorted(needed)) or "core"
-        made[needed] = make_environment(folder / name, wheel, needed, parent)
-        yield needed, made[needed]
 
 
 @pytest.mark.slow
@@ -155,7 +152,9 @@ def test_pages_run_with_what_they_name(tmp_path):
             failed[name] = str(error)
 
     with ThreadPoolExecutor(2) as pool:
-        for needed, python in make_smallest_first(tmp_path, wheel, set(needs.values())):
+        for needed in dict.fromkeys(needs.values()):
+            folder = tmp_path / ("-".join(sorted(needed)) or "core")
+            python = make_environment(folder, wheel, needed)
             for name in (name for name in needs if needs[name] == needed):
                 pool.submit(run_page, name, python)
     assert not failed, "\n\n".join(f"{name}:\n{text}" for name, text in failed.items())

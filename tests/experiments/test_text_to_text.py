@@ -301,6 +301,7 @@ def test_pretrained_models_lie_beside_the_data(t5, text, tmp_path):
     assert torch.equal(loaded(**batch).logits, saved(**batch).logits)
 
 
+@pytest.mark.slow
 def test_the_real_model_knows_sentiment_before_any_training(tmp_path):
     task = Sentiment(model=FlanT5(), held_out_examples=60)
     description = task.prepare(tmp_path)

@@ -26,8 +26,16 @@ def moes(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    ("layout", "top_k"),
+    [
+        *((layout, 2) for layout in LAYOUTS),
+        *(
+            pytest.param(each, 1, marks=pytest.mark.slow)
+            for each in ("interleaved", "hidden", "residual")
+        ),
+    ],
+)
 def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
     model = make(name)
     expected = outputs(model, name)
@@ -38,8 +46,10 @@ def test_upcycling_preserves_the_function_of_every_family(name, layout, top_k):
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("layout", ["interleaved", "hidden", "residual"])
+@pytest.mark.parametrize(
+    ("side", "layout"),
+    [("left", "interleaved"), ("right", "interleaved"), ("left", "hidden"), ("right", "residual")],
+)
 def test_generation_with_a_cache_and_padding_on_either_side_is_unchanged(name, side, layout):
     model = make(name)
     mask = MASK.flip(1) if side == "left" else MASK

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -145,16 +146,16 @@ def test_every_way_in_gives_the_model_that_was_saved(load, saved):
 
 
 @pytest.mark.parametrize(
-    ("whole", "layers", "part", "inputs"),
-    PARTS,
-    ids=[f"{whole.__name__[1:]}-{layers}-{part.__name__}" for whole, layers, part, _ in PARTS],
-)
-@pytest.mark.parametrize(
-    "layout",
+    ("whole", "layers", "part", "inputs", "layout"),
     [
-        "interleaved",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("hidden", "residual")),
+        *((*case, "interleaved") for case in PARTS),
+        # One layout around a module for each: both for all would take a minute more.
+        *(
+            pytest.param(*case, layout, marks=pytest.mark.slow)
+            for case, layout in zip(PARTS, cycle(("hidden", "residual")))
+        ),
     ],
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_part_of_a_converted_model_computes_what_it_did_in_the_dense_one(
     whole, layers, part, inputs, layout, tmp_path
@@ -186,9 +187,17 @@ def test_a_part_whose_tensors_transformers_does_not_find_is_refused(tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lost", ["mlp.router", "mlp.experts.up", "mlp.experts", "1.mlp"])
-@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}, {"device_map": "cpu"}])
+@pytest.mark.parametrize(
+    ("layout", "lost", "options"),
+    # Every option meets every layout and every kind of loss.
+    [
+        (*pair, options)
+        for pair, options in zip(
+            product(LAYOUTS, ("mlp.router", "mlp.experts.up", "mlp.experts", "1.mlp")),
+            cycle(({}, {"ignore_mismatched_sizes": True}, {"device_map": "cpu"})),
+        )
+    ],
+)
 def test_missing_tensors_of_mixtures_are_named(layout, lost, options, tmp_path):
     model = converted("llama", hf.MPOEConfig(num_experts=3, **LAYOUTS[layout]))
     model.save_pretrained(tmp_path)

@@ -1,5 +1,8 @@
 """Real weights from end to end: convert folders, load, compute, generate, export."""
 
+import copy
+import functools
+
 import pytest
 import torch
 import transformers
@@ -19,11 +22,17 @@ CASES = {
 LARGE = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def load():
+    """Return a function that loads models by name, each once: to unpack GGUF takes seconds."""
+    return functools.cache(lambda name: getattr(pretrained, name)())
+
+
 @pytest.fixture(scope="module", params=["minilm", pytest.param("smollm2", marks=LARGE), "flan_t5"])
-def case(request, tmp_path_factory):
+def case(request, load, tmp_path_factory):
     """Return name, folder, inputs, outputs and generated tokens of the dense model."""
     folder = tmp_path_factory.mktemp("real") / request.param
-    model, inputs = getattr(pretrained, request.param)()
+    model, inputs = load(request.param)
     model.save_pretrained(folder)
     return request.param, folder, inputs, outputs(model, inputs), generated(model, inputs)
 
@@ -87,8 +96,9 @@ def test_what_inspection_predicts_is_what_truncation_does(case):
 
 
 @LARGE
-def test_a_model_from_gguf_is_converted_saved_and_loaded(tmp_path):
-    model, inputs = pretrained.smollm2()
+def test_a_model_from_gguf_is_converted_saved_and_loaded(load, tmp_path):
+    dense, inputs = load("smollm2")
+    model = copy.deepcopy(dense)
     expected = outputs(model, inputs)
     hf.upcycle(model, hf.MPOEConfig(num_experts=2, layers=[0, 29]))
     assert relative(outputs(model, inputs), expected) < 1e-4

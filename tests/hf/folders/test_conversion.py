@@ -105,6 +105,21 @@ def kill(dense, target, after):
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.fixture(scope="module")
+def leave_killed(dense, tmp_path_factory):
+    """Return a function that leaves what a killed run does: its process, once, takes seconds."""
+    left = {}
+
+    def leave(target, after):
+        if after not in left:
+            first = tmp_path_factory.mktemp("killed") / "target"
+            kill(dense, first, after)
+            left[after] = first.with_name("target.partial")
+        shutil.copytree(left[after], target.with_name("target.partial"))
+
+    return leave
+
+
 def test_a_killed_run_resumes_and_makes_the_same_bytes(dense, undisturbed, tmp_path):
     target, part = tmp_path / "target", tmp_path / "target.partial"
     source = contents(dense)
@@ -127,8 +142,10 @@ def test_a_killed_run_resumes_and_makes_the_same_bytes(dense, undisturbed, tmp_p
 
 
 @pytest.mark.parametrize("line", [0, 1, 2])
-def test_a_run_that_was_killed_at_its_beginning_resumes(line, dense, undisturbed, tmp_path):
-    kill(dense, tmp_path / "target", after=1)
+def test_a_run_that_was_killed_at_its_beginning_resumes(
+    line, leave_killed, dense, undisturbed, tmp_path
+):
+    leave_killed(tmp_path / "target", after=1)
     journal = tmp_path / "target.partial" / ".tnmoe-journal"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: line + 1]))
@@ -339,15 +356,17 @@ def test_a_run_that_was_killed_before_it_had_a_journal_begins_again(dense, undis
     assert os.listdir(tmp_path) == ["target"]
 
 
-def test_a_run_whose_new_folder_is_gone_begins_again(dense, undisturbed, tmp_path):
-    kill(dense, tmp_path / "target", after=4)
+def test_a_run_whose_new_folder_is_gone_begins_again(leave_killed, dense, undisturbed, tmp_path):
+    leave_killed(tmp_path / "target", after=4)
     shutil.rmtree(tmp_path / "target.partial" / "new")
     hf.prepare_upcycle(dense, CONFIG).run(tmp_path / "target", shard_bytes=20_000)
     assert contents(tmp_path / "target") == undisturbed
 
 
-def test_files_that_a_killed_run_left_are_not_in_the_result(dense, undisturbed, tmp_path):
-    kill(dense, tmp_path / "target", after=4)
+def test_files_that_a_killed_run_left_are_not_in_the_result(
+    leave_killed, dense, undisturbed, tmp_path
+):
+    leave_killed(tmp_path / "target", after=4)
     new = tmp_path / "target.partial" / "new"
     (new / ".config.json.0123abc").write_text("{")
     (new / "2_Normalize").mkdir()
@@ -358,9 +377,11 @@ def test_files_that_a_killed_run_left_are_not_in_the_result(dense, undisturbed, 
     assert {path.name for path in (tmp_path / "target").iterdir() if path.is_dir()} == {"1_Pooling"}
 
 
-def test_a_run_does_not_resume_an_unfinished_folder_of_another_conversion(dense, tmp_path):
+def test_a_run_does_not_resume_an_unfinished_folder_of_another_conversion(
+    leave_killed, dense, tmp_path
+):
     target = tmp_path / "target"
-    kill(dense, target, after=2)
+    leave_killed(target, after=4)
     other = hf.prepare_upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3))
     before = contents(tmp_path)
     for conversion, size in ((other, 20_000), (hf.prepare_upcycle(dense, CONFIG), 30_000),
@@ -458,8 +479,10 @@ def test_a_companion_file_outside_the_source_is_refused_before_any_work(dense, t
 
 
 @pytest.mark.parametrize("settings", [{"jobs": 0}, {"shard_bytes": 0}])
-def test_bad_settings_are_named_and_leave_the_unfinished_folder_alone(settings, dense, tmp_path):
-    kill(dense, tmp_path / "target", after=2)
+def test_bad_settings_are_named_and_leave_the_unfinished_folder_alone(
+    settings, leave_killed, dense, tmp_path
+):
+    leave_killed(tmp_path / "target", after=4)
     before = contents(tmp_path)
     with pytest.raises(tn.InputError, match="must be a positive integer, got 0"):
         hf.prepare_upcycle(dense, CONFIG).run(

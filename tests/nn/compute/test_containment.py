@@ -1,5 +1,7 @@
 """NaN and infinity stay where they are: with one expert's tokens, with one token, with padding."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -156,8 +158,13 @@ def test_a_token_that_is_nan_stays_alone(kind, route):
         torch.testing.assert_close(found[name][:SICK], grads[name][:SICK], msg=name)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", ["dense experts", "interleaved", "split", "centre owned"])
+@pytest.mark.parametrize(
+    ("kind", "compiled"),
+    [
+        *product(["dense experts", "interleaved", "split", "centre owned"], [False]),
+        *product(["dense experts", "centre owned"], [True]),  # the compiler takes seconds
+    ],
+)
 def test_slots_without_an_expert_give_zeros_whatever_is_in_them(kind, compiled):
     states, index, weights = routed(avoid=E - 1)
     index[0, 1] = index[3] = E

@@ -87,10 +87,17 @@ def test_errors_of_half_precision_gradients_do_not_grow_with_the_tokens(name, ro
     check(SHAPES[name], route, dtype, 4096, experts=3)
 
 
+# Both dtypes meet every shape and every route, but not where float16 is slowest on a CPU.
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "route", "dtype"),
+    [
+        (name, route, HALVES[(row + column + 1) % 2])
+        for row, name in enumerate(SHAPES)
+        for column, route in enumerate(ROUTES)
+    ],
+    ids=str,
+)
 def test_errors_of_half_precision_gradients_are_small_for_65536_tokens(name, route, dtype):
     check(SHAPES[name], route, dtype, 65536, experts=3)
 

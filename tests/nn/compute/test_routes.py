@@ -137,8 +137,10 @@ def test_function_transforms_take_states_of_another_dtype():
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("layout", ["interleaved", "split"])
-@pytest.mark.parametrize("route", ["rebuilt", "joint", None])
+@pytest.mark.parametrize(
+    ("route", "layout"),
+    [("rebuilt", "interleaved"), ("joint", "split"), (None, "interleaved"), (None, "split")],
+)
 def test_compiled_without_a_graph_break_it_computes_the_same(route, layout):
     layer = experts(route, layout=layout)
     states, index, weights = routing()
