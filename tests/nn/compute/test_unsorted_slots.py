@@ -8,6 +8,7 @@ from tnmoe.nn import experts as experts_module
 from tnmoe.nn.compute import grouped as grouped_module
 from tnmoe.nn.compute import slot_sums
 from tnmoe.nn.compute.grouped import selected_linear
+from tnmoe.nn.compute.slots import UnsortedSlots
 
 LAYOUTS = {
     "hidden": {"layout": "hidden", "group_size": 8},
@@ -18,17 +19,23 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("rows_of", ["slots", "tokens"])
 @pytest.mark.parametrize(("factor", "columns"), [(1, None), (3, None), (1, 5), (3, 5)])
 def test_every_row_is_multiplied_by_the_matrix_of_its_own_expert(
-    factor, columns, copied, monkeypatch
+    factor, columns, rows_of, copied, monkeypatch
 ):
     monkeypatch.setattr(grouped_module, "_SELECTED", 1 << 19 if copied else 0)
     torch.manual_seed(0)
-    experts = torch.tensor([2, 0, 2, 1])
-    shape = (len(experts) * factor, 6) + ((columns,) if columns else ())
-    rows, weight = torch.randn(shape).double(), torch.randn(3, 4, 6).double()
-    result = selected_linear(rows, weight, experts)
-    expected = [weight[experts[number // factor]] @ row for number, row in enumerate(rows)]
+    experts = torch.tensor([2, 0, 2, 1, 1, 0])  # of two tokens
+    per_token = 1 if rows_of == "slots" else 3
+    size = (len(experts) // per_token, factor, 6) + ((columns,) if columns else ())
+    rows, weight = torch.randn(size).double(), torch.randn(3, 4, 6).double()
+    result = selected_linear(rows.flatten(0, 1), weight, UnsortedSlots(experts), factor)
+    expected = [
+        weight[expert] @ row
+        for slot, expert in enumerate(experts)
+        for row in rows[slot // per_token]
+    ]
     torch.testing.assert_close(result, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 

@@ -56,41 +56,53 @@ def _entries(table: Tensor, experts: Tensor) -> Tensor:
     return table.index_select(0, experts.clamp(max=len(table) - 1))
 
 
-def selected_linear(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+def selected_linear(rows: Tensor, weight: Tensor, slots: UnsortedSlots, factor: int = 1) -> Tensor:
     """Multiply a few rows, in any order, by the matrices of their experts; without gradients.
 
     Parameters
     ----------
-    rows : Tensor, shape (N · factor, in) or (N · factor, in, n)
-        ``factor`` rows for every slot.
+    rows : Tensor, shape (M · factor, in) or (M · factor, in, n)
+        ``factor`` rows for every slot, M = N, or for every token, M = T. All slots of a token
+        then multiply the rows of the token.
     weight : Tensor, shape (E, out, in)
         One matrix per expert, in the dtype of ``rows``.
-    experts : Tensor of int64, shape (N,)
-        Expert of every slot.
+    slots : UnsortedSlots
+    factor : int
 
     Returns
     -------
     Tensor, shape (N · factor, out) or (N · factor, out, n)
     """
-    slots, (_, out, depth) = experts.shape[0], weight.shape
-    is_large = slots * out * depth > _SELECTED
+    experts = slots.experts
+    count, (_, out, depth) = experts.shape[0], weight.shape
+    is_large = count * out * depth > _SELECTED
     if is_large and values_are_readable(experts) and not needs_native_operators():
-        return _multiply_one_by_one(rows, weight, experts)
+        return _multiply_one_by_one(rows, weight, experts, factor)
+    given, columns = rows.shape[0] // factor, rows.shape[2:]
     selected = weight.index_select(0, experts)
-    if rows.ndim == 2:
-        return torch.bmm(rows.view(slots, -1, depth), selected.mT).view(rows.shape[0], out)
-    if rows.shape[0] > slots:
-        selected = selected.repeat_interleave(rows.shape[0] // slots, 0)
+    if given < count and factor == 1:
+        # The matrices of a token's slots, one below the other, are one matrix.
+        stacked = selected.view(given, -1, depth)
+        return torch.bmm(stacked, rows.view(given, depth, -1)).view(count, out, *columns)
+    if given < count:
+        choices = count // given
+        rows = rows.view(given, 1, factor, *rows.shape[1:]).expand(-1, choices, *[-1] * rows.ndim)
+        rows = rows.reshape(count * factor, depth, *columns)
+    if not columns:
+        return torch.bmm(rows.view(count, factor, depth), selected.mT).view(count * factor, out)
+    if factor > 1:
+        selected = selected.repeat_interleave(factor, 0)
     return torch.bmm(selected, rows)
 
 
-def _multiply_one_by_one(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+def _multiply_one_by_one(rows: Tensor, weight: Tensor, experts: Tensor, factor: int) -> Tensor:
     """Compute :func:`selected_linear` without a copy of any matrix."""
-    result = rows.new_empty(len(rows), weight.shape[1], *rows.shape[2:])
-    factor = len(rows) // len(experts)
-    for slot, expert in enumerate(experts.tolist()):
-        block = slice(slot * factor, (slot + 1) * factor)
-        multiply_block(rows[block], weight[expert], result[block])
+    count = experts.shape[0]
+    result = rows.new_empty(count * factor, weight.shape[1], *rows.shape[2:])
+    choices = count * factor // rows.shape[0]
+    sources = rows.split(factor)
+    for slot, (expert, part) in enumerate(zip(experts.tolist(), result.split(factor), strict=True)):
+        multiply_block(sources[slot // choices], weight[expert], part)
     return result
 
 

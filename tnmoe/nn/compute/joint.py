@@ -122,6 +122,8 @@ class State:
             matrix = core.reshape(*experts, before * out, in_ * after)
             state = state.reshape(count * inputs, in_ * after, outputs)
             state = _multiply(state, matrix, groups, inputs)
+            # The rows of a token have become those of its slots, if these are not sorted.
+            count = state.shape[0] // inputs
             outputs *= out
             state = state.reshape(count, inputs * before * outputs)
         return State(state, inputs, outputs)
@@ -140,5 +142,5 @@ def _multiply(state: Tensor, matrix: Tensor, groups: SlotOrder | None, factor: i
     assert groups is not None, "cores that experts own need the experts of the rows"
     rows = state.squeeze(2) if state.shape[2] == 1 else state
     if isinstance(groups, UnsortedSlots):
-        return selected_linear(rows, matrix, groups.experts)
+        return selected_linear(rows, matrix, groups, factor)
     return grouped_linear(rows, matrix, groups.offsets * factor)

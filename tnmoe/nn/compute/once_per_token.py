@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from tnmoe.contraction.layer_plan import Per, Work
 from tnmoe.nn.compute.cores import ExpertCores
 from tnmoe.nn.compute.grouped import per_row
 from tnmoe.nn.compute.joint import State
-from tnmoe.nn.compute.slots import SlotOrder
+from tnmoe.nn.compute.slots import SlotOrder, add_to_slots
 from tnmoe.nn.linear import bias_of_linear, call_linear, size_of_linear
 from tnmoe.nn.stored_cores import is_gathered
 from tnmoe.shapes import MPOShape, chain_shapes
@@ -37,8 +37,7 @@ Key = tuple[int, ...]
 Known = dict[Key, Tensor]
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """What one call of a layer has to compute.
 
     Attributes
@@ -69,7 +68,10 @@ class FirstProduct(Protocol):
         """Compute the first part: (T, in) → tensors of T rows."""
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
-        """Compute the second part: N rows of every state → (N, out)."""
+        """Compute the second part: N rows of every state → (N, out).
+
+        Slots that are not sorted take states of T rows.
+        """
 
     def work(self, counted: set[Key]) -> list[Work]:
         """Count what the parts cost, in the order of computation.
@@ -260,7 +262,7 @@ class FirstSum:
 
     def of_slots(self, states: Tensors, weights: Tensors, groups: SlotOrder) -> Tensor:
         product, *rest = states
-        return product + self.delta.of_slots(rest, weights, groups)
+        return add_to_slots(product, self.delta.of_slots(rest, weights, groups))
 
     def work(self, counted: set[Key]) -> list[Work]:
         key = (id(self.base),)

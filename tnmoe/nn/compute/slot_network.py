@@ -22,7 +22,8 @@ from tnmoe.nn.compute.slots import (
     zero_unrouted,
 )
 
-# A function of rows of all inputs, of weights, and of the groups of the rows.
+# A function of rows of all inputs, of weights, and of the order of the rows. For slots that are not
+# sorted, it takes the rows of tokens, since each of these is that of neighbouring slots.
 SlotFunction = Callable[[Tensors, Tensors, SlotOrder], Tensors]
 
 
@@ -98,20 +99,10 @@ def sum_unsorted(network: SlotNetwork, choices: Choices) -> list[Tensor]:
     network : SlotNetwork
     choices : Choices
     """
-    tokens, count = choices.index.shape
-    slots = UnsortedSlots(choices.known_index().reshape(-1), tokens * count)
+    slots = UnsortedSlots(choices.known_index().reshape(-1))
+    outputs = network.function(network.inputs, network.weights, slots)
     unrouted = None if choices.unrouted is None else choices.unrouted.reshape(-1)
-    rows = [zero_unrouted(_repeat(states, count), unrouted) for states in network.inputs]
-    outputs = network.function(rows, network.weights, slots)
     return [weighted_sums(zero_unrouted(each, unrouted), choices.weights) for each in outputs]
-
-
-def _repeat(states: Tensor, count: int) -> Tensor:
-    """Repeat every row: (T, n) → (T · count, n)."""
-    tokens, width = states.shape
-    if tokens == 1:
-        return states.expand(count, width)
-    return states[:, None].expand(-1, count, -1).reshape(tokens * count, width)
 
 
 def _in_pieces(

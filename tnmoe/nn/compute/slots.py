@@ -113,13 +113,10 @@ class UnsortedSlots:
     Attributes
     ----------
     experts : Tensor of int64, shape (N,)
-        Expert of every row, token by token, choice by choice. All rows have one.
-    layer_slots : int
-        Number of slots N.
+        Expert of every slot, token by token, choice by choice. All slots have one.
     """
 
     experts: Tensor
-    layer_slots: int
 
 
 # How rows of slots lie, and which experts they belong to.
@@ -214,6 +211,14 @@ def weighted_sums(slots: Tensor, weights: Tensor) -> Tensor:
         return slots * weights
     # A product reads every row once, and no weighted rows are written.
     return torch.bmm(weights[:, None], slots.view(tokens, choices, slots.shape[1])).squeeze(1)
+
+
+def add_to_slots(tokens: Tensor, slots: Tensor) -> Tensor:
+    """Add rows of tokens, (T, n), or of slots, (N, n), to rows of slots that lie token by token."""
+    if tokens.shape == slots.shape:
+        return tokens + slots
+    by_token = slots.view(tokens.shape[0], -1, slots.shape[1])
+    return (tokens[:, None] + by_token).view_as(slots)
 
 
 def zero_unrouted(rows: Tensor, unrouted: Tensor | None) -> Tensor:
