@@ -32,6 +32,7 @@ from tnmoe.nn.projection import Projection
 from tnmoe.nn.snapshot import Snapshot
 from tnmoe.nn.transforms import (
     autocast_dtype,
+    cast,
     has_values,
     is_transformed,
     values_are_readable,
@@ -147,15 +148,15 @@ class Experts(nn.Module):
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
         if is_transformed():
             return self._run_densely(hidden_states, top_k_index, top_k_weights)
-        states = hidden_states.to(autocast_dtype(hidden_states) or hidden_states.dtype)
+        states = cast(hidden_states, autocast_dtype(hidden_states) or hidden_states.dtype)
         readable = values_are_readable(states)
         choices = Choices.of(top_k_index, top_k_weights, self.num_experts, readable)
         states = choices.zero_unrouted(states)
         products = self._products(self._load(states, choices.slots))
         network = self._slot_network(products, states)
         sums = sum_slots(network, choices, self._is_repeatable, self._may_take_turns)
-        outputs = products.last.of_tokens([total.to(states.dtype) for total in sums])
-        return outputs.to(hidden_states.dtype)
+        outputs = products.last.of_tokens([cast(total, states.dtype) for total in sums])
+        return cast(outputs, hidden_states.dtype)
 
     def _check_shapes(self, states: Tensor, index: Tensor, weights: Tensor) -> None:
         if not states.is_floating_point():

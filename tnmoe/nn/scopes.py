@@ -71,7 +71,7 @@ class ScopedValues(Generic[T]):
         key = id(module)
         # Another thread may empty a block's values at the same time.
         found = [values.get(key) for values in blocks]
-        inherited: tuple[T, ...] = getattr(module, self._name, ())
+        inherited: tuple[T, ...] = vars(module).get(self._name, ())
         return [*inherited, *(value for value in found if value is not None)]
 
     def copy_to_replica(self, module: nn.Module, replica: M) -> M:

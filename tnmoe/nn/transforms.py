@@ -66,6 +66,11 @@ def is_under_dispatch_mode() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor, without a call of torch if it has the dtype already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype of autocast on a tensor's device, or None where autocast is off."""
     kind = tensor.device.type

@@ -25,6 +25,7 @@ from tnmoe.nn.compute.joint import State
 from tnmoe.nn.compute.slots import SlotOrder, add_to_slots
 from tnmoe.nn.linear import bias_of_linear, call_linear, size_of_linear
 from tnmoe.nn.stored_cores import is_gathered
+from tnmoe.nn.transforms import cast
 from tnmoe.shapes import MPOShape, chain_shapes
 
 Tensors = Sequence[Tensor]
@@ -425,5 +426,5 @@ class _Part:
         """Take rows through the cores; without groups, all of these are shared."""
         if not cores:
             return state
-        chain = [core.to(state.dtype) for core in cores]
+        chain = [cast(core, state.dtype) for core in cores]
         return State(state, self.inputs, self.outputs).through(chain, groups).tensor

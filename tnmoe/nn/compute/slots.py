@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tnmoe.nn.transforms import needs_native_operators
+from tnmoe.nn.transforms import cast, needs_native_operators
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def combine(rows: Tensor, groups: Groups, weights: Tensor) -> Tensor:
 def weighted_sums(slots: Tensor, weights: Tensor) -> Tensor:
     """Sum the weighted rows of every token: (T · choices, H), (T, choices) → (T, H)."""
     dtype = torch.promote_types(slots.dtype, weights.dtype)
-    slots, weights = slots.to(dtype), weights.to(dtype)
+    slots, weights = cast(slots, dtype), cast(weights, dtype)
     tokens, choices = weights.shape
     if choices == 1:
         return slots * weights

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError, check_bool, check_number_in, check_one_of, check_positive_int
 from tnmoe.nn.routing.token_mask import check_token_mask, zero_masked
 from tnmoe.nn.scopes import ScopedValues
-from tnmoe.nn.transforms import needs_native_operators, without_autocast
+from tnmoe.nn.transforms import cast, needs_native_operators, without_autocast
 from tnmoe.options import SCORE_FUNCTIONS, ScoreFunction
 
 
@@ -146,9 +146,9 @@ class Router(nn.Module, ABC):
         tokens = zero_masked(tokens, mask)
         sequences = self.count_sequences(x)
         with without_autocast(x.device):
-            logits = self._logits(tokens.to(torch.promote_types(x.dtype, torch.float32)))
+            logits = self._logits(cast(tokens, torch.promote_types(x.dtype, torch.float32)))
             weights, index = self._route(logits, mask, sequences)
-        weights = weights.to(x.dtype)
+        weights = cast(weights, x.dtype)
         for observe in call_observers.values_for(self):
             observe(self, RouterResult(logits, weights, index, mask, sequences))
         return logits, weights, index
@@ -182,7 +182,7 @@ class Router(nn.Module, ABC):
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
             tokens = tokens * torch.empty_like(tokens).uniform_(low, high)
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        return F.linear(tokens, self.weight.to(tokens.dtype), bias)
+        return F.linear(tokens, cast(self.weight, tokens.dtype), bias)
 
     def log_scores(self, logits: Tensor) -> Tensor:
         """Return the logarithms of the scores of ``logits``, both (T, E), without underflow."""
