@@ -220,7 +220,7 @@ class Experts(nn.Module):
             return kept[2]
         products = self._new_products(load)
         parts = [part for part in self.modules() if isinstance(part, Experts | Projection)]
-        if not products.have_calls and all(getattr(p, "holds_all_cores", True) for p in parts):
+        if not products.have_calls and all(getattr(p, "_holds_all_cores", True) for p in parts):
             _last_products[self] = load, Snapshot(parts), products
         else:
             _last_products.pop(self, None)

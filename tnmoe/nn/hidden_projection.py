@@ -172,7 +172,7 @@ class HiddenProjection(MPOProjection):
         return self.aux
 
     @property
-    def holds_all_cores(self) -> bool:
+    def _holds_all_cores(self) -> bool:
         return all(name in self._parameters for name in self._names if name != "center")
 
     def _cores_around(self, center: Tensor) -> ExpertCores:

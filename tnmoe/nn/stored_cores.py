@@ -63,7 +63,7 @@ class StoredCores(nn.Module):
         return tuple(self._core_named(name) for name in self._names if name != "center")
 
     @property
-    def holds_all_cores(self) -> bool:
+    def _holds_all_cores(self) -> bool:
         """Whether all cores are parameters of this module, and not computed for every use."""
         return all(name in self._parameters for name in self._names)
 

@@ -16,9 +16,9 @@ from tnmoe.nn.compute.slot_network import SlotFunction, SlotNetwork, sum_at_once
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.transforms import autocast_as, autocast_state
 
-# Numbers in the widest rows of a chunk, which should stay in a CPU's cache from one operation to
-# the next.
-_CHUNK = 1 << 19
+# Numbers in the widest rows of a chunk, which should stay in a CPU's last-level cache from one
+# operation to the next. Smaller chunks leave threads too little work, larger ones take more memory.
+_CHUNK = 1 << 20
 
 # Numbers that each array of the network may hold for the backward pass. Beyond that, the backward
 # pass computes the chunks again.
