@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -522,6 +523,18 @@ def test_experts_share_no_memory_with_the_network_they_start_from(layout, gauge)
         (
             lambda: nn.MPOExperts(4, 16, 24, layout="hidden", sites=3),
             "sites is for layout='interleaved' and 'residual', got sites=3 with layout='hidden'",
+        ),
+        (
+            lambda: nn.MPOExperts(4, 16, 24, layout="residual", group_size=np.array([2, 4])),
+            r"group_size is for .*, got group_size=array\(\[2, 4\]\) with layout='residual'",
+        ),
+        (
+            lambda: nn.MPOExperts(4, 16, 24, layout="hidden", group_size=np.array([2, 4])),
+            r"group_size must be a positive integer, got array",
+        ),
+        (
+            lambda: nn.MPOExperts(4, 16, 24, layout="hidden", group_size="64"),
+            "group_size must be a positive integer, got '64'",
         ),
         (
             lambda: nn.MPOExperts(4, 16, 24, group_size=(2, 4)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
+from numbers import Integral
 from typing import Any
 
 from tnmoe.errors import (
@@ -201,10 +202,11 @@ def check_sites_and_groups(layout: str, sites: int | None, group_size: GroupSize
             "sites is for layout='interleaved' and 'residual', got "
             f"sites={sites} with layout={layout!r}, where group_size makes the sites"
         )
-    if group_size != GROUP_SIZE and not has_groups:
+    is_default = isinstance(group_size, Integral) and group_size == GROUP_SIZE
+    if not has_groups and not is_default:
         raise InputError(
             "group_size is for layout='split' and 'hidden', got "
-            f"group_size={group_size} with layout={layout!r}"
+            f"group_size={group_size!r} with layout={layout!r}"
         )
 
 
@@ -260,7 +262,7 @@ def layout_shape(
 
 
 def _groups(size: int, group_size: GroupSize) -> tuple[int, ...]:
-    if isinstance(group_size, Sequence):
+    if isinstance(group_size, Sequence) and not isinstance(group_size, str):
         return tuple(group_size)
     return (gcd(size, check_positive_int("group_size", group_size)),)
 

@@ -64,6 +64,20 @@ def test_few_slots_give_what_sorted_ones_give(layout, tokens, bias, gated, monke
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_token_may_choose_an_expert_several_times(layout, experts):
+    torch.manual_seed(0)
+    layer = MPOExperts(experts, 16, 32, **LAYOUTS[layout]).double()
+    for parameter in layer.parameters():
+        parameter.normal_()
+    states, index = torch.randn(2, 16).double(), torch.tensor([[0, 0, 0, 0], [0] * 4])
+    once = layer(states, index[:, :1], torch.ones(2, 1).double())
+    weights = torch.full((2, 4), 0.25).double()
+    torch.testing.assert_close(layer(states, index, weights), once)
+
+
+@torch.no_grad()
 def test_choices_without_an_expert_and_wrong_ones_are_treated_as_among_many_slots():
     layer = MPOExperts(4, 16, 32, bias=True, **LAYOUTS["hidden"])
     states, weights = torch.randn(2, 16), torch.ones(2, 1)

@@ -22,8 +22,8 @@ from tnmoe.nn.compute.slots import (
     zero_unrouted,
 )
 
-# A function of rows of all inputs, of weights, and of the order of the rows. For slots that are not
-# sorted, it takes the rows of tokens, since each of these is that of neighbouring slots.
+# A function of rows of all inputs, of weights, and of the order of the slots. Slots that are not
+# sorted lie token by token. For them, the function takes one row per token.
 SlotFunction = Callable[[Tensors, Tensors, SlotOrder], Tensors]
 
 
@@ -38,8 +38,8 @@ class SlotNetwork:
     weights : sequence of Tensor
         What ``function`` multiplies by; see :func:`tnmoe.nn.compute.once_per_token.is_owned`.
     function : callable
-        Takes rows of all inputs, weights, and the order of the rows. Returns tensors with as many
-        rows, whose weighted sums over the slots of every token are the last product's.
+        Takes rows of all inputs, weights, and the order of the slots. Returns tensors with one row
+        per slot. The last product takes the weighted sums of these over the slots of every token.
     num_experts : int
         Number of experts E.
     width : int

@@ -67,6 +67,8 @@ def _are_few(network: SlotNetwork, choices: Choices) -> bool:
     slots = choices.slots
     if torch.is_grad_enabled() or network.has_calls or not 0 < slots <= _FEW_SLOTS:
         return False
+    if network.num_experts == 1:
+        return False  # its cores look like shared ones, which act on tokens
     if slots <= _FEWEST_SLOTS:
         return True
     owned = (each for each in network.weights if is_owned(each, network.num_experts))

@@ -218,7 +218,7 @@ def add_to_slots(tokens: Tensor, slots: Tensor) -> Tensor:
     if tokens.shape == slots.shape:
         return tokens + slots
     by_token = slots.view(tokens.shape[0], -1, slots.shape[1])
-    return (tokens[:, None] + by_token).view_as(slots)
+    return (tokens[:, None] + by_token).flatten(0, 1)
 
 
 def zero_unrouted(rows: Tensor, unrouted: Tensor | None) -> Tensor:
