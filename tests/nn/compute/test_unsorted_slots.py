@@ -128,6 +128,19 @@ def test_few_slots_need_no_look_at_their_numbers(layout, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_of_experts_do_not_reach_a_choice_without_an_expert(layout):
+    torch.manual_seed(0)
+    layer = MPOExperts(4, 16, 32, **LAYOUTS[layout])
+    states, index, weights = torch.randn(1, 16), torch.tensor([[4, 1]]), torch.ones(1, 2)
+    expected = layer(states, index, weights)
+    for projection in (layer.up, layer.down):
+        for parameter in projection.owned_parameters:
+            parameter[[0, 2, 3]] = torch.nan
+    torch.testing.assert_close(layer(states, index, weights), expected)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("layout", ["hidden", "residual"])
 def test_few_slots_compile_to_one_graph(layout):
     torch.manual_seed(0)
