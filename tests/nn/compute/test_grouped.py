@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tnmoe.nn.compute import grouped as grouped_module
-from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer
+from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer, shared_linear
 from tnmoe.nn.compute.slots import Groups
 
 
@@ -130,3 +130,44 @@ def test_grouped_products_of_matrices_multiply_their_columns(depth, columns):
         assert torch.autograd.gradgradcheck(
             lambda *each: grouped_linear(*each, offsets), both, fast_mode=True
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("depth", "columns"), [(3, 2), (5, 20), (400, 17)])
+def test_one_matrix_multiplies_the_columns_of_all_rows(depth, columns, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows, matrix, grad = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((6, depth, columns), (depth + 1, depth), (6, depth + 1, columns))
+    )
+    given = rows.requires_grad_(), matrix.requires_grad_()
+    exact = [each.detach().double().requires_grad_() for each in given]
+    product, expected = shared_linear(*given), exact[1] @ exact[0]
+    expected.backward(grad.double())
+    product.backward(grad)
+    rounding = 8 * torch.finfo(dtype).eps
+    gradients = [(a.grad, b.grad) for a, b in zip(given, exact, strict=True)]
+    for found, true in ((product, expected), *gradients):
+        assert found.dtype == dtype
+        assert (found - true).norm() <= rounding * true.norm()
+
+
+def test_products_with_one_matrix_have_derivatives_of_every_order():
+    rows = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(shared_linear, (rows, matrix))
+    assert torch.autograd.gradgradcheck(shared_linear, (rows, matrix))
+    expected = torch.func.grad(lambda *x: (x[1] @ x[0]).sin().sum(), argnums=(0, 1))(rows, matrix)
+    found = torch.func.grad(lambda *x: shared_linear(*x).sin().sum(), argnums=(0, 1))(rows, matrix)
+    torch.testing.assert_close(found, expected)
+    tangents = torch.randn_like(rows), torch.randn_like(matrix)
+    _, found = torch.func.jvp(shared_linear, (rows, matrix), tangents)
+    torch.testing.assert_close(found, matrix @ tangents[0] + tangents[1] @ rows)
+
+
+def test_one_matrix_of_no_rows_has_no_product_and_no_gradient():
+    rows, matrix = torch.zeros(0, 3, 2), torch.randn(5, 3, requires_grad=True)
+    product = shared_linear(rows, matrix)
+    product.sum().backward()
+    assert product.shape == (0, 5, 2)
+    assert (matrix.grad == 0).all()

@@ -135,6 +135,67 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return multiply_groups(rows, weight, offsets)
 
 
+def shared_linear(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply rows with columns by one matrix: (N, in, n), (out, in) → (N, out, n)."""
+    if _can_skip_operators(rows):
+        return _SharedLinear.apply(rows, matrix)
+    return grouped_linear(rows, matrix[None], _one_group(rows))
+
+
+def _shared_outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sum left · rightᵀ over all rows: (N, out, n), (N, in, n) → (out, in)."""
+    if _can_skip_operators(left):
+        return _SharedOuter.apply(left, right)
+    return grouped_outer(left, right, _one_group(left))[0]
+
+
+def _can_skip_operators(rows: Tensor) -> bool:
+    """Return whether a function, which costs less than an operator, may multiply rows."""
+    return (
+        values_are_readable(rows) and not needs_native_operators() and not is_under_dispatch_mode()
+    )
+
+
+def _one_group(rows: Tensor) -> Tensor:
+    return torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
+
+
+class _SharedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, matrix):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows, matrix)
+        result = rows.new_empty(len(rows), len(matrix), rows.shape[2])
+        multiply_block(rows, matrix, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        rows, matrix = ctx.saved_tensors
+        needs, grad = ctx.needs_input_grad, grad.contiguous()
+        return (
+            shared_linear(grad, matrix.mT) if needs[0] else None,
+            _shared_outer(grad, rows) if needs[1] else None,
+        )
+
+
+class _SharedOuter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left, right):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(left, right)
+        result = left.new_empty(left.shape[1], right.shape[1])
+        outer_block(left, right, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        left, right = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            shared_linear(right, grad) if needs[0] else None,
+            shared_linear(left, grad.mT) if needs[1] else None,
+        )
+
+
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """Compute leftᵀ · right over the rows of every expert: (N, out), (N, in) → (E, out, in).
 
@@ -238,7 +299,7 @@ def multiply_block(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     else:
         count, depth, columns = rows.shape
         product = rows.mT.reshape(count * columns, depth) @ matrix.T
-        out.copy_(product.view(count, columns, -1).mT)
+        out.copy_(product.view(count, columns, len(matrix)).mT)
 
 
 def outer_block(left: Tensor, right: Tensor, out: Tensor) -> None:

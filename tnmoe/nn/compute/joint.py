@@ -16,7 +16,7 @@ from torch import Tensor
 from tnmoe.contraction.core_by_core import core_by_core_width
 from tnmoe.contraction.pieces import rows_per_piece
 from tnmoe.nn.compute.cores import ExpertCores
-from tnmoe.nn.compute.grouped import grouped_linear, selected_linear
+from tnmoe.nn.compute.grouped import grouped_linear, selected_linear, shared_linear
 from tnmoe.nn.compute.pieces import apply_in_pieces
 from tnmoe.nn.compute.slots import Groups, SlotOrder, UnsortedSlots
 
@@ -137,8 +137,7 @@ def _multiply(state: Tensor, matrix: Tensor, groups: SlotOrder | None, factor: i
     if matrix.ndim == 2:
         if state.shape[2] == 1:
             return state.squeeze(2) @ matrix.T
-        one_group = torch.full((1,), len(state), dtype=torch.int32, device=state.device)
-        return grouped_linear(state, matrix[None], one_group)
+        return shared_linear(state, matrix)
     assert groups is not None, "cores that experts own need the experts of the rows"
     rows = state.squeeze(2) if state.shape[2] == 1 else state
     if isinstance(groups, UnsortedSlots):

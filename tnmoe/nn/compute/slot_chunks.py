@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,8 @@ def sum_in_chunks(
     tensors = (*network.inputs, *network.weights)
     if torch.is_grad_enabled() and any(each.requires_grad for each in (weights, *tensors)):
         return list(_SumInChunks.apply(chunks, len(network.inputs), weights, *tensors))
-    results = chunks.results(network.inputs, network.weights)
-    return chunks.sums(results, weights)
+    compute = partial(chunks.result, network.inputs, network.weights)
+    return chunks.sums(compute, weights)
 
 
 @dataclass(frozen=True)
@@ -107,37 +108,42 @@ class _Chunks:
             return self.groups.part(chunk.start, chunk.start + rows)
         return Groups.of_one_expert(rows, chunk.slots.device)
 
-    def results(
-        self, inputs: Tensors, weights: Tensors, needs: Sequence[bool] | None = None
-    ) -> Iterator[_Result]:
-        """Compute all chunks, one after the other.
+    def result(
+        self,
+        inputs: Tensors,
+        weights: Tensors,
+        chunk: _Chunk,
+        needs: Sequence[bool] | None = None,
+    ) -> _Result:
+        """Compute a chunk.
 
         ``needs`` says which inputs and weights have gradients; by default none is recorded.
         """
-        for chunk in self:
-            rows = [states.index_select(0, chunk.tokens) for states in inputs]
-            leaves = [*rows, *self.own(chunk.expert, weights)]
-            if needs is not None:
-                pairs = zip(leaves, needs, strict=True)
-                leaves = [leaf.detach().requires_grad_(need) for leaf, need in pairs]
-            with torch.set_grad_enabled(needs is not None):
-                outputs = self.function(leaves[: len(rows)], leaves[len(rows) :], self.order(chunk))
-            yield _Result(leaves, outputs)
+        leaves = [states.index_select(0, chunk.tokens) for states in inputs]
+        leaves += self.own(chunk.expert, weights)
+        if needs is not None:
+            pairs = zip(leaves, needs, strict=True)
+            leaves = [leaf.detach().requires_grad_(need) for leaf, need in pairs]
+        count = len(inputs)
+        with torch.set_grad_enabled(needs is not None):
+            outputs = self.function(leaves[:count], leaves[count:], self.order(chunk))
+        return _Result(leaves, outputs)
 
-    def sums(self, results: Iterable[_Result], factors: Tensor) -> list[Tensor]:
-        """Sum the outputs of all chunks for every token, weighted by factors, (T, k)."""
+    def sums(self, compute: Callable[[_Chunk], _Result], factors: Tensor) -> list[Tensor]:
+        """Sum the outputs of all chunks for every token, weighted by factors, (T, k).
+
+        The method frees a chunk before it computes the next one: few arrays stay in a cache.
+        """
         flat, sums = factors.reshape(-1, 1), list[Tensor]()
-        for (_, _, slots, tokens), result in zip(self, results, strict=True):
-            outputs, factor = [output.detach() for output in result.outputs], flat[slots]
-            dtype = sum_dtype(torch.promote_types(outputs[0].dtype, factor.dtype))
-            sums = sums or [_zeros(output, len(factors), dtype) for output in outputs]
-            for total, output in zip(sums, outputs, strict=True):
-                total.index_add_(0, tokens, output.to(dtype) * factor)
+        for chunk in self:
+            _add_outputs(
+                compute(chunk).outputs, chunk.tokens, flat[chunk.slots], sums, len(factors)
+            )
         return sums
 
     def gradients(
         self,
-        results: Iterable[_Result],
+        compute: Callable[[_Chunk], _Result],
         given: Tensors,
         count: int,
         factors: Tensor,
@@ -145,12 +151,13 @@ class _Chunks:
     ) -> list[Tensor]:
         """Return the gradients of what was given, and of the factors.
 
-        Zeros stand for the gradients of what needs none.
+        Zeros stand for the gradients of what needs none. As in :meth:`sums`, there is one chunk at
+        a time.
 
         Parameters
         ----------
-        results : iterable of _Result
-            Of all chunks.
+        compute : callable
+            Returns the result of a chunk, with the operations that led to it.
         given : sequence of Tensor
             The inputs, ``count`` of them, and the weights.
         count : int
@@ -159,21 +166,72 @@ class _Chunks:
             Gradients of the sums.
         """
         flat = factors.reshape(-1, 1)
-        totals = [_zeros(each, len(each), sum_dtype(each.dtype)) for each in (*given, flat)]
-        for (expert, _, slots, tokens), result in zip(self, results, strict=True):
-            of_outputs = [grad.index_select(0, tokens) for grad in grads]
-            pairs = list(zip(of_outputs, result.outputs, strict=True))
-            products = (_row_products(grad, output.detach()) for grad, output in pairs)
-            totals[-1][slots] = sum(part.to(totals[-1].dtype) for part in products)
-            factor = flat[slots]
-            weighted = [(output, grad.mul_(factor).to(output.dtype)) for grad, output in pairs]
-            own = [*totals[:count], *self.own(expert, totals[count:-1])]
-            for number, part in _gradients(weighted, result.leaves):
-                if number < count:
-                    own[number].index_add_(0, tokens, part.to(own[number].dtype))
-                else:
-                    own[number] += part
-        return totals
+        *totals, of_factors = [
+            _zeros(each, len(each), sum_dtype(each.dtype)) for each in (*given, flat)
+        ]
+        for chunk in self:
+            of_inputs, of_weights = totals[:count], self.own(chunk.expert, totals[count:])
+            of_chunk = _add_gradients(
+                compute(chunk), chunk.tokens, flat[chunk.slots], grads, of_inputs, of_weights
+            )
+            of_factors[chunk.slots] = of_chunk.to(of_factors.dtype)
+        return [*totals, of_factors]
+
+
+def _add_outputs(
+    outputs: Tensors, tokens: Tensor, factors: Tensor, sums: list[Tensor], count: int
+) -> None:
+    """Add a chunk's weighted outputs to the sums of ``count`` tokens, which the first chunk makes.
+
+    Parameters
+    ----------
+    outputs : sequence of Tensor
+        n rows each.
+    tokens : Tensor of int64, shape (n,)
+        Token of every row.
+    factors : Tensor, shape (n, 1)
+    sums : list of Tensor
+    count : int
+    """
+    dtype = sum_dtype(torch.promote_types(outputs[0].dtype, factors.dtype))
+    if not sums:
+        sums += [_zeros(output, count, dtype) for output in outputs]
+    for total, output in zip(sums, outputs, strict=True):
+        total.index_add_(0, tokens, output.detach().to(dtype) * factors)
+
+
+def _add_gradients(
+    result: _Result,
+    tokens: Tensor,
+    factors: Tensor,
+    grads: Tensors,
+    of_inputs: Sequence[Tensor],
+    of_weights: Sequence[Tensor],
+) -> Tensor:
+    """Add a chunk's gradients to those of inputs and of weights; return those of its factors.
+
+    Parameters
+    ----------
+    result : _Result
+        n rows.
+    tokens : Tensor of int64, shape (n,)
+        Token of every row.
+    factors : Tensor, shape (n, 1)
+    grads : sequence of Tensor
+        Gradients of the sums over the slots of every token.
+    of_inputs, of_weights : sequence of Tensor
+    """
+    of_rows = [grad.index_select(0, tokens) for grad in grads]
+    pairs = list(zip(of_rows, result.outputs, strict=True))
+    products = [(grad * output.detach()).sum(1, keepdim=True) for grad, output in pairs]
+    weighted = [(output, grad.mul_(factors).to(output.dtype)) for grad, output in pairs]
+    totals = [*of_inputs, *of_weights]
+    for number, part in _gradients(weighted, result.leaves):
+        if number < len(of_inputs):
+            totals[number].index_add_(0, tokens, part.to(totals[number].dtype))
+        else:
+            totals[number] += part
+    return torch.stack(products).sum(0)
 
 
 def _zeros(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -210,11 +268,6 @@ def _gradients(
             yield number, grad
 
 
-def _row_products(left: Tensor, right: Tensor) -> Tensor:
-    """Return the scalar product of every two rows: (n, m), (n, m) → (n, 1)."""
-    return torch.bmm(left[:, None], right.to(left.dtype)[..., None])[:, 0]
-
-
 class _SumInChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chunks: _Chunks, count: int, factors: Tensor, *given: Tensor) -> Any:
@@ -223,9 +276,12 @@ class _SumInChunks(torch.autograd.Function):
         ctx.save_for_backward(factors, *given)
         inputs, weights, ctx.results = given[:count], given[count:], None
         if not chunks.is_kept:
-            return tuple(chunks.sums(chunks.results(inputs, weights), factors))
-        ctx.results = list(chunks.results(inputs, weights, ctx.needs_input_grad[3:]))
-        return tuple(chunks.sums(ctx.results, factors))
+            return tuple(chunks.sums(partial(chunks.result, inputs, weights), factors))
+        needs = ctx.needs_input_grad[3:]
+        ctx.results = {
+            chunk.start: chunks.result(inputs, weights, chunk, needs) for chunk in chunks
+        }
+        return tuple(chunks.sums(lambda chunk: ctx.results[chunk.start], factors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -236,8 +292,14 @@ class _SumInChunks(torch.autograd.Function):
             if torch.is_grad_enabled():  # with create_graph=True
                 return None, None, *_differentiable(chunks, factors, inputs, weights, grads)
             # The first backward pass frees what was kept; another one computes it again.
-            results, ctx.results = ctx.results or chunks.results(inputs, weights, needs), None
-            *found, of_factors = chunks.gradients(results, given, ctx.count, factors, grads)
+            kept, ctx.results = ctx.results, None
+
+            def compute(chunk: _Chunk) -> _Result:
+                if kept is None:
+                    return chunks.result(inputs, weights, chunk, needs)
+                return kept.pop(chunk.start)
+
+            *found, of_factors = chunks.gradients(compute, given, ctx.count, factors, grads)
         gradients = [
             grad.to(tensor.dtype) if need else None
             for grad, tensor, need in zip(found, given, needs, strict=True)
