@@ -3,6 +3,7 @@
 from tnmoe.combine import add, kron, matmul
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose, decompose_batch
+from tnmoe.decompose_shared import SharedInfo, decompose_shared
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.factors import factorize
 from tnmoe.fit import FitInfo, fit
@@ -21,6 +22,7 @@ __all__ = [
     "InputError",
     "MPOShape",
     "MissingExtraError",
+    "SharedInfo",
     "SharedMPO",
     "SqueezeResult",
     "SqueezeStep",
@@ -30,6 +32,7 @@ __all__ = [
     "contraction_plan",
     "decompose",
     "decompose_batch",
+    "decompose_shared",
     "factorize",
     "fit",
     "kron",
