@@ -1,5 +1,6 @@
 """tnmoe: tensor-network mixtures of experts."""
 
+from tnmoe.align import UnitAlignment, align_hidden_units
 from tnmoe.combine import add, kron, matmul
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose, decompose_batch
@@ -27,7 +28,9 @@ __all__ = [
     "SqueezeResult",
     "SqueezeStep",
     "TruncationInfo",
+    "UnitAlignment",
     "add",
+    "align_hidden_units",
     "bonds_by_entropy",
     "contraction_plan",
     "decompose",

@@ -220,7 +220,8 @@ def decompose_shared(
 
     With ``residual`` base and chains take turns. The base is the weighted mean of what the chains
     leave, and the chains decompose what the base leaves. With two sites no turn raises the error.
-    The form is that of D²-MoE (Gu et al., arXiv:2502.17298), whose base stays a mean.
+    The form is that of D²-MoE (Gu et al., arXiv:2502.17298), whose base is a mean of the experts,
+    weighted by Fisher information.
 
     Gradients take the norms of the matrices, by which errors are weighed, for constants.
 
