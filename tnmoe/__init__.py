@@ -1,8 +1,10 @@
 """tnmoe: tensor-network mixtures of experts."""
 
+from tnmoe.align import UnitAlignment, align_hidden_units
 from tnmoe.combine import add, kron, matmul
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose, decompose_batch
+from tnmoe.decompose_shared import SharedInfo, decompose_shared
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.factors import factorize
 from tnmoe.fit import FitInfo, fit
@@ -21,15 +23,19 @@ __all__ = [
     "InputError",
     "MPOShape",
     "MissingExtraError",
+    "SharedInfo",
     "SharedMPO",
     "SqueezeResult",
     "SqueezeStep",
     "TruncationInfo",
+    "UnitAlignment",
     "add",
+    "align_hidden_units",
     "bonds_by_entropy",
     "contraction_plan",
     "decompose",
     "decompose_batch",
+    "decompose_shared",
     "factorize",
     "fit",
     "kron",

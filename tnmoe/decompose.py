@@ -162,7 +162,7 @@ def decompose(
     >>> bool(np.allclose(mpo.to_matrix(), matrix))
     True
     """
-    shape = _check_matrix(matrix, shape, axes=2)
+    shape = check_matrix(matrix, shape, axes=2)
     limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
     ((mpo, info),) = _decompose_all(matrix, limits, center_site, method, rng, return_info)
     return (mpo, info) if return_info else mpo
@@ -242,7 +242,7 @@ def decompose_batch(
     >>> [mpo.bond_dims for mpo in mpos]
     [(1, 1), (1, 1)]
     """
-    shape = _check_matrix(matrices, shape, axes=3)
+    shape = check_matrix(matrices, shape, axes=3)
     limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
     results = _decompose_all(matrices, limits, center_site, method, rng, return_info)
     mpos, infos = zip(*results, strict=True)
@@ -296,7 +296,7 @@ def _memory_in_words(xp: Backend, matrices: Array) -> str:
     return f"decomposing {what} ({rows}, {columns}) of {dtype} takes {least} to {most}"
 
 
-def _check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
+def check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
     """Return the shape, by default a balanced one; raise unless it fits a matrix or a batch."""
     xp, size = get_backend(matrix), tuple(matrix.shape)
     name, known = xp.dtype_name(matrix), (*REAL_DTYPES, *COMPLEX_DTYPES)
@@ -342,10 +342,10 @@ def _to_tensor(
     if any(exponents):
         divisors = np.reshape(scales, (-1, 1, 1) if computed.ndim == 3 else ())
         computed = computed / xp.from_numpy(divisors, like=computed)
-    return _interleave(xp, computed, shape, center_site), scales
+    return interleave(xp, computed, shape, center_site), scales
 
 
-def _interleave(xp: Backend, matrix: Array, shape: MPOShape, center_site: int) -> Array:
+def interleave(xp: Backend, matrix: Array, shape: MPOShape, center_site: int) -> Array:
     """Permute a matrix to axes (..., left legs, legs of the centre, right legs)."""
     padded = (shape.padded_out, shape.padded_in)
     if tuple(matrix.shape[-2:]) != padded:

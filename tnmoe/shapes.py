@@ -279,10 +279,12 @@ class MPOShape:
         """
         return sum(prod(core) for core in self.core_shapes(max_bond))
 
-    def _cap_per_bond(self, max_bond: int | Sequence[int] | None) -> tuple[int, ...]:
+    def _cap_per_bond(
+        self, max_bond: int | Sequence[int] | None, num_experts: int = 1
+    ) -> tuple[int, ...]:
         bonds = self.sites - 1
         if max_bond is None:
-            return (self.padded_out * self.padded_in,) * bonds
+            return (self.padded_out * self.padded_in * num_experts**2,) * bonds
         if not isinstance(max_bond, Sequence):
             return (check_positive_int("max_bond", max_bond),) * bonds
         if len(max_bond) != bonds:
@@ -311,6 +313,62 @@ def chain_shapes(shape: MPOShape, bonds: tuple[int, ...]) -> tuple[tuple[int, in
             pairwise((1, *bonds, 1)), shape.out_dims, shape.in_dims, strict=True
         )
     )
+
+
+def shared_bond_dims(
+    shape: MPOShape,
+    owned: Iterable[int],
+    num_experts: int,
+    max_bond: int | Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Return the largest bonds that the chains of experts can use who share some cores.
+
+    A single chain needs no bond larger than the legs on either side of it. Cores of E experts span
+    E times as much together, which a shared core beside them can use.
+
+    Parameters
+    ----------
+    shape : MPOShape
+    owned : iterable of int
+        Sites whose cores experts own.
+    num_experts : int
+        Number of experts E.
+    max_bond : int or sequence of int, optional
+        As for :meth:`MPOShape.bond_dims`.
+
+    Examples
+    --------
+    >>> shape = MPOShape((2, 2, 2), (2, 2, 2))
+    >>> shape.bond_dims(), shared_bond_dims(shape, {0, 2}, 3)
+    ((4, 4), (12, 12))
+    """
+    owned, last = set(owned), shape.sites - 1
+    spans = [leg * num_experts if site in owned else leg for site, leg in enumerate(shape.legs)]
+
+    def span(site: int, beyond: int) -> int:
+        # Where an expert owns both cores, it needs no more than a single chain.
+        return shape.legs[site] if {site, beyond} <= owned else spans[site]
+
+    caps = shape._cap_per_bond(max_bond, num_experts)
+    bonds = [1] * (shape.sites + 1)
+    for site in range(last):
+        bonds[site + 1] = min(caps[site], bonds[site] * span(site, site + 1))
+    for site in range(last, 0, -1):
+        bonds[site] = min(bonds[site], bonds[site + 1] * span(site, site - 1))
+    return tuple(bonds[1:-1])
+
+
+def joint_shape(shape: MPOShape, site: int, num_experts: int) -> MPOShape:
+    """Return the legs of all experts' matrices as one matrix, whose rows a site tells apart.
+
+    Examples
+    --------
+    >>> joint_shape(MPOShape((2, 3), (5, 7)), 1, 10)
+    MPOShape(out_dims=(2, 30), in_dims=(5, 7))
+    """
+    out_dims = list(shape.out_dims)
+    out_dims[site] *= num_experts
+    return MPOShape(out_dims, shape.in_dims)
 
 
 def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:

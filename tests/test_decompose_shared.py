@@ -1,0 +1,341 @@
+"""Joint decompositions, against dense algebra."""
+
+import warnings
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnmoe as tn
+from tests.matrices import KINDS, LIBRARIES, dense_norm, make_matrix, shapes, to_library, to_numpy
+from tnmoe.backends.protocol import EPSILON
+from tnmoe.shapes import shared_bond_dims
+
+SHAPE = tn.MPOShape((2, 3, 2), (3, 2, 2))
+dtypes = st.sampled_from(("float32", "float64", "complex64", "complex128"))
+
+
+def gaussian(*size, seed=0, dtype="float64"):
+    numbers = np.random.default_rng(seed).standard_normal((2, *size))
+    return (numbers[0] + (1j * numbers[1] if "complex" in dtype else 0)).astype(dtype)
+
+
+def errors_of(matrices, shared):
+    """The Frobenius norms of what all experts miss, in double precision."""
+    wide = [to_numpy(each).astype(complex) for each in (matrices, chains_of(shared))]
+    return [dense_norm(a - b) for a, b in zip(*wide, strict=True)]
+
+
+def chains_of(shared):
+    """The experts' matrices, contracted in double precision by NumPy."""
+    built = []
+    for number in range(shared.num_experts):
+        product = np.ones((1, 1, 1))
+        for core in map(to_numpy, shared.expert(number).cores):
+            product = np.einsum("xyb,boia->xoyia", product, core)
+            x, o, y, i, a = product.shape
+            product = product.reshape(x * o, y * i, a)
+        built.append(product[: shared.shape.out_features, : shared.shape.in_features, 0])
+    return np.stack(built)
+
+
+@st.composite
+def tasks(draw):
+    """Matrices of several kinds with sites to share and limits of every sort."""
+    shape = draw(shapes(max_sites=4, max_size=400).filter(lambda shape: shape.sites > 1))
+    experts, dtype = draw(st.integers(1, 4)), draw(dtypes)
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=experts, max_size=experts))
+    size = shape.out_features, shape.in_features
+    matrices = np.stack([make_matrix(kind, *size, dtype, seed) for seed, kind in enumerate(kinds)])
+    owned = draw(st.sets(st.integers(0, shape.sites - 1), min_size=1))
+    shared = sorted(set(range(shape.sites)) - owned)
+    limit = draw(st.sampled_from((None, "max_bond", "bonds", "max_params")))
+    limits = {}
+    if limit == "max_bond":
+        limits = {"max_bond": draw(st.integers(1, 8))}
+    elif limit == "bonds":
+        largest = shared_bond_dims(shape, owned, experts)
+        wanted = [draw(st.integers(1, min(12, bond))) for bond in largest]
+        limits = {"bonds": shared_bond_dims(shape, owned, experts, wanted)}
+    elif limit == "max_params":
+        fewest = sum(prod(core) for core in shape.core_shapes(1)) * experts
+        limits = {"max_params": fewest + draw(st.integers(0, 500))}
+    return matrices, shape, shared, limits
+
+
+@given(tasks(), st.sampled_from(LIBRARIES))
+def test_no_error_exceeds_its_bound_and_no_result_its_limits(task, library):
+    matrices, shape, shared_sites, limits = task
+    given_ = to_library(matrices, library)
+    shared, info = tn.decompose_shared(
+        given_, shape, shared_sites=shared_sites, max_sweeps=6, return_info=True, **limits
+    )
+    assert type(shared.center) is type(given_)
+    assert to_numpy(shared.center).dtype == matrices.dtype
+    assert shared.shared_sites == frozenset(shared_sites)
+    assert shared.num_experts == len(matrices)
+    assert shared.num_params <= limits.get("max_params", shared.num_params)
+    assert limits.get("bonds", shared.bond_dims) == shared.bond_dims
+    assert all(bond <= limits.get("max_bond", bond) for bond in shared.bond_dims)
+    errors = errors_of(matrices, shared)
+    assert all(error <= bound for error, bound in zip(errors, info.error_bounds, strict=True))
+    assert dense_norm(np.array(errors)) <= info.error_bound * (1 + 1e-12)
+    assert list(info.history) == sorted(info.history, reverse=True)
+    if not limits:
+        assert max(info.relative_errors) <= 2000 * EPSILON[str(matrices.dtype)]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("bond", [1, 3, 7, 12, 20])
+def test_two_sites_of_which_one_is_owned_reach_the_optimum(bond, dtype, library):
+    # The oracle is the truncated SVD of all experts' rows (Eckart and Young).
+    matrices = gaussian(4, 12, 10, dtype=dtype)
+    matrices /= np.linalg.norm(matrices, axis=(1, 2), keepdims=True)
+    shape = tn.MPOShape.split(12, 10, left=6, right=())
+    _, info = tn.decompose_shared(
+        to_library(matrices, library), shape, max_bond=bond, return_info=True
+    )
+    values = np.linalg.svd(matrices.reshape(4 * 6, 2 * 10), compute_uv=False)
+    assert np.isclose(dense_norm(np.array(info.errors)), np.linalg.norm(values[bond:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("sites", ["center", "none", [0, 2]])
+def test_a_single_expert_is_decomposed_alone(sites):
+    matrices = gaussian(1, 12, 12)
+    shared = tn.decompose_shared(matrices, SHAPE, max_bond=5, shared_sites=sites)
+    alone = tn.decompose(matrices[0], SHAPE, max_bond=5)
+    np.testing.assert_allclose(chains_of(shared)[0], alone.to_matrix(), atol=1e-12)
+
+
+@pytest.mark.parametrize("sites", ["center", [0], [0, 2]])
+def test_equal_experts_need_no_more_than_one(sites):
+    matrices = np.stack([gaussian(12, 12)] * 3)
+    _, info = tn.decompose_shared(
+        matrices, SHAPE, bonds=SHAPE.bond_dims(), shared_sites=sites, return_info=True
+    )
+    assert max(info.relative_errors) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("are_orthogonal", [True, False])
+def test_experts_that_differ_in_auxiliary_cores_alone_are_recovered(are_orthogonal, dtype):
+    shape, core = tn.MPOShape((4, 4, 4), (3, 4, 3)), gaussian(12, 4, 4, 12, seed=1, dtype=dtype)
+    matrices = []
+    for seed in range(4):
+        sides = [np.eye(12) + 0.3 * gaussian(12, 12, seed=(seed, n), dtype=dtype) for n in (0, 1)]
+        if are_orthogonal:
+            sides = [np.linalg.qr(gaussian(12, 12, seed=(seed, n), dtype=dtype))[0] for n in (0, 1)]
+        cores = [sides[0].reshape(1, 4, 3, 12), core, sides[1].reshape(12, 4, 3, 1)]
+        matrices.append(tn.MPO(cores, shape).to_matrix() * 10.0**seed)
+    _, info = tn.decompose_shared(
+        np.stack(matrices), shape, max_bond=12, max_sweeps=300, tol=1e-14, return_info=True
+    )
+    assert max(info.relative_errors) < 1e-9
+
+
+def test_the_error_falls_to_zero_between_sharing_everything_and_nothing():
+    matrices = gaussian(3, 12, 12)
+    errors = []
+    for bond in (2, 4, 6, 8, 10, 12):
+        shared, info = tn.decompose_shared(matrices, SHAPE, max_bond=bond, return_info=True)
+        errors.append(max(info.relative_errors))
+        assert max(shared.bond_dims) == bond
+    assert sorted(errors, reverse=True) == errors
+    assert errors[-1] < 1e-13 < errors[-2]
+
+
+def test_least_squares_are_better_than_what_they_start_from():
+    own = gaussian(6, 12, 12)
+    for part in (0.0, 0.5, 2.0):
+        matrices = part * gaussian(12, 12, seed=1) + own
+        shared, info = tn.decompose_shared(matrices, SHAPE, bonds=(4, 4), return_info=True)
+        found = dense_norm(np.array(info.relative_errors))
+        assert info.history[-1] <= info.history[0]
+        mean = tn.decompose(matrices.mean(0), SHAPE, bonds=(4, 4))
+        assert found < dense_norm(matrices - mean.to_matrix()) / dense_norm(matrices) * 6**0.5
+        assert shared.num_params == 6 * (6 * 4 + 4 * 4) + 4 * 6 * 4
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("bonds", [(6, 4), None])
+def test_experts_of_any_scale_count_alike(scale, bonds):
+    matrices = gaussian(3, 12, 12)
+    _, expected = tn.decompose_shared(matrices, SHAPE, bonds=bonds, return_info=True)
+    scaled = matrices * np.array([scale, 1 / scale, 1.0])[:, None, None]
+    _, info = tn.decompose_shared(scaled, SHAPE, bonds=bonds, return_info=True)
+    np.testing.assert_allclose(info.relative_errors, expected.relative_errors, atol=1e-9)
+
+
+def test_zeros_and_experts_of_rank_one_cost_the_others_nothing():
+    matrices = np.stack([np.zeros((12, 12)), np.outer(np.arange(12.0), np.ones(12))])
+    shared, info = tn.decompose_shared(matrices, SHAPE, rtol=1e-8, return_info=True)
+    assert not chains_of(shared)[0].any()
+    assert max(info.relative_errors) <= 1e-8
+    assert max(shared.bond_dims) <= 2
+    zeros, info = tn.decompose_shared(np.zeros((3, 12, 12)), SHAPE, max_bond=2, return_info=True)
+    assert not chains_of(zeros).any()
+    assert info.relative_errors == (0.0, 0.0, 0.0)
+
+
+def test_many_small_experts_and_half_precision():
+    matrices = gaussian(64, 12, 12).astype("float16")
+    shared, info = tn.decompose_shared(matrices, SHAPE, max_bond=6, return_info=True)
+    assert shared.center.dtype == np.float16
+    errors = errors_of(matrices, shared)
+    assert all(error <= bound for error, bound in zip(errors, info.error_bounds, strict=True))
+
+
+@pytest.mark.parametrize("sites", ["center", [0], [1, 2]])
+@pytest.mark.parametrize("rtol", [0.0, 1e-3, 0.2, 0.7, 2.0])
+def test_no_expert_misses_the_tolerance(rtol, sites):
+    matrices = gaussian(4, 12, 12) + 2 * gaussian(12, 12, seed=3)
+    matrices[1] *= 1e6
+    shared, info = tn.decompose_shared(
+        matrices, SHAPE, rtol=rtol, shared_sites=sites, return_info=True
+    )
+    assert max(info.relative_errors) <= rtol + 1e-12
+    exact = tn.decompose_shared(matrices, SHAPE, shared_sites=sites)
+    assert shared.num_params <= exact.num_params
+    if rtol >= 0.7:
+        assert shared.num_params < exact.num_params
+
+
+@pytest.mark.parametrize("sites", ["center", [0]])
+@pytest.mark.parametrize("limit", [{"max_bond": 1}, {"max_params": 150}])
+def test_a_warning_names_the_experts_that_miss_the_tolerance(limit, sites):
+    matrices = gaussian(3, 12, 12)
+    matrices[1] = 0
+    with pytest.warns(UserWarning, match=r"rtol=0.01 .* experts \[0, 2\] are up to 0\.\d+"):
+        tn.decompose_shared(matrices, SHAPE, rtol=0.01, shared_sites=sites, **limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tn.decompose_shared(matrices, SHAPE, rtol=1.1, shared_sites=sites, **limit)
+
+
+@pytest.mark.parametrize("max_params", [120, 200, 500, 5000])
+@pytest.mark.parametrize("sites", ["center", [0], "none"])
+def test_the_number_of_parameters_is_kept_and_used(sites, max_params):
+    matrices = gaussian(3, 12, 12)
+    shared, info = tn.decompose_shared(
+        matrices, SHAPE, max_params=max_params, shared_sites=sites, return_info=True
+    )
+    assert shared.num_params <= max_params
+    if max_params == 5000:
+        assert max(info.relative_errors) < 1e-13
+    else:
+        assert shared.num_params > 0.5 * max_params
+
+
+def with_base(experts, rank, noise=0.0, seed=0):
+    """Matrices that are a common one plus one of low rank for every expert."""
+    left, right = gaussian(experts, 12, rank, seed=seed), gaussian(experts, rank, 15, seed=seed + 1)
+    own = gaussian(experts, 12, 15, seed=seed + 3)
+    return gaussian(12, 15, seed=seed + 2) + left @ right / 4 + noise * own
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+def test_a_base_and_matrices_of_low_rank_are_found(dtype, library):
+    matrices = with_base(6, 2).astype(dtype)
+    shared, info = tn.decompose_shared(
+        to_library(matrices, library),
+        residual=True,
+        max_bond=2,
+        max_sweeps=400,
+        tol=1e-9,
+        return_info=True,
+    )
+    assert shared.base is not None
+    assert shared.shape == tn.MPOShape((12, 1), (1, 15))
+    assert shared.num_params == 12 * 15 + 6 * 2 * (12 + 15)
+    built = to_numpy(shared.to_matrices())
+    errors = [dense_norm(a - b) for a, b in zip(matrices, built, strict=True)]
+    assert all(a <= b + 1e-5 for a, b in zip(errors, info.error_bounds, strict=True))
+    assert max(info.relative_errors) < 1e-3
+    assert list(info.history) == sorted(info.history, reverse=True)
+
+
+def test_a_fitted_base_is_better_than_the_mean():
+    matrices = with_base(5, 4, noise=0.05)
+    matrices[0] *= 3
+    norms = np.linalg.norm(matrices, axis=(1, 2), keepdims=True)
+    mean = np.average(matrices, axis=0, weights=norms[:, 0, 0] ** -2)
+    values = np.linalg.svd((matrices - mean) / norms, compute_uv=False)
+    for bond in (1, 3, 5):
+        _, info = tn.decompose_shared(matrices, residual=True, max_bond=bond, return_info=True)
+        found, of_mean = dense_norm(np.array(info.relative_errors)), values[:, bond:]
+        assert found < np.linalg.norm(of_mean)
+        assert np.isclose(info.history[0] * 5**0.5, np.linalg.norm(of_mean))
+
+
+@pytest.mark.parametrize("shape", [None, tn.MPOShape((3, 4, 1, 1), (1, 1, 3, 5))])
+@pytest.mark.parametrize("sites", [None, [0]])
+def test_limits_hold_with_a_base(shape, sites):
+    matrices = with_base(4, 3, noise=0.1)
+    given = {"residual": True, "shared_sites": sites, "max_sweeps": 8, "return_info": True}
+    shared, info = tn.decompose_shared(matrices, shape, rtol=0.2, **given)
+    assert max(info.relative_errors) <= 0.2
+    exact, _ = tn.decompose_shared(matrices, shape, **given)
+    assert shared.num_params < exact.num_params
+    assert exact.base.num_params == 180
+    shared, info = tn.decompose_shared(matrices, shape, max_params=500, **given)
+    assert 180 < shared.num_params <= 500
+    built = shared.to_matrices()
+    errors = [dense_norm(a - b) for a, b in zip(matrices, built, strict=True)]
+    assert all(a <= b for a, b in zip(errors, info.error_bounds, strict=True))
+    with pytest.raises(tn.InputError, match="max_params=181 is too few"):
+        tn.decompose_shared(matrices, shape, max_params=181, **given)
+
+
+def test_equal_experts_and_zeros_need_a_base_alone():
+    equal = np.stack([gaussian(12, 15)] * 3)
+    _, info = tn.decompose_shared(equal, residual=True, max_bond=1, return_info=True)
+    assert max(info.relative_errors) < 1e-14
+    zeros, info = tn.decompose_shared(0 * equal, residual=True, max_bond=1, return_info=True)
+    assert not zeros.to_matrices().any()
+    assert info.relative_errors == (0.0, 0.0, 0.0)
+    equal[1] = 0
+    _, info = tn.decompose_shared(equal, residual=True, max_bond=1, return_info=True)
+    assert info.relative_errors[1] == np.inf
+    assert info.errors[1] > 0
+
+
+def test_gradients_reach_the_matrices():
+    matrices = torch.from_numpy(gaussian(3, 12, 12)).requires_grad_()
+    shape = tn.MPOShape.split(12, 12, left=4, right=())
+    tn.decompose_shared(matrices, shape, max_bond=3).center.sum().backward()
+    assert torch.isfinite(matrices.grad).all()
+
+
+def test_bad_input_is_named():
+    matrices = gaussian(3, 12, 12)
+    for arguments, message in (
+        ({"rtol": -1}, "rtol must be"),
+        ({"max_params": 3}, r"max_params=3 is too few for 3 experts of .* have 36 parameters"),
+        ({"bonds": (3,)}, r"one value per bond: got \(3,\) for 2 bonds"),
+        (
+            {"bonds": (19, 4)},
+            r"bonds=\(19, 4\) do not fit 3 experts .* largest that fit .*\(18, 4\)",
+        ),
+        ({"bonds": (4, 4), "max_bond": 3}, r"bonds=\(4, 4\) exceed max_bond=3"),
+        ({"bonds": (4, 4), "max_params": 99}, r"bonds=\(4, 4\) have \d+ parameters, more than"),
+        ({"shared_sites": [0, 1, 2]}, "share all 3 sites"),
+        ({"shared_sites": "ends"}, "shared_sites must be one of"),
+        ({"residual": "yes"}, "residual"),
+        ({"method": "lu"}, "method"),
+        ({"max_sweeps": 0}, "max_sweeps"),
+        ({"tol": -1}, "tol"),
+    ):
+        with pytest.raises(tn.InputError, match=message):
+            tn.decompose_shared(matrices, SHAPE, **arguments)
+    with pytest.raises(tn.InputError, match=r"a batch of matrices .* of shape \(12, 12\)"):
+        tn.decompose_shared(matrices[0], SHAPE)
+    matrices[2, 3, 4] = np.nan
+    with pytest.raises(tn.InputError, match="the matrices contain NaN or infinity"):
+        tn.decompose_shared(matrices, SHAPE)
+    with pytest.raises(TypeError, match="shape must be an MPOShape"):
+        tn.decompose_shared(matrices, (12, 12))

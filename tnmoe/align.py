@@ -1,0 +1,224 @@
+"""Hidden units of several networks in one order: what a permutation cannot tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tnmoe.backends import Array, get_backend
+from tnmoe.errors import InputError, check_bool, check_positive_int
+
+
+@dataclass(frozen=True)
+class UnitAlignment:
+    """An order, and scales, of the hidden units of several networks.
+
+    Attributes
+    ----------
+    permutations : array of int, shape (E, F)
+        Unit j of the aligned network e is unit ``permutations[e, j]`` of the given one.
+    scales : array of float, shape (E, F)
+        Factor of the rows of ``up`` for every aligned unit; the columns of ``down`` are divided by
+        it. Ones without rescaling.
+    before, after : float
+        Share of the squared norm of all units that their mean over the networks explains, with the
+        units as they are given and aligned. 1 means that all networks are equal.
+    rounds : int
+        Number of rounds in which an order changed.
+
+    Examples
+    --------
+    >>> alignment = UnitAlignment(np.array([[1, 0]]), np.ones((1, 2)), 0.5, 1.0, 1)
+    >>> up = np.array([[[1.0], [2.0]]])
+    >>> alignment.apply(up)[0]
+    array([[[2.],
+            [1.]]])
+    """
+
+    permutations: np.ndarray = field(repr=False)
+    scales: np.ndarray = field(repr=False)
+    before: float
+    after: float
+    rounds: int
+
+    def apply(
+        self, up: Array, down: Array | None = None, gate: Array | None = None
+    ) -> tuple[Array, ...]:
+        """Put the units of matrices into the common order; no function changes.
+
+        Parameters
+        ----------
+        up : array, shape (E, F, H)
+            NumPy array or torch tensor.
+        down : array, shape (E, H, F), optional
+        gate : array, shape (E, F, H), optional
+            Its rows keep their scale.
+
+        Returns
+        -------
+        tuple of array
+            Copies of the given matrices.
+        """
+        experts = np.arange(len(self.permutations))[:, None]
+        xp = get_backend(up)
+        scales = xp.from_numpy(self.scales[..., None], like=up)
+        aligned = [up[experts, self.permutations] * scales]
+        if down is not None:
+            columns = xp.transpose(down)[experts, self.permutations] / scales
+            aligned.append(xp.transpose(columns))
+        if gate is not None:
+            aligned.append(gate[experts, self.permutations])
+        return tuple(aligned)
+
+
+def align_hidden_units(
+    up: Array,
+    down: Array,
+    gate: Array | None = None,
+    *,
+    rescale: bool = False,
+    max_rounds: int = 10,
+) -> UnitAlignment:
+    """Find the order of hidden units in which several networks resemble each other most.
+
+    A network down · act(up · x) keeps its function if its hidden units change places. Networks that
+    were trained apart therefore look less alike than they are, and share less in a joint
+    decomposition. Every network in turn gets the order that brings its units nearest to their mean
+    over all networks, until no order changes (Ainsworth et al., arXiv:2209.04836, section 3.2, for
+    several networks; the assignment problems are solved exactly).
+
+    Parameters
+    ----------
+    up : array, shape (E, F, H)
+        Matrices into the hidden units, of any supported library.
+    down : array, shape (E, H, F)
+        Matrices out of the hidden units.
+    gate : array, shape (E, F, H), optional
+        Matrices of the gates.
+    rescale : bool
+        Also give the rows of ``up`` and the columns of ``down`` the same norm, unit by unit. That
+        keeps the function if the activation is positively homogeneous (ReLU, leaky ReLU), and that
+        of every gated network, where ``up`` meets no activation.
+    max_rounds : int
+        Largest number of rounds over all networks.
+
+    Returns
+    -------
+    UnitAlignment
+        With the given order if no other order brings the networks nearer to their mean.
+
+    Raises
+    ------
+    InputError
+        If the matrices do not belong to the same networks, or hold NaN or infinity.
+
+    Notes
+    -----
+    Up, down and gate count alike: each is divided by its norm over all networks. A round solves E
+    assignment problems of F units, which takes O(E·F²·(H + F)) operations.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> up, down = rng.normal(size=(8, 5)), rng.normal(size=(5, 8))
+    >>> orders = [rng.permutation(8) for _ in range(3)]
+    >>> ups = np.stack([up[order] for order in orders])
+    >>> downs = np.stack([down[:, order] for order in orders])
+    >>> alignment = align_hidden_units(ups, downs)
+    >>> ups, downs = alignment.apply(ups, downs)
+    >>> bool((ups == ups[0]).all() and (downs == downs[0]).all())
+    True
+    """
+    matrices = _checked(up, down, gate)
+    rescale = check_bool("rescale", rescale)
+    max_rounds = check_positive_int("max_rounds", max_rounds)
+    experts, units = matrices[0].shape[:2]
+    scales = _balancing(matrices[0], matrices[1]) if rescale else np.ones((experts, units))
+    features = _features([matrices[0] * scales[..., None], matrices[1] / scales[..., None]])
+    if gate is not None:
+        features = np.concatenate([features, _features(matrices[2:])], axis=2)
+    orders, rounds = _orders(features, max_rounds)
+    before = _explained(_features(matrices))
+    aligned = np.take_along_axis(features, orders[..., None], axis=1)
+    after = _explained(aligned)
+    if after <= before:
+        identity = np.tile(np.arange(units), (experts, 1))
+        return UnitAlignment(identity, np.ones((experts, units)), before, before, 0)
+    return UnitAlignment(orders, np.take_along_axis(scales, orders, axis=1), before, after, rounds)
+
+
+def _checked(up: Array, down: Array, gate: Array | None) -> list[np.ndarray]:
+    """Return the matrices in double precision, all with shape (E, F, H)."""
+    arrays = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
+    matrices = {}
+    for name, array in arrays.items():
+        matrix = np.asarray(get_backend(array).to_numpy(array))
+        if matrix.ndim != 3 or 0 in matrix.shape:
+            raise InputError(f"{name} must have three axes, got an array of shape {matrix.shape}")
+        if not np.isfinite(matrix).all():
+            raise InputError(f"{name} contains NaN or infinity")
+        wide = np.result_type(matrix.dtype, np.float64)
+        matrix = matrix.astype(wide)
+        matrices[name] = matrix.transpose(0, 2, 1) if name == "down" else matrix
+    size = matrices["up"].shape
+    for name, matrix in matrices.items():
+        if matrix.shape[:2] != size[:2]:
+            expected = "(E, H, F)" if name == "down" else "(E, F, H)"
+            raise InputError(
+                f"{name} must have shape {expected} with E={size[0]} and F={size[1]} as up has "
+                f"them, got {tuple(arrays[name].shape)}"
+            )
+    return list(matrices.values())
+
+
+def _balancing(up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """Return the factors that make the rows of ``up`` as long as those of ``down``; 1 for zeros."""
+    rows, columns = np.linalg.norm(up, axis=2), np.linalg.norm(down, axis=2)
+    known = (rows > 0) & (columns > 0)
+    return np.sqrt(np.where(known, columns, 1) / np.where(known, rows, 1))
+
+
+def _features(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Join matrices (E, F, …), each divided by its norm."""
+    norms = [np.linalg.norm(matrix) or 1.0 for matrix in matrices]
+    return np.concatenate([each / norm for each, norm in zip(matrices, norms, strict=True)], axis=2)
+
+
+def _orders(features: np.ndarray, max_rounds: int) -> tuple[np.ndarray, int]:
+    """Return the order of every network's units, and the number of rounds that changed one."""
+    # The module takes as long to import as the whole of tnmoe.
+    from scipy.optimize import linear_sum_assignment
+
+    experts, units = features.shape[:2]
+    orders = np.tile(np.arange(units), (experts, 1))
+    total, rounds = features[0].copy(), 0
+    known = [0]  # networks join the mean one after the other in the first round
+    for number in range(max_rounds):
+        changed = False
+        for expert in range(experts):
+            own = features[expert][orders[expert]]
+            if expert in known:
+                rest = total - own
+            else:
+                rest = total
+                known.append(expert)
+            if not rest.any():
+                total = rest + own
+                continue
+            similarity = (rest @ features[expert].conj().T).real
+            order = linear_sum_assignment(similarity, maximize=True)[1]
+            changed |= bool((order != orders[expert]).any())
+            orders[expert] = order
+            total = rest + features[expert][order]
+        if not changed:
+            break
+        rounds = number + 1
+    return orders, rounds
+
+
+def _explained(features: np.ndarray) -> float:
+    """Return the share of the squared norm that the mean over the networks explains."""
+    total = np.linalg.norm(features) ** 2
+    return float(len(features) * np.linalg.norm(features.mean(0)) ** 2 / total) if total else 1.0

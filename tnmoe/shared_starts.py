@@ -1,0 +1,161 @@
+"""Chains that a joint decomposition starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from tnmoe.backends import Array, Backend, get_backend
+from tnmoe.chains.shared_fit import inverse_root
+from tnmoe.decompose import decompose, decompose_batch
+from tnmoe.mpo import MPO
+from tnmoe.options import Method
+from tnmoe.shapes import MPOShape, joint_shape
+
+# Rounds in which the central cores of all experts turn towards their mean.
+_ROUNDS = 10
+
+
+def joint_matrix(xp: Backend, matrices: Array, shape: MPOShape, site: int) -> Array:
+    """Write the matrices of all experts as one matrix with the legs of :func:`joint_shape`."""
+    if tuple(matrices.shape[1:]) != (shape.padded_out, shape.padded_in):
+        matrices = xp.pad(matrices, shape.padded_out, shape.padded_in)
+    before, after = prod(shape.out_dims[:site]), prod(shape.out_dims[site:])
+    rows = xp.permute(matrices.reshape(-1, before, after, shape.padded_in), (1, 0, 2, 3))
+    return rows.reshape(-1, shape.padded_in)
+
+
+def split_experts(xp: Backend, core: Array, num_experts: int) -> Array:
+    """Split the core of the site that tells experts apart: (D, E · out, in, D') → (E, D, …)."""
+    bond, rows, in_, after = core.shape
+    split = core.reshape(bond, num_experts, rows // num_experts, in_, after)
+    return xp.permute(split, (1, 0, 2, 3, 4))
+
+
+def joint_sweep(
+    matrices: Array, shape: MPOShape, site: int, center_site: int, **limits: Any
+) -> list[Array]:
+    """Decompose all matrices as one whose rows a site tells apart; the experts share the others.
+
+    Parameters
+    ----------
+    matrices, shape, center_site
+        As for :func:`tnmoe.decompose_shared`.
+    site : int
+        Whose cores experts own.
+    **limits
+        Limits and method of :func:`tnmoe.decompose`.
+
+    Returns
+    -------
+    list of array, shapes (1, D, out, in, D'), and (E, D, out, in, D') at the site
+    """
+    xp = get_backend(matrices)
+    whole = joint_shape(shape, site, matrices.shape[0])
+    joint = joint_matrix(xp, matrices, shape, site)
+    mpo = decompose(joint, whole, center_site=center_site, **limits)
+    cores = [core[None] for core in mpo.cores]
+    cores[site] = split_experts(xp, mpo.cores[site], matrices.shape[0])
+    return cores
+
+
+def starts(
+    matrices: Array,
+    shape: MPOShape,
+    owned: Sequence[int],
+    bonds: Sequence[int],
+    center_site: int,
+    *,
+    method: Method,
+) -> Iterator[tuple[str, list[Array]]]:
+    """Yield chains to start from, and what they are.
+
+    Some are optimal where the experts own a single site: that site tells the experts apart, and the
+    others have their cores in common. The last one has the cores of every expert's own sweep,
+    turned towards each other.
+
+    Yields
+    ------
+    str
+        Name of the start.
+    list of array, shapes (E, D, out, in, D') or (1, D, out, in, D')
+        With the given bonds.
+    """
+    xp = get_backend(matrices)
+    for site in owned:
+        cores = joint_sweep(matrices, shape, site, center_site, max_bond=list(bonds), method=method)
+        yield (
+            f"joint sweep at site {site}",
+            _with_owners(xp, cores, owned, bonds, matrices.shape[0]),
+        )
+    if set(owned) == set(range(shape.sites)) - {center_site}:
+        sizes = shape.bond_dims(list(bonds))
+        mpos = decompose_batch(
+            matrices, shape, max_bond=sizes, center_site=center_site, method=method
+        )
+        cores = _aligned(xp, mpos, center_site)
+        yield "aligned sweeps", _with_owners(xp, cores, owned, bonds, matrices.shape[0])
+
+
+def _with_owners(
+    xp: Backend, cores: Sequence[Array], owned: Sequence[int], bonds: Sequence[int], experts: int
+) -> list[Array]:
+    """Copy common cores that experts own, and fill the bonds up with zeros."""
+    filled = []
+    for site, (core, (left, right)) in enumerate(zip(cores, pairwise((1, *bonds, 1)), strict=True)):
+        if site in owned and core.shape[0] == 1:
+            core = xp.concatenate([core] * experts, 0)
+        count, before, out, in_, after = core.shape
+        core = xp.pad(core.reshape(count, before, -1), left, out * in_ * after)
+        core = xp.pad(core.reshape(count, left * out * in_, after), left * out * in_, right)
+        filled.append(core.reshape(count, left, out, in_, right))
+    return filled
+
+
+def _aligned(xp: Backend, mpos: Sequence[MPO], center_site: int) -> list[Array]:
+    """Turn the bonds around the central cores such that these cores resemble each other.
+
+    The central cores are first brought to their higher-order SVD (De Lathauwer, De Moor,
+    Vandewalle, SIAM J. Matrix Anal. Appl. 21, 1253 (2000)), which is unique up to signs where the
+    singular values differ. Then every core turns towards the mean of all, left and right by turns
+    (orthogonal Procrustes problems).
+
+    Returns
+    -------
+    list of array
+        The mean of the central cores, (1, D, out, in, D'), between the others, (E, D, out, in, D').
+    """
+    cores = [xp.stack(each) for each in zip(*(mpo.cores for mpo in mpos), strict=True)]
+    count, left, out, in_, right = cores[center_site].shape
+    center = cores[center_site].reshape(count, left, out * in_ * right)
+    turn_left = xp.adjoint(xp.eigh(center @ xp.adjoint(center))[1])
+    center = (turn_left @ center).reshape(count, left * out * in_, right)
+    turn_right = xp.eigh(xp.adjoint(center) @ center)[1]
+    center = center @ turn_right
+    mean = center[:1]
+    for _ in range(_ROUNDS):
+        rows = center.reshape(count, left, out * in_ * right)
+        turn = _polar(xp, mean.reshape(1, left, -1) @ xp.adjoint(rows))
+        center = (turn @ rows).reshape(count, left * out * in_, right)
+        turn_left = turn @ turn_left
+        turn = _polar(xp, xp.adjoint(center) @ mean.reshape(1, left * out * in_, right))
+        center, turn_right = center @ turn, turn_right @ turn
+        ones = xp.zeros((1, count), like=center) + 1.0 / count
+        mean = (ones @ center.reshape(count, -1)).reshape(1, left * out * in_, right)
+    cores[center_site] = mean.reshape(1, left, out, in_, right)
+    if center_site:
+        before = cores[center_site - 1]
+        matrix = before.reshape(count, -1, left) @ xp.adjoint(turn_left)
+        cores[center_site - 1] = matrix.reshape(before.shape)
+    if center_site + 1 < len(cores):
+        after = cores[center_site + 1]
+        matrix = xp.adjoint(turn_right) @ after.reshape(count, right, -1)
+        cores[center_site + 1] = matrix.reshape(after.shape)
+    return cores
+
+
+def _polar(xp: Backend, matrices: Array) -> Array:
+    """Return the partial isometry of the polar decomposition: the nearest turn."""
+    return matrices @ inverse_root(xp, xp.adjoint(matrices) @ matrices)
