@@ -15,9 +15,11 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import EPSILON
 from tnmoe.chains.precision import computable, narrowed, widened
 from tnmoe.chains.scaling import finite_max_abs
+from tnmoe.chains.shared_fit import inverse
 from tnmoe.contraction.build import to_padded_matrix
 from tnmoe.decompose import check_matrix
 from tnmoe.errors import (
+    InputError,
     check_bool,
     check_number_in,
     check_one_of,
@@ -55,8 +57,11 @@ class SharedInfo:
         The root mean square of the experts' relative errors, at the start and after every sweep of
         alternating least squares, or after every change of the base. It never grows. It is empty
         where a single decomposition finds the cores.
+    weighted_errors : tuple of float, or None
+        With ``weights``: every expert's error, weighed by the damped moments, relative to its
+        matrix.
     converged : bool
-        Whether the last sweep changed this number by less than the tolerance.
+        Whether the last sweep changed the history's number by less than the tolerance.
     start : str
         What the sweeps started from.
 
@@ -76,14 +81,14 @@ class SharedInfo:
     error_bounds: tuple[float, ...] = field(repr=False)
     norms: tuple[float, ...] = field(repr=False)
     history: tuple[float, ...] = field(repr=False)
+    weighted_errors: tuple[float, ...] | None
     converged: bool
     start: str
 
     @property
     def relative_errors(self) -> tuple[float, ...]:
         """Every expert's error relative to its norm; 0 for zeros that are zeros still."""
-        pairs = zip(self.errors, self.norms, strict=True)
-        return tuple(error / norm if norm else inf if error else 0.0 for error, norm in pairs)
+        return tuple(map(_ratio, self.errors, self.norms))
 
     @property
     def error_bound(self) -> float:
@@ -103,6 +108,8 @@ def decompose_shared(
     center_site: int | None = ...,
     shared_sites: SharedSites | None = ...,
     residual: bool = ...,
+    weights: Array | None = ...,
+    damping: float = ...,
     method: Method = ...,
     max_sweeps: int = ...,
     tol: float = ...,
@@ -122,6 +129,8 @@ def decompose_shared(
     center_site: int | None = ...,
     shared_sites: SharedSites | None = ...,
     residual: bool = ...,
+    weights: Array | None = ...,
+    damping: float = ...,
     method: Method = ...,
     max_sweeps: int = ...,
     tol: float = ...,
@@ -140,6 +149,8 @@ def decompose_shared(
     center_site: int | None = None,
     shared_sites: SharedSites | None = None,
     residual: bool = False,
+    weights: Array | None = None,
+    damping: float = 0.01,
     method: Method = "auto",
     max_sweeps: int = 50,
     tol: float = 1e-5,
@@ -177,6 +188,13 @@ def decompose_shared(
     residual : bool
         Add a matrix that all experts share, the *base*: W_e ≈ base + chain_e. With two sites the
         chains are matrices of low rank.
+    weights : array, shape (E, in_features, in_features) or (in_features, in_features), optional
+        Second moments E[x xᴴ] of the inputs x that every expert meets, or all experts meet. The
+        function then minimises the errors of the outputs, E‖(W_e − chain_e) x‖², relative to
+        E‖W_e x‖², and ``rtol`` limits their square roots. It takes longer.
+    damping : float
+        Share of the identity in the moments, whose mean eigenvalue is brought to 1 first. It keeps
+        inputs that a short calibration did not show from being free.
     method : {"auto", "qr", "eigh", "svd", "randomized"}
         How to find isometries, as for :func:`decompose`.
     max_sweeps : int
@@ -273,12 +291,12 @@ def decompose_shared(
         base_params=shape.out_features * shape.in_features if residual else 0,
     )
     with xp.full_precision(matrices):
-        found = _Experts.of(xp, matrices).search(finder, limits, residual)
+        moments = None if weights is None else _damped(xp, weights, matrices, damping)
+        found = _Experts.of(xp, matrices, moments).search(finder, limits, residual)
     if found.missed:
         warnings.warn(
             f"rtol={limits.rtol} needs more than the other limits allow: the relative errors of "
-            f"the experts {short_repr(found.missed)} are up to "
-            f"{max(found.info.relative_errors):.3g}",
+            f"the experts {short_repr(found.missed)} are up to {max(_limited(found.info)):.3g}",
             stacklevel=2,
         )
     return (found.shared, found.info) if return_info else found.shared
@@ -304,28 +322,40 @@ class _Experts:
     matrices : array, shape (E, out, in)
         In a dtype with linear algebra.
     norms : list of float
+    moments : array, shape (E, in, in) or (1, in, in), or None
+        Second moments of the inputs.
+    sizes : list of float
+        The norms, weighed by the moments.
     roots : array, shape (E, 1, 1)
-        Square roots of the norms; 1 for a matrix of zeros. Dividing by a tiny norm takes two steps.
+        Square roots of the sizes; 1 where a size is 0. Dividing by a tiny number takes two steps.
     """
 
     xp: Backend
     given: Array
     matrices: Array
     norms: list[float]
+    moments: Array | None
+    sizes: list[float]
     roots: Array
 
     @classmethod
-    def of(cls, xp: Backend, given: Array) -> _Experts:
+    def of(cls, xp: Backend, given: Array, moments: Array | None) -> _Experts:
         """Measure the norms; raise an InputError if a number is not finite."""
         matrices = computable(xp, given)
         finite_max_abs(xp, matrices, "the matrices contain")
         norms = [_number(xp, xp.norm(matrix)) for matrix in matrices]
-        roots = np.sqrt([norm or 1.0 for norm in norms])[:, None, None]
-        return cls(xp, given, matrices, norms, xp.from_numpy(roots, like=matrices))
+        sizes = norms
+        if moments is not None:
+            sizes = [
+                _weighted_norm(xp, matrix, norm, _of_expert(moments, number))
+                for number, (matrix, norm) in enumerate(zip(matrices, norms, strict=True))
+            ]
+        roots = np.sqrt([size or 1.0 for size in sizes])[:, None, None]
+        return cls(xp, given, matrices, norms, moments, sizes, xp.from_numpy(roots, like=matrices))
 
     def search(self, finder: ChainFinder, limits: SharedLimits, residual: bool) -> _Result:
         """Return the smallest result in which no expert misses ``rtol``, or the largest one."""
-        if finder.takes_limits and not residual:
+        if finder.takes_limits and not residual and self.moments is None:
             given = {"max_bond": limits.max_bond, "max_params": limits.max_params}
             given |= {"bonds": limits.bonds}
             trials = [
@@ -340,42 +370,56 @@ class _Experts:
     def _without_base(
         self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
     ) -> _Result:
-        chains = finder.find(self.matrices / self.roots / self.roots, bonds)
+        chains = finder.find(self.matrices / self.roots / self.roots, bonds, self.moments)
         return self._finish(finder, chains, limits)
 
     def _with_base(
         self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
     ) -> _Result:
         """Improve the base and the chains by turns."""
-        count, *size = self.matrices.shape
-        weights = self._weights()
-        base = weights @ self.matrices.reshape(count, -1)
+        base = self._best_base(self.matrices)
         best, history, converged = None, list[float](), False
         for _ in range(finder.max_sweeps):
-            rest = self.matrices - base.reshape(1, *size)
-            chains = finder.find(rest / self.roots / self.roots, bonds)
-            deltas = chains.to_matrices(self.xp, finder.shape) * self.roots * self.roots
-            missed = self.xp.norm((rest - deltas) / self.roots / self.roots)
-            error = _number(self.xp, missed) / count**0.5
+            rest = (self.matrices - base) / self.roots / self.roots
+            chains = finder.find(rest, bonds, self.moments)
+            deltas = chains.to_matrices(self.xp, finder.shape)
+            error = self._norm_of_all(rest - deltas) / len(self.norms) ** 0.5
             converged = bool(history) and not history[-1] - error >= finder.tol
             if best is None or error < history[-1]:
                 best = base, chains
                 history.append(error)
             if converged:
                 break
-            base = weights @ (self.matrices - deltas).reshape(count, -1)
+            base = self._best_base(self.matrices - deltas * self.roots * self.roots)
         assert best is not None, "there is at least one sweep"
         base, chains = best
         chains = Chains(chains.cores, tuple(history), converged, "mean of the experts")
-        return self._finish(finder, chains, limits, base.reshape(*size))
+        return self._finish(finder, chains, limits, base[0])
 
-    def _weights(self) -> Array:
-        """Return the weights of experts in the best base, (1, E): 1 / ‖W_e‖², of sum 1."""
-        least = min((norm for norm in self.norms if norm), default=1.0)
-        weights = np.array([(least / norm) ** 2 if norm else 0.0 for norm in self.norms])
-        if not weights.any():
-            weights += 1.0
-        return self.xp.from_numpy((weights / weights.sum())[None], like=self.matrices)
+    def _best_base(self, rests: Array) -> Array:
+        """Return the matrix, (1, out, in), that is nearest to what is left of all experts.
+
+        It is the mean, weighed by 1 / size² and by the moments.
+        """
+        xp, (count, rows, columns) = self.xp, rests.shape
+        least = min((size for size in self.sizes if size), default=1.0)
+        shares = np.array([(least / size) ** 2 if size else 0.0 for size in self.sizes])
+        if not shares.any():
+            shares += 1.0
+        shares = xp.from_numpy((shares / shares.sum())[None], like=rests)
+        if self.moments is None or self.moments.shape[0] == 1:
+            return (shares @ rests.reshape(count, -1)).reshape(1, rows, columns)
+        total = shares @ (rests @ self.moments).reshape(count, -1)
+        moments = (shares @ self.moments.reshape(count, -1)).reshape(1, columns, columns)
+        return total.reshape(1, rows, columns) @ inverse(xp, moments)
+
+    def _norm_of_all(self, matrices: Array) -> float:
+        """Return the norm of all experts' matrices together, weighed by the moments."""
+        if self.moments is None:
+            return _number(self.xp, self.xp.norm(matrices))
+        row = self.xp.conj(matrices).reshape(1, -1)
+        square = (row @ (matrices @ self.moments).reshape(-1, 1))[0, 0]
+        return max(0.0, _number(self.xp, square.real)) ** 0.5
 
     def _finish(
         self,
@@ -390,7 +434,7 @@ class _Experts:
             core if site in finder.owned else core[0] for site, core in enumerate(chains.cores)
         ]
         # Without a base, the chain of a matrix of zeros is zero to the last digit.
-        scales = np.sqrt(self.norms) if base is None else xp.to_numpy(self.roots)
+        scales = np.sqrt(self.sizes) if base is None else xp.to_numpy(self.roots)
         roots = xp.from_numpy(np.reshape(scales, (-1, 1, 1, 1, 1)), like=self.matrices)
         cores[finder.owned[0]] = cores[finder.owned[0]] * roots * roots
         common = None
@@ -403,33 +447,100 @@ class _Experts:
         missed = []
         if limits.rtol is not None:
             allowed = limits.rtol + 100 * EPSILON[dtype]
-            missed = [n for n, error in enumerate(info.relative_errors) if error > allowed]
+            missed = [n for n, error in enumerate(_limited(info)) if error > allowed]
         return _Result(shared, info, missed)
 
     def _info_of(self, shared: SharedMPO, chains: Chains) -> SharedInfo:
         size = 0.0 if shared.base is None else _number(self.xp, shared.base.norm())
-        errors = [self._error_of(shared, number) for number in range(len(self.norms))]
+        pairs = [self._errors_of(shared, number) for number in range(len(self.norms))]
+        errors, weighted = zip(*pairs, strict=True)
         return SharedInfo(
-            errors=tuple(errors),
+            errors=errors,
             error_bounds=tuple(
                 error + _ROUNDING * (error + norm + size)
                 for error, norm in zip(errors, self.norms, strict=True)
             ),
             norms=tuple(self.norms),
             history=chains.history,
+            weighted_errors=None if self.moments is None else weighted,
             converged=chains.converged,
             start=chains.start,
         )
 
-    def _error_of(self, shared: SharedMPO, number: int) -> float:
-        """Measure the error of an expert in double precision."""
+    def _errors_of(self, shared: SharedMPO, number: int) -> tuple[float, float]:
+        """Measure an expert's error, and the relative weighted one, in double precision."""
         xp, matrix = self.xp, widened(self.xp, self.given[number])
         cores = [core[number] if core.ndim == 5 else core for core in shared.cores]
         built = to_padded_matrix(xp, [widened(xp, core) for core in cores])
         built = built[: matrix.shape[0], : matrix.shape[1]]
         if shared.base is not None:
             built = built + widened(xp, shared.base.cores[0][0, :, :, 0])
-        return _number(xp, xp.norm(matrix - built))
+        missed = matrix - built
+        error = _number(xp, xp.norm(missed))
+        if self.moments is None:
+            return error, 0.0
+        moments, size = _of_expert(self.moments, number), self.sizes[number]
+        weighted = _weighted_norm(xp, missed, error, widened(xp, moments))
+        return error, _ratio(weighted, size)
+
+
+def _ratio(error: float, norm: float) -> float:
+    return error / norm if norm else inf if error else 0.0
+
+
+def _limited(info: SharedInfo) -> tuple[float, ...]:
+    """Return the errors that ``rtol`` limits."""
+    return info.relative_errors if info.weighted_errors is None else info.weighted_errors
+
+
+def _damped(xp: Backend, weights: Array, matrices: Array, damping: float) -> Array:
+    """Check second moments; bring their mean eigenvalue to 1, and add the identity's share.
+
+    Returns
+    -------
+    array, shape (E, in, in) or (1, in, in)
+        Moments of zeros, of an expert without inputs, become the identity.
+    """
+    damping = check_number_in("damping", damping, "[0, 1]")
+    experts, _, size = matrices.shape
+    if get_backend(weights) is not xp:
+        raise TypeError(
+            f"weights must be an array of {xp.name}, as the matrices are, got {type(weights)}"
+        )
+    expected = (experts, size, size), (size, size)
+    if tuple(weights.shape) not in expected:
+        raise InputError(
+            f"weights must have shape {expected[0]} or {expected[1]}, got {tuple(weights.shape)}"
+        )
+    moments = xp.astype(weights, xp.dtype_name(computable(xp, matrices)))
+    moments = moments.reshape(-1, size, size)
+    largest = finite_max_abs(xp, moments, "the weights contain")
+    if xp.max_abs(moments - xp.adjoint(moments)) > 1e-3 * largest:
+        raise InputError("weights must be Hermitian matrices: they are second moments of inputs")
+    means = [_number(xp, xp.trace(each, 0, 1).real) / size for each in moments]
+    if min(means) < 0:
+        raise InputError(
+            f"weights must be positive matrices, got one with mean eigenvalue {min(means):.3g}"
+        )
+    scales = np.array([(1 - damping) / mean if mean else 0.0 for mean in means])
+    shares = np.array([damping if mean else 1.0 for mean in means])
+    scaled = moments * xp.from_numpy(scales[:, None, None], like=moments)
+    identity = xp.eye(size, like=moments)[None]
+    return scaled + identity * xp.from_numpy(shares[:, None, None], like=moments)
+
+
+def _of_expert(moments: Array, number: int) -> Array:
+    return moments[number if moments.shape[0] > 1 else 0]
+
+
+def _weighted_norm(xp: Backend, matrix: Array, norm: float, moments: Array) -> float:
+    """Return sqrt(tr(W S Wᴴ)); ``norm`` is that of W, by which W is divided first."""
+    if not norm:
+        return 0.0
+    root = norm**0.5
+    scaled = matrix / root / root
+    row, column = xp.conj(scaled).reshape(1, -1), (scaled @ moments).reshape(-1, 1)
+    return max(0.0, _number(xp, (row @ column)[0, 0].real)) ** 0.5 * norm
 
 
 def _tolerances(rtol: float | None, num_experts: int) -> list[float | None]:
