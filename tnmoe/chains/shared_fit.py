@@ -13,6 +13,7 @@ from math import prod
 
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON
+from tnmoe.chains.moments import Moments, inner_product, number_of
 
 # Steps of conjugate gradients: for a shared core that stands between cores of experts, and for any
 # core beside moments.
@@ -41,40 +42,6 @@ class SharedFit:
     def error(self) -> float:
         """The last error, which is that of the cores and the smallest."""
         return self.errors[-1]
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of the inputs that the matrices of experts meet.
-
-    Attributes
-    ----------
-    xp : Backend
-        Library of the moments.
-    matrices : array, shape (E, in, in) or (1, in, in)
-        Hermitian and positive. The error of an expert is ‖(W − chain) · S^½‖.
-    out_dims, in_dims : sequence of int
-        Legs of the sites.
-    """
-
-    xp: Backend
-    matrices: Array
-    out_dims: Sequence[int]
-    in_dims: Sequence[int]
-
-    def apply(self, targets: Array) -> Array:
-        """Multiply matrices by the moments; (E, legs in the order of the sites)."""
-        count = targets.shape[0]
-        # Legs of size 1 are left out: libraries limit the number of axes.
-        pairs = list(zip(self.out_dims, self.in_dims, strict=True))
-        legs = [(side, size) for pair in pairs for side, size in enumerate(pair) if size > 1]
-        order = sorted(range(len(legs)), key=lambda axis: legs[axis][0])
-        back = sorted(range(len(legs)), key=order.__getitem__)
-        sizes = [size for _, size in legs]
-        tensor = self.xp.permute(targets.reshape(count, *sizes), [0, *(axis + 1 for axis in order)])
-        rows = tensor.reshape(count, -1, prod(self.in_dims)) @ self.matrices
-        tensor = rows.reshape(-1, *(sizes[axis] for axis in order))
-        return self.xp.permute(tensor, [0, *(axis + 1 for axis in back)]).reshape(count, -1)
 
 
 def fit_shared(
@@ -179,8 +146,8 @@ def _weighted(xp: Backend, left: Array, right: Array, moments: Moments, core: Ar
 def _size(xp: Backend, targets: Array, moments: Moments | None) -> float:
     """Return the norm of all experts' matrices together, weighed by the moments."""
     if moments is None:
-        return _number(xp, xp.norm(targets))
-    return max(0.0, _inner(xp, targets, moments.apply(targets))) ** 0.5
+        return number_of(xp, xp.norm(targets))
+    return max(0.0, inner_product(xp, targets, moments.apply(targets))) ** 0.5
 
 
 def _product(cores: Sequence[Array]) -> Array:
@@ -285,16 +252,16 @@ class _Equations:
         """Solve by conjugate gradients, whose every step lowers the error."""
         xp, target = self.xp, self._added(projected)
         solution, residual = start, target - self._added(apply(start))
-        least = (EPSILON[xp.dtype_name(target)] * _number(xp, xp.norm(target))) ** 2
+        least = (EPSILON[xp.dtype_name(target)] * number_of(xp, xp.norm(target))) ** 2
         direction, slope = None, 0.0
         for _ in range(steps):
             ahead = self._roughly(residual)
-            new = _inner(xp, residual, ahead)
+            new = inner_product(xp, residual, ahead)
             if new <= least:
                 break
             direction = ahead if direction is None else ahead + direction * (new / slope)
             slope, image = new, self._added(apply(direction))
-            curvature = _inner(xp, direction, image)
+            curvature = inner_product(xp, direction, image)
             if curvature <= 0:
                 break
             solution = solution + direction * (new / curvature)
@@ -308,12 +275,6 @@ class _Equations:
             return arrays * float(self.experts)
         ones = self.xp.zeros((1, count), like=arrays) + 1.0
         return (ones @ arrays.reshape(count, prod(shape))).reshape(1, *shape)
-
-
-def _inner(xp: Backend, first: Array, second: Array) -> float:
-    """Return the real part of the inner product of two arrays."""
-    row, column = xp.conj(first).reshape(1, -1), second.reshape(-1, 1)
-    return _number(xp, (row @ column)[0, 0].real)
 
 
 def _between(left: Array, core: Array, right: Array) -> Array:
@@ -347,7 +308,3 @@ def _spectrum(xp: Backend, gram: Array) -> tuple[Array, Array, Array]:
     largest = values[..., :1].clip(1e-30)
     relative = (values / largest).clip(floor)
     return relative * largest, vectors, -((relative / floor) ** -4) + 1.0
-
-
-def _number(xp: Backend, array: Array) -> float:
-    return float(xp.to_numpy(array))

@@ -10,9 +10,9 @@ from tnmoe.backends import Array, Backend
 from tnmoe.chains.shared_fit import Moments, SharedFit, fit_shared
 from tnmoe.contraction.build import to_padded_matrix
 from tnmoe.decompose import decompose_batch, interleave
+from tnmoe.joint.starts import joint_sweep, starts
 from tnmoe.options import Method
 from tnmoe.shapes import MPOShape
-from tnmoe.shared_starts import joint_sweep, starts
 
 # Sweeps after which the best start is chosen.
 _FIRST_SWEEPS = 3
