@@ -1,14 +1,15 @@
 """tnmoe: tensor-network mixtures of experts."""
 
-from tnmoe.align import UnitAlignment, align_hidden_units
 from tnmoe.combine import add, kron, matmul
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
 from tnmoe.decompose import decompose, decompose_batch
-from tnmoe.decompose_shared import SharedInfo, decompose_shared
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.factors import factorize
 from tnmoe.fit import FitInfo, fit
 from tnmoe.io import load, save
+from tnmoe.joint.align import UnitAlignment, align_hidden_units
+from tnmoe.joint.decompose_shared import decompose_shared
+from tnmoe.joint.info import SharedInfo
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO

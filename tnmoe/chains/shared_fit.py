@@ -6,15 +6,19 @@ in common. Products of arrays broadcast over it, so no step loops over experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON
+from tnmoe.chains.moments import Moments, inner_product, number_of
 
-# Steps of conjugate gradients for a shared core that stands between cores of experts.
+# Steps of conjugate gradients: for a shared core that stands between cores of experts, and for any
+# core beside moments.
 _MOST_STEPS = 20
+_WEIGHTED_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,12 @@ class SharedFit:
 
 
 def fit_shared(
-    xp: Backend, targets: Array, cores: Sequence[Array], max_sweeps: int, tol: float
+    xp: Backend,
+    targets: Array,
+    cores: Sequence[Array],
+    max_sweeps: int,
+    tol: float,
+    moments: Moments | None = None,
 ) -> SharedFit:
     """Fit chains to the targets of all experts, from given chains on.
 
@@ -63,20 +72,23 @@ def fit_shared(
         Largest number of sweeps.
     tol : float
         Stop when a sweep changes the relative error by less than this.
+    moments : Moments, optional
+        Weigh errors by them. Conjugate gradients solve the equations then, from the present cores.
 
     Notes
     -----
     A sweep costs about 8·Σ D·N operations, where N is the number of entries of all targets and the
     sum runs over the bonds: the chain right of every bond, its product with the targets, the
-    targets' product with the chain left of it, and the error.
+    targets' product with the chain left of it, and the error. With moments, every step of conjugate
+    gradients costs 4·D·N + N·in operations besides.
     """
-    norm = _number(xp, xp.norm(targets))
+    norm = _size(xp, targets, moments)
     if not norm:
         return SharedFit(list(cores), [0.0], True)
-    best, errors = list(cores), [_missed(xp, targets, cores) / norm]
+    best, errors = list(cores), [_size(xp, targets - _product(cores), moments) / norm]
     for _ in range(max_sweeps):
-        cores = _sweep(xp, targets, best)
-        error = _missed(xp, targets, cores) / norm
+        cores = _sweep(xp, targets, best, moments)
+        error = _size(xp, targets - _product(cores), moments) / norm
         # Only rounding can raise the error: nothing is left to gain.
         if not error < errors[-1]:
             return SharedFit(best, errors, True)
@@ -87,42 +99,64 @@ def fit_shared(
     return SharedFit(best, errors, False)
 
 
-def _sweep(xp: Backend, targets: Array, cores: Sequence[Array]) -> list[Array]:
+def _sweep(
+    xp: Backend, targets: Array, cores: Sequence[Array], moments: Moments | None
+) -> list[Array]:
     """Replace all cores from left to right."""
     cores = _to_the_left(xp, cores)
     rights, right_grams = _right_parts(xp, cores)
-    experts = targets.shape[0]
-    left_gram = xp.eye(1, like=cores[0])[None]
-    state = targets
+    experts, one = targets.shape[0], xp.eye(1, like=cores[0])[None]
+    left, left_gram = one, one
+    state = targets if moments is None else moments.apply(targets)
     for site, right in enumerate(rights):
         _, bond, leg, after = cores[site].shape
         state = state.reshape(experts, bond * leg, -1)
-        env = (state @ xp.adjoint(right)).reshape(experts, bond, leg, after)
-        equations = _Equations(xp, left_gram, right_grams[site], experts)
-        if cores[site].shape[0] == experts:
-            cores[site] = equations.solve_each(env)
+        projected = (state @ xp.adjoint(right)).reshape(experts, bond, leg, after)
+        is_owned = cores[site].shape[0] == experts
+        equations = _Equations(xp, left_gram, right_grams[site], experts, is_owned)
+        if moments is None:
+            cores[site] = equations.solve(projected, cores[site])
         else:
-            env = equations.total(env)
-            cores[site] = equations.solve_sum(env, cores[site])
+            apply = partial(_weighted, xp, left, right, moments)
+            cores[site] = equations.solve_weighted(apply, projected, cores[site])
         if site + 1 == len(cores):
             break
         cores[site], cores[site + 1] = _move_right(xp, cores[site], cores[site + 1])
         matrix = cores[site].reshape(-1, bond * leg, cores[site].shape[3])
         state = xp.adjoint(matrix) @ state
-        passed = (left_gram @ cores[site].reshape(-1, bond, leg * matrix.shape[2])).reshape(
-            -1, bond * leg, matrix.shape[2]
-        )
-        left_gram = xp.adjoint(matrix) @ passed
+        passed = left_gram @ cores[site].reshape(-1, bond, leg * matrix.shape[2])
+        left_gram = xp.adjoint(matrix) @ passed.reshape(-1, bond * leg, matrix.shape[2])
+        if moments is not None:
+            longer = left @ cores[site].reshape(-1, bond, leg * matrix.shape[2])
+            left = longer.reshape(-1, left.shape[1] * leg, matrix.shape[2])
     return cores
 
 
-def _missed(xp: Backend, targets: Array, cores: Sequence[Array]) -> float:
-    """Return the Frobenius norm of what the chains miss of the targets."""
+def _weighted(xp: Backend, left: Array, right: Array, moments: Moments, core: Array) -> Array:
+    """Build chains around a core, multiply them by the moments, and project them onto the core."""
+    experts, bond, leg, after = core.shape
+    rows = (left @ core.reshape(experts, bond, leg * after)).reshape(-1, left.shape[1] * leg, after)
+    chains = rows @ right
+    chains = moments.apply(chains.reshape(chains.shape[0], -1))
+    rows = chains.reshape(chains.shape[0], left.shape[1] * leg, -1) @ xp.adjoint(right)
+    rows = rows.reshape(rows.shape[0], left.shape[1], leg * after)
+    return (xp.adjoint(left) @ rows).reshape(-1, bond, leg, after)
+
+
+def _size(xp: Backend, targets: Array, moments: Moments | None) -> float:
+    """Return the norm of all experts' matrices together, weighed by the moments."""
+    if moments is None:
+        return number_of(xp, xp.norm(targets))
+    return max(0.0, inner_product(xp, targets, moments.apply(targets))) ** 0.5
+
+
+def _product(cores: Sequence[Array]) -> Array:
+    """Multiply all cores: (E, legs in the order of the sites)."""
     product = cores[0][:, 0]
     for core in cores[1:]:
         _, bond, leg, after = core.shape
         product = product.reshape(product.shape[0], -1, bond) @ core.reshape(-1, bond, leg * after)
-    return _number(xp, xp.norm(targets - product.reshape(product.shape[0], -1)))
+    return product.reshape(product.shape[0], -1)
 
 
 def _to_the_left(xp: Backend, cores: Sequence[Array]) -> list[Array]:
@@ -175,58 +209,72 @@ def _right_parts(xp: Backend, cores: Sequence[Array]) -> tuple[list[Array], list
 
 @dataclass(frozen=True)
 class _Equations:
-    """The normal equations G_L · A · G_R = V of a core A, (D, leg, D'), for all experts."""
+    """The normal equations G_L · A · G_R = V of a core A, (D, leg, D').
+
+    Every expert that owns the core has its own equations. A shared core solves their sum.
+    """
 
     xp: Backend
     left: Array
     right: Array
     experts: int
+    is_owned: bool
 
-    def solve_each(self, env: Array) -> Array:
-        """Solve the equations of every expert."""
-        return _between(_inverse(self.xp, self.left), env, _inverse(self.xp, self.right))
+    def solve(self, projected: Array, start: Array) -> Array:
+        """Solve the equations; ``projected`` is V of every expert."""
+        if self.is_owned or 1 in (self.left.shape[0], self.right.shape[0]):
+            return self._roughly(self._added(projected))
+        # The sum over the experts does not factorise.
+        apply = partial(_between, self.left, right=self.right)
+        return self._descend(apply, projected, start, _MOST_STEPS)
 
-    def solve_sum(self, env: Array, start: Array) -> Array:
-        """Solve the sum of the equations of all experts."""
-        if self.left.shape[0] > 1 and self.right.shape[0] > 1:
-            return self._descend(env, start)
-        left, right = self.total(self.left), self.total(self.right)
-        # One of the two is the same for all experts, and has been added up, too.
-        same = self.experts if 1 in (self.left.shape[0], self.right.shape[0]) else 1
-        return _between(_inverse(self.xp, left), env, _inverse(self.xp, right)) * float(same)
+    def solve_weighted(
+        self, apply: Callable[[Array], Array], projected: Array, start: Array
+    ) -> Array:
+        """Solve other equations, of which ``apply`` is the left side."""
+        return self._descend(apply, projected, start, _WEIGHTED_STEPS)
 
-    def _descend(self, env: Array, start: Array) -> Array:
+    def _roughly(self, projected: Array) -> Array:
+        """Solve the equations, or those with the mean Gram matrices of the experts."""
+        if self.is_owned:
+            left, right, same = self.left, self.right, 1
+        else:
+            left, right, same = self._total(self.left), self._total(self.right), self.experts
+        inverses = inverse(self.xp, left), inverse(self.xp, right)
+        return _between(inverses[0], projected, inverses[1]) * float(same)
+
+    def _added(self, cores: Array) -> Array:
+        return cores if self.is_owned else self._total(cores)
+
+    def _descend(
+        self, apply: Callable[[Array], Array], projected: Array, start: Array, steps: int
+    ) -> Array:
         """Solve by conjugate gradients, whose every step lowers the error."""
-        left, right = (_inverse(self.xp, self.total(gram)) for gram in (self.left, self.right))
-        solution, residual = start, env - self._apply(start)
-        least = (EPSILON[self.xp.dtype_name(env)] * _number(self.xp, self.xp.norm(env))) ** 2
+        xp, target = self.xp, self._added(projected)
+        solution, residual = start, target - self._added(apply(start))
+        least = (EPSILON[xp.dtype_name(target)] * number_of(xp, xp.norm(target))) ** 2
         direction, slope = None, 0.0
-        for _ in range(_MOST_STEPS):
-            ahead = _between(left, residual, right) * float(self.experts)
-            new = self._inner(residual, ahead)
+        for _ in range(steps):
+            ahead = self._roughly(residual)
+            new = inner_product(xp, residual, ahead)
             if new <= least:
                 break
             direction = ahead if direction is None else ahead + direction * (new / slope)
-            slope, image = new, self._apply(direction)
-            step = new / self._inner(direction, image)
-            solution, residual = solution + direction * step, residual - image * step
+            slope, image = new, self._added(apply(direction))
+            curvature = inner_product(xp, direction, image)
+            if curvature <= 0:
+                break
+            solution = solution + direction * (new / curvature)
+            residual = residual - image * (new / curvature)
         return solution
 
-    def _apply(self, core: Array) -> Array:
-        """Return Σ_e G_L · A · G_R."""
-        return self.total(_between(self.left, core, self.right))
-
-    def total(self, arrays: Array) -> Array:
+    def _total(self, arrays: Array) -> Array:
         """Sum over the experts; what is the same for all of them counts E times."""
         count, *shape = arrays.shape
         if count == 1:
             return arrays * float(self.experts)
         ones = self.xp.zeros((1, count), like=arrays) + 1.0
         return (ones @ arrays.reshape(count, prod(shape))).reshape(1, *shape)
-
-    def _inner(self, first: Array, second: Array) -> float:
-        row, column = self.xp.conj(first).reshape(1, -1), second.reshape(-1, 1)
-        return _number(self.xp, (row @ column)[0, 0].real)
 
 
 def _between(left: Array, core: Array, right: Array) -> Array:
@@ -237,7 +285,7 @@ def _between(left: Array, core: Array, right: Array) -> Array:
     return product.reshape(-1, bond, leg, after)
 
 
-def _inverse(xp: Backend, gram: Array) -> Array:
+def inverse(xp: Backend, gram: Array) -> Array:
     """Return the pseudo-inverse of Gram matrices, (e, D, D)."""
     values, vectors, kept = _spectrum(xp, gram)
     return (vectors * (kept / values)[..., None, :]) @ xp.adjoint(vectors)
@@ -260,7 +308,3 @@ def _spectrum(xp: Backend, gram: Array) -> tuple[Array, Array, Array]:
     largest = values[..., :1].clip(1e-30)
     relative = (values / largest).clip(floor)
     return relative * largest, vectors, -((relative / floor) ** -4) + 1.0
-
-
-def _number(xp: Backend, array: Array) -> float:
-    return float(xp.to_numpy(array))

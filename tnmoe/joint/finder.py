@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tnmoe.backends import Array, Backend
-from tnmoe.chains.shared_fit import SharedFit, fit_shared
+from tnmoe.chains.shared_fit import Moments, SharedFit, fit_shared
 from tnmoe.contraction.build import to_padded_matrix
 from tnmoe.decompose import decompose_batch, interleave
+from tnmoe.joint.starts import joint_sweep, starts
 from tnmoe.options import Method
 from tnmoe.shapes import MPOShape
-from tnmoe.shared_starts import joint_sweep, starts
 
 # Sweeps after which the best start is chosen.
 _FIRST_SWEEPS = 3
@@ -84,15 +84,22 @@ class ChainFinder:
         """Whether chains have nothing in common."""
         return len(self.owned) == self.shape.sites or self.num_experts == 1
 
-    def find(self, matrices: Array, limits: Mapping[str, Any]) -> Chains:
+    def find(
+        self, matrices: Array, limits: Mapping[str, Any], moments: Array | None = None
+    ) -> Chains:
         """Find the chains of matrices, (E, out_features, in_features).
 
         Parameters
         ----------
         matrices : array
         limits : mapping
-            Arguments of :func:`tnmoe.decompose`; ``bonds`` alone unless :attr:`takes_limits`.
+            Arguments of :func:`tnmoe.decompose`; ``bonds`` alone with moments, or unless
+            :attr:`takes_limits`.
+        moments : array, shape (E, in_features, in_features) or (1, …), optional
+            Second moments of the inputs.
         """
+        if moments is not None:
+            return self._by_least_squares(matrices, limits["bonds"], self._padded(moments))
         if self.owns_all:
             return self._by_own_sweeps(matrices, limits)
         if len(self.owned) == 1:
@@ -111,7 +118,15 @@ class ChainFinder:
         cores = [self.xp.stack(each) for each in zip(*(mpo.cores for mpo in mpos), strict=True)]
         return Chains(cores, (), True, "own sweeps")
 
-    def _by_least_squares(self, matrices: Array, bonds: Sequence[int]) -> Chains:
+    def _padded(self, moments: Array) -> Moments:
+        size = self.shape.padded_in
+        if self.shape.in_features < size:
+            moments = self.xp.pad(moments, size, size)
+        return Moments(self.xp, moments, self.shape.out_dims, self.shape.in_dims)
+
+    def _by_least_squares(
+        self, matrices: Array, bonds: Sequence[int], moments: Moments | None = None
+    ) -> Chains:
         """Improve all starts a little, and the best of them until it converges."""
         tensor = interleave(self.xp, matrices, self.shape, self.center_site)
         targets = tensor.reshape(self.num_experts, -1)
@@ -119,13 +134,14 @@ class ChainFinder:
         sizes = self.shape, self.owned, bonds, self.center_site
         for name, cores in starts(matrices, *sizes, method=self.method):
             merged = [core.reshape(*core.shape[:2], -1, core.shape[-1]) for core in cores]
-            fit = fit_shared(self.xp, targets, merged, min(_FIRST_SWEEPS, self.max_sweeps), 0.0)
+            first = min(_FIRST_SWEEPS, self.max_sweeps)
+            fit = fit_shared(self.xp, targets, merged, first, 0.0, moments)
             if best is None or fit.error < best[0].error:
                 best = fit, name
         assert best is not None, "experts own a site"
         fit, name = best
         left = max(0, self.max_sweeps - _FIRST_SWEEPS)
-        rest = fit_shared(self.xp, targets, fit.cores, left, self.tol)
+        rest = fit_shared(self.xp, targets, fit.cores, left, self.tol, moments)
         history = (*fit.errors, *rest.errors[1:])
         legs = list(zip(self.shape.out_dims, self.shape.in_dims, strict=True))
         found = [

@@ -83,14 +83,21 @@ def starts(
     list of array, shapes (E, D, out, in, D') or (1, D, out, in, D')
         With the given bonds.
     """
-    xp = get_backend(matrices)
+    xp, shared = get_backend(matrices), set(range(shape.sites)) - set(owned)
+    if not shared or matrices.shape[0] == 1:
+        mpos = decompose_batch(
+            matrices, shape, max_bond=list(bonds), center_site=center_site, method=method
+        )
+        cores = [xp.stack(each) for each in zip(*(mpo.cores for mpo in mpos), strict=True)]
+        yield "own sweeps", _with_owners(xp, cores, owned, bonds, matrices.shape[0])
+        return
     for site in owned:
         cores = joint_sweep(matrices, shape, site, center_site, max_bond=list(bonds), method=method)
         yield (
             f"joint sweep at site {site}",
             _with_owners(xp, cores, owned, bonds, matrices.shape[0]),
         )
-    if set(owned) == set(range(shape.sites)) - {center_site}:
+    if shared == {center_site}:
         sizes = shape.bond_dims(list(bonds))
         mpos = decompose_batch(
             matrices, shape, max_bond=sizes, center_site=center_site, method=method

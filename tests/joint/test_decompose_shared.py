@@ -304,6 +304,129 @@ def test_equal_experts_and_zeros_need_a_base_alone():
     assert info.errors[1] > 0
 
 
+def moments_of(experts, size, seed=0, dtype="float64"):
+    """Second moments of inputs that are strong in a few directions, other ones for every expert."""
+    inputs = gaussian(experts, size, 4 * size, seed=seed, dtype=dtype)
+    inputs = inputs * np.linspace(3, 0.05, size)[:, None]
+    turns = np.linalg.qr(gaussian(experts, size, size, seed=seed + 1, dtype=dtype))[0]
+    inputs = turns @ inputs
+    return inputs @ inputs.conj().swapaxes(1, 2) / (4 * size)
+
+
+def damped(moments, damping=0.01):
+    size = moments.shape[-1]
+    means = np.trace(moments, axis1=-2, axis2=-1).real[..., None, None] / size
+    return (1 - damping) * moments / means + damping * np.eye(size)
+
+
+def weighted_norms(matrices, moments):
+    squares = np.einsum("eoi,eij,eoj->e", matrices, moments, matrices.conj()).real
+    return np.sqrt(squares)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_weighted_low_rank_matrices_reach_the_optimum(dtype, library):
+    # The oracle is the truncated SVD of W · S^½, expert by expert.
+    matrices, moments = gaussian(2, 12, 10, dtype=dtype), moments_of(2, 10, dtype=dtype)
+    _, info = tn.decompose_shared(
+        to_library(matrices, library),
+        tn.MPOShape((12, 1), (1, 10)),
+        max_bond=3,
+        shared_sites="none",
+        weights=to_library(moments, library),
+        max_sweeps=200,
+        tol=1e-9,
+        return_info=True,
+    )
+    roots = np.linalg.cholesky(damped(moments))
+    values = np.linalg.svd(matrices @ roots, compute_uv=False)
+    best = np.linalg.norm(values[:, 3:], axis=1) / np.linalg.norm(values, axis=1)
+    np.testing.assert_allclose(info.weighted_errors, best, rtol=2e-3)
+
+
+def test_weighted_joint_chains_of_two_sites_reach_the_optimum():
+    # With moments that all experts have in common the oracle is the SVD of all rows · S^½.
+    matrices, moments = gaussian(4, 12, 10), moments_of(1, 10)[0]
+    shape, root = tn.MPOShape.split(12, 10, left=6, right=()), np.linalg.cholesky(damped(moments))
+    sizes = np.linalg.norm(matrices @ root, axis=(1, 2), keepdims=True)
+    rows = (matrices / sizes).reshape(4 * 6, 2, 10) @ root
+    values = np.linalg.svd(rows.reshape(4 * 6, 20), compute_uv=False)
+    _, info = tn.decompose_shared(
+        matrices, shape, max_bond=7, weights=moments, max_sweeps=300, tol=1e-10, return_info=True
+    )
+    assert np.isclose(
+        dense_norm(np.array(info.weighted_errors)), np.linalg.norm(values[7:]), rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("is_common", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_weights_lower_the_weighted_error(dtype, is_common, residual):
+    matrices = gaussian(3, 12, 12, dtype=dtype) + gaussian(12, 12, seed=5, dtype=dtype)
+    moments = moments_of(1 if is_common else 3, 12, dtype=dtype)
+    given = {"shape": SHAPE, "bonds": (4, 3), "residual": residual, "return_info": True}
+    plain, plain_info = tn.decompose_shared(matrices, **given)
+    weights = moments[0] if is_common else moments
+    shared, info = tn.decompose_shared(matrices, weights=weights, **given)
+    whole = damped(moments).repeat(3, 0) if is_common else damped(moments)
+    norms = weighted_norms(matrices, whole)
+    errors = weighted_norms(matrices - shared.to_matrices(), whole) / norms
+    np.testing.assert_allclose(info.weighted_errors, errors, rtol=1e-9)
+    of_plain = weighted_norms(matrices - plain.to_matrices(), whole) / norms
+    assert dense_norm(errors) < 0.9 * dense_norm(of_plain)
+    assert dense_norm(np.array(plain_info.errors)) < dense_norm(np.array(info.errors))
+    assert list(info.history) == sorted(info.history, reverse=True)
+    assert plain_info.weighted_errors is None
+
+
+def test_moments_without_a_preference_change_nothing():
+    matrices = gaussian(3, 12, 12)
+    _, expected = tn.decompose_shared(matrices, SHAPE, bonds=(4, 4), return_info=True)
+    for weights, damping in (
+        (np.eye(12), 0.01),
+        (np.zeros((12, 12)), 0.01),
+        (moments_of(3, 12), 1.0),
+        (np.stack([np.eye(12), 1e-12 * np.eye(12), np.zeros((12, 12))]), 0.01),
+    ):
+        _, info = tn.decompose_shared(
+            matrices, SHAPE, bonds=(4, 4), weights=weights, damping=damping, return_info=True
+        )
+        np.testing.assert_allclose(info.weighted_errors, info.relative_errors)
+        found, size = (
+            dense_norm(np.array(info.relative_errors)),
+            dense_norm(np.array(expected.relative_errors)),
+        )
+        assert found < size + 2e-3
+
+
+@pytest.mark.parametrize("sites", ["center", [0], "none"])
+def test_the_tolerance_limits_weighted_errors(sites):
+    matrices, moments = gaussian(3, 12, 12), moments_of(3, 12)
+    given = {"shared_sites": sites, "rtol": 0.4, "return_info": True, "max_sweeps": 10}
+    plain, _ = tn.decompose_shared(matrices, SHAPE, **given)
+    shared, info = tn.decompose_shared(matrices, SHAPE, weights=moments, **given)
+    assert max(info.weighted_errors) <= 0.4
+    assert shared.num_params < plain.num_params
+
+
+def test_bad_weights_are_named():
+    matrices, moments = gaussian(3, 12, 10), moments_of(3, 10)
+    for weights, message in (
+        (moments[:2], r"weights must have shape \(3, 10, 10\) or \(10, 10\), got \(2, 10, 10\)"),
+        (moments + np.triu(moments), "Hermitian"),
+        (-moments, "positive"),
+        (moments * np.nan, "the weights contain NaN"),
+    ):
+        with pytest.raises(tn.InputError, match=message):
+            tn.decompose_shared(matrices, max_bond=2, weights=weights)
+    with pytest.raises(tn.InputError, match="damping"):
+        tn.decompose_shared(matrices, max_bond=2, weights=moments, damping=2)
+    with pytest.raises(TypeError, match="weights must be an array of numpy"):
+        tn.decompose_shared(matrices, max_bond=2, weights=torch.from_numpy(moments))
+
+
 def test_gradients_reach_the_matrices():
     matrices = torch.from_numpy(gaussian(3, 12, 12)).requires_grad_()
     shape = tn.MPOShape.split(12, 12, left=4, right=())

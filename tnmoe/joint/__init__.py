@@ -1,0 +1,1 @@
+"""Joint decompositions: matrices of experts → chains that share cores."""

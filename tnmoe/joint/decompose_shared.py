@@ -1,0 +1,226 @@
+"""Many matrices → chains of cores, some of which all of them share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from tnmoe.backends import Array, get_backend
+from tnmoe.chains.moments import damped_moments
+from tnmoe.decompose import check_matrix
+from tnmoe.errors import check_bool, check_number_in, check_one_of, check_positive_int, short_repr
+from tnmoe.joint.finder import ChainFinder
+from tnmoe.joint.info import SharedInfo
+from tnmoe.joint.limits import SharedLimits
+from tnmoe.joint.search import Experts
+from tnmoe.options import METHODS, Method
+from tnmoe.shapes import MPOShape, SharedSites, resolve_center_site, resolve_shared_sites
+from tnmoe.shared_mpo import SharedMPO
+
+
+@overload
+def decompose_shared(
+    matrices: Array,
+    shape: MPOShape | None = ...,
+    *,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    center_site: int | None = ...,
+    shared_sites: SharedSites | None = ...,
+    residual: bool = ...,
+    weights: Array | None = ...,
+    damping: float = ...,
+    method: Method = ...,
+    max_sweeps: int = ...,
+    tol: float = ...,
+    return_info: Literal[False] = ...,
+) -> SharedMPO: ...
+
+
+@overload
+def decompose_shared(
+    matrices: Array,
+    shape: MPOShape | None = ...,
+    *,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    center_site: int | None = ...,
+    shared_sites: SharedSites | None = ...,
+    residual: bool = ...,
+    weights: Array | None = ...,
+    damping: float = ...,
+    method: Method = ...,
+    max_sweeps: int = ...,
+    tol: float = ...,
+    return_info: Literal[True],
+) -> tuple[SharedMPO, SharedInfo]: ...
+
+
+def decompose_shared(
+    matrices: Array,
+    shape: MPOShape | None = None,
+    *,
+    max_bond: int | Sequence[int] | None = None,
+    bonds: Sequence[int] | None = None,
+    rtol: float | None = None,
+    max_params: int | None = None,
+    center_site: int | None = None,
+    shared_sites: SharedSites | None = None,
+    residual: bool = False,
+    weights: Array | None = None,
+    damping: float = 0.01,
+    method: Method = "auto",
+    max_sweeps: int = 50,
+    tol: float = 1e-5,
+    return_info: bool = False,
+) -> SharedMPO | tuple[SharedMPO, SharedInfo]:
+    """Decompose matrices into chains that share some cores, such that their errors are small.
+
+    The function minimises Σ_e ‖W_e − chain_e‖² / ‖W_e‖²: every expert counts alike.
+
+    Bonds between owned and shared cores may be larger than a single matrix needs, up to E times.
+    They lead from experts that share everything they can to experts that share nothing, and the
+    error falls to zero.
+
+    Parameters
+    ----------
+    matrices : array, shape (E, out_features, in_features)
+        NumPy array or torch tensor, floating-point or complex.
+    shape : MPOShape, optional
+        Legs of the chains; by default ``MPOShape.for_matrix(out_features, in_features)``, with
+        ``residual`` two sites with the legs (out | in).
+    max_bond : int or sequence of int, optional
+        Largest bond dimension, for all bonds or one per bond.
+    bonds : sequence of int, optional
+        Exact bond dimensions, one per bond.
+    rtol : float, optional
+        Largest relative Frobenius error of every expert.
+    max_params : int, optional
+        Largest number of stored parameters: those of shared cores and of the base once, those of
+        owned cores per expert.
+    center_site : int, optional
+        Site of the central core; by default ``shape.center_site``.
+    shared_sites : {"center", "none"} or iterable of int, optional
+        Sites whose cores all experts share; not all of them. By default the central one, with
+        ``residual`` none.
+    residual : bool
+        Add a matrix that all experts share, the *base*: W_e ≈ base + chain_e. With two sites the
+        chains are matrices of low rank.
+    weights : array, shape (E, in_features, in_features) or (in_features, in_features), optional
+        Second moments E[x xᴴ] of the inputs x that every expert meets, or all experts meet. The
+        function then minimises the errors of the outputs, E‖(W_e − chain_e) x‖², relative to
+        E‖W_e x‖², and ``rtol`` limits their square roots. It takes longer.
+    damping : float
+        Share of the identity in the moments, whose mean eigenvalue is brought to 1 first. It keeps
+        inputs that a short calibration did not show from being free.
+    method : {"auto", "qr", "eigh", "svd", "randomized"}
+        How to find isometries, as for :func:`decompose`.
+    max_sweeps : int
+        Largest number of sweeps of alternating least squares, or of changes of the base.
+    tol : float
+        Stop when a sweep changes the root mean square of the experts' relative errors by less.
+    return_info : bool
+        Also return the errors.
+
+    Returns
+    -------
+    SharedMPO
+        In the matrices' library, dtype and device. Without any limit it is exact.
+    SharedInfo
+        Only with ``return_info``.
+
+    Raises
+    ------
+    InputError
+        If the matrices are not of the shape's size, are not floating-point or complex, or hold
+        NaN or infinity; if an argument is out of range or contradicts another.
+    TypeError
+        If the matrices belong to no supported library, or ``shape`` is not an MPOShape.
+
+    Warns
+    -----
+    UserWarning
+        If another limit keeps experts from their ``rtol``; the warning names them.
+
+    See Also
+    --------
+    decompose_batch : Decompose matrices that share no core.
+
+    Notes
+    -----
+    Where experts own the core of a single site, the matrices are one matrix whose rows that site
+    tells apart, and a sweep of truncated decompositions finds all cores (:func:`decompose`). With
+    two sites this is the best decomposition there is (Eckart and Young, Psychometrika 1, 211
+    (1936)). Otherwise alternating least squares starts from such sweeps, and from the experts' own
+    sweeps turned towards each other, and goes on from the best.
+
+    With ``residual`` base and chains take turns. The base is the weighted mean of what the chains
+    leave, and the chains decompose what the base leaves. With two sites no turn raises the error.
+    The form is that of D²-MoE (Gu et al., arXiv:2502.17298), whose base is a mean of the experts,
+    weighted by Fisher information.
+
+    Gradients take the norms of the matrices, by which errors are weighed, for constants.
+
+    With N numbers in all matrices, a sweep of least squares takes about 8·Σ D·N operations, and
+    memory for three to five copies of the matrices.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnmoe import MPOShape, decompose_shared
+    >>> rng = np.random.default_rng(0)
+    >>> base, own = rng.normal(size=(16, 8)), rng.normal(size=(4, 16, 8))
+    >>> shape = MPOShape((4, 4, 1), (1, 2, 4))
+    >>> experts = base + 0.1 * own  # 512 numbers
+    >>> shared, info = decompose_shared(experts, shape, max_bond=4, return_info=True)
+    >>> shared.num_params, max(info.relative_errors) < 0.1
+    (256, True)
+    >>> shared = decompose_shared(experts, residual=True, max_bond=1)
+    >>> shared.num_params
+    224
+    """
+    xp, residual = get_backend(matrices), check_bool("residual", residual)
+    if residual and shape is None and matrices.ndim == 3:
+        shape = MPOShape((matrices.shape[1], 1), (1, matrices.shape[2]))
+    shape = check_matrix(matrices, shape, axes=3)
+    center_site = resolve_center_site(shape, center_site)
+    if shared_sites is None:
+        shared_sites = "none" if residual else "center"
+    shared = resolve_shared_sites(shared_sites, shape.sites, center_site)
+    check_one_of("method", method, METHODS)
+    finder = ChainFinder(
+        xp=xp,
+        shape=shape,
+        owned=sorted(set(range(shape.sites)) - shared),
+        num_experts=int(matrices.shape[0]),
+        center_site=center_site,
+        method=method,
+        max_sweeps=check_positive_int("max_sweeps", max_sweeps),
+        tol=check_number_in("tol", tol, "[0, inf)"),
+    )
+    limits = SharedLimits(
+        shape,
+        finder.owned,
+        finder.num_experts,
+        max_bond=max_bond,
+        bonds=bonds,
+        rtol=rtol,
+        max_params=max_params,
+        base_params=shape.out_features * shape.in_features if residual else 0,
+    )
+    with xp.full_precision(matrices):
+        moments = None if weights is None else damped_moments(xp, weights, matrices, damping)
+        found = Experts.of(xp, matrices, moments).search(finder, limits, residual)
+    if found.missed:
+        warnings.warn(
+            f"rtol={limits.rtol} needs more than the other limits allow: the relative errors of "
+            f"the experts {short_repr(found.missed)} are up to "
+            f"{max(found.info.limited_errors):.3g}",
+            stacklevel=2,
+        )
+    return (found.shared, found.info) if return_info else found.shared

@@ -1,0 +1,247 @@
+"""The search for a joint decomposition within limits, and the measurement of its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from tnmoe.backends import Array, Backend
+from tnmoe.backends.protocol import EPSILON
+from tnmoe.chains.moments import number_of, of_expert, weighted_norm
+from tnmoe.chains.precision import computable, narrowed, widened
+from tnmoe.chains.scaling import finite_max_abs
+from tnmoe.chains.shared_fit import inverse
+from tnmoe.contraction.build import to_padded_matrix
+from tnmoe.joint.finder import ChainFinder, Chains
+from tnmoe.joint.info import SharedInfo, relative
+from tnmoe.joint.limits import SharedLimits
+from tnmoe.mpo import MPO
+from tnmoe.shapes import MPOShape
+from tnmoe.shared_mpo import SharedMPO
+
+# Rounding of an error that is measured in double precision, relative to the norm of the matrix.
+_ROUNDING = 2.0**-44
+
+# Tolerances of all experts together that are tried until every expert is within its own.
+_TRIALS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """A decomposition, what it lost, and the experts that miss the tolerance."""
+
+    shared: SharedMPO
+    info: SharedInfo
+    missed: list[int]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The matrices of experts, and their norms.
+
+    Attributes
+    ----------
+    given : array, shape (E, out, in)
+        As the caller gave them.
+    matrices : array, shape (E, out, in)
+        In a dtype with linear algebra.
+    norms : list of float
+    moments : array, shape (E, in, in) or (1, in, in), or None
+        Second moments of the inputs.
+    sizes : list of float
+        The norms, weighed by the moments.
+    roots : array, shape (E, 1, 1)
+        Square roots of the sizes; 1 where a size is 0. Dividing by a tiny number takes two steps.
+    """
+
+    xp: Backend
+    given: Array
+    matrices: Array
+    norms: list[float]
+    moments: Array | None
+    sizes: list[float]
+    roots: Array
+
+    @classmethod
+    def of(cls, xp: Backend, given: Array, moments: Array | None) -> Experts:
+        """Measure the norms; raise an InputError if a number is not finite."""
+        matrices = computable(xp, given)
+        finite_max_abs(xp, matrices, "the matrices contain")
+        norms = [number_of(xp, xp.norm(matrix)) for matrix in matrices]
+        sizes = norms
+        if moments is not None:
+            sizes = [
+                weighted_norm(xp, matrix, norm, of_expert(moments, number))
+                for number, (matrix, norm) in enumerate(zip(matrices, norms, strict=True))
+            ]
+        roots = np.sqrt([size or 1.0 for size in sizes])[:, None, None]
+        return cls(xp, given, matrices, norms, moments, sizes, xp.from_numpy(roots, like=matrices))
+
+    def search(self, finder: ChainFinder, limits: SharedLimits, residual: bool) -> Result:
+        """Return the smallest result in which no expert misses ``rtol``, or the largest one."""
+        if finder.takes_limits and not residual and self.moments is None:
+            given = {"max_bond": limits.max_bond, "max_params": limits.max_params}
+            given |= {"bonds": limits.bonds}
+            trials = [
+                partial(self._without_base, finder, given | {"rtol": rtol}, limits)
+                for rtol in _tolerances(limits.rtol, 1 if finder.owns_all else len(self.norms))
+            ]
+            return _first_that_fits(trials)
+        attempt = self._with_base if residual else self._without_base
+        family = [partial(attempt, finder, {"bonds": bonds}, limits) for bonds in limits.family()]
+        return family[-1]() if limits.rtol is None else _smallest_that_fits(family)
+
+    def _without_base(
+        self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
+    ) -> Result:
+        chains = finder.find(self.matrices / self.roots / self.roots, bonds, self.moments)
+        return self._finish(finder, chains, limits)
+
+    def _with_base(
+        self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
+    ) -> Result:
+        """Improve the base and the chains by turns."""
+        base = self._best_base(self.matrices)
+        best, history, converged = None, list[float](), False
+        for _ in range(finder.max_sweeps):
+            rest = (self.matrices - base) / self.roots / self.roots
+            chains = finder.find(rest, bonds, self.moments)
+            deltas = chains.to_matrices(self.xp, finder.shape)
+            error = self._norm_of_all(rest - deltas) / len(self.norms) ** 0.5
+            converged = bool(history) and not history[-1] - error >= finder.tol
+            if best is None or error < history[-1]:
+                best = base, chains
+                history.append(error)
+            if converged:
+                break
+            base = self._best_base(self.matrices - deltas * self.roots * self.roots)
+        assert best is not None, "there is at least one sweep"
+        base, chains = best
+        chains = Chains(chains.cores, tuple(history), converged, "mean of the experts")
+        return self._finish(finder, chains, limits, base[0])
+
+    def _best_base(self, rests: Array) -> Array:
+        """Return the matrix, (1, out, in), that is nearest to what is left of all experts.
+
+        It is the mean, weighed by 1 / size² and by the moments.
+        """
+        xp, (count, rows, columns) = self.xp, rests.shape
+        least = min((size for size in self.sizes if size), default=1.0)
+        shares = np.array([(least / size) ** 2 if size else 0.0 for size in self.sizes])
+        if not shares.any():
+            shares += 1.0
+        shares = xp.from_numpy((shares / shares.sum())[None], like=rests)
+        if self.moments is None or self.moments.shape[0] == 1:
+            return (shares @ rests.reshape(count, -1)).reshape(1, rows, columns)
+        total = shares @ (rests @ self.moments).reshape(count, -1)
+        moments = (shares @ self.moments.reshape(count, -1)).reshape(1, columns, columns)
+        return total.reshape(1, rows, columns) @ inverse(xp, moments)
+
+    def _norm_of_all(self, matrices: Array) -> float:
+        """Return the norm of all experts' matrices together, weighed by the moments."""
+        if self.moments is None:
+            return number_of(self.xp, self.xp.norm(matrices))
+        row = self.xp.conj(matrices).reshape(1, -1)
+        square = (row @ (matrices @ self.moments).reshape(-1, 1))[0, 0]
+        return max(0.0, number_of(self.xp, square.real)) ** 0.5
+
+    def _finish(
+        self,
+        finder: ChainFinder,
+        chains: Chains,
+        limits: SharedLimits,
+        base: Array | None = None,
+    ) -> Result:
+        """Give cores their scale, their axes and the caller's dtype; measure the errors."""
+        xp, dtype = self.xp, self.xp.dtype_name(self.given)
+        cores = [
+            core if site in finder.owned else core[0] for site, core in enumerate(chains.cores)
+        ]
+        # Without a base, the chain of a matrix of zeros is zero to the last digit.
+        scales = np.sqrt(self.sizes) if base is None else xp.to_numpy(self.roots)
+        roots = xp.from_numpy(np.reshape(scales, (-1, 1, 1, 1, 1)), like=self.matrices)
+        cores[finder.owned[0]] = cores[finder.owned[0]] * roots * roots
+        common = None
+        if base is not None:
+            whole = MPOShape((finder.shape.out_features,), (finder.shape.in_features,))
+            common = MPO(narrowed(xp, [base[None, :, :, None]], dtype), whole)
+        cores = narrowed(xp, cores, dtype)
+        shared = SharedMPO(cores, finder.shape, finder.center_site, base=common)
+        info = self._info_of(shared, chains)
+        missed = []
+        if limits.rtol is not None:
+            allowed = limits.rtol + 100 * EPSILON[dtype]
+            missed = [n for n, error in enumerate(info.limited_errors) if error > allowed]
+        return Result(shared, info, missed)
+
+    def _info_of(self, shared: SharedMPO, chains: Chains) -> SharedInfo:
+        size = 0.0 if shared.base is None else number_of(self.xp, shared.base.norm())
+        pairs = [self._errors_of(shared, number) for number in range(len(self.norms))]
+        errors, weighted = zip(*pairs, strict=True)
+        return SharedInfo(
+            errors=errors,
+            error_bounds=tuple(
+                error + _ROUNDING * (error + norm + size)
+                for error, norm in zip(errors, self.norms, strict=True)
+            ),
+            norms=tuple(self.norms),
+            history=chains.history,
+            weighted_errors=None if self.moments is None else weighted,
+            converged=chains.converged,
+            start=chains.start,
+        )
+
+    def _errors_of(self, shared: SharedMPO, number: int) -> tuple[float, float]:
+        """Measure an expert's error, and the relative weighted one, in double precision."""
+        xp, matrix = self.xp, widened(self.xp, self.given[number])
+        cores = [core[number] if core.ndim == 5 else core for core in shared.cores]
+        built = to_padded_matrix(xp, [widened(xp, core) for core in cores])
+        built = built[: matrix.shape[0], : matrix.shape[1]]
+        if shared.base is not None:
+            built = built + widened(xp, shared.base.cores[0][0, :, :, 0])
+        missed = matrix - built
+        error = number_of(xp, xp.norm(missed))
+        if self.moments is None:
+            return error, 0.0
+        moments, size = of_expert(self.moments, number), self.sizes[number]
+        weighted = weighted_norm(xp, missed, error, widened(xp, moments))
+        return error, relative(weighted, size)
+
+
+def _tolerances(rtol: float | None, num_experts: int) -> list[float | None]:
+    """Return errors of all experts together to try, until each of them is within ``rtol``.
+
+    With the last one, no single expert can miss ``rtol``.
+    """
+    if not rtol or num_experts == 1:
+        return [rtol]
+    return [rtol * num_experts ** (-0.5 * trial / (_TRIALS - 1)) for trial in range(_TRIALS)]
+
+
+def _first_that_fits(trials: Sequence[Callable[[], Result]]) -> Result:
+    """Return the first result in which no expert misses the tolerance, or else the last one."""
+    for trial in trials:
+        result = trial()
+        if not result.missed:
+            break
+    return result
+
+
+def _smallest_that_fits(family: Sequence[Callable[[], Result]]) -> Result:
+    """Return the first result, of larger and larger ones, in which no expert misses the tolerance.
+
+    If even the largest has experts that miss it, return that one.
+    """
+    best = family[-1]()
+    lowest, highest = -1, len(family) - 1
+    while not best.missed and highest - lowest > 1:
+        middle = (lowest + highest) // 2
+        result = family[middle]()
+        if result.missed:
+            lowest = middle
+        else:
+            highest, best = middle, result
+    return best
