@@ -18,7 +18,7 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tnmoe as tn
-from tnmoe import nn
+from tnmoe import hf, nn
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
@@ -182,5 +182,6 @@ def test_transformers_and_peft_have_what_the_page_says():
 
 
 def test_tnmoe_lacks_what_the_page_says():
-    assert not hasattr(tn, "decompose_shared")
+    assert hasattr(tn, "decompose_shared")
+    assert not hasattr(hf, "compress")
     assert not hasattr(nn, "MPOLinear")

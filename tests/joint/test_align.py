@@ -71,8 +71,30 @@ def test_two_networks_get_the_best_of_all_orders():
     assert np.isclose(alignment.after, best)
 
 
-def test_scales_of_units_are_found():
+@pytest.mark.parametrize("seed", [0, 1, 2, 10, 11, 51, 99])
+def test_no_other_order_of_one_network_is_better_and_the_given_order_is_not(seed):
+    # Networks that resemble each other as they are given.
+    rng = np.random.default_rng(seed)
+    up = rng.normal(size=(5, 3)) + rng.normal(size=(4, 5, 3))
+    down = (rng.normal(size=(5, 3)) + rng.normal(size=(4, 5, 3))).transpose(0, 2, 1)
+    alignment = tn.align_hidden_units(up, down)
+    matrices = alignment.apply(up, down)
+    sizes = [np.linalg.norm(each) for each in matrices]
+    units = np.concatenate([matrices[0] / sizes[0], matrices[1].swapaxes(1, 2) / sizes[1]], axis=2)
+    total = units.sum(0)
+    assert np.isclose(alignment.after, np.linalg.norm(total) ** 2 / 4 / np.linalg.norm(units) ** 2)
+    assert alignment.after >= alignment.before
+    for network in units:
+        rest = total - network
+        best = max((rest * network[list(order)]).sum() for order in permutations(range(5)))
+        assert np.isclose((rest * network).sum(), best)
+
+
+@pytest.mark.parametrize("is_ordered", [False, True])
+def test_scales_of_units_are_found(is_ordered):
     up, down, _ = networks()
+    if is_ordered:
+        up, down = (np.stack([each[0]] * 3) for each in (up, down))
     scales = np.random.default_rng(1).uniform(0.1, 10, size=(3, 6))
     up, down = up * scales[..., None], down / scales[:, None]
     alignment = tn.align_hidden_units(up, down, rescale=True)

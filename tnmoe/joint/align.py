@@ -10,6 +10,9 @@ import numpy as np
 from tnmoe.backends import Array, get_backend
 from tnmoe.errors import InputError, check_bool, check_positive_int
 
+# Shares of a norm that differ by less are equal.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class UnitAlignment:
@@ -139,13 +142,17 @@ def align_hidden_units(
     features = _features([matrices[0] * scales[..., None], matrices[1] / scales[..., None]])
     if gate is not None:
         features = np.concatenate([features, _features(matrices[2:])], axis=2)
-    orders, rounds = _orders(features, max_rounds)
     before = _explained(_features(matrices))
-    aligned = np.take_along_axis(features, orders[..., None], axis=1)
-    after = _explained(aligned)
-    if after <= before:
-        identity = np.tile(np.arange(units), (experts, 1))
-        return UnitAlignment(identity, np.ones((experts, units)), before, before, 0)
+    best = np.tile(np.arange(units), (experts, 1)), before, 0
+    # From the mean over those networks that have an order already, or over all as they are given.
+    for known in (1, experts):
+        orders, rounds = _orders(features, max_rounds, known)
+        after = _explained(np.take_along_axis(features, orders[..., None], axis=1))
+        if after > best[1] + _ROUNDING:
+            best = orders, after, rounds
+    orders, after, rounds = best
+    if after == before:
+        scales = np.ones((experts, units))
     return UnitAlignment(orders, np.take_along_axis(scales, orders, axis=1), before, after, rounds)
 
 
@@ -186,32 +193,29 @@ def _features(matrices: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([each / norm for each, norm in zip(matrices, norms, strict=True)], axis=2)
 
 
-def _orders(features: np.ndarray, max_rounds: int) -> tuple[np.ndarray, int]:
-    """Return the order of every network's units, and the number of rounds that changed one."""
+def _orders(features: np.ndarray, max_rounds: int, known: int) -> tuple[np.ndarray, int]:
+    """Return the order of every network's units, and the number of rounds that changed one.
+
+    The mean begins with the first ``known`` networks. The others join it when they have an order.
+    """
     # The module takes as long to import as the whole of tnmoe.
     from scipy.optimize import linear_sum_assignment
 
     experts, units = features.shape[:2]
     orders = np.tile(np.arange(units), (experts, 1))
-    total, rounds = features[0].copy(), 0
-    known = [0]  # networks join the mean one after the other in the first round
+    total, rounds = features[:known].sum(0), 0
     for number in range(max_rounds):
         changed = False
         for expert in range(experts):
-            own = features[expert][orders[expert]]
-            if expert in known:
-                rest = total - own
-            else:
-                rest = total
-                known.append(expert)
-            if not rest.any():
-                total = rest + own
-                continue
+            is_known = number > 0 or expert < known
+            rest = total - features[expert][orders[expert]] if is_known else total
             similarity = (rest @ features[expert].conj().T).real
             order = linear_sum_assignment(similarity, maximize=True)[1]
-            changed |= bool((order != orders[expert]).any())
-            orders[expert] = order
-            total = rest + features[expert][order]
+            # An order that is as good as the present one changes nothing.
+            present = similarity[np.arange(units), orders[expert]].sum()
+            if similarity[np.arange(units), order].sum() > present:
+                changed, orders[expert] = True, order
+            total = rest + features[expert][orders[expert]]
         if not changed:
             break
         rounds = number + 1
