@@ -14,6 +14,7 @@ from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.squeeze import SqueezeResult, SqueezeStep, squeeze
+from tnmoe.truncation.distribute import distribute_budget
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.select import bonds_by_entropy, select_bonds
 
@@ -37,6 +38,7 @@ __all__ = [
     "decompose",
     "decompose_batch",
     "decompose_shared",
+    "distribute_budget",
     "factorize",
     "fit",
     "kron",

@@ -411,6 +411,17 @@ def test_the_tolerance_limits_weighted_errors(sites):
     assert shared.num_params < plain.num_params
 
 
+def test_a_single_matrix_keeps_its_outputs():
+    matrix, moments = gaussian(12, 12), moments_of(1, 12)[0]
+    shared = tn.decompose_shared(matrix[None], SHAPE, bonds=(4, 3), weights=moments)
+    found, plain = shared.expert(0), tn.decompose(matrix, SHAPE, bonds=(4, 3))
+    errors = [
+        weighted_norms((matrix - each.to_matrix())[None], damped(moments)[None])[0]
+        for each in (found, plain)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
 def test_bad_weights_are_named():
     matrices, moments = gaussian(3, 12, 10), moments_of(3, 10)
     for weights, message in (

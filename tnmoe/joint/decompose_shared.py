@@ -164,6 +164,8 @@ def decompose_shared(
     The form is that of D²-MoE (Gu et al., arXiv:2502.17298), whose base is a mean of the experts,
     weighted by Fisher information.
 
+    For a single matrix with ``weights``, give an axis of one expert: the MPO is ``.expert(0)``.
+
     Gradients take the norms of the matrices, by which errors are weighed, for constants.
 
     With N numbers in all matrices, a sweep of least squares takes about 8·Σ D·N operations, and
