@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import tnmoe as tn
+from tnmoe.joint import starts as starts_module
 from tnmoe.joint.starts import starts
 
 SHAPE = tn.MPOShape((4, 5, 4), (3, 4, 3))
@@ -57,3 +58,35 @@ def test_experts_that_share_nothing_start_as_their_own_sweeps():
     alone = tn.decompose_batch(matrices, SHAPE, bonds=(5, 7), center_site=1)
     expected = np.stack([each.to_matrix() for each in alone])
     np.testing.assert_allclose(tn.SharedMPO(cores, SHAPE).to_matrices(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("limits", "method"),
+    [
+        ({"max_bond": 5}, "randomized"),
+        ({"bonds": (5,)}, "randomized"),
+        ({"max_bond": 30}, "auto"),
+        ({"max_bond": 5, "rtol": 0.5}, "auto"),
+        ({"max_params": 500}, "auto"),
+        ({}, "auto"),
+        ({"max_bond": 5, "method": "svd"}, "svd"),
+    ],
+)
+def test_random_projections_find_a_few_of_many_schmidt_vectors(limits, method, monkeypatch):
+    # The oracle is the truncated SVD of all experts' rows.
+    monkeypatch.setattr(starts_module, "_LARGE_GRAM", 40)
+    used, decompose = [], tn.decompose
+
+    def spy(matrix, shape, **given):
+        used.append(given["method"])
+        return decompose(matrix, shape, **given)
+
+    monkeypatch.setattr(starts_module, "decompose", spy)
+    matrices = gaussian(8, 12, 60) + 3 * gaussian(12, 60, seed=1)
+    matrices /= np.linalg.norm(matrices, axis=(1, 2), keepdims=True)
+    shape = tn.MPOShape.split(12, 60, left=6, right=())
+    shared, info = tn.decompose_shared(matrices, shape, return_info=True, **limits)
+    assert set(used) == {method}
+    values = np.linalg.svd(matrices.reshape(48, 120), compute_uv=False)
+    best = np.linalg.norm(values[shared.bond_dims[0] :])
+    assert np.linalg.norm(info.errors) <= 1.01 * best + 1e-12

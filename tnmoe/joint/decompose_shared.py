@@ -119,7 +119,8 @@ def decompose_shared(
         Share of the identity in the moments, whose mean eigenvalue is brought to 1 first. It keeps
         inputs that a short calibration did not show from being free.
     method : {"auto", "qr", "eigh", "svd", "randomized"}
-        How to find isometries, as for :func:`decompose`.
+        How to find isometries, as for :func:`decompose`. With given bonds, ``auto`` takes
+        ``randomized`` where the experts together have thousands of legs.
     max_sweeps : int
         Largest number of sweeps of alternating least squares, or of changes of the base.
     tol : float

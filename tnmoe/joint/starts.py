@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -13,6 +13,11 @@ from tnmoe.decompose import decompose, decompose_batch
 from tnmoe.mpo import MPO
 from tnmoe.options import Method
 from tnmoe.shapes import MPOShape, joint_shape
+
+# Rows of a Gram matrix beyond which random projections pay, if they look for fewer vectors than a
+# part of these rows.
+_LARGE_GRAM = 2048
+_FEW = 8
 
 # Rounds in which the central cores of all experts turn towards their mean.
 _ROUNDS = 10
@@ -55,10 +60,24 @@ def joint_sweep(
     xp = get_backend(matrices)
     whole = joint_shape(shape, site, matrices.shape[0])
     joint = joint_matrix(xp, matrices, shape, site)
+    if limits.get("method") == "auto" and _pays_to_project(whole, limits):
+        limits["method"] = "randomized"
     mpo = decompose(joint, whole, center_site=center_site, **limits)
     cores = [core[None] for core in mpo.cores]
     cores[site] = split_experts(xp, mpo.cores[site], matrices.shape[0])
     return cores
+
+
+def _pays_to_project(whole: MPOShape, limits: Mapping[str, Any]) -> bool:
+    """Return whether random projections find a few of many Schmidt vectors sooner.
+
+    Otherwise a Gram matrix with a row for every leg of every expert would be diagonalised.
+    """
+    sizes = limits.get("bonds") or limits.get("max_bond")
+    if sizes is None or limits.get("rtol") is not None or limits.get("max_params") is not None:
+        return False
+    pairs = zip(whole.bond_dims(), whole.bond_dims(sizes), strict=True)
+    return any(exact > _LARGE_GRAM and exact >= _FEW * bond for exact, bond in pairs)
 
 
 def starts(
