@@ -154,6 +154,10 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(tn.InputError, match=message):
             tn.align_hidden_units(*arguments)
+    alignment = tn.align_hidden_units(up, down)
+    for wrong in ((up[:, :5],), (up[:2],), (up, down[..., :5]), (up, down, gate[:, 1:])):
+        with pytest.raises(tn.InputError, match="E=3 and F=6"):
+            alignment.apply(*wrong)
     with pytest.raises(tn.InputError, match="max_rounds"):
         tn.align_hidden_units(up, down, max_rounds=0)
     with pytest.raises(tn.InputError, match="rescale"):

@@ -411,6 +411,18 @@ def test_the_tolerance_limits_weighted_errors(sites):
     assert shared.num_params < plain.num_params
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e37])
+def test_the_scale_of_moments_does_not_matter(scale):
+    matrices, moments = gaussian(3, 12, 12, dtype="float32"), moments_of(3, 12, dtype="float32")
+    expected, found = (
+        tn.decompose_shared(
+            matrices, SHAPE, bonds=(4, 3), weights=weights, max_sweeps=5, return_info=True
+        )[1].weighted_errors
+        for weights in (moments, (moments * np.float32(scale)))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 def test_a_single_matrix_keeps_its_outputs():
     matrix, moments = gaussian(12, 12), moments_of(1, 12)[0]
     shared = tn.decompose_shared(matrix[None], SHAPE, bonds=(4, 3), weights=moments)
@@ -432,6 +444,8 @@ def test_bad_weights_are_named():
     ):
         with pytest.raises(tn.InputError, match=message):
             tn.decompose_shared(matrices, max_bond=2, weights=weights)
+    with pytest.raises(tn.InputError, match="weights of real matrices must be real, got complex"):
+        tn.decompose_shared(matrices, max_bond=2, weights=moments + 0j)
     with pytest.raises(tn.InputError, match="damping"):
         tn.decompose_shared(matrices, max_bond=2, weights=moments, damping=2)
     with pytest.raises(TypeError, match="weights must be an array of numpy"):

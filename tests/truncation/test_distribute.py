@@ -66,6 +66,13 @@ def test_a_large_model_uses_its_budget():
     assert error(options, chosen) < 0.9 * error(options, [20] * 60)
 
 
+def test_costs_near_the_largest_integers_add_up():
+    huge = [(2**50, 2.0), (2**61, 1.0), (2**63 - 1, 0.5), (2**80, 0.0)]
+    assert tn.distribute_budget([huge] * 4, 2**61 + 2**53) == (0, 0, 0, 1)
+    with patch.object(distribute, "_MOST_POINTS", 2):
+        assert tn.distribute_budget([huge] * 4, 2**61) == (0, 0, 0, 0)
+
+
 def test_a_model_without_matrices_needs_no_choice():
     assert tn.distribute_budget([], 1) == ()
 
@@ -74,6 +81,9 @@ def test_bad_input_is_named():
     for options, budget, message in (
         ([[]], 5, "matrix 0 has no options"),
         ([[(1, 2.0)], [(0, 1.0)]], 5, "every cost of matrix 1"),
+        ([None], 5, "matrix 0 needs a sequence of options, got None"),
+        ([[7]], 5, "an option is a cost and an error, got 7"),
+        ([[(4, 1.0)]], 2**62, "budget"),
         ([[(1, -1.0)]], 5, "every error of matrix 0"),
         ([[(1, float("nan"))]], 5, "every error of matrix 0"),
         ([[(1, 2, 3)]], 5, r"an option is a cost and an error, got \(1, 2, 3\)"),

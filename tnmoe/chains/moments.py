@@ -9,6 +9,7 @@ from math import prod
 import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
+from tnmoe.backends.protocol import COMPLEX_DTYPES
 from tnmoe.chains.precision import computable
 from tnmoe.chains.scaling import finite_max_abs
 from tnmoe.errors import InputError, check_number_in
@@ -85,10 +86,13 @@ def damped_moments(xp: Backend, weights: Array, matrices: Array, damping: float)
         raise InputError(
             f"weights must have shape {expected[0]} or {expected[1]}, got {tuple(weights.shape)}"
         )
-    moments = xp.astype(weights, xp.dtype_name(computable(xp, matrices)))
-    moments = moments.reshape(-1, size, size)
-    largest = finite_max_abs(xp, moments, "the weights contain")
-    if xp.max_abs(moments - xp.adjoint(moments)) > 1e-3 * largest:
+    dtype = xp.dtype_name(computable(xp, matrices))
+    if xp.dtype_name(weights) in COMPLEX_DTYPES and dtype not in COMPLEX_DTYPES:
+        raise InputError(f"the weights of real matrices must be real, got {xp.dtype_name(weights)}")
+    largest = finite_max_abs(xp, weights, "the weights contain")
+    # Their scale means nothing. Without it, no sum of them overflows.
+    moments = xp.astype(weights / (largest or 1.0), dtype).reshape(-1, size, size)
+    if xp.max_abs(moments - xp.adjoint(moments)) > 1e-3:
         raise InputError("weights must be Hermitian matrices: they are second moments of inputs")
     means = [number_of(xp, xp.trace(each, 0, 1).real) / size for each in moments]
     if min(means) < 0:
@@ -113,8 +117,7 @@ def weighted_norm(xp: Backend, matrix: Array, norm: float, moments: Array) -> fl
         return 0.0
     root = norm**0.5
     scaled = matrix / root / root
-    row, column = xp.conj(scaled).reshape(1, -1), (scaled @ moments).reshape(-1, 1)
-    return max(0.0, number_of(xp, (row @ column)[0, 0].real)) ** 0.5 * norm
+    return max(0.0, inner_product(xp, scaled, scaled @ moments)) ** 0.5 * norm
 
 
 def inner_product(xp: Backend, first: Array, second: Array) -> float:

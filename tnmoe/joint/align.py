@@ -63,7 +63,21 @@ class UnitAlignment:
         -------
         tuple of array
             Copies of the given matrices.
+
+        Raises
+        ------
+        InputError
+            If a matrix is not one of E networks with F units.
         """
+        count, units = self.permutations.shape
+        for name, matrix, axis in (("up", up, 1), ("down", down, 2), ("gate", gate, 1)):
+            if matrix is None:
+                continue
+            if matrix.ndim != 3 or (matrix.shape[0], matrix.shape[axis]) != (count, units):
+                raise InputError(
+                    f"{name} must have E={count} and F={units} as the alignment, got an array "
+                    f"of shape {tuple(matrix.shape)}"
+                )
         experts = np.arange(len(self.permutations))[:, None]
         xp = get_backend(up)
         scales = xp.from_numpy(self.scales[..., None], like=up)

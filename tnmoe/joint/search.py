@@ -10,7 +10,7 @@ import numpy as np
 
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON
-from tnmoe.chains.moments import number_of, of_expert, weighted_norm
+from tnmoe.chains.moments import inner_product, number_of, of_expert, weighted_norm
 from tnmoe.chains.precision import computable, narrowed, widened
 from tnmoe.chains.scaling import finite_max_abs
 from tnmoe.chains.shared_fit import inverse
@@ -144,9 +144,7 @@ class Experts:
         """Return the norm of all experts' matrices together, weighed by the moments."""
         if self.moments is None:
             return number_of(self.xp, self.xp.norm(matrices))
-        row = self.xp.conj(matrices).reshape(1, -1)
-        square = (row @ (matrices @ self.moments).reshape(-1, 1))[0, 0]
-        return max(0.0, number_of(self.xp, square.real)) ** 0.5
+        return max(0.0, inner_product(self.xp, matrices, matrices @ self.moments)) ** 0.5
 
     def _finish(
         self,

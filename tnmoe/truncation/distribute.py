@@ -12,6 +12,9 @@ from tnmoe.errors import InputError, check_number_in, check_positive_int, short_
 # Points of a Pareto front that are kept. A front with more of them is thinned out.
 _MOST_POINTS = 1 << 13
 
+# Sums of two costs up to this one fit into 64 bits.
+_LARGEST_BUDGET = (1 << 62) - 1
+
 
 class _Front(NamedTuple):
     """Choices for the first matrices of which no other is smaller and has less error.
@@ -63,8 +66,10 @@ def distribute_budget(
     >>> distribute_budget([cheap_or_exact, [(10, 9.0), (50, 1.0), (100, 0.0)]], 150)
     (1, 1)
     """
-    tables = [_table(number, each) for number, each in enumerate(options)]
     budget = check_positive_int("budget", budget)
+    if budget > _LARGEST_BUDGET:
+        raise InputError(f"budget must be at most {_LARGEST_BUDGET}, got {budget}")
+    tables = [_table(number, each, budget) for number, each in enumerate(options)]
     least = sum(int(sizes.min()) for sizes, _ in tables)
     if least > budget:
         raise InputError(f"budget={budget} is too small: the cheapest options cost {least}")
@@ -81,19 +86,23 @@ def distribute_budget(
     return _choices(fronts)
 
 
-def _table(number: int, options: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the checked costs and errors of a matrix."""
-    if not len(options):
+def _table(
+    number: int, options: Sequence[tuple[int, float]], budget: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the checked costs of a matrix, cut to just beyond the budget, and its errors."""
+    if not isinstance(options, Sequence):
+        raise InputError(f"matrix {number} needs a sequence of options, got {short_repr(options)}")
+    if not options:
         raise InputError(f"matrix {number} has no options")
     for option in options:
-        if len(option) != 2:
+        if not isinstance(option, Sequence) or len(option) != 2:
             raise InputError(f"an option is a cost and an error, got {short_repr(option)}")
     sizes = [check_positive_int(f"every cost of matrix {number}", size) for size, _ in options]
     errors = [
         check_number_in(f"every error of matrix {number}", error, "[0, inf)")
         for _, error in options
     ]
-    return np.array(sizes, np.int64), np.array(errors)
+    return np.array([min(size, budget + 1) for size in sizes], np.int64), np.array(errors)
 
 
 def _front(
@@ -118,7 +127,7 @@ def _thinned(front: _Front, budget: int) -> _Front:
     """Keep, of choices that cost nearly the same, the one with least error."""
     if len(front.sizes) <= _MOST_POINTS:
         return front
-    buckets = front.sizes * _MOST_POINTS // (budget + 1)
+    buckets = front.sizes // (budget // _MOST_POINTS + 1)
     # The last one of a bucket has the least error.
     return _first(front, np.append(buckets[1:] != buckets[:-1], True))
 
