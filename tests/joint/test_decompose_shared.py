@@ -181,6 +181,15 @@ def test_zeros_and_experts_of_rank_one_cost_the_others_nothing():
     assert info.relative_errors == (0.0, 0.0, 0.0)
 
 
+def test_a_report_of_many_experts_is_one_short_line():
+    _, info = tn.decompose_shared(gaussian(64, 12, 12), SHAPE, max_bond=6, return_info=True)
+    largest = max(info.relative_errors)
+    assert repr(info) == (
+        f"SharedInfo(experts=64, largest_relative_error={largest:.3g}, "
+        f"converged={info.converged}, start={info.start!r})"
+    )
+
+
 def test_many_small_experts_and_half_precision():
     matrices = gaussian(64, 12, 12).astype("float16")
     shared, info = tn.decompose_shared(matrices, SHAPE, max_bond=6, return_info=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import hypot, inf
 
 
@@ -44,9 +44,9 @@ class SharedInfo:
     """
 
     errors: tuple[float, ...]
-    error_bounds: tuple[float, ...] = field(repr=False)
-    norms: tuple[float, ...] = field(repr=False)
-    history: tuple[float, ...] = field(repr=False)
+    error_bounds: tuple[float, ...]
+    norms: tuple[float, ...]
+    history: tuple[float, ...]
     weighted_errors: tuple[float, ...] | None
     converged: bool
     start: str
@@ -65,6 +65,14 @@ class SharedInfo:
     def error_bound(self) -> float:
         """Bound on the error of all experts together, sqrt(Σ ‖W_e − chain_e‖²)."""
         return hypot(*self.error_bounds)
+
+    def __repr__(self) -> str:
+        kind = "relative" if self.weighted_errors is None else "weighted"
+        return (
+            f"SharedInfo(experts={len(self.errors)}, "
+            f"largest_{kind}_error={max(self.limited_errors):.3g}, "
+            f"converged={self.converged}, start={self.start!r})"
+        )
 
 
 def relative(error: float, norm: float) -> float:
