@@ -26,6 +26,8 @@ GAUGES = get_args(Gauge)
 Matrix = Literal["up", "gate", "down"]
 MATRICES = get_args(Matrix)
 NamedSites = Literal["center", "none"]
+StructureKind = Literal["chains", "hidden", "residual", "stacked"]
+STRUCTURES = get_args(StructureKind)
 
 # Routers, their losses and their records
 ScoreFunction = Literal["softmax", "sigmoid"]
@@ -46,6 +48,8 @@ MaskEngine = Literal["auto", "optimizer", "autograd"]
 MASK_ENGINES = get_args(MaskEngine)
 ExportFormat = Literal["moe", "dense"]
 EXPORT_FORMATS = get_args(ExportFormat)
+CompressedLayout = Literal["hidden", "residual"]
+COMPRESSED_LAYOUTS = get_args(CompressedLayout)
 # torch takes seeds from 0 up to, and without, this number.
 SEEDS = 2**64
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from tnmoe import __version__
-from tnmoe.cli import calibrate, convert, demo, inspect
+from tnmoe.cli import calibrate, compress, convert, demo, inspect
 from tnmoe.errors import InputError, MissingExtraError, reason_of, to_one_line
 from tnmoe.system.memory import is_memory_error, memory_error_summary
 
@@ -72,6 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tnmoe {__version__}")
     parser.set_defaults(interrupted="nothing was written")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, inspect, convert, calibrate):
+    for command in (demo, inspect, convert, compress, calibrate):
         command.add(commands)
     return parser

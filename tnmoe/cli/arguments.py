@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 # Units of a file's size, in bytes.
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def _argument_type(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
@@ -42,6 +42,7 @@ seed = _argument_type(int, lambda n: 0 <= n < SEEDS, "an integer of 64 bits from
 positive_number = _argument_type(float, lambda x: 0 < x < inf, "a positive number")
 number_from_one = _argument_type(float, lambda x: 1 <= x < inf, "a number from 1 up")
 weight = _argument_type(float, lambda x: 0 <= x < inf, "a number from 0 up")
+share = _argument_type(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
 fraction = _argument_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
@@ -65,8 +66,9 @@ def layers(text: str) -> list[int] | str:
 
 
 def size(text: str) -> int:
-    """Parse a number of bytes, such as ``5GB`` or ``500MB``."""
-    number, unit = text[:-2], text[-2:].upper()
+    """Parse a number of bytes, such as ``5GB`` or ``500M``."""
+    short = text.upper().removesuffix("B")
+    number, unit = short[:-1], short[-1:]
     num_bytes = int(positive_number(number) * _UNITS[unit]) if unit in _UNITS else 0
     if num_bytes < 1:
         raise argparse.ArgumentTypeError(

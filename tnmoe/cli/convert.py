@@ -13,7 +13,7 @@ from tnmoe.options import EXPORT_FORMATS
 if TYPE_CHECKING:
     from tnmoe.hf import Conversion
 
-_HOW = (
+HOW = (
     " The command reads and writes weights layer by layer, so a checkpoint may be larger than "
     "memory. Run an interrupted command again, and it goes on where it stopped, with the same "
     "result. The command never reads pickled weights and never changes the source."
@@ -27,10 +27,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="turn a dense checkpoint into an MPOE checkpoint",
         description=(
             "Turn the feed-forward networks of a checkpoint into mixtures of experts that share "
-            "their central cores, without changing what the model computes." + _HOW
+            "their central cores, without changing what the model computes." + HOW
         ),
     )
-    _add_common(upcycle, "Hugging Face folder with config.json and safetensors files")
+    add_common(upcycle, "Hugging Face folder with config.json and safetensors files")
     add_config(upcycle)
     upcycle.add_argument(
         "--seed", type=seed, default=0, help="seed of routers and noise (default: 0)"
@@ -41,10 +41,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="turn an MPOE checkpoint into one that other software can run",
         description=(
             "Turn an MPOE checkpoint into an ordinary mixture of its family (Mixtral, Qwen-MoE, "
-            "Switch), or into a dense model whose matrices are the means of the experts'." + _HOW
+            "Switch), or into a dense model whose matrices are the means of the experts'." + HOW
         ),
     )
-    _add_common(export, "Hugging Face folder with an MPOE checkpoint")
+    add_common(export, "Hugging Face folder with an MPOE checkpoint")
     export.add_argument(
         "--to",
         choices=EXPORT_FORMATS,
@@ -54,7 +54,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     export.set_defaults(run=_export)
 
 
-def _add_common(parser: argparse.ArgumentParser, source: str) -> None:
+def add_common(parser: argparse.ArgumentParser, source: str) -> None:
     """Add the arguments that both conversions take."""
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("target", type=Path, help="folder to create")
@@ -93,25 +93,37 @@ def _export(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace, conversion: Conversion) -> None:
     """Run a prepared conversion unless it is a dry run, and print a report."""
-    files = []
+    report = report_of(options, conversion, run(options, conversion, "converting"))
+    print(json.dumps(report, indent=2) if options.json else as_text(report))
+
+
+def run(options: argparse.Namespace, conversion: Conversion, what: str) -> list[Path]:
+    """Run a prepared conversion, and return its files; in a dry run check the target alone.
+
+    Parameters
+    ----------
+    options : Namespace
+        With the arguments of :func:`add_common`.
+    conversion : Conversion
+    what : str
+        What the progress bar says.
+    """
     if options.dry_run:
         conversion.check_target(options.target, options.overwrite)
-    else:
-        from tnmoe.system.progress import progress_callback
+        return []
+    from tnmoe.system.progress import progress_callback
 
-        with progress_callback("converting", "B") as show:
-            files = conversion.run(
-                options.target,
-                overwrite=options.overwrite,
-                jobs=options.jobs,
-                shard_bytes=options.shard_size,
-                on_progress=show,
-            )
-    report = _report(options, conversion, files)
-    print(json.dumps(report, indent=2) if options.json else _as_text(report))
+    with progress_callback(what, "B") as show:
+        return conversion.run(
+            options.target,
+            overwrite=options.overwrite,
+            jobs=options.jobs,
+            shard_bytes=options.shard_size,
+            on_progress=show,
+        )
 
 
-def _report(
+def report_of(
     options: argparse.Namespace, conversion: Conversion, files: list[Path]
 ) -> dict[str, Any]:
     """Describe a conversion as plain data."""
@@ -125,7 +137,7 @@ def _report(
     }
 
 
-def _as_text(report: dict[str, Any]) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """Write a report for people."""
     layers, parameters, sizes = report["layers"], report["parameters"], report["bytes"]
     lines = [

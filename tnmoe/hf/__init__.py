@@ -9,17 +9,21 @@ from tnmoe.system.extras import require_extra
 require_extra("tnmoe.hf", "hf")
 
 import tnmoe.hf.experts_implementation  # noqa: F401 - registers itself
+from tnmoe.hf.compress import compress
+from tnmoe.hf.compression import CompressionConfig
+from tnmoe.hf.compression_report import CompressionReport, MatrixReport
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.export import average_experts, to_moe
 from tnmoe.hf.families import in_place, of_module, register_family
 from tnmoe.hf.ffn import FFN
 from tnmoe.hf.find import find_ffns
+from tnmoe.hf.folders.compress import CompressingConversion, prepare_compress
 from tnmoe.hf.folders.conversion import Conversion
 from tnmoe.hf.folders.inspection import Inspection, MatrixInspection, inspect_checkpoint
 from tnmoe.hf.folders.prepare import prepare_export, prepare_upcycle
 from tnmoe.hf.hooks import wrap_transformers
 from tnmoe.hf.pretrained import from_pretrained
-from tnmoe.hf.record import config_of
+from tnmoe.hf.record import compression_of, config_of
 from tnmoe.hf.report import ParameterCount, ParameterReport, parameter_report
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trainer import GradientMaskCallback
@@ -29,15 +33,21 @@ wrap_transformers()
 
 __all__ = [
     "FFN",
+    "CompressingConversion",
+    "CompressionConfig",
+    "CompressionReport",
     "Conversion",
     "GradientMaskCallback",
     "Inspection",
     "MPOEConfig",
     "MatrixInspection",
+    "MatrixReport",
     "ParameterCount",
     "ParameterReport",
     "attach_router_losses",
     "average_experts",
+    "compress",
+    "compression_of",
     "config_of",
     "find_ffns",
     "from_pretrained",
@@ -45,6 +55,7 @@ __all__ = [
     "inspect_checkpoint",
     "of_module",
     "parameter_report",
+    "prepare_compress",
     "prepare_export",
     "prepare_upcycle",
     "register_family",

@@ -15,6 +15,7 @@ from tnmoe.hf.checks import check_in_memory, check_model
 from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.ffn import FFN, weight_of
 from tnmoe.hf.find import ffns_named, mixtures_in
+from tnmoe.hf.ordinary import compressed_in, ordinary_experts
 from tnmoe.hf.record import config_of, remove_records, required_record
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.system.tables import listed
@@ -56,6 +57,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     'LlamaMLP'
     """
     check_model(model)
+    config_of(model)  # raises for a model without dense networks in its past
     record = required_record(model)
     check_in_memory(model, "tnmoe.hf.prepare_export")
     config = copy.deepcopy(model.config)
@@ -83,7 +85,8 @@ def average_into(ffn: FFN, layer: MPOMoE) -> None:
 def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     """Make an ordinary mixture of experts that computes the same, for serving engines.
 
-    The class of the result depends on that of the model:
+    A model that :func:`compress` made smaller comes back in the class that it has: the experts'
+    matrices are written out whole. The class of an upcycled model depends on the model's:
 
     ===========================  ================================================================
     ``LlamaForCausalLM``,        ``MixtralForCausalLM``: experts in all layers, weights that sum
@@ -98,9 +101,9 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     Parameters
     ----------
     model : PreTrainedModel
-        A converted model of a class above; it stays as it is. Its experts must have no biases. Its
-        routers must be of type :class:`tnmoe.nn.TopKRouter`, without settings that the other class
-        lacks.
+        A compressed model, or an upcycled one of a class above; it stays as it is. The experts of
+        an upcycled model must have no biases, and its routers must be of type
+        :class:`tnmoe.nn.TopKRouter`, without settings that the other class lacks.
 
     Returns
     -------
@@ -139,8 +142,11 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     'MixtralForCausalLM'
     """
     check_model(model)
-    config = config_of(model)
+    record = required_record(model)
     check_in_memory(model, "tnmoe.hf.prepare_export")
+    if record.config is None:
+        return _with_ordinary_experts(model)
+    config = record.config
     target, mixtures = target_of(model), mixtures_in(model)
     for layer in mixtures.values():
         target.check(layer)
@@ -152,6 +158,20 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     for path, layer in mixtures.items():
         blocks[path].load_state_dict(target.weights(layer))
     return moe
+
+
+def _with_ordinary_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model of the same class, in which compressed experts are ordinary ones again."""
+    config = copy.deepcopy(model.config)
+    remove_records(config)
+    ordinary = _empty_like(model, type(model), config)
+    experts = compressed_in(model)
+    found = {each.name: each for each in ordinary_experts(ordinary) if each.name in experts}
+    modules = [each.module for each in found.values()]
+    _copy_tensors(_outside_mixtures(model, experts), ordinary, modules)
+    for path, each in found.items():
+        each.module.load_state_dict(each.format.tensors(each.module, experts[path]))
+    return ordinary
 
 
 def _empty_like(model: PreTrainedModel, model_class: Any, config: Any) -> Any:

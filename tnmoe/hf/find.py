@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from torch import nn
 
@@ -12,6 +13,14 @@ from tnmoe.errors import InputError, check_int_from_zero, check_positive_int, sh
 from tnmoe.hf.families import family_names, network_in
 from tnmoe.hf.ffn import FFN
 from tnmoe.nn.moe import MPOMoE
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=_HasName)
 
 
 def find_ffns(
@@ -49,7 +58,7 @@ def find_ffns(
             f"{type(model).__name__} has no feed-forward network of a known family "
             f"({', '.join(family_names())}); tnmoe.hf.register_family adds another"
         )
-    chosen = _selected(found, layers, type(model).__name__)[every - 1 :: every]
+    chosen = chosen_layers(found, layers, type(model).__name__)[every - 1 :: every]
     if not chosen:
         raise InputError(
             f"layers={layers!r}, every={every} select none of the {len(found)} feed-forward "
@@ -123,11 +132,20 @@ def check_layers(layers: Iterable[int] | str | None) -> tuple[int, ...] | str | 
     return tuple(sorted({check_int_from_zero(name, layer) for layer in layers}))
 
 
-def _selected(found: list[FFN], layers: tuple[int, ...] | str | None, model: str) -> list[FFN]:
+def chosen_layers(
+    found: list[Named], layers: Sequence[int] | str | None, model: str
+) -> list[Named]:
+    """Return those of a model's networks, or mixtures, that ``layers`` chooses.
+
+    Raises
+    ------
+    InputError
+        If a position is beyond the last one.
+    """
     if layers is None:
         return found
     if isinstance(layers, str):
-        return [ffn for ffn in found if re.search(layers, ffn.name)]
+        return [each for each in found if re.search(layers, each.name)]
     if bad := [layer for layer in layers if layer >= len(found)]:
         raise InputError(f"layers must be from 0 to {len(found) - 1} in {model}, got {bad}")
     return [found[layer] for layer in layers]
@@ -140,7 +158,7 @@ def ffns_named(model: nn.Module, names: Iterable[str]) -> list[FFN]:
     leave it out: ``encoder.layer.0`` of a BertModel is ``bert.encoder.layer.0`` of a
     BertForMaskedLM. It may also count from a module inside that has the model's configuration.
     """
-    recorded, names_of = set(names), _possible_names(model)
+    recorded, names_of = set(names), possible_names(model)
     return [ffn for ffn in all_ffns(model) if not recorded.isdisjoint(names_of(ffn.name))]
 
 
@@ -151,7 +169,7 @@ def mixtures_in(model: nn.Module) -> dict[str, MPOMoE]:
 
 def mixtures_not_named(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return paths of mixtures in layers that have none of these names; see :func:`ffns_named`."""
-    recorded, names_of = set(names), _possible_names(model)
+    recorded, names_of = set(names), possible_names(model)
 
     def is_named(path: str) -> bool:
         parts = path.split(".")
@@ -161,7 +179,7 @@ def mixtures_not_named(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [path for path in mixtures_in(model) if not is_named(path)]
 
 
-def _possible_names(model: nn.Module) -> Callable[[str], set[str]]:
+def possible_names(model: nn.Module) -> Callable[[str], set[str]]:
     """Return a function from a layer's name in a model to all names that a record may give it."""
     config = getattr(model, "config", None)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."

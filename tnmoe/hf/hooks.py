@@ -15,15 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnmoe.errors import InputError
 from tnmoe.hf.checks import EXPERT_TENSOR
 from tnmoe.hf.files.folder import CONFIG
-from tnmoe.hf.find import all_ffns, ffns_named, mixtures_in, mixtures_not_named
-from tnmoe.hf.layers import install_new_mixtures
+from tnmoe.hf.find import (
+    all_ffns,
+    ffns_named,
+    mixtures_in,
+    mixtures_not_named,
+    possible_names,
+)
+from tnmoe.hf.layers import install_recorded
+from tnmoe.hf.ordinary import compressed_in, ordinary_named
 from tnmoe.hf.record import (
     ENTRY,
+    Record,
     configs_in,
     decode_entries,
     encode_entries,
@@ -32,7 +41,6 @@ from tnmoe.hf.record import (
 )
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trust import allowed_entries
-from tnmoe.nn.moe import MPOMoE
 from tnmoe.system.durable import write_json
 from tnmoe.system.files import read_json
 from tnmoe.system.tables import listed
@@ -92,12 +100,13 @@ def _building(post_init: Callable) -> Callable:
         post_init(self)
         record = record_of(self.config)
         if record is not None:
-            install_new_mixtures(self, record.config, record.networks)
+            install_recorded(self, record)
         # A model around converted ones adds the losses of their routers to its own.
         records = [found for part in configs_in(self.config) if (found := record_of(part))]
         if records and mixtures_in(self):
             settings = (record or records[0]).config
-            if record or all(found.config == settings for found in records):
+            is_common = record or all(found.config == settings for found in records)
+            if settings is not None and is_common:
                 attach_router_losses(self, settings)
 
     return build
@@ -145,7 +154,8 @@ def _check_given_config(folder: Any, entries: Mapping[str, Any], given: Any) -> 
 
 def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any) -> None:
     """Raise an InputError if the checkpoint lacks numbers of a feed-forward network."""
-    paths = tuple(f"{path}." for path in mixtures_in(model))
+    blocks = {path.rpartition(".")[0] for path in compressed_in(model)}
+    paths = tuple(f"{path}." for path in (*mixtures_in(model), *blocks))
     lost = {name for name in info["missing_keys"] if name.startswith(paths)}
     if any(EXPERT_TENSOR.search(name) for name in info["unexpected_keys"]):
         # The model has dense networks where the checkpoint has these experts.
@@ -163,13 +173,14 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any
 @torch.no_grad()
 def _redraw(model: PreTrainedModel, names: set[str]) -> None:
     """Draw tensors of mixtures anew: the caller allowed that the stored ones have other sizes."""
-    for path, layer in mixtures_in(model).items() if names else ():
+    layers = {**mixtures_in(model), **compressed_in(model)} if names else {}
+    for path, layer in layers.items():
         new = {name for name in layer.state_dict() if f"{path}.{name}" in names}
         if new:
             _redraw_layer(layer, new)
 
 
-def _redraw_layer(layer: MPOMoE, names: set[str]) -> None:
+def _redraw_layer(layer: nn.Module, names: set[str]) -> None:
     kept = {
         name: tensor.clone() for name, tensor in layer.state_dict().items() if name not in names
     }
@@ -207,6 +218,25 @@ def _check_recorded(model: PreTrainedModel) -> None:
             "configuration does not say so, and the saved folder would not load: name all layers "
             "that have one in config.tnmoe['networks']"
         )
+    _check_compression_recorded(model, record)
+
+
+def _check_compression_recorded(model: PreTrainedModel, record: Record) -> None:
+    """Refuse to save a model whose configuration records other compressed experts than it has."""
+    recorded = {} if record.compression is None else record.compression.experts
+    for name, _ in ordinary_named(model, recorded):
+        raise InputError(
+            f"the configuration of this {type(model).__name__} says that {name} are compressed "
+            "experts, but they are ordinary ones: save what hf.to_moe makes of a compressed model"
+        )
+    names_of = possible_names(model)
+    for path in compressed_in(model):
+        if names_of(path).isdisjoint(recorded):
+            raise InputError(
+                f"{path} of this {type(model).__name__} shares cores, but its configuration does "
+                "not say so, and the saved folder would not load: compress the model with "
+                "hf.compress"
+            )
 
 
 def _check_parts_recorded(model: PreTrainedModel) -> None:
@@ -218,7 +248,7 @@ def _check_parts_recorded(model: PreTrainedModel) -> None:
         if id(config) in saved or path.startswith(tuple(checked)):
             # This also covers all modules inside the part, whatever configurations they have.
             checked.append(f"{path}.")
-        elif record_of(config) is not None and mixtures_in(part):
+        elif record_of(config) is not None and (mixtures_in(part) or compressed_in(part)):
             raise InputError(
                 f"{path}, a {type(part).__name__}, was converted by itself, and the configuration "
                 f"of the {type(model).__name__} around it does not say so: save {path} alone, or "

@@ -12,6 +12,8 @@ from torch import nn
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, FusedHalf, Matrix, weight_of
 from tnmoe.hf.find import ffns_named
+from tnmoe.hf.ordinary import ordinary_named
+from tnmoe.hf.record import Record
 from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.moe import MPOMoE
@@ -140,6 +142,25 @@ def install_new_mixtures(model: nn.Module, config: MPOEConfig, names: Iterable[s
     """Replace the networks of layers with these names by new mixtures."""
     for ffn in ffns_named(model, names):
         ffn.install(new_mixture(ffn, config).train(model.training))
+
+
+def install_recorded(model: nn.Module, record: Record) -> None:
+    """Replace the networks, and the experts of mixtures, that a record names by new ones."""
+    if record.config is not None:
+        install_new_mixtures(model, record.config, record.networks)
+    if record.compression is None:
+        return
+    structures = record.compression.experts
+    for name, experts in ordinary_named(model, structures):
+        like = next(experts.module.parameters())
+        new = experts.format.experts_class.from_structures(
+            structures[name],
+            len(experts.matrices["up"]),
+            **experts.settings(),
+            device=like.device,
+            dtype=like.dtype,
+        )
+        experts.install(new.train(experts.module.training))
 
 
 def _experts_class(config: MPOEConfig) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -62,6 +65,14 @@ def check_unconverted_entries(entries: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path} is already converted or quantized")
 
 
+def check_unquantized_entries(entries: Mapping[str, Any], path: Path) -> None:
+    """Raise an InputError if a config.json is that of a quantized model."""
+    if entries.get("quantization_config"):
+        raise InputError(
+            f"{path} is quantized: load it with dequantized weights, and save those, first"
+        )
+
+
 def model_class_named(name: str) -> Any:
     """Return the model class of transformers that has this name, or None."""
     found = getattr(transformers, name, None)
@@ -98,7 +109,9 @@ def saved_class(config: PreTrainedConfig) -> Any:
     return found
 
 
-def meta_model(config: PreTrainedConfig, max_modules: int = _MAX_MODULES) -> Any:
+def meta_model(
+    config: PreTrainedConfig, max_modules: int = _MAX_MODULES, *, buffers: bool = False
+) -> Any:
     """Build the model of a configuration on the meta device.
 
     Parameters
@@ -106,6 +119,9 @@ def meta_model(config: PreTrainedConfig, max_modules: int = _MAX_MODULES) -> Any
     config : PreTrainedConfig
     max_modules : int
         Largest number of submodules.
+    buffers : bool
+        Make buffers on the CPU, with their numbers: the model can then run, once its parameters
+        have theirs.
 
     Raises
     ------
@@ -116,8 +132,12 @@ def meta_model(config: PreTrainedConfig, max_modules: int = _MAX_MODULES) -> Any
     make = saved_class(config) or partial(AutoModel.from_config, trust_remote_code=False)
     problem = f"config.json does not suit a model of type {config.model_type!r}"
     limits = SizeLimits(modules=max_modules)
-    with guard_transformers(problem, limits), torch.device("meta"), no_foreign_code():
+    place: Any = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    with guard_transformers(problem, limits), place, no_foreign_code():
         model = make(config)
+    if buffers:
+        # accelerate makes a new parameter at every place.
+        model.tie_weights()
     # Stored here, or transformers would search all modules for them again for every name.
     model._weight_conversions = [
         conversion
@@ -128,6 +148,40 @@ def meta_model(config: PreTrainedConfig, max_modules: int = _MAX_MODULES) -> Any
 
 
 def stored_name(model: Any, name: str) -> str:
-    """Return the name that ``save_pretrained`` gives a tensor; it may differ from the model's."""
+    """Return the name that ``save_pretrained`` gives a tensor; it may differ from the model's.
+
+    Only for tensors that are stored as they are.
+    """
     (stored,) = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
     return stored
+
+
+def stored_tensors(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return what ``save_pretrained`` stores for a tensor: itself, or its parts, by name.
+
+    The experts of many mixtures are one tensor in the model, and one per expert in files.
+    """
+    return revert_weight_conversion(model, {name: tensor})
+
+
+def merged_tensor(model: Any, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return the tensor of a model whose stored parts these are; undo :func:`stored_tensors`."""
+    conversions = model._weight_conversions
+    renamings = [each for each in conversions if isinstance(each, loading.WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, loading.WeightConverter)]
+    by_pattern = {
+        pattern: converter for converter in converters for pattern in converter.source_patterns
+    }
+    used = None
+    for name in sorted(parts, key=loading.dot_natural_key):
+        target, pattern = loading.rename_source_key(name, renamings, converters)
+        if pattern is None:
+            (tensor,) = parts.values()
+            return tensor
+        if used is None:
+            used = copy.deepcopy(by_pattern[pattern])
+        part: Any = parts[name]  # annotated as the future of a tensor
+        used.add_tensor(target, name, pattern, part)
+    assert used is not None, "a tensor has parts"
+    ((_, merged),) = used.convert(target, model=model, config=model.config).items()
+    return merged[0] if isinstance(merged, list) else merged

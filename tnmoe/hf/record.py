@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, short_repr
+from tnmoe.hf.compression import CompressionConfig
 from tnmoe.hf.config import MPOEConfig
+from tnmoe.nn.structure import ProjectionStructure
 
 ENTRY = "tnmoe"
 _FORMAT = 2
@@ -36,26 +38,92 @@ _ORIGINALS = "replaced"
 
 
 @dataclass(frozen=True)
-class Record:
-    """The conversion of a model.
+class Compression:
+    """The compression of a model.
 
     Attributes
     ----------
-    config : MPOEConfig
-    networks : tuple of str
-        Names of the layers whose feed-forward networks became mixtures; see :attr:`FFN.name`.
+    config : CompressionConfig
+    experts : mapping
+        From the path of a mixture's experts to the structures of their matrices by name.
     """
 
-    config: MPOEConfig
-    networks: tuple[str, ...]
+    config: CompressionConfig
+    experts: Mapping[str, Mapping[str, ProjectionStructure]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
-            "format": _FORMAT,
             "config": self.config.to_dict(),
-            "networks": list(self.networks),
+            "experts": {
+                path: {name: structure.to_dict() for name, structure in structures.items()}
+                for path, structures in self.experts.items()
+            },
         }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Return the compression that :meth:`to_dict` described.
+
+        Raises
+        ------
+        InputError
+            If the data describe none.
+        """
+        experts = data.get("experts") if isinstance(data, Mapping) else None
+        if not isinstance(experts, Mapping) or not isinstance(data.get("config"), Mapping):
+            raise InputError(
+                f"compression of {ENTRY} must have a config and experts, got {short_repr(data)}"
+            )
+        if not all(isinstance(structures, Mapping) for structures in experts.values()):
+            raise InputError(f"every entry of compression's experts in {ENTRY} must be an object")
+        return cls(
+            CompressionConfig.from_dict(data["config"]),
+            {
+                path: {
+                    name: ProjectionStructure.from_dict(structure)
+                    for name, structure in structures.items()
+                }
+                for path, structures in experts.items()
+            },
+        )
+
+    def inside(self, root: str) -> Self | None:
+        """Return the part of the experts inside a module, named from there; None if it has none."""
+        experts = {
+            path[len(root) + 1 :]: structures
+            for path, structures in self.experts.items()
+            if _is_inside(path, root)
+        }
+        return replace(self, experts=experts) if experts else None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What tnmoe made of a model.
+
+    Attributes
+    ----------
+    config : MPOEConfig or None
+        None if no network of the model was converted.
+    networks : tuple of str
+        Names of the layers whose feed-forward networks became mixtures; see :attr:`FFN.name`.
+    compression : Compression or None
+        What became of ordinary mixtures.
+    """
+
+    config: MPOEConfig | None
+    networks: tuple[str, ...] = ()
+    compression: Compression | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        data: dict[str, Any] = {"format": _FORMAT}
+        if self.config is not None:
+            data |= {"config": self.config.to_dict(), "networks": list(self.networks)}
+        if self.compression is not None:
+            data["compression"] = self.compression.to_dict()
+        return data
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
@@ -72,14 +140,19 @@ class Record:
             raise InputError(
                 f"{ENTRY} has format {data.get('format')!r}, this version of tnmoe reads {_FORMAT}"
             )
-        if unknown := sorted(set(data) - {"format", "config", "networks"}):
+        if unknown := sorted(set(data) - {"format", "config", "networks", "compression"}):
             raise InputError(f"{ENTRY} has unknown entries {', '.join(map(repr, unknown))}")
+        compression = None
+        if data.get("compression") is not None:
+            compression = Compression.from_dict(data["compression"])
+            if not {"config", "networks"} & set(data):
+                return cls(None, (), compression)
         config, networks = data.get("config"), data.get("networks")
         if not isinstance(config, Mapping):
             raise InputError(f"config of {ENTRY} must be an object, got {config!r}")
         if not isinstance(networks, list) or not all(isinstance(name, str) for name in networks):
             raise InputError(f"networks of {ENTRY} must be a list of names, got {networks!r}")
-        return cls(MPOEConfig.from_dict(config), tuple(networks))
+        return cls(MPOEConfig.from_dict(config), tuple(networks), compression)
 
 
 def record_of(config: Any) -> Record | None:
@@ -119,7 +192,36 @@ def config_of(model: nn.Module) -> MPOEConfig:
     >>> config_of(upcycle(model, MPOEConfig(num_experts=4, sites=3))).num_experts
     4
     """
-    return required_record(model).config
+    config = required_record(model).config
+    if config is None:
+        raise InputError(
+            f"{type(model).__name__} was compressed and not converted: compression_of returns the "
+            "configuration of its compression"
+        )
+    return config
+
+
+def compression_of(model: nn.Module) -> CompressionConfig:
+    """Return the configuration that a model was compressed with.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Returns
+    -------
+    CompressionConfig
+        The argument of :func:`compress` or :func:`prepare_compress`.
+
+    Raises
+    ------
+    InputError
+        If the model was not compressed.
+    """
+    record = record_of(getattr(model, "config", None))
+    if record is None or record.compression is None:
+        raise InputError(f"{type(model).__name__} is not a compressed model")
+    return record.compression.config
 
 
 def record_in_entries(entries: Mapping[str, Any], folder: Any) -> Record:
@@ -157,20 +259,58 @@ def add_records(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[s
     """
     names = tuple(networks)
     model.config.tnmoe = Record(config, names).to_dict()
-    parts: dict[int, tuple[PreTrainedConfig, list[str]]] = {}
-    for path, part in model.named_modules():
-        part_config = getattr(part, "config", None)
-        if isinstance(part_config, PreTrainedConfig) and part_config is not model.config:
-            roots = parts.setdefault(id(part_config), (part_config, []))[1]
-            # Names count from the outermost module that has this configuration.
-            if not any(_is_inside(path, root) for root in roots):
-                roots.append(path)
-    for part_config, roots in parts.values():
+    for part_config, roots in _configurations_inside(model):
         inner = [
             name[len(root) + 1 :] for root in roots for name in names if _is_inside(name, root)
         ]
         if inner:
             part_config.tnmoe = Record(config, tuple(dict.fromkeys(inner))).to_dict()
+
+
+def add_compression(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    experts: Mapping[str, Mapping[str, ProjectionStructure]],
+) -> None:
+    """Record a compression in the configurations of a model and of the models inside it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A conversion that is on record stays there.
+    config : CompressionConfig
+    experts : mapping
+        From the path of a mixture's experts to the structures of their matrices by name.
+    """
+    compression = Compression(config, experts)
+    _add_to_record(model.config, compression)
+    for part_config, roots in _configurations_inside(model):
+        parts = [part for root in roots if (part := compression.inside(root)) is not None]
+        if parts:
+            inner = {path: each for part in parts for path, each in part.experts.items()}
+            _add_to_record(part_config, Compression(config, inner))
+
+
+def _add_to_record(config: PreTrainedConfig, compression: Compression) -> None:
+    record = record_of(config) or Record(None)
+    config.tnmoe = replace(record, compression=compression).to_dict()
+
+
+def _configurations_inside(
+    model: PreTrainedModel,
+) -> Iterable[tuple[PreTrainedConfig, list[str]]]:
+    """Return configurations other than the model's, each with the paths of its outermost modules.
+
+    Names in the record of a configuration count from there.
+    """
+    parts: dict[int, tuple[PreTrainedConfig, list[str]]] = {}
+    for path, part in model.named_modules():
+        part_config = getattr(part, "config", None)
+        if isinstance(part_config, PreTrainedConfig) and part_config is not model.config:
+            roots = parts.setdefault(id(part_config), (part_config, []))[1]
+            if not any(_is_inside(path, root) for root in roots):
+                roots.append(path)
+    return parts.values()
 
 
 def _is_inside(name: str, root: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnmoe.errors import check_generator, check_one_of
+from tnmoe.errors import InputError, check_generator, check_one_of
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.layouts import new_projection, pretrained_projection
 from tnmoe.nn.pretrained_ffn import PretrainedFFN, Source
@@ -21,8 +21,10 @@ from tnmoe.nn.settings import (
     mpo_settings,
     projection_sizes,
 )
+from tnmoe.nn.structure import ProjectionStructure, projection_of
 from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix
 from tnmoe.shapes import MPOShape, SharedSites
+from tnmoe.shared_mpo import SharedMPO
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -254,6 +256,105 @@ class MPOExperts(Experts):
             activation=activation,
             dropout=dropout,
         )
+
+    @classmethod
+    def from_shared(
+        cls,
+        up: SharedMPO | Tensor,
+        down: SharedMPO | Tensor,
+        gate: SharedMPO | Tensor | None = None,
+        *,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        gate_bias: Tensor | None = None,
+        activation: str | Callable[..., Tensor] = "relu",
+        dropout: float = 0.0,
+    ) -> Self:
+        """Take over matrices that differ from expert to expert: a mixture made smaller.
+
+        Parameters
+        ----------
+        up, gate : SharedMPO or Tensor, (E, F, H)
+            What :func:`tnmoe.decompose_shared` returns, of torch tensors; or whole matrices.
+        down : SharedMPO or Tensor, (E, H, F)
+        up_bias, gate_bias, down_bias : Tensor, shapes (E, F), (E, F), (E, H), optional
+            Biases of all experts.
+        activation, dropout
+            As for :class:`Experts`.
+
+        Raises
+        ------
+        InputError
+            If the matrices or biases do not fit each other, or are not torch tensors.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from tnmoe import decompose_shared
+        >>> up, down = torch.randn(4, 32, 16), torch.randn(4, 16, 32)
+        >>> shared = decompose_shared(up, residual=True, max_bond=4)
+        >>> experts = MPOExperts.from_shared(shared, down, activation="gelu")
+        >>> type(experts.up).__name__, type(experts.down).__name__
+        ('ResidualProjection', 'StackedProjection')
+        """
+        given = {"up": up, "gate": gate, "down": down}
+        projections = {
+            name: StackedProjection.from_matrices(matrices)
+            if isinstance(matrices, Tensor)
+            else projection_of(matrices)
+            for name, matrices in given.items()
+            if matrices is not None
+        }
+        return cls._from_projections(
+            projections,
+            {"up": up_bias, "gate": gate_bias, "down": down_bias},
+            common_bias=False,
+            activation=activation,
+            dropout=dropout,
+        )
+
+    @classmethod
+    def from_structures(
+        cls,
+        structures: Mapping[str, ProjectionStructure],
+        num_experts: int,
+        *,
+        activation: str | Callable[..., Tensor] = "relu",
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Make experts whose projections have these structures, with random numbers.
+
+        Parameters
+        ----------
+        structures : mapping from "up", "gate", "down" to ProjectionStructure
+            Without ``gate`` the experts are not gated.
+        num_experts : int
+            Number of experts E.
+        activation, dropout
+            As for :class:`Experts`.
+        device, dtype : optional
+            Device and dtype of the parameters, as for torch's own layers.
+
+        Raises
+        ------
+        InputError
+            If ``up`` or ``down`` is missing, or the structures do not fit each other.
+        """
+        if not {"up", "down"} <= set(structures) <= set(MATRICES):
+            raise InputError(f"structures need up, down and perhaps gate, got {[*structures]}")
+        experts = cls.__new__(cls)
+        Experts.__init__(
+            experts,
+            **{
+                name: structure.build(num_experts, device=device, dtype=dtype)
+                for name, structure in structures.items()
+            },
+            activation=activation,
+            dropout=dropout,
+        )
+        return experts
 
 
 def _bias_beside(source: Source | None, bias: Tensor | None, common_bias: bool) -> Tensor | None:

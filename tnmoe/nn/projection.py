@@ -311,6 +311,25 @@ class StackedProjection(Projection):
         projection.stacked = nn.Parameter(stacked)
         return projection
 
+    @classmethod
+    def from_matrices(cls, matrices: Tensor) -> StackedProjection:
+        """Take over the matrices of all experts.
+
+        Parameters
+        ----------
+        matrices : Tensor, shape (E, out, in)
+
+        Raises
+        ------
+        InputError
+            If the tensor is of another shape.
+        """
+        if matrices.ndim != 3:
+            raise InputError(f"matrices must be of shape (E, out, in), got {tuple(matrices.shape)}")
+        projection = cls(*matrices.shape, device="meta", dtype=matrices.dtype)
+        projection.stacked = nn.Parameter(matrices.detach().contiguous())
+        return projection
+
     def weight(self) -> Tensor:
         return self.stacked
 

@@ -58,6 +58,11 @@ class StoredCores(nn.Module):
         return stored[name] if name in stored else getattr(self, name)
 
     @property
+    def bond_dims(self) -> tuple[int, ...]:
+        """Inner bond dimensions, left to right."""
+        return self._bond_dims
+
+    @property
     def aux(self) -> tuple[nn.Parameter, ...]:
         """The cores of all sites but the centre, left to right."""
         return tuple(self._core_named(name) for name in self._names if name != "center")

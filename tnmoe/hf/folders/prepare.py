@@ -25,7 +25,13 @@ from tnmoe.hf.find import ffns_named, mixtures_in
 from tnmoe.hf.folders.conversion import Conversion
 from tnmoe.hf.folders.pieces import Piece, copy_pieces
 from tnmoe.hf.folders.skeleton import Skeleton, with_parameters
-from tnmoe.hf.layers import converted_mixture, draw_start, install_new_mixtures
+from tnmoe.hf.guards import SizeLimits
+from tnmoe.hf.layers import (
+    converted_mixture,
+    draw_start,
+    install_new_mixtures,
+    install_recorded,
+)
 from tnmoe.hf.meta import (
     check_unconverted_entries,
     config_from_entries,
@@ -33,8 +39,8 @@ from tnmoe.hf.meta import (
     saved_class,
     stored_name,
 )
+from tnmoe.hf.ordinary import OrdinaryExperts, compressed_in, ordinary_experts
 from tnmoe.hf.record import (
-    Record,
     add_records,
     decode_entries,
     encode_entries,
@@ -43,6 +49,7 @@ from tnmoe.hf.record import (
     without_records,
 )
 from tnmoe.nn.moe import MPOMoE
+from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.options import EXPORT_FORMATS, SEEDS, ExportFormat
 from tnmoe.system.tables import listed
 
@@ -116,7 +123,8 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
         A Hugging Face folder with an MPOE checkpoint, of any size.
     to : {"moe", "dense"}
         ``moe`` for an ordinary mixture of the family, as :func:`to_moe` makes it; ``dense`` for a
-        dense model with the mean of the experts, as :func:`average_experts` makes it.
+        dense model with the mean of the experts, as :func:`average_experts` makes it. A compressed
+        checkpoint becomes what it was, an ordinary mixture, and never dense.
 
     Returns
     -------
@@ -148,12 +156,59 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     record, plain = record_in_entries(entries, source.folder), without_records(entries)
     saved_class(config_from_entries(plain))
     skeleton = Skeleton(source, plain)
-    install_new_mixtures(skeleton.model, record.config, record.networks)
+    install_recorded(skeleton.model, record)
+    if record.config is None:
+        return _to_ordinary(skeleton, plain, to)
     mixtures = _match_mixtures(skeleton)
     kept = _tensors_beside(skeleton, mixtures)
     if to == "dense":
-        return _to_dense(skeleton, mixtures, kept, plain, record)
+        return _to_dense(skeleton, mixtures, kept, plain, record.networks)
     return _to_moe(skeleton, mixtures, kept, record.config)
+
+
+def _to_ordinary(skeleton: Skeleton, plain: Mapping[str, Any], to: ExportFormat) -> Conversion:
+    """Prepare the way back of a compressed checkpoint to the ordinary mixtures of its class."""
+    source = skeleton.source
+    if to == "dense":
+        raise InputError(
+            f"{source.folder} was compressed and not converted: its mixtures replaced no dense "
+            "networks; to='moe' makes them ordinary ones"
+        )
+    ordinary = meta_model(config_from_entries(plain), SizeLimits.for_checkpoint(source).modules)
+    experts = compressed_in(skeleton.model)
+    names = skeleton.names_of(each.parameters() for each in experts.values())
+    skeleton.match(chain.from_iterable(names))
+    targets = {each.name: each for each in ordinary_experts(ordinary)}
+    pieces = [
+        _ordinary_experts_piece(skeleton, ordinary, targets[path], each, parameters)
+        for (path, each), parameters in zip(experts.items(), names, strict=True)
+    ]
+    used = {name for piece in pieces for name in piece.reads}
+    copied = copy_pieces(source, {name: name for name in source.specs if name not in used})
+    return Conversion(source, (*copied, *pieces), plain, {"to": type(ordinary).__name__})
+
+
+def _ordinary_experts_piece(
+    skeleton: Skeleton,
+    ordinary: Any,
+    target: OrdinaryExperts,
+    experts: MPOExperts,
+    parameters: list[str],
+) -> Piece:
+    """Return the piece that writes the matrices of compressed experts whole."""
+    dtype = experts.up.weight().dtype
+
+    def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = {f"{target.name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
+        return revert_weight_conversion(ordinary, named)
+
+    @torch.no_grad()
+    def make() -> dict[str, Tensor]:
+        with skeleton.filled(parameters):
+            return stored(target.format.tensors(target.module, experts))
+
+    reads = tuple(map(skeleton.rename, parameters))
+    return Piece(target.name, reads, _specs(stored(target.module.state_dict())), make)
 
 
 class _Mixture(NamedTuple):
@@ -242,10 +297,10 @@ def _to_dense(
     mixtures: Sequence[_Mixture],
     kept: Iterable[str],
     plain: Mapping[str, Any],
-    record: Record,
+    networks: Sequence[str],
 ) -> Conversion:
     dense = Skeleton(skeleton.source, plain)
-    ffns = ffns_named(dense.model, record.networks)
+    ffns = ffns_named(dense.model, networks)
     written = dense.names_of(ffn.parameters for ffn in ffns)
     pieces = [
         _dense_piece(skeleton, mixture, dense, ffn, names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -20,11 +19,52 @@ from tnmoe.hf.files.folder import ADAPTERS
 from tnmoe.hf.files.tensors import FLOATS
 from tnmoe.hf.find import find_ffns
 from tnmoe.hf.guards import SizeLimits
-from tnmoe.hf.meta import config_from_entries, meta_model, stored_name
+from tnmoe.hf.meta import (
+    config_from_entries,
+    merged_tensor,
+    meta_model,
+    stored_name,
+    stored_tensors,
+)
 from tnmoe.system.tables import listed
 
-# From a parameter's name in a model to its name in a checkpoint.
-Rename = Callable[[str], str]
+Size = tuple[int, ...]
+
+
+class _Naming:
+    """A way in which a checkpoint may name the parameters of a model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With the conversions between its parameters and what is stored.
+    change : callable, optional
+        Changes the names that these conversions give.
+    """
+
+    def __init__(self, model: Any, change: Callable[[str], str] | None = None) -> None:
+        self._model, self._change = model, change or (lambda name: name)
+        # From the model's names to the stored ones, as the conversions give them, and shapes.
+        self._parts: dict[str, dict[str, Size]] = {}
+
+    def _parts_of(self, name: str) -> dict[str, Size]:
+        if name not in self._parts:
+            parts = stored_tensors(self._model, name, self._model.get_parameter(name))
+            self._parts[name] = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+        return self._parts[name]
+
+    def stored(self, name: str) -> dict[str, Size]:
+        """Return the shapes of what is stored for a parameter, by the names there."""
+        return {self._change(part): size for part, size in self._parts_of(name).items()}
+
+    def rename(self, name: str) -> str:
+        """Return the stored name of a tensor, or a module, that is stored as it is."""
+        return self._change(stored_name(self._model, name))
+
+    def merge(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return a parameter, given what is stored for it."""
+        parts = {part: tensors[self._change(part)] for part in self._parts_of(name)}
+        return merged_tensor(self._model, parts)
 
 
 class Skeleton:
@@ -35,17 +75,23 @@ class Skeleton:
     source : Checkpoint
     entries : mapping, optional
         Contents of a config.json, in place of the checkpoint's own.
+    buffers : bool
+        Make buffers on the CPU, with their numbers, so that the model can run.
 
     Attributes
     ----------
     model : PreTrainedModel
-    rename : callable
-        From names in the model to names in the checkpoint; set by :meth:`match`.
     """
 
-    rename: Rename
+    _naming: _Naming
 
-    def __init__(self, source: Checkpoint, entries: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        entries: Mapping[str, Any] | None = None,
+        *,
+        buffers: bool = False,
+    ) -> None:
         if (source.folder / ADAPTERS).exists():
             raise InputError(
                 f"{source.folder} holds adapters of PEFT beside the model, which would be lost: "
@@ -53,7 +99,8 @@ class Skeleton:
             )
         self.source = source
         config = config_from_entries(entries or source.config)
-        self.model = meta_model(config, SizeLimits.for_checkpoint(source).modules)
+        limit = SizeLimits.for_checkpoint(source).modules
+        self.model = meta_model(config, limit, buffers=buffers)
         source.check_prefix(self.model.base_model_prefix)
 
     def networks(self, config: MPOEConfig) -> list[tuple[FFN, list[str]]]:
@@ -87,56 +134,81 @@ class Skeleton:
             or if any parameter has another shape there.
         """
         needed = list(needed)
-        self.rename = self._find_naming(needed)
-        for name, parameter in self.model.named_parameters():
-            spec = self.source.specs.get(self.rename(name))
-            if spec is not None and spec.shape != tuple(parameter.shape):
-                raise InputError(
-                    f"{self.rename(name)} is of shape {spec.shape} in {self.source.folder}, its "
-                    f"config.json says {tuple(parameter.shape)}"
-                )
-        for name in needed:
-            dtype = self.source.specs[self.rename(name)].dtype
+        self._naming = self._find_naming(needed)
+        for name in dict(self.model.named_parameters()):
+            for stored, size in self.stored(name).items():
+                spec = self.source.specs.get(stored)
+                if spec is not None and spec.shape != size:
+                    raise InputError(
+                        f"{stored} is of shape {spec.shape} in {self.source.folder}, its "
+                        f"config.json says {size}"
+                    )
+        for stored in chain.from_iterable(map(self.stored, needed)):
+            dtype = self.source.specs[stored].dtype
             if dtype not in FLOATS:
-                raise InputError(
-                    f"{self.rename(name)} holds {dtype}: quantized weights are not converted"
-                )
+                raise InputError(f"{stored} holds {dtype}: quantized weights are not converted")
         self.set_dtypes(self.model)
 
-    def _find_naming(self, needed: list[str]) -> Rename:
+    def stored(self, name: str) -> dict[str, Size]:
+        """Return the shapes of what the checkpoint stores for a parameter, by the names there."""
+        return self._naming.stored(name)
+
+    def rename(self, name: str) -> str:
+        """Return the checkpoint's name of a tensor, or of a module, that is stored as it is."""
+        return self._naming.rename(name)
+
+    def load(self, name: str) -> Tensor:
+        """Read a parameter, from its parts if the checkpoint stores it in parts."""
+        tensors = {stored: self.source.load(stored) for stored in self.stored(name)}
+        return self._naming.merge(name, tensors)
+
+    def _find_naming(self, needed: list[str]) -> _Naming:
         """Return the naming by which the checkpoint holds all needed parameters."""
         prefix = f"{self.model.base_model_prefix}."
-        stored: Rename = cache(partial(stored_name, self.model))
         # A model that was loaded from names with a prefix is saved with it: a CLIPTextModel.
         loaded = copy.copy(self.model)
         loaded._weight_conversions = get_model_conversion_mapping(self.model, add_legacy=False)
-        renames: list[Rename] = [
-            stored,
-            cache(partial(stored_name, loaded)),
-            lambda name: stored(name).removeprefix(prefix),
-            lambda name: prefix + stored(name),
-            lambda name: name,
+        unchanged = copy.copy(self.model)
+        unchanged._weight_conversions = []
+        namings = [
+            _Naming(self.model),
+            _Naming(loaded),
+            _Naming(self.model, lambda name: name.removeprefix(prefix)),
+            _Naming(self.model, lambda name: prefix + name),
+            _Naming(unchanged),
         ]
-        missing = [[n for n in needed if rename(n) not in self.source.specs] for rename in renames]
-        best = min(range(len(renames)), key=lambda i: len(missing[i]))
+        wanted = [list(chain.from_iterable(map(each.stored, needed))) for each in namings]
+        missing = [[n for n in names if n not in self.source.specs] for names in wanted]
+        best = min(range(len(namings)), key=lambda i: len(missing[i]))
         if lost := missing[best]:
             raise InputError(
-                f"{self.source.folder} lacks {len(lost)} of the {len(needed)} tensors that "
-                f"{type(self.model).__name__} needs from it: "
-                f"{listed(map(renames[best], lost))}"
+                f"{self.source.folder} lacks {len(lost)} of the {len(wanted[best])} tensors that "
+                f"{type(self.model).__name__} needs from it: {listed(lost)}"
             )
-        return renames[best]
+        return namings[best]
 
     def set_dtypes(self, model: nn.Module) -> None:
         """Give each parameter of a model the dtype that it has in the checkpoint."""
         for name, parameter in model.named_parameters():
-            spec = self.source.specs.get(self.rename(name))
+            spec = self.source.specs.get(next(iter(self.stored(name))))
             if spec is not None and spec.dtype in FLOATS:
                 parameter.data = parameter.data.to(spec.torch_dtype)
 
+    def first_name(self, parameter: Tensor) -> str:
+        """Return the first of a parameter's names in the model, under which it is stored."""
+        return next(name for name, each in self.model.named_parameters() if each is parameter)
+
+    def load_buffers(self) -> None:
+        """Give buffers that the checkpoint holds their numbers."""
+        persistent = self.model.state_dict()
+        for name, buffer in self.model.named_buffers():
+            stored = self.rename(name) if name in persistent else None
+            if stored in self.source.specs:
+                buffer.copy_(self.source.load(stored))
+
     def filled(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Give parameters their stored numbers while a block runs."""
-        tensors = {name: self.source.load(self.rename(name)) for name in names}
+        tensors = {name: self.load(name) for name in names}
         return with_parameters(self.model, tensors)
 
 

@@ -1,0 +1,323 @@
+"""Ordinary mixtures made smaller: their experts come to share bases, or a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tnmoe.errors import check_bool
+from tnmoe.hf.calibration import Batch, LayerMoments, MomentsCollector, check_batches
+from tnmoe.hf.checks import check_in_memory, check_model
+from tnmoe.hf.compression import CompressionConfig, check_compression
+from tnmoe.hf.compression_plan import (
+    Choice,
+    MatrixOptions,
+    choose_bonds,
+    form_of,
+    options_of,
+    planned_report,
+)
+from tnmoe.hf.compression_report import CompressionReport, MatrixReport, relative_error
+from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
+from tnmoe.hf.record import add_compression, give_own_configuration
+from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.nn.structure import ProjectionStructure
+from tnmoe.shared_mpo import SharedMPO
+from tnmoe.system.memory import explain_memory_error
+
+# Share of a calibration's batches on which the loss is measured, instead of moments.
+_HELD_OUT = 8
+
+
+@overload
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    calibration: Iterable[Batch] | None = ...,
+    *,
+    on_matrix: Callable[[MatrixReport], None] | None = ...,
+    return_report: Literal[False] = ...,
+) -> PreTrainedModel: ...
+
+
+@overload
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    calibration: Iterable[Batch] | None = ...,
+    *,
+    on_matrix: Callable[[MatrixReport], None] | None = ...,
+    return_report: Literal[True],
+) -> tuple[PreTrainedModel, CompressionReport]: ...
+
+
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    calibration: Iterable[Batch] | None = None,
+    *,
+    on_matrix: Callable[[MatrixReport], None] | None = None,
+    return_report: bool = False,
+) -> PreTrainedModel | tuple[PreTrainedModel, CompressionReport]:
+    """Make the mixtures of a model smaller: their experts come to share bases, or a matrix.
+
+    Routers, shared experts, biases and everything else stay as they are, and so do the losses that
+    the model's class computes for its routers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With ordinary mixtures: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, GraniteMoE, DeepSeek-V2 and
+        -V3, gpt-oss, Switch, any other class whose experts transformers can compute in several
+        ways, or a model that :func:`upcycle` made with ``layout="dense"``. It is changed in place.
+    config : CompressionConfig
+    calibration : iterable of Tensor (B, S), or of mappings, optional
+        Batches of tokens, or arguments of the model's call with ``input_ids``. The error is then
+        that of the outputs for these inputs, weighed by the routers' weights. Of eight batches, one
+        measures the loss before and after instead.
+    on_matrix : callable, optional
+        Called with a MatrixReport after every matrix.
+    return_report : bool
+        Also return the errors and sizes.
+
+    Returns
+    -------
+    PreTrainedModel
+        ``model``; ``save_pretrained`` and ``from_pretrained`` work as for any other model.
+    CompressionReport
+        Only with ``return_report``.
+
+    Raises
+    ------
+    InputError
+        If the model has no ordinary mixture, shares cores already, is quantized or not in memory;
+        if matrices contain NaN or infinity; if the limit is too small; or if the calibration is
+        empty or reaches no expert of a layer.
+    TypeError
+        If ``model`` is not a model of transformers, or ``config`` is not a CompressionConfig.
+
+    See Also
+    --------
+    to_moe : Back to the ordinary class, for any serving engine.
+
+    Notes
+    -----
+    ``hidden`` is the truncated SVD of all experts' matrices side by side, for inputs of the
+    calibration's second moments. ``residual`` has the form of D²-MoE (arXiv:2502.17298). Bonds are
+    distributed over layers and matrices by :func:`tnmoe.distribute_budget`; a matrix's squared
+    relative error counts as much as the experts' outputs contribute to the output of their layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=32)
+    >>> more = dict(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4)
+    >>> model = MixtralForCausalLM(MixtralConfig(**small, **more))
+    >>> text = torch.randint(32, (4, 2, 12))
+    >>> model, report = compress(model, CompressionConfig(keep=0.6), text, return_report=True)
+    >>> report.params_after <= 0.6 * report.params_before
+    True
+    >>> type(model.model.layers[0].mlp.experts.up).__name__
+    'HiddenProjection'
+    """
+    check_model(model)
+    check_compression(config)
+    check_bool("return_report", return_report)
+    check_in_memory(model, "tnmoe.hf.prepare_compress")
+    found = find_ordinary(model, config.layers)
+    batches = None if calibration is None else check_batches(calibration)
+    shown, held_out = _split(batches)
+    before = loss_of(model, held_out)
+    moments = {} if shown is None else collect_moments(model, found, shown, config)
+    options = [option for each in found for option in survey(each, moments.get(each.name), config)]
+    energies = [moments[each.experts].energy if moments else 1.0 for each in options]
+    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}.values()
+    whole = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    itemsize = next(found[0].module.parameters()).itemsize
+    budget = budget_of(config, options, whole, itemsize)
+    bonds = choose_bonds(options, energies, config, budget)
+    plan: dict[str, dict[str, Choice]] = {}
+    for option, bond in zip(options, bonds, strict=True):
+        plan.setdefault(option.experts, {})[option.matrix] = option, bond
+    # Everything is built before anything is replaced: an error leaves the model as it was.
+    made, reports = [], []
+    for number, each in enumerate(found, start=1):
+        with explain_memory_error(f"compressing {each.name}, mixture {number} of {len(found)}"):
+            experts, matrices = compressed_experts(
+                each, plan[each.name], moments.get(each.name), config
+            )
+        for matrix in matrices:
+            if on_matrix is not None:
+                on_matrix(matrix)
+        made.append(experts)
+        reports.extend(matrices)
+    for each, experts in zip(found, made, strict=True):
+        each.install(experts.train(model.training))
+    give_own_configuration(model)
+    structures = {
+        each.name: structures_of(experts) for each, experts in zip(found, made, strict=True)
+    }
+    add_compression(model, config, structures)
+    if not return_report:
+        return model
+    return model, CompressionReport(tuple(reports), before, loss_of(model, held_out))
+
+
+def survey(
+    experts: OrdinaryExperts, moments: LayerMoments | None, config: CompressionConfig
+) -> Iterator[MatrixOptions]:
+    """Yield what each chosen matrix of a mixture can become."""
+    experts.check()
+    for matrix, matrices in experts.matrices.items():
+        if matrix in config.matrices:
+            form = form_of(matrices.detach(), matrix, moments, config)
+            yield options_of(matrices, experts.name, matrix, form)
+
+
+def budget_of(
+    config: CompressionConfig, options: Iterable[MatrixOptions], num_bytes: int, itemsize: int
+) -> int:
+    """Return how many parameters the chosen matrices may have.
+
+    Parameters
+    ----------
+    config : CompressionConfig
+    options : iterable of MatrixOptions
+        Of all chosen matrices.
+    num_bytes : int
+        Size of the whole model.
+    itemsize : int
+        Bytes of a parameter of the matrices.
+    """
+    full = sum(option.full for option in options)
+    if config.keep is not None:
+        return int(config.keep * full)
+    if config.num_bytes is None:
+        return full
+    rest = num_bytes - full * itemsize
+    return min(full, (config.num_bytes - rest) // itemsize)
+
+
+def compressed_experts(
+    experts: OrdinaryExperts,
+    plan: Mapping[str, Choice],
+    moments: LayerMoments | None,
+    config: CompressionConfig,
+) -> tuple[MPOExperts, list[MatrixReport]]:
+    """Make the experts that replace those of an ordinary mixture.
+
+    Parameters
+    ----------
+    experts : OrdinaryExperts
+    plan : mapping from str to (MatrixOptions, int or None)
+        Bonds by the name of the matrix. Matrices without an entry stay as they are.
+    moments : LayerMoments or None
+    config : CompressionConfig
+
+    Returns
+    -------
+    MPOExperts
+    list of MatrixReport
+    """
+    parts: dict[str, SharedMPO | Tensor] = {}
+    reports = []
+    for matrix, given in experts.matrices.items():
+        matrices = given.detach()
+        choice = plan.get(matrix)
+        if choice is None or choice[1] is None:
+            parts[matrix] = matrices.clone()
+        else:
+            form = form_of(matrices, matrix, moments, config)
+            parts[matrix] = form.decompose(matrices, choice[1])
+        if choice is not None:
+            planned = planned_report(choice, matrices.itemsize, moments is not None)
+            reports.append(replace(planned, error=relative_error(matrices, parts[matrix])))
+    settings: dict[str, Any] = {
+        **parts,
+        **{f"{name}_bias": bias for name, bias in experts.biases.items()},
+        **experts.settings(),
+    }
+    made = experts.format.experts_class.from_shared(**settings)
+    return made, reports
+
+
+def structures_of(experts: Any) -> dict[str, ProjectionStructure]:
+    """Return the structures of the projections of experts, by the name of the matrix."""
+    parts = {"up": experts.up, "gate": experts.gate, "down": experts.down}
+    return {name: ProjectionStructure.of(part) for name, part in parts.items() if part is not None}
+
+
+def collect_moments(
+    model: PreTrainedModel,
+    experts: list[OrdinaryExperts],
+    batches: Iterable[dict[str, Any]],
+    config: CompressionConfig,
+) -> dict[str, LayerMoments]:
+    """Run a model on batches, and return the moments of its mixtures by their names."""
+    collector = MomentsCollector(model, experts, needs_inner(config))
+    with _in_evaluation(model), collector.collecting(), torch.no_grad():
+        for batch in batches:
+            collector.token_mask = batch.get("attention_mask")
+            model(**batch)
+    return collector.moments()
+
+
+def needs_inner(config: CompressionConfig) -> bool:
+    """Return whether a calibration has to collect moments between ``up`` and ``down``."""
+    return config.layout == "residual" and "down" in config.matrices
+
+
+def held_out_count(number: int) -> int:
+    """Return how many of a calibration's batches measure the loss."""
+    return math.ceil(number / _HELD_OUT) if number > 1 else 0
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
+
+
+def _split(
+    batches: list[dict[str, Any]] | None,
+) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]]]:
+    """Split batches into those that are calibrated on, and those on which the loss is measured."""
+    if batches is None:
+        return None, []
+    count = held_out_count(len(batches))
+    return batches[: len(batches) - count], batches[len(batches) - count :]
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> float | None:
+    """Return the mean loss per token of batches; None where the model computes no loss of tokens.
+
+    Without ``labels`` among its arguments, a batch's targets are its own tokens.
+    """
+    total, count = 0.0, 0
+    with _in_evaluation(model):
+        for batch in batches:
+            labels = batch.get("labels", batch.get("input_ids"))
+            if labels is None or not model.can_generate():
+                return None
+            mask = batch.get("attention_mask")
+            if "labels" not in batch and mask is not None:
+                labels = labels.masked_fill(mask == 0, -100)
+            loss = getattr(model(**{**batch, "labels": labels}), "loss", None)
+            if loss is None:
+                return None
+            tokens = int((labels != -100).sum())
+            total, count = total + float(loss) * tokens, count + tokens
+    return total / count if count else None

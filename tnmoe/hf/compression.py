@@ -1,0 +1,128 @@
+"""Settings of a compression: how small a mixture becomes, and what its experts share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from tnmoe.errors import (
+    InputError,
+    check_number_in,
+    check_one_of,
+    check_positive_int,
+    short_repr,
+)
+from tnmoe.hf.find import check_layers
+from tnmoe.nn.settings import check_matrices
+from tnmoe.options import COMPRESSED_LAYOUTS, MATRICES, CompressedLayout, Matrix
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """Settings for making the mixtures of a model smaller.
+
+    Exactly one of ``keep``, ``num_bytes`` and ``rtol`` says how small. Within ``keep`` or
+    ``num_bytes``, the bonds of all matrices are chosen such that the predicted error of all experts
+    together is least.
+
+    Parameters
+    ----------
+    keep : float, optional
+        Share of the parameters of the chosen matrices that stays, above 0 and at most 1.
+    num_bytes : int, optional
+        Largest size of the whole model, in bytes of its tensors.
+    rtol : float, optional
+        Largest relative error of every matrix of a layer, over all its experts together. It is the
+        error of the outputs for the inputs of the calibration, if there is one.
+    layout : {"hidden", "residual"}
+        What experts share. ``hidden``: a basis for the rows of ``up`` and ``gate``, and one for the
+        columns of ``down``; a layer applies it once per token. ``residual``: a matrix, to which
+        every expert adds one of low rank.
+    matrices : sequence of "up", "gate", "down"
+        Matrices that become smaller. The others stay as they are.
+    layers : sequence of int, or str, optional
+        Mixtures to make smaller: positions among the model's mixtures, or a regular expression to
+        search for in their names. All by default.
+    damping : float
+        Share of the identity in the second moments of a calibration's inputs. It keeps inputs that
+        the calibration did not show from being free.
+
+    Raises
+    ------
+    InputError
+        If not exactly one limit is given, or a value is out of range.
+
+    Examples
+    --------
+    >>> CompressionConfig(keep=0.6).layout
+    'hidden'
+    """
+
+    keep: float | None = None
+    num_bytes: int | None = None
+    rtol: float | None = None
+    layout: CompressedLayout = "hidden"
+    matrices: Sequence[Matrix] = MATRICES
+    layers: Sequence[int] | str | None = None
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        limits = {name: getattr(self, name) for name in ("keep", "num_bytes", "rtol")}
+        given = {name: value for name, value in limits.items() if value is not None}
+        if len(given) != 1:
+            raise InputError(
+                "give exactly one of keep, num_bytes and rtol, got "
+                + (
+                    ", ".join(f"{name}={short_repr(value)}" for name, value in given.items())
+                    or "none"
+                )
+            )
+        if self.keep is not None:
+            self._set("keep", check_number_in("keep", self.keep, "(0, 1]"))
+        if self.num_bytes is not None:
+            self._set("num_bytes", check_positive_int("num_bytes", self.num_bytes))
+        if self.rtol is not None:
+            self._set("rtol", check_number_in("rtol", self.rtol, "[0, 1)"))
+        check_one_of("layout", self.layout, COMPRESSED_LAYOUTS)
+        self._set("matrices", check_matrices(self.matrices))
+        self._set("layers", check_layers(self.layers))
+        self._set("damping", check_number_in("damping", self.damping, "[0, 1]"))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Make the configuration that :meth:`to_dict` described.
+
+        Parameters
+        ----------
+        data : mapping
+            Missing entries have their defaults.
+
+        Raises
+        ------
+        InputError
+            If an entry is unknown or out of range.
+        """
+        known = {entry.name for entry in fields(cls)}
+        if unknown := set(data) - known:
+            raise InputError(
+                f"unknown entries in a compression's configuration: {sorted(unknown)}; known ones "
+                f"are {', '.join(sorted(known))}"
+            )
+        return cls(**data)
+
+
+def check_compression(config: object) -> None:
+    """Raise a TypeError unless this is a CompressionConfig."""
+    if not isinstance(config, CompressionConfig):
+        raise TypeError(f"config must be a CompressionConfig, got {type(config).__qualname__}")

@@ -1,0 +1,142 @@
+"""What a compression did to every matrix, and to the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tnmoe.options import Matrix
+from tnmoe.shared_mpo import SharedMPO
+from tnmoe.system.tables import format_table
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What became of one matrix of all experts of a layer.
+
+    Attributes
+    ----------
+    layer : str
+        Path of the experts in the model.
+    matrix : {"up", "gate", "down"}
+    bond : int or None
+        Bond dimension; None for a matrix that stays as it is.
+    params_before, params_after : int
+    itemsize : int
+        Bytes of a parameter.
+    error : float or None
+        Frobenius error of all experts together, relative to their norm; None before the matrix is
+        made.
+    weighted_error : float or None
+        Error of the outputs for the inputs of the calibration, relative to the outputs.
+    """
+
+    layer: str
+    matrix: Matrix
+    bond: int | None
+    params_before: int
+    params_after: int
+    itemsize: int
+    error: float | None
+    weighted_error: float | None
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a compression did.
+
+    Attributes
+    ----------
+    matrices : tuple of MatrixReport
+    loss_before, loss_after : float or None
+        Mean loss per token on the part of the calibration that was held out, in nats.
+
+    Examples
+    --------
+    >>> matrix = MatrixReport("layers.0.experts", "up", 8, 1000, 400, 4, 0.1, 0.05)
+    >>> report = CompressionReport((matrix,), 2.0, 2.1)
+    >>> report.params_after, round(report.perplexity_after, 2)
+    (400, 8.17)
+    """
+
+    matrices: tuple[MatrixReport, ...]
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the chosen matrices before."""
+        return sum(matrix.params_before for matrix in self.matrices)
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the chosen matrices now."""
+        return sum(matrix.params_after for matrix in self.matrices)
+
+    @property
+    def perplexity_before(self) -> float | None:
+        """Perplexity of the held-out part before."""
+        return None if self.loss_before is None else math.exp(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float | None:
+        """Perplexity of the held-out part now."""
+        return None if self.loss_after is None else math.exp(self.loss_after)
+
+    def __repr__(self) -> str:
+        return (
+            f"CompressionReport(matrices={len(self.matrices)}, params={self.params_before:,} → "
+            f"{self.params_after:,}, loss={_short(self.loss_before)} → {_short(self.loss_after)})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "matrices": [asdict(matrix) for matrix in self.matrices],
+            "params": {"before": self.params_before, "after": self.params_after},
+            "loss": {"before": self.loss_before, "after": self.loss_after},
+            "perplexity": {"before": self.perplexity_before, "after": self.perplexity_after},
+        }
+
+    def __str__(self) -> str:
+        headers = ["experts", "matrix", "bond", "before", "after", "error", "weighted error"]
+        rows = [
+            [
+                each.layer,
+                each.matrix,
+                "as it was" if each.bond is None else each.bond,
+                each.params_before,
+                each.params_after,
+                _short(each.error),
+                _short(each.weighted_error),
+            ]
+            for each in self.matrices
+        ]
+        rows.append(["all", "", "", self.params_before, self.params_after, "", ""])
+        lines = [format_table(headers, rows)]
+        if self.perplexity_before is not None:
+            lines.append(
+                f"perplexity of held-out text: {self.perplexity_before:.4g} before, "
+                f"{_short(self.perplexity_after)} after"
+            )
+        return "\n".join(lines)
+
+
+def relative_error(matrices: Tensor, written: SharedMPO | Tensor) -> float:
+    """Return the Frobenius error of all experts' matrices together, relative to their norm."""
+    if isinstance(written, Tensor):
+        return 0.0
+    squares: Sequence[float] = [
+        float((matrix.double() - approximation.double()).square().sum())
+        for matrix, approximation in zip(matrices, written.to_matrices(), strict=True)
+    ]
+    norm = math.fsum(float(matrix.double().square().sum()) for matrix in matrices)
+    return math.sqrt(math.fsum(squares) / norm) if norm else 0.0
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

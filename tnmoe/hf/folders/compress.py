@@ -1,0 +1,244 @@
+"""Preparing the compression of a checkpoint from folder to folder, a layer at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnmoe.hf.compress import budget_of, compressed_experts, held_out_count
+from tnmoe.hf.compression import CompressionConfig, check_compression
+from tnmoe.hf.compression_plan import (
+    Choice,
+    choose_bonds,
+    planned_report,
+    structures_of_plan,
+)
+from tnmoe.hf.compression_report import CompressionReport, MatrixReport
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.files.tensors import TensorSpec
+from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.pieces import Piece, copy_pieces
+from tnmoe.hf.folders.skeleton import Skeleton
+from tnmoe.hf.folders.survey import (
+    Steps,
+    Survey,
+    check_tokens,
+    run_survey,
+    streamed_loss,
+)
+from tnmoe.hf.layers import install_recorded
+from tnmoe.hf.meta import check_unquantized_entries
+from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
+from tnmoe.hf.record import (
+    add_compression,
+    decode_entries,
+    encode_entries,
+    required_record,
+    with_records,
+)
+
+
+def prepare_compress(
+    folder: str | os.PathLike,
+    config: CompressionConfig,
+    calibration: Tensor | None = None,
+    *,
+    survey: str | os.PathLike | None = None,
+    on_step: Steps | None = None,
+) -> CompressingConversion:
+    """Prepare the compression of a checkpoint with ordinary mixtures, a layer at a time in memory.
+
+    The call surveys the checkpoint: it runs the calibration through the model, and reads all
+    experts once to choose bonds. ``conversion.run(target)`` then makes the target, which holds
+    what :func:`compress` and ``save_pretrained`` would make of the loaded model.
+
+    Parameters
+    ----------
+    folder : path
+        A Hugging Face folder with config.json and safetensors files, of any size.
+    config : CompressionConfig
+    calibration : Tensor of int64, shape (N, S), optional
+        Sequences of tokens. Of eight, one measures the loss instead. The longer the text, the
+        better the result, up to some hundred thousand tokens.
+    survey : path, optional
+        A folder that keeps the survey, so that an interrupted compression goes on from there. By
+        default it is temporary.
+    on_step : callable, optional
+        Called as ``on_step(what, done, total)`` during the survey.
+
+    Returns
+    -------
+    CompressingConversion
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is incomplete or damaged, has no ordinary mixture, is compressed or
+        quantized; if the limit is too small; or if the calibration does not suit the model.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=32)
+    >>> more = dict(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4)
+    >>> folder = tempfile.mkdtemp()
+    >>> MixtralForCausalLM(MixtralConfig(**small, **more)).save_pretrained(folder)
+    >>> conversion = prepare_compress(folder, CompressionConfig(keep=0.6))
+    >>> conversion.num_params < conversion.source.num_params
+    True
+    >>> [path.name for path in conversion.run(f"{folder}-small")]
+    ['model.safetensors']
+    >>> [matrix.matrix for matrix in conversion.report.matrices]
+    ['gate', 'up', 'down']
+    """
+    check_compression(config)
+    tokens = check_tokens(calibration)
+    source = Checkpoint(folder)
+    entries = decode_entries(source.config)
+    check_unquantized_entries(entries, source.folder)
+    place = None if survey is None else Path(survey)
+    kept, found = run_survey(source, entries, config, tokens, place, on_step)
+    skeleton = Skeleton(source, entries)
+    experts = find_ordinary(skeleton.model, config.layers)
+    names = skeleton.names_of(each.module.parameters() for each in experts)
+    skeleton.match(name for part in names for name in part)
+    item = next(experts[0].module.parameters()).itemsize
+    budget = budget_of(config, found.options, source.num_bytes, item)
+    bonds = choose_bonds(found.options, found.energies, config, budget)
+    plans: dict[str, dict[str, Choice]] = {}
+    for option, bond in zip(found.options, bonds, strict=True):
+        plans.setdefault(option.experts, {})[option.matrix] = option, bond
+    structures = {
+        each.name: structures_of_plan(each, plans.get(each.name, {}), config) for each in experts
+    }
+    small = Skeleton(source, entries).model
+    skeleton.set_dtypes(small)
+    add_compression(small, config, structures)
+    install_recorded(small, required_record(small))
+    pieces = [
+        _piece(
+            skeleton, small, each, parameters, partial(_make, each, plans[each.name], config, kept)
+        )
+        for each, parameters in zip(experts, names, strict=True)
+    ]
+    replaced = {name for piece in pieces for name in piece.reads}
+    copied = copy_pieces(source, {name: name for name in source.specs if name not in replaced})
+    written = with_records(entries, small.config) | {"architectures": [type(small).__name__]}
+    return CompressingConversion(
+        source,
+        (*copied, *pieces),
+        encode_entries(written),
+        {"survey": kept.purpose},
+        survey=kept,
+        plans=plans,
+        loss_before=found.loss,
+        held_out=None if tokens is None else tokens[len(tokens) - held_out_count(len(tokens)) :],
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class CompressingConversion(Conversion):
+    """A prepared compression, with a report on it.
+
+    Attributes
+    ----------
+    source, pieces, config, settings
+        As for :class:`Conversion`.
+    survey : Survey
+        The files that the survey left, and the reports of layers that are made.
+    plans : mapping
+        From the path of a mixture's experts to what its matrices become.
+    loss_before : float or None
+        Mean loss per token on the part of the calibration that was held out, in nats.
+    held_out : Tensor or None
+        That part.
+    """
+
+    survey: Survey = field(kw_only=True)
+    plans: Mapping[str, Mapping[str, Choice]] = field(kw_only=True)
+    loss_before: float | None = field(kw_only=True)
+    held_out: Tensor | None = field(kw_only=True)
+
+    @property
+    def report(self) -> CompressionReport:
+        """What the compression does; ``error`` is None for layers that are not made yet."""
+        made: list[MatrixReport] = []
+        item = next(iter(self.source.specs.values())).item_bytes
+        for name, plan in self.plans.items():
+            weighted = self.survey.moments(name) is not None
+            planned = [planned_report(choice, item, weighted) for choice in plan.values()]
+            made.extend(self.survey.reports(name) or planned)
+        return CompressionReport(tuple(made), self.loss_before)
+
+    def report_on(
+        self, target: str | os.PathLike, on_step: Steps | None = None
+    ) -> CompressionReport:
+        """Return the report with the loss of the target on the part of the text held out.
+
+        Parameters
+        ----------
+        target : path
+            What :meth:`run` made.
+        on_step : callable, optional
+            Called as ``on_step(what, done, total)``.
+        """
+        if self.held_out is None or not len(self.held_out):
+            return self.report
+        made = Checkpoint(target)
+        on_layer = None if on_step is None else partial(on_step, "measuring")
+        loss = streamed_loss(made, decode_entries(made.config), self.held_out, on_layer)
+        return replace(self.report, loss_after=loss)
+
+
+def _piece(
+    skeleton: Skeleton,
+    small: Any,
+    experts: OrdinaryExperts,
+    parameters: list[str],
+    make_experts: Callable[[], Any],
+) -> Piece:
+    """Return the piece that makes the experts of a mixture smaller.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        Of the source.
+    small : PreTrainedModel
+        The model of the target without numbers.
+    experts : OrdinaryExperts
+        Those of the source.
+    parameters : list of str
+        Names of their parameters in the model.
+    make_experts : callable
+        Returns what replaces them, once they have their numbers.
+    """
+
+    def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {skeleton.rename(f"{experts.name}.{name}"): each for name, each in tensors.items()}
+
+    @torch.no_grad()
+    def make() -> dict[str, Tensor]:
+        with skeleton.filled(parameters):
+            return stored(make_experts().state_dict())
+
+    reads = tuple(name for parameter in parameters for name in skeleton.stored(parameter))
+    empty = stored(small.get_submodule(experts.name).state_dict())
+    specs = {name: TensorSpec.of(tensor) for name, tensor in empty.items()}
+    return Piece(experts.name, reads, specs, make)
+
+
+def _make(
+    experts: OrdinaryExperts, plan: Mapping[str, Choice], config: CompressionConfig, survey: Survey
+) -> Any:
+    """Make the experts of a mixture smaller, and keep the report."""
+    made, reports = compressed_experts(experts, plan, survey.moments(experts.name), config)
+    survey.write_report(experts.name, reports)
+    return made

@@ -1,0 +1,296 @@
+"""What a compression has to know before it begins: moments of inputs, and what every bond costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tnmoe import __version__
+from tnmoe.errors import InputError
+from tnmoe.hf.calibration import LayerMoments, MomentsCollector
+from tnmoe.hf.compress import held_out_count, needs_inner, survey
+from tnmoe.hf.compression import CompressionConfig
+from tnmoe.hf.compression_plan import MatrixOptions
+from tnmoe.hf.compression_report import MatrixReport
+from tnmoe.hf.files.checkpoint import Checkpoint
+from tnmoe.hf.folders.parallel import ordered_results
+from tnmoe.hf.folders.skeleton import Skeleton
+from tnmoe.hf.folders.streaming import streamed
+from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
+from tnmoe.system.durable import write_atomically, write_json
+from tnmoe.system.files import read_json
+
+# File that says that a survey is whole, and of what.
+_RESULT = "survey.json"
+
+# Called with what is being done, the number of steps that are done, and all of them.
+Steps = Callable[[str, int, int], None]
+
+
+class Surveyed(NamedTuple):
+    """What a survey found.
+
+    Attributes
+    ----------
+    options : list of MatrixOptions
+    energies : list of float
+        What the squared relative error of each of them counts.
+    loss : float or None
+        Mean loss per token of the part of the calibration that was held out.
+    """
+
+    options: list[MatrixOptions]
+    energies: list[float]
+    loss: float | None
+
+
+class Survey:
+    """The files of a survey, and the reports of the pieces that follow it.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        Where the files are kept; a temporary folder by default.
+    purpose : str
+        What the survey is of. The files of another one are replaced.
+    """
+
+    def __init__(self, folder: Path | None, purpose: str) -> None:
+        self._temporary = TemporaryDirectory() if folder is None else None
+        self.folder = Path(self._temporary.name) if self._temporary is not None else Path(folder)  # type: ignore[arg-type]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.purpose = purpose
+
+    def read(self) -> Surveyed | None:
+        """Return what an earlier process found; None if it did not finish, or was another one."""
+        path = self.folder / _RESULT
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        if found.get("purpose") != self.purpose:
+            return None
+        options = [MatrixOptions.from_dict(each) for each in found["options"]]
+        return Surveyed(options, found["energies"], found["loss"])
+
+    def write(self, found: Surveyed) -> None:
+        """Keep what was found."""
+        data = {
+            "purpose": self.purpose,
+            "options": [asdict(option) for option in found.options],
+            "energies": found.energies,
+            "loss": found.loss,
+        }
+        write_json(self.folder / _RESULT, data)
+
+    def write_moments(self, name: str, moments: LayerMoments) -> None:
+        """Keep the moments of a mixture."""
+        tensors = {
+            each: getattr(moments, each).contiguous()
+            for each in ("shares", "inputs", "inner", "outputs")
+        }
+        numbers = torch.tensor([moments.slots, moments.stream], dtype=torch.float64)
+        write_atomically(self._moments_file(name), save({**tensors, "numbers": numbers}))
+
+    def moments(self, name: str) -> LayerMoments | None:
+        """Return the moments of a mixture; None without a calibration."""
+        path = self._moments_file(name)
+        if not path.is_file():
+            return None
+        tensors = load_file(path)
+        slots, stream = tensors.pop("numbers").tolist()
+        return LayerMoments(slots=int(slots), stream=stream, **tensors)
+
+    def write_report(self, name: str, reports: Sequence[MatrixReport]) -> None:
+        """Keep what became of the matrices of a mixture."""
+        write_json(self.folder / f"{name}.json", [asdict(report) for report in reports])
+
+    def reports(self, name: str) -> list[MatrixReport]:
+        """Return what became of the matrices of a mixture; nothing before it was made."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            return []
+        return [MatrixReport(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
+
+    def _moments_file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def run_survey(
+    source: Checkpoint,
+    entries: dict[str, Any],
+    config: CompressionConfig,
+    calibration: Tensor | None,
+    folder: Path | None,
+    on_step: Steps | None,
+) -> tuple[Survey, Surveyed]:
+    """Run a survey of a checkpoint, or read what an earlier process found.
+
+    Parameters
+    ----------
+    source : Checkpoint
+    entries : dict
+        Its config.json, decoded.
+    config : CompressionConfig
+    calibration : Tensor of int64, shape (N, S), or None
+        Sequences of tokens.
+    folder : Path, optional
+        Where the files of the survey are kept.
+    on_step : callable, optional
+    """
+    kept = Survey(folder, _purpose(source, config, calibration))
+    found = kept.read()
+    if found is not None:
+        return kept, found
+    loss = None
+    if calibration is not None:
+        loss = _calibrate(source, entries, config, calibration, kept, on_step)
+    options = list(_options(source, entries, config, kept, on_step))
+    energies: dict[str, float] = {}
+    for option in options:
+        if option.experts not in energies:
+            moments = kept.moments(option.experts)
+            energies[option.experts] = 1.0 if moments is None else moments.energy
+    found = Surveyed(options, [energies[option.experts] for option in options], loss)
+    kept.write(found)
+    return kept, found
+
+
+def streamed_loss(
+    source: Checkpoint,
+    entries: dict[str, Any],
+    tokens: Tensor,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> float:
+    """Return the mean loss per token of a checkpoint's model, a layer at a time in memory."""
+    with torch.no_grad(), streamed(runnable(source, entries), on_layer) as model:
+        arguments = call_of(model, tokens)
+        labels = arguments.get("decoder_input_ids", arguments["input_ids"])
+        return float(model(**arguments, labels=labels, use_cache=False).loss)
+
+
+def call_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Return tokens (N, S) as arguments of a model's call.
+
+    An encoder-decoder gets the first half of every sequence for its encoder.
+    """
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": tokens}
+    half = tokens.shape[1] // 2
+    return {
+        "input_ids": tokens[:, :half].contiguous(),
+        "decoder_input_ids": tokens[:, half:].contiguous(),
+    }
+
+
+def runnable(source: Checkpoint, entries: dict[str, Any]) -> Skeleton:
+    """Return the skeleton of a checkpoint whose model can run once its parameters are filled."""
+    skeleton = Skeleton(source, entries, buffers=True)
+    skeleton.match(name for name, _ in skeleton.model.named_parameters())
+    skeleton.load_buffers()
+    return skeleton
+
+
+def _calibrate(
+    source: Checkpoint,
+    entries: dict[str, Any],
+    config: CompressionConfig,
+    calibration: Tensor,
+    kept: Survey,
+    on_step: Steps | None,
+) -> float | None:
+    """Keep the moments of all mixtures; return the loss of what is held out."""
+    count = held_out_count(len(calibration))
+    shown, held_out = calibration[: len(calibration) - count], calibration[-count:]
+    skeleton = runnable(source, entries)
+    experts = find_ordinary(skeleton.model, config.layers)
+    collector = MomentsCollector(skeleton.model, experts, needs_inner(config))
+
+    def after_layer(done: int, layers: int) -> None:
+        for name, moments in collector.take_complete().items():
+            kept.write_moments(name, moments)
+        _report(on_step, "calibrating", done, layers)
+
+    with torch.no_grad(), streamed(skeleton, after_layer) as model, collector.collecting():
+        runner = model if model.config.is_encoder_decoder else model.base_model
+        runner(**call_of(model, shown), use_cache=False)
+    for name, moments in collector.moments().items():
+        kept.write_moments(name, moments)
+    if not count:
+        return None
+    return streamed_loss(source, entries, held_out, partial(_report, on_step, "measuring"))
+
+
+def _options(
+    source: Checkpoint,
+    entries: dict[str, Any],
+    config: CompressionConfig,
+    kept: Survey,
+    on_step: Steps | None,
+) -> Iterator[MatrixOptions]:
+    skeleton = Skeleton(source, entries)
+    experts = find_ordinary(skeleton.model, config.layers)
+    names = skeleton.names_of(each.module.parameters() for each in experts)
+    skeleton.match(name for part in names for name in part)
+
+    @torch.no_grad()
+    def options_of_one(each: OrdinaryExperts, parameters: list[str]) -> list[MatrixOptions]:
+        with skeleton.filled(parameters):
+            return list(survey(each, kept.moments(each.name), config))
+
+    tasks = [partial(options_of_one, *pair) for pair in zip(experts, names, strict=True)]
+    for number, found in enumerate(ordered_results(tasks), start=1):
+        _report(on_step, "surveying", number, len(tasks))
+        yield from found
+
+
+def _report(on_step: Steps | None, what: str, done: int, total: int) -> None:
+    if on_step is not None:
+        on_step(what, done, total)
+
+
+def _purpose(source: Checkpoint, config: CompressionConfig, calibration: Tensor | None) -> str:
+    """Return a hash of everything that a survey depends on."""
+    tokens, size = b"", list[int]()
+    if calibration is not None:
+        tokens, size = calibration.contiguous().numpy().tobytes(), list(calibration.shape)
+    content = {
+        "versions": [__version__, torch.__version__],
+        "source": source.fingerprint,
+        "config": config.to_dict(),
+        "calibration": [hashlib.sha256(tokens).hexdigest(), size],
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_tokens(calibration: Any) -> Tensor | None:
+    """Return a calibration's tokens; raise an InputError for anything else."""
+    if calibration is None:
+        return None
+    if (
+        not isinstance(calibration, Tensor)
+        or calibration.ndim != 2
+        or calibration.is_floating_point()
+    ):
+        what = (
+            f"{calibration.dtype} of shape {tuple(calibration.shape)}"
+            if isinstance(calibration, Tensor)
+            else type(calibration).__name__
+        )
+        raise InputError(f"calibration must be tokens of shape (N, S), got {what}")
+    if calibration.shape[0] < 1 or calibration.shape[1] < 2:
+        raise InputError(
+            "calibration must have a sequence of two tokens at least, got shape "
+            f"{tuple(calibration.shape)}"
+        )
+    return calibration.to(torch.int64)

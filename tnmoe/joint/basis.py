@@ -1,0 +1,206 @@
+"""A basis that the rows, or the columns, of many matrices have in common: the best for any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tnmoe.backends import Array, Backend, get_backend
+from tnmoe.chains.precision import computable, narrowed, widened
+from tnmoe.errors import InputError, check_index
+from tnmoe.joint.whitening import Whitening
+from tnmoe.shapes import MPOShape
+from tnmoe.shared_mpo import SharedMPO
+
+
+@dataclass(frozen=True)
+class SharedBasis:
+    """A basis for the rows or the columns of E matrices, most important vector first.
+
+    Attributes
+    ----------
+    side : {"rows", "columns"}
+        ``rows``: W_e ≈ L_e · C with C (r, in) shared. ``columns``: W_e ≈ C · R_e with C (out, r).
+    squared_errors : tuple of float
+        Of the first r vectors, for r from 0 on: Σ_e share_e · ‖(W_e − Ŵ_e) S^½‖².
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> matrices = rng.normal(size=(3, 6, 2)) @ rng.normal(size=(2, 5))
+    >>> basis = row_basis(matrices)
+    >>> shared = basis.decompose(matrices, 2)
+    >>> shared.bond_dims, bool(np.allclose(shared.to_matrices(), matrices))
+    ((2,), True)
+    """
+
+    side: str
+    squared_errors: tuple[float, ...]
+    # Shared core of all vectors (n, n) and what gives owned cores: W_e · into, or intoᴴ · W_e.
+    _core: Array = field(repr=False)
+    _into: Array = field(repr=False)
+
+    def num_params(self, matrices: Array, size: int) -> int:
+        """Count the parameters of :meth:`decompose`'s result."""
+        count, rows, columns = matrices.shape
+        shared, owned = (columns, rows) if self.side == "rows" else (rows, columns)
+        return size * (shared + count * owned)
+
+    def decompose(self, matrices: Array, size: int) -> SharedMPO:
+        """Write matrices in the first vectors of the basis.
+
+        Parameters
+        ----------
+        matrices : array, shape (E, out, in)
+            The matrices that the basis was made of.
+        size : int
+            Number of vectors r, the bond dimension.
+
+        Returns
+        -------
+        SharedMPO
+            Of two sites, in the matrices' dtype. Experts share the core of one of them.
+
+        Raises
+        ------
+        InputError
+            If the basis does not have as many vectors.
+        """
+        size = 1 + check_index("size - 1", size - 1, len(self.squared_errors) - 1)
+        xp = get_backend(matrices)
+        dtype, (count, rows, columns) = xp.dtype_name(matrices), matrices.shape
+        work = computable(xp, matrices)
+        core = xp.astype(self._core, xp.dtype_name(work))
+        into = xp.astype(self._into, xp.dtype_name(work))
+        with xp.full_precision(work):
+            if self.side == "rows":
+                # Orthonormal rows lose least when they are rounded.
+                core, triangle = xp.qr(xp.adjoint(core[:size]))
+                into = into[:, :size] @ xp.adjoint(triangle)
+                owned = (work @ into).reshape(count, 1, rows, 1, size)
+                cores = [owned, xp.adjoint(core).reshape(size, 1, columns, 1)]
+            else:
+                owned = (xp.adjoint(into[:, :size]) @ work).reshape(count, size, 1, columns, 1)
+                cores = [core[:, :size].reshape(1, rows, 1, size), owned]
+        shape = MPOShape((rows, 1), (1, columns))
+        return SharedMPO(narrowed(xp, cores, dtype), shape, int(self.side == "rows"))
+
+
+def row_basis(
+    matrices: Array, *, shares: Sequence[float] | None = None, moments: Array | None = None
+) -> SharedBasis:
+    """Find the basis of the rows of matrices that minimises Σ_e share_e ‖(W_e − L_e·C) S^½‖².
+
+    Parameters
+    ----------
+    matrices : array, shape (E, out, in)
+        NumPy array or torch tensor.
+    shares : sequence of float, optional
+        How much every expert counts; by default all count 1.
+    moments : array, shape (in, in), optional
+        Second moments S of the inputs, positive definite; by default the identity.
+
+    Returns
+    -------
+    SharedBasis
+
+    Raises
+    ------
+    InputError
+        If an argument does not fit the matrices.
+
+    Notes
+    -----
+    With S = T·Tᴴ, the rows of C are the leading eigenvectors of Σ_e share_e Tᴴ W_eᴴ W_e T, times
+    T⁻¹: the theorem of Eckart and Young for all W_e·T one below another.
+    """
+    xp = get_backend(matrices)
+    work = computable(xp, matrices)
+    shares = checked_shares(shares, matrices.shape[0])
+    with xp.full_precision(work):
+        wide = (widened(xp, each) for each in work)
+        gram = _sum(
+            xp.adjoint(each) @ each * share for each, share in zip(wide, shares, strict=True)
+        )
+        if moments is None:
+            values, vectors = xp.eigh(gram)
+            return SharedBasis("rows", tails(xp, values), xp.adjoint(vectors), vectors)
+        whitening = Whitening.of(xp, moments, matrices.shape[2])
+        values, vectors = xp.eigh(whitening.root @ gram @ whitening.root)
+        core, into = xp.adjoint(vectors) @ whitening.inverse, whitening.root @ vectors
+        return SharedBasis("rows", tails(xp, values), core, into)
+
+
+def column_basis(
+    matrices: Array, *, shares: Sequence[float] | None = None, outputs: Array | None = None
+) -> SharedBasis:
+    """Find the basis of the columns of matrices that minimises Σ_e share_e ‖(W_e − C·R_e) S_e^½‖².
+
+    Parameters
+    ----------
+    matrices : array, shape (E, out, in)
+        NumPy array or torch tensor.
+    shares : sequence of float, optional
+        How much every expert counts; by default all count 1.
+    outputs : array, shape (out, out), optional
+        Second moments of the outputs of all experts, Σ_e share_e W_e S_e W_eᴴ, instead.
+
+    Returns
+    -------
+    SharedBasis
+
+    Raises
+    ------
+    InputError
+        If an argument does not fit the matrices.
+
+    Notes
+    -----
+    The columns of C are the leading eigenvectors of the outputs' second moments, and R_e = Cᴴ·W_e,
+    whatever S_e is.
+    """
+    xp = get_backend(matrices)
+    work = computable(xp, matrices)
+    with xp.full_precision(work):
+        if outputs is None:
+            shares = checked_shares(shares, matrices.shape[0])
+            wide = (widened(xp, each) for each in work)
+            outputs = _sum(
+                each @ xp.adjoint(each) * share for each, share in zip(wide, shares, strict=True)
+            )
+        elif tuple(outputs.shape) != (matrices.shape[1],) * 2:
+            raise InputError(
+                f"outputs must have shape {(matrices.shape[1],) * 2}, got {tuple(outputs.shape)}"
+            )
+        values, vectors = xp.eigh(widened(xp, outputs))
+        return SharedBasis("columns", tails(xp, values), vectors, vectors)
+
+
+def checked_shares(shares: Sequence[float] | None, experts: int) -> list[float]:
+    """Return how much every expert counts; raise an InputError for other numbers."""
+    if shares is None:
+        return [1.0] * experts
+    checked = [float(share) for share in shares]
+    if len(checked) != experts or not all(share >= 0 for share in checked) or not any(checked):
+        raise InputError(f"shares need {experts} numbers from 0 up, not all 0, got {shares}")
+    return checked
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    """Add arrays up, of which one is in memory at a time."""
+    remaining = iter(arrays)
+    total = next(remaining)
+    for array in remaining:
+        total = total + array
+    return total
+
+
+def tails(xp: Backend, values: Array) -> tuple[float, ...]:
+    """Return what the first r eigenvalues leave, for r from 0 on."""
+    numbers = [max(0.0, float(value)) for value in xp.to_numpy(values)]
+    tails, left = [0.0], 0.0
+    for value in reversed(numbers):
+        left += value
+        tails.append(left)
+    return tuple(reversed(tails))
