@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError
 from tnmoe.hf.ordinary import OrdinaryExperts
 from tnmoe.nn.activations import resolve_activation
+from tnmoe.options import Matrix
 
 # A batch of a calibration: tokens (B, S), or the arguments of a call of the model.
 Batch = Tensor | Mapping[str, Any]
@@ -172,7 +173,7 @@ def _add_rows(sums: dict[str, Any], expert: int, rows: Tensor, inner: Tensor, do
         sums["inner"] += inner.T @ inner
 
 
-def _zeros(matrices: Mapping[str, Tensor], with_inner: bool) -> dict[str, Any]:
+def _zeros(matrices: Mapping[Matrix, Tensor], with_inner: bool) -> dict[str, Any]:
     up = matrices["up"]
     inner, hidden = up.shape[1:]
     like = torch.zeros((), device=up.device, dtype=torch.promote_types(up.dtype, torch.float32))

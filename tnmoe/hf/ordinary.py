@@ -16,6 +16,7 @@ from tnmoe.nn.activations import ClampedSwiGLU, resolve_activation
 from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.options import Matrix
 
 
 class OneHotExperts(MPOExperts):
@@ -52,11 +53,11 @@ class ExpertsFormat(ABC):
         """Check whether a module stores its experts in this format."""
 
     @abstractmethod
-    def matrices(self, module: Any) -> dict[str, Tensor]:
+    def matrices(self, module: Any) -> dict[Matrix, Tensor]:
         """Return ``up``, ``down`` and perhaps ``gate`` of all experts, each (E, out, in)."""
 
     @abstractmethod
-    def biases(self, module: Any) -> dict[str, Tensor]:
+    def biases(self, module: Any) -> dict[Matrix, Tensor]:
         """Return the biases of all experts, (E, out), by the name of their matrix."""
 
     @abstractmethod
@@ -96,13 +97,13 @@ class StackedFormat(ExpertsFormat):
         needed = ("has_gate", "has_bias", "is_transposed", "down_proj")
         return all(hasattr(module, name) for name in needed)
 
-    def matrices(self, module: Any) -> dict[str, Tensor]:
+    def matrices(self, module: Any) -> dict[Matrix, Tensor]:
         down, inner = module.down_proj, self._inner(module, "")
         if module.is_transposed:
             down, inner = down.mT, inner.mT
         return {**self._halves(module, inner), "down": down}
 
-    def biases(self, module: Any) -> dict[str, Tensor]:
+    def biases(self, module: Any) -> dict[Matrix, Tensor]:
         if not module.has_bias:
             return {}
         halves = self._halves(module, self._inner(module, "_bias"))
@@ -136,7 +137,7 @@ class StackedFormat(ExpertsFormat):
     def _inner(self, module: Any, suffix: str) -> Tensor:
         return getattr(module, ("gate_up_proj" if module.has_gate else "up_proj") + suffix)
 
-    def _halves(self, module: Any, inner: Tensor) -> dict[str, Tensor]:
+    def _halves(self, module: Any, inner: Tensor) -> dict[Matrix, Tensor]:
         """Split the axis after that of the experts into gates and ups."""
         if not module.has_gate:
             return {"up": inner}
@@ -163,13 +164,14 @@ class SwitchFormat(ExpertsFormat):
     def recognises(self, module: nn.Module) -> bool:
         return type(module).__name__ == "SwitchTransformersExperts"
 
-    def matrices(self, module: Any) -> dict[str, Tensor]:
+    def matrices(self, module: Any) -> dict[Matrix, Tensor]:
+        experts = list(module.values())
         return {
-            name: torch.stack([getattr(expert, part).weight for expert in module.values()])
-            for name, part in (("up", "wi"), ("down", "wo"))
+            "up": torch.stack([expert.wi.weight for expert in experts]),
+            "down": torch.stack([expert.wo.weight for expert in experts]),
         }
 
-    def biases(self, module: Any) -> dict[str, Tensor]:
+    def biases(self, module: Any) -> dict[Matrix, Tensor]:
         return {}
 
     def activation(self, module: Any) -> Any:
@@ -196,10 +198,10 @@ class DenseFormat(ExpertsFormat):
     def recognises(self, module: nn.Module) -> bool:
         return isinstance(module, DenseExperts)
 
-    def matrices(self, module: Any) -> dict[str, Tensor]:
+    def matrices(self, module: Any) -> dict[Matrix, Tensor]:
         return {name: part.weight() for name, part in self._parts(module).items()}
 
-    def biases(self, module: Any) -> dict[str, Tensor]:
+    def biases(self, module: Any) -> dict[Matrix, Tensor]:
         found = {name: part.expert_biases() for name, part in self._parts(module).items()}
         return {name: bias for name, bias in found.items() if bias is not None}
 
@@ -217,8 +219,8 @@ class DenseFormat(ExpertsFormat):
     def dropout(self, module: Any) -> float:
         return module.dropout
 
-    def _parts(self, module: Any) -> dict[str, Any]:
-        parts = {"up": module.up, "gate": module.gate, "down": module.down}
+    def _parts(self, module: Any) -> dict[Matrix, Any]:
+        parts: dict[Matrix, Any] = {"up": module.up, "gate": module.gate, "down": module.down}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -245,12 +247,12 @@ class OrdinaryExperts:
     parent: nn.Module
 
     @property
-    def matrices(self) -> dict[str, Tensor]:
+    def matrices(self) -> dict[Matrix, Tensor]:
         """``up``, ``down`` and perhaps ``gate`` of all experts, each (E, out, in)."""
         return self.format.matrices(self.module)
 
     @property
-    def biases(self) -> dict[str, Tensor]:
+    def biases(self) -> dict[Matrix, Tensor]:
         """The biases of all experts, (E, out), by the name of their matrix."""
         return self.format.biases(self.module)
 
