@@ -32,7 +32,14 @@ class MatrixReport:
         Frobenius error of all experts together, relative to their norm; None before the matrix is
         made.
     weighted_error : float or None
-        Error of the outputs for the inputs of the calibration, relative to the outputs.
+        Error of the outputs for the inputs of the calibration, relative to the outputs; None
+        without a calibration.
+
+    Examples
+    --------
+    >>> matrix = MatrixReport("layers.0.experts", "up", 8, 1000, 400, 4, 0.1, 0.05)
+    >>> matrix.params_after / matrix.params_before
+    0.4
     """
 
     layer: str

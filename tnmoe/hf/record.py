@@ -217,6 +217,16 @@ def compression_of(model: nn.Module) -> CompressionConfig:
     ------
     InputError
         If the model was not compressed.
+
+    Examples
+    --------
+    >>> from tnmoe.hf import compress
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=32)
+    >>> more = dict(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4)
+    >>> model = MixtralForCausalLM(MixtralConfig(**small, **more))
+    >>> compression_of(compress(model, CompressionConfig(keep=0.6))).keep
+    0.6
     """
     record = record_of(getattr(model, "config", None))
     if record is None or record.compression is None:

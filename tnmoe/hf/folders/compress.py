@@ -160,6 +160,21 @@ class CompressingConversion(Conversion):
         Mean loss per token on the part of the calibration that was held out, in nats.
     held_out : Tensor or None
         That part.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=32)
+    >>> more = dict(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4)
+    >>> folder = tempfile.mkdtemp()
+    >>> MixtralForCausalLM(MixtralConfig(**small, **more)).save_pretrained(folder)
+    >>> conversion = prepare_compress(folder, CompressionConfig(rtol=0.9))
+    >>> conversion.report.matrices[0].error is None
+    True
+    >>> files = conversion.run(f"{folder}-small")
+    >>> conversion.report.matrices[0].error <= 0.9
+    True
     """
 
     survey: Survey = field(kw_only=True)
