@@ -181,7 +181,9 @@ def test_transformers_and_peft_have_what_the_page_says():
     assert "target_parameters" in inspect.signature(peft.LoraConfig).parameters
 
 
-def test_tnmoe_lacks_what_the_page_says():
+def test_tnmoe_has_and_lacks_what_the_page_says():
     assert hasattr(tn, "decompose_shared")
-    assert not hasattr(hf, "compress")
+    assert {"keep", "num_bytes", "rtol"} <= set(inspect.signature(hf.CompressionConfig).parameters)
+    assert "calibration" in inspect.signature(hf.compress).parameters
+    assert "calibration" in inspect.signature(hf.prepare_compress).parameters
     assert not hasattr(nn, "MPOLinear")
