@@ -201,7 +201,7 @@ class CompressingConversion(Conversion):
         Parameters
         ----------
         target : path
-            What :meth:`run` made.
+            What :meth:`Conversion.run` made.
         on_step : callable, optional
             Called as ``on_step(what, done, total)``.
         """
