@@ -31,6 +31,14 @@ def widened(xp: Backend, array: Array) -> Array:
     return xp.astype(array, WIDE_DTYPE.get(name, name))
 
 
+def precise(xp: Backend, array: Array) -> Array:
+    """Return the array in a dtype whose products lose nothing that its own numbers hold.
+
+    That is double precision, or single precision for an array in half precision.
+    """
+    return (computable if xp.dtype_name(array) in COMPUTE_DTYPE else widened)(xp, array)
+
+
 def narrowed(xp: Backend, cores: Iterable[Array], dtype: str) -> list[Array]:
     """Return computed cores in the caller's dtype.
 

@@ -51,11 +51,11 @@ class Whitening:
         padded = _padded(xp, moments, shape.padded_in)
         wide = [site for site, size in enumerate(shape.in_dims) if size > 1]
         if len(wide) <= 1 and (moments.shape[0] == 1 or set(wide) <= set(owned)):
-            root, inverse = _root(xp, padded)
+            root, inverse = root_of(xp, padded)
             one = xp.eye(1, like=root)[None]
             inverses = [inverse if [site] == wide else one for site in range(shape.sites)]
             return cls(xp, shape, root, inverses, None)
-        pairs = [_root(xp, marginal) for marginal in _marginals(xp, padded, shape.in_dims)]
+        pairs = [root_of(xp, marginal) for marginal in _marginals(xp, padded, shape.in_dims)]
         root, inverse = (_kronecker([pair[side] for pair in pairs]) for side in (0, 1))
         rest = inverse @ padded @ xp.adjoint(inverse)
         off = xp.max_abs(rest - xp.eye(shape.padded_in, like=rest)[None])
@@ -104,10 +104,21 @@ def _padded(xp: Backend, moments: Array, size: int) -> Array:
     return xp.pad(moments, size, size) + identity[None]
 
 
-def _root(xp: Backend, moments: Array) -> tuple[Array, Array]:
-    """Return R with S = R Rᴴ, and its inverse, (e, in, in); the identity for in = 1.
+def root_of(xp: Backend, moments: Array) -> tuple[Array, Array]:
+    """Return R with S = R Rᴴ, and its inverse.
 
     Eigenvalues below rounding are raised to it: their inputs stay in the matrix.
+
+    Parameters
+    ----------
+    xp : Backend
+        Library of the moments.
+    moments : array, shape (e, in, in)
+
+    Returns
+    -------
+    tuple of array, shapes (e, in, in)
+        The identity for in = 1.
     """
     dtype, size = xp.dtype_name(moments), moments.shape[-1]
     values, vectors = xp.eigh(widened(xp, moments))

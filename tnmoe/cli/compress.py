@@ -19,6 +19,9 @@ from tnmoe.options import COMPRESSED_LAYOUTS
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Layers in memory at a time. A layer of a large mixture has gigabytes.
+_JOBS = 2
+
 # Characters per token, at most: of a long text, only the beginning is tokenized.
 _CHARACTERS = 32
 
@@ -34,7 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "and all other weights stay as they are." + HOW
         ),
     )
-    add_common(parser, "Hugging Face folder with config.json and safetensors files")
+    add_common(parser, "Hugging Face folder with config.json and safetensors files", jobs=_JOBS)
     limits = parser.add_mutually_exclusive_group(required=True)
     limits.add_argument(
         "--keep", type=share, help="share of the parameters of experts that stays: 0.7"
@@ -111,7 +114,12 @@ def _compress(options: argparse.Namespace) -> None:
         check_target(target, options.overwrite)  # before any work
     with _steps() as on_step:
         conversion = prepare_compress(
-            options.source, config, _tokens(options), survey=survey, on_step=on_step
+            options.source,
+            config,
+            _tokens(options),
+            survey=survey,
+            jobs=options.jobs,
+            on_step=on_step,
         )
         files = run(options, conversion, "compressing")
         report = conversion.report_on(options.target, on_step) if files else conversion.report

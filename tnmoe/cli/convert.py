@@ -54,8 +54,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     export.set_defaults(run=_export)
 
 
-def add_common(parser: argparse.ArgumentParser, source: str) -> None:
-    """Add the arguments that both conversions take."""
+def add_common(parser: argparse.ArgumentParser, source: str, jobs: int | None = None) -> None:
+    """Add the arguments that all conversions take.
+
+    Parameters
+    ----------
+    parser : ArgumentParser
+    source : str
+        What the source is.
+    jobs : int, optional
+        Default number of layers to convert at a time; the number of cores by default.
+    """
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("target", type=Path, help="folder to create")
     parser.add_argument(
@@ -65,7 +74,10 @@ def add_common(parser: argparse.ArgumentParser, source: str) -> None:
         "--dry-run", action="store_true", help="print what the command would do, and stop"
     )
     parser.add_argument(
-        "--jobs", type=int_from_one, help="layers to convert at a time (default: all cores)"
+        "--jobs",
+        type=int_from_one,
+        default=jobs,
+        help=f"layers to convert at a time (default: {jobs or 'all cores'})",
     )
     parser.add_argument(
         "--shard-size",

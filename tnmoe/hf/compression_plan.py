@@ -15,7 +15,7 @@ from tnmoe.hf.calibration import LayerMoments
 from tnmoe.hf.compression import CompressionConfig
 from tnmoe.hf.compression_report import MatrixReport
 from tnmoe.hf.ordinary import OrdinaryExperts
-from tnmoe.joint.basis import SharedBasis, column_basis, row_basis
+from tnmoe.joint.basis import SharedBasis, column_basis, column_gram, row_basis
 from tnmoe.joint.common_part import CommonPart, common_part
 from tnmoe.nn.structure import ProjectionStructure
 from tnmoe.options import Matrix
@@ -208,14 +208,14 @@ def form_of(
     if not torch.isfinite(matrices).all():
         raise InputError(f"the {matrix} matrices contain NaN or infinity")
     # Without a calibration every expert counts alike, whatever its scale.
-    shares = [1 / (float(each.double().norm()) or 1.0) ** 2 for each in matrices]
+    norms = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in matrices]
+    shares = [1 / (norm or 1.0) ** 2 for norm in norms]
     if moments is not None:
         shares = moments.shares.tolist()
     if config.layout == "hidden" and matrix == "down":
         outputs = None
         if moments is not None:
-            squares = torch.einsum("eof,epf->op", matrices.double(), matrices.double())
-            outputs = _damped(moments.outputs, config.damping, squares)
+            outputs = _damped(moments.outputs, config.damping, column_gram(matrices))
         return column_basis(matrices, shares=shares, outputs=outputs)
     inputs = None
     if moments is not None:
@@ -276,5 +276,6 @@ def _damped(moments: Tensor, damping: float, identity: Tensor | None = None) -> 
     size = len(moments)
     if identity is None:
         identity = torch.eye(size, dtype=moments.dtype, device=moments.device)
-    scaled = [each * (size / each.trace().clamp_min(1e-300)) for each in (moments, identity)]
+    both = (moments, identity.double())
+    scaled = [each * (size / each.trace().clamp_min(1e-300)) for each in both]
     return (1 - damping) * scaled[0] + damping * scaled[1]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tnmoe.options import Matrix
@@ -137,12 +137,19 @@ def relative_error(matrices: Tensor, written: SharedMPO | Tensor) -> float:
     """Return the Frobenius error of all experts' matrices together, relative to their norm."""
     if isinstance(written, Tensor):
         return 0.0
-    squares: Sequence[float] = [
-        float((matrix.double() - approximation.double()).square().sum())
-        for matrix, approximation in zip(matrices, written.to_matrices(), strict=True)
-    ]
-    norm = math.fsum(float(matrix.double().square().sum()) for matrix in matrices)
-    return math.sqrt(math.fsum(squares) / norm) if norm else 0.0
+    # One expert is built at a time.
+    errors = [_norm(matrix - _matrix_of(written, number)) for number, matrix in enumerate(matrices)]
+    norm = math.hypot(*map(_norm, matrices))
+    return math.hypot(*errors) / norm if norm else 0.0
+
+
+def _matrix_of(shared: SharedMPO, number: int) -> Tensor:
+    own = [core[number : number + 1] if core.ndim == 5 else core for core in shared.cores]
+    return SharedMPO(own, shared.shape, shared.center_site, shared.base).to_matrices()[0]
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _short(value: float | None) -> str:

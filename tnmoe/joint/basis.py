@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.chains.precision import computable, narrowed, widened
+from tnmoe.chains.precision import computable, narrowed, precise, widened
+from tnmoe.chains.whitening import root_of
 from tnmoe.errors import InputError, check_index
-from tnmoe.joint.whitening import Whitening
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 
@@ -112,23 +112,25 @@ def row_basis(
 
     Notes
     -----
-    With S = T·Tᴴ, the rows of C are the leading eigenvectors of Σ_e share_e Tᴴ W_eᴴ W_e T, times
-    T⁻¹: the theorem of Eckart and Young for all W_e·T one below another.
+    With S = R·Rᴴ, the rows of C are the leading eigenvectors of Σ_e share_e Rᴴ W_eᴴ W_e R, times
+    R⁻¹: the theorem of Eckart and Young for all W_e·R one below another.
     """
-    xp = get_backend(matrices)
-    work = computable(xp, matrices)
+    xp, size = get_backend(matrices), matrices.shape[2]
     shares = checked_shares(shares, matrices.shape[0])
-    with xp.full_precision(work):
-        wide = (widened(xp, each) for each in work)
-        gram = _sum(
+    if moments is not None and tuple(moments.shape) != (size, size):
+        raise InputError(f"moments must have shape {(size, size)}, got {tuple(moments.shape)}")
+    with xp.full_precision(computable(xp, matrices)):
+        wide = (precise(xp, each) for each in matrices)
+        gram = sum_of(
             xp.adjoint(each) @ each * share for each, share in zip(wide, shares, strict=True)
         )
         if moments is None:
             values, vectors = xp.eigh(gram)
             return SharedBasis("rows", tails(xp, values), xp.adjoint(vectors), vectors)
-        whitening = Whitening.of(xp, moments, matrices.shape[2])
-        values, vectors = xp.eigh(whitening.root @ gram @ whitening.root)
-        core, into = xp.adjoint(vectors) @ whitening.inverse, whitening.root @ vectors
+        gram = widened(xp, gram)
+        root, inverse = (each[0] for each in root_of(xp, widened(xp, moments)[None]))
+        values, vectors = xp.eigh(xp.adjoint(root) @ gram @ root)
+        core, into = xp.adjoint(vectors) @ inverse, root @ vectors
         return SharedBasis("rows", tails(xp, values), core, into)
 
 
@@ -161,20 +163,25 @@ def column_basis(
     whatever S_e is.
     """
     xp = get_backend(matrices)
-    work = computable(xp, matrices)
-    with xp.full_precision(work):
+    with xp.full_precision(computable(xp, matrices)):
         if outputs is None:
-            shares = checked_shares(shares, matrices.shape[0])
-            wide = (widened(xp, each) for each in work)
-            outputs = _sum(
-                each @ xp.adjoint(each) * share for each, share in zip(wide, shares, strict=True)
-            )
+            outputs = column_gram(matrices, shares)
         elif tuple(outputs.shape) != (matrices.shape[1],) * 2:
             raise InputError(
                 f"outputs must have shape {(matrices.shape[1],) * 2}, got {tuple(outputs.shape)}"
             )
         values, vectors = xp.eigh(widened(xp, outputs))
         return SharedBasis("columns", tails(xp, values), vectors, vectors)
+
+
+def column_gram(matrices: Array, shares: Sequence[float] | None = None) -> Array:
+    """Return Σ_e share_e W_e W_eᴴ, (out, out), of matrices (E, out, in)."""
+    xp = get_backend(matrices)
+    checked = checked_shares(shares, matrices.shape[0])
+    wide = (precise(xp, each) for each in matrices)
+    return sum_of(
+        each @ xp.adjoint(each) * share for each, share in zip(wide, checked, strict=True)
+    )
 
 
 def checked_shares(shares: Sequence[float] | None, experts: int) -> list[float]:
@@ -187,8 +194,8 @@ def checked_shares(shares: Sequence[float] | None, experts: int) -> list[float]:
     return checked
 
 
-def _sum(arrays: Iterable[Array]) -> Array:
-    """Add arrays up, of which one is in memory at a time."""
+def sum_of(arrays: Iterable[Array]) -> Array:
+    """Add arrays up, one in memory at a time."""
     remaining = iter(arrays)
     total = next(remaining)
     for array in remaining:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains.moments import number_of
 from tnmoe.chains.precision import computable, widened
-from tnmoe.joint.basis import checked_shares, tails
+from tnmoe.chains.whitening import root_of
+from tnmoe.errors import InputError
+from tnmoe.joint.basis import checked_shares, sum_of, tails
 from tnmoe.joint.decompose_shared import decompose_shared
-from tnmoe.joint.whitening import Whitening
-from tnmoe.mpo import MPO
-from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
+
+# Turns between the common matrix and the low ranks.
+_TURNS = 8
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,16 @@ class CommonPart:
     >>> rng = np.random.default_rng(0)
     >>> own = rng.normal(size=(3, 6, 1)) * rng.normal(size=(3, 1, 5))
     >>> matrices = rng.normal(size=(6, 5)) + own
-    >>> shared = common_part(matrices).decompose(matrices, 1)
-    >>> bool(np.allclose(shared.to_matrices(), matrices, atol=1e-4))
+    >>> part = common_part(matrices)
+    >>> shared = part.decompose(matrices, 1)
+    >>> error = np.linalg.norm(shared.to_matrices() - matrices)
+    >>> bool(error**2 <= part.squared_errors[1])
     True
     """
 
     squared_errors: tuple[float, ...]
     _importance: tuple[float, ...] = field(repr=False)
-    _whitening: Whitening | None = field(repr=False)
+    _moments: Array | None = field(repr=False)
 
     def num_params(self, matrices: Array, size: int) -> int:
         """Count the parameters of :meth:`decompose`'s result."""
@@ -61,28 +65,15 @@ class CommonPart:
         SharedMPO
             Of two sites with the legs (out | in), and a base.
         """
-        xp = get_backend(matrices)
-        work, name = computable(xp, matrices), xp.dtype_name(matrices)
-        if self._whitening is not None:
-            root = xp.astype(self._whitening.root, xp.dtype_name(work))
-            work = work @ root
-        shared = decompose_shared(
-            work, residual=True, bonds=[size], importance=self._importance, max_sweeps=_TURNS
+        return decompose_shared(
+            matrices,
+            residual=True,
+            bonds=[size],
+            weights=self._moments,
+            damping=0.0,
+            importance=self._importance,
+            max_sweeps=_TURNS,
         )
-        assert shared.base is not None
-        base, (left, right) = shared.base.cores[0][0, :, :, 0], shared.cores
-        if self._whitening is not None:
-            inverse = xp.astype(self._whitening.inverse, xp.dtype_name(work))
-            base = base @ inverse
-            right = (right[:, :, 0, :, 0] @ inverse)[:, :, None, :, None]
-        whole = MPOShape((base.shape[0],), (base.shape[1],))
-        common = MPO([xp.astype(base, name)[None, :, :, None]], whole)
-        cores = [xp.astype(left, name), xp.astype(right, name)]
-        return SharedMPO(cores, shared.shape, shared.center_site, base=common)
-
-
-# Turns between the common matrix and the low ranks.
-_TURNS = 8
 
 
 def common_part(
@@ -112,22 +103,24 @@ def common_part(
     -----
     The form is that of D²-MoE (Gu et al., arXiv:2502.17298).
     """
-    xp, work = get_backend(matrices), computable(get_backend(matrices), matrices)
+    xp, size = get_backend(matrices), matrices.shape[2]
     checked = checked_shares(shares, matrices.shape[0])
     total = sum(checked)
-    with xp.full_precision(work):
-        whitening = None if moments is None else Whitening.of(xp, moments, matrices.shape[2])
-        mean, importance, squares = None, [], None
-        for share, matrix in zip(checked, work, strict=True):
-            part = widened(xp, matrix) * (share / total)
-            mean = part if mean is None else mean + part
-        for share, matrix in zip(checked, work, strict=True):
-            wide, rest = widened(xp, matrix), widened(xp, matrix) - mean
-            if whitening is not None:
-                wide, rest = wide @ whitening.root, rest @ whitening.root
-            importance.append(share * number_of(xp, xp.norm(wide)) ** 2)
+    if moments is not None and tuple(moments.shape) != (size, size):
+        raise InputError(f"moments must have shape {(size, size)}, got {tuple(moments.shape)}")
+    with xp.full_precision(computable(xp, matrices)):
+        root = None if moments is None else root_of(xp, widened(xp, moments)[None])[0][0]
+        mean = sum_of(
+            widened(xp, matrix) * (share / total)
+            for share, matrix in zip(checked, matrices, strict=True)
+        )
+        importance, squares = [], []
+        for share, matrix in zip(checked, matrices, strict=True):
+            whole, rest = widened(xp, matrix), widened(xp, matrix) - mean
+            if root is not None:
+                whole, rest = whole @ root, rest @ root
+            importance.append(share * number_of(xp, xp.norm(whole)) ** 2)
             if rest.shape[0] > rest.shape[1]:
                 rest = xp.adjoint(rest)
-            values = xp.eigvalsh(rest @ xp.adjoint(rest)) * share
-            squares = values if squares is None else squares + values
-        return CommonPart(tails(xp, squares), tuple(importance), whitening)
+            squares.append(xp.eigvalsh(rest @ xp.adjoint(rest)) * share)
+        return CommonPart(tails(xp, sum_of(squares)), tuple(importance), moments)

@@ -44,6 +44,9 @@ from tnmoe.hf.record import (
     with_records,
 )
 
+# Layers that are in memory at a time, unless the caller says another number.
+DEFAULT_JOBS = 2
+
 
 def prepare_compress(
     folder: str | os.PathLike,
@@ -51,6 +54,7 @@ def prepare_compress(
     calibration: Tensor | None = None,
     *,
     survey: str | os.PathLike | None = None,
+    jobs: int = DEFAULT_JOBS,
     on_step: Steps | None = None,
 ) -> CompressingConversion:
     """Prepare the compression of a checkpoint with ordinary mixtures, a layer at a time in memory.
@@ -70,6 +74,8 @@ def prepare_compress(
     survey : path, optional
         A folder that keeps the survey, so that an interrupted compression goes on from there. By
         default it is temporary.
+    jobs : int
+        Number of layers that the survey reads at the same time, each on one thread.
     on_step : callable, optional
         Called as ``on_step(what, done, total)`` during the survey.
 
@@ -105,7 +111,9 @@ def prepare_compress(
     entries = decode_entries(source.config)
     check_unquantized_entries(entries, source.folder)
     place = None if survey is None else Path(survey)
-    kept, found = run_survey(source, entries, config, tokens, place, on_step)
+    kept, found = run_survey(
+        source, entries, config, tokens, folder=place, jobs=jobs, on_step=on_step
+    )
     skeleton = Skeleton(source, entries)
     experts = find_ordinary(skeleton.model, config.layers)
     names = skeleton.names_of(each.module.parameters() for each in experts)

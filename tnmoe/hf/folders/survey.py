@@ -23,7 +23,7 @@ from tnmoe.hf.compression import CompressionConfig
 from tnmoe.hf.compression_plan import MatrixOptions
 from tnmoe.hf.compression_report import MatrixReport
 from tnmoe.hf.files.checkpoint import Checkpoint
-from tnmoe.hf.folders.parallel import ordered_results
+from tnmoe.hf.folders.parallel import ordered_results, resolve_jobs
 from tnmoe.hf.folders.skeleton import Skeleton
 from tnmoe.hf.folders.streaming import streamed
 from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
@@ -130,7 +130,9 @@ def run_survey(
     entries: dict[str, Any],
     config: CompressionConfig,
     calibration: Tensor | None,
+    *,
     folder: Path | None,
+    jobs: int,
     on_step: Steps | None,
 ) -> tuple[Survey, Surveyed]:
     """Run a survey of a checkpoint, or read what an earlier process found.
@@ -145,8 +147,11 @@ def run_survey(
         Sequences of tokens.
     folder : Path, optional
         Where the files of the survey are kept.
+    jobs : int
+        Number of layers that are read at the same time.
     on_step : callable, optional
     """
+    jobs = resolve_jobs(jobs)
     kept = Survey(folder, _purpose(source, config, calibration))
     found = kept.read()
     if found is not None:
@@ -154,7 +159,7 @@ def run_survey(
     loss = None
     if calibration is not None:
         loss = _calibrate(source, entries, config, calibration, kept, on_step)
-    options = list(_options(source, entries, config, kept, on_step))
+    options = list(_options(source, entries, config, kept, jobs, on_step))
     energies: dict[str, float] = {}
     for option in options:
         if option.experts not in energies:
@@ -235,6 +240,7 @@ def _options(
     entries: dict[str, Any],
     config: CompressionConfig,
     kept: Survey,
+    jobs: int,
     on_step: Steps | None,
 ) -> Iterator[MatrixOptions]:
     skeleton = Skeleton(source, entries)
@@ -248,7 +254,7 @@ def _options(
             return list(survey(each, kept.moments(each.name), config))
 
     tasks = [partial(options_of_one, *pair) for pair in zip(experts, names, strict=True)]
-    for number, found in enumerate(ordered_results(tasks), start=1):
+    for number, found in enumerate(ordered_results(tasks, jobs), start=1):
         _report(on_step, "surveying", number, len(tasks))
         yield from found
 
