@@ -15,6 +15,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.inspect import TypeAliasForwardRef
 
 import tnmoe
+from tnmoe.hf.folders.compress import DEFAULT_JOBS
 from tnmoe.nn.settings import GROUP_SIZE
 from tnmoe.options import MATRICES
 
@@ -120,7 +121,7 @@ def _prepare_for_napoleon(
 
 
 # Defaults that the code takes from constants.
-_CONSTANTS = {"MATRICES": MATRICES, "GROUP_SIZE": GROUP_SIZE}
+_CONSTANTS = {"MATRICES": MATRICES, "GROUP_SIZE": GROUP_SIZE, "DEFAULT_JOBS": DEFAULT_JOBS}
 
 # In unions and containers, Sphinx shows the object that stands for an alias of a type.
 TypeAliasForwardRef.__repr__ = lambda alias: alias.name
