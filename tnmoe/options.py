@@ -52,7 +52,7 @@ MaskEngine = Literal["auto", "optimizer", "autograd"]
 MASK_ENGINES = get_args(MaskEngine)
 ExportFormat = Literal["moe", "dense"]
 EXPORT_FORMATS = get_args(ExportFormat)
-CompressedLayout = Literal["hidden", "residual"]
+CompressedLayout = Literal["auto", "hidden", "residual", "low_rank"]
 COMPRESSED_LAYOUTS = get_args(CompressedLayout)
 # torch takes seeds from 0 up to, and without, this number.
 SEEDS = 2**64

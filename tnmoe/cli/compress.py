@@ -54,8 +54,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--layout",
         choices=COMPRESSED_LAYOUTS,
         default=argparse.SUPPRESS,
-        help="what experts share: bases (hidden), or a matrix, to which each adds one of low rank "
-        "(residual); the default is hidden",
+        help="what experts share: bases (hidden), a matrix, to which each adds one of low rank "
+        "(residual), or nothing (low_rank); the default, auto, chooses for every matrix",
     )
     parser.add_argument(
         "--matrices",

@@ -19,7 +19,7 @@ from tnmoe.hf.compression import CompressionConfig, check_compression
 from tnmoe.hf.compression_plan import (
     Choice,
     MatrixOptions,
-    choose_bonds,
+    choose,
     form_of,
     options_of,
     planned_report,
@@ -29,6 +29,7 @@ from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
 from tnmoe.hf.record import add_compression, give_own_configuration
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.structure import ProjectionStructure
+from tnmoe.options import Matrix
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.system.memory import explain_memory_error
 
@@ -109,10 +110,11 @@ def compress(
 
     Notes
     -----
-    ``hidden`` is the truncated SVD of all experts' matrices side by side, for inputs of the
-    calibration's second moments. ``residual`` has the form of D²-MoE (arXiv:2502.17298). Bonds are
-    distributed over layers and matrices by :func:`tnmoe.distribute_budget`; a matrix's squared
-    relative error counts as much as the experts' outputs contribute to the output of their layer.
+    ``hidden`` is the truncated SVD of all experts' matrices side by side, ``low_rank`` that of
+    every expert's matrix alone, for inputs of the calibration's second moments. ``residual`` has
+    the form of D²-MoE (arXiv:2502.17298). :func:`tnmoe.distribute_budget` chooses layouts and bonds
+    of all matrices; a matrix's squared relative error counts as much as the experts' outputs
+    contribute to the output of their layer.
 
     Examples
     --------
@@ -125,8 +127,8 @@ def compress(
     >>> model, report = compress(model, CompressionConfig(keep=0.6), text, return_report=True)
     >>> report.params_after <= 0.6 * report.params_before
     True
-    >>> type(model.model.layers[0].mlp.experts.up).__name__
-    'HiddenProjection'
+    >>> type(model.model.layers[0].mlp.experts).__name__
+    'MPOExperts'
     """
     check_model(model)
     check_compression(config)
@@ -143,10 +145,7 @@ def compress(
     whole = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     itemsize = next(found[0].module.parameters()).itemsize
     budget = budget_of(config, options, whole, itemsize)
-    bonds = choose_bonds(options, energies, config, budget)
-    plan: dict[str, dict[str, Choice]] = {}
-    for option, bond in zip(options, bonds, strict=True):
-        plan.setdefault(option.experts, {})[option.matrix] = option, bond
+    plan = plan_of(choose(options, energies, config, budget))
     # Everything is built before anything is replaced: an error leaves the model as it was.
     made, reports = [], []
     for number, each in enumerate(found, start=1):
@@ -171,6 +170,14 @@ def compress(
     return model, CompressionReport(tuple(reports), before, loss_of(model, held_out))
 
 
+def plan_of(choices: Iterable[Choice]) -> dict[str, dict[Matrix, Choice]]:
+    """Sort choices by the path of their experts, and by matrix."""
+    plan: dict[str, dict[Matrix, Choice]] = {}
+    for choice in choices:
+        plan.setdefault(choice.options.experts, {})[choice.options.matrix] = choice
+    return plan
+
+
 def survey(
     experts: OrdinaryExperts, moments: LayerMoments | None, config: CompressionConfig
 ) -> Iterator[MatrixOptions]:
@@ -178,8 +185,7 @@ def survey(
     experts.check()
     for matrix, matrices in experts.matrices.items():
         if matrix in config.matrices:
-            form = form_of(matrices.detach(), matrix, moments, config)
-            yield options_of(matrices, experts.name, matrix, form)
+            yield options_of(matrices.detach(), experts.name, matrix, moments, config)
 
 
 def budget_of(
@@ -208,7 +214,7 @@ def budget_of(
 
 def compressed_experts(
     experts: OrdinaryExperts,
-    plan: Mapping[str, Choice],
+    plan: Mapping[Matrix, Choice],
     moments: LayerMoments | None,
     config: CompressionConfig,
 ) -> tuple[MPOExperts, list[MatrixReport]]:
@@ -217,8 +223,8 @@ def compressed_experts(
     Parameters
     ----------
     experts : OrdinaryExperts
-    plan : mapping from str to (MatrixOptions, int or None)
-        Bonds by the name of the matrix. Matrices without an entry stay as they are.
+    plan : mapping from str to Choice
+        By the name of the matrix. Matrices without an entry stay as they are.
     moments : LayerMoments or None
     config : CompressionConfig
 
@@ -232,11 +238,11 @@ def compressed_experts(
     for matrix, given in experts.matrices.items():
         matrices = given.detach()
         choice = plan.get(matrix)
-        if choice is None or choice[1] is None:
+        if choice is None or choice.layout is None or choice.bond is None:
             parts[matrix] = matrices.clone()
         else:
-            form = form_of(matrices, matrix, moments, config)
-            parts[matrix] = form.decompose(matrices, choice[1])
+            form = form_of(matrices, matrix, choice.layout, moments, config.damping)
+            parts[matrix] = form.decompose(matrices, choice.bond)
         if choice is not None:
             planned = planned_report(choice, matrices.itemsize, moments is not None)
             reports.append(replace(planned, error=relative_error(matrices, parts[matrix])))
@@ -272,7 +278,7 @@ def collect_moments(
 
 def needs_inner(config: CompressionConfig) -> bool:
     """Return whether a calibration has to collect moments between ``up`` and ``down``."""
-    return config.layout == "residual" and "down" in config.matrices
+    return config.layout != "hidden" and "down" in config.matrices
 
 
 def held_out_count(number: int) -> int:

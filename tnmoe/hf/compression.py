@@ -17,6 +17,9 @@ from tnmoe.hf.find import check_layers
 from tnmoe.nn.settings import check_matrices
 from tnmoe.options import COMPRESSED_LAYOUTS, MATRICES, CompressedLayout, Matrix
 
+# The settings that say how small a model becomes, one of which is given.
+LIMITS = ("keep", "num_bytes", "rtol")
+
 
 @dataclass(frozen=True)
 class CompressionConfig:
@@ -35,10 +38,11 @@ class CompressionConfig:
     rtol : float, optional
         Largest relative error of every matrix of a layer, over all its experts together. It is the
         error of the outputs for the inputs of the calibration, if there is one.
-    layout : {"hidden", "residual"}
+    layout : {"auto", "hidden", "residual", "low_rank"}
         What experts share. ``hidden``: a basis for the rows of ``up`` and ``gate``, and one for the
         columns of ``down``; a layer applies it once per token. ``residual``: a matrix, to which
-        every expert adds one of low rank.
+        every expert adds one of low rank. ``low_rank``: nothing; every expert has a matrix of low
+        rank. ``auto``: for every matrix the one that is predicted to lose least.
     matrices : sequence of "up", "gate", "down"
         Matrices that become smaller. The others stay as they are.
     layers : sequence of int, or str, optional
@@ -56,19 +60,19 @@ class CompressionConfig:
     Examples
     --------
     >>> CompressionConfig(keep=0.6).layout
-    'hidden'
+    'auto'
     """
 
     keep: float | None = None
     num_bytes: int | None = None
     rtol: float | None = None
-    layout: CompressedLayout = "hidden"
+    layout: CompressedLayout = "auto"
     matrices: Sequence[Matrix] = MATRICES
     layers: Sequence[int] | str | None = None
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        limits = {name: getattr(self, name) for name in ("keep", "num_bytes", "rtol")}
+        limits = {name: getattr(self, name) for name in LIMITS}
         given = {name: value for name, value in limits.items() if value is not None}
         if len(given) != 1:
             raise InputError(
@@ -91,6 +95,11 @@ class CompressionConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts among which every matrix may choose."""
+        return ("hidden", "residual", "low_rank") if self.layout == "auto" else (self.layout,)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

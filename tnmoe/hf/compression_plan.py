@@ -16,9 +16,9 @@ from tnmoe.hf.compression import CompressionConfig
 from tnmoe.hf.compression_report import MatrixReport
 from tnmoe.hf.ordinary import OrdinaryExperts
 from tnmoe.joint.basis import SharedBasis, column_basis, column_gram, row_basis
-from tnmoe.joint.common_part import CommonPart, common_part
+from tnmoe.joint.low_rank import LowRank, low_rank
 from tnmoe.nn.structure import ProjectionStructure
-from tnmoe.options import Matrix
+from tnmoe.options import Matrix, StructureKind
 from tnmoe.shapes import MPOShape
 from tnmoe.truncation.distribute import distribute_budget
 
@@ -39,17 +39,20 @@ class MatrixOptions:
     matrix : {"up", "gate", "down"}
     size : (int, int, int)
         Experts, rows and columns.
+    layouts : tuple of str
+        Layout of every option.
     bonds : tuple of int
-        Bonds with which it has fewer parameters than as it is.
+        Bond of every option. All have fewer parameters than the matrix as it is.
     params : tuple of int
-        Number of parameters with each bond.
+        Number of parameters of every option.
     errors : tuple of float
-        Predicted relative error with each bond.
+        Predicted relative error of every option.
     """
 
     experts: str
     matrix: Matrix
     size: tuple[int, int, int]
+    layouts: tuple[str, ...]
     bonds: tuple[int, ...]
     params: tuple[int, ...]
     errors: tuple[float, ...]
@@ -68,27 +71,54 @@ class MatrixOptions:
         count, rows, columns = self.size
         return count * rows * columns
 
-    def params_with(self, bond: int | None) -> int:
-        """Return the number of parameters with a bond; None stands for the matrix as it is."""
-        return self.full if bond is None else self.params[self.bonds.index(bond)]
-
-    def error_with(self, bond: int | None) -> float:
-        """Return the predicted relative error with a bond."""
-        return 0.0 if bond is None else self.errors[self.bonds.index(bond)]
-
     def smallest_within(self, rtol: float) -> int | None:
-        """Return the smallest bond whose error is at most ``rtol``; None to leave it as it is."""
-        pairs = zip(self.bonds, self.errors, strict=True)
-        return next((bond for bond, error in pairs if error <= rtol), None)
+        """Return the smallest option whose error is at most ``rtol``; None if there is none."""
+        fitting = [
+            (params, number)
+            for number, (params, error) in enumerate(zip(self.params, self.errors, strict=True))
+            if error <= rtol
+        ]
+        return min(fitting)[1] if fitting else None
 
     def table(self, energy: float) -> list[tuple[int, float]]:
-        """Return parameters and squared error of every bond, and of the matrix as it is."""
+        """Return parameters and squared error of every option, and of the matrix as it is."""
         errors = [energy * error**2 for error in self.errors]
         return [*zip(self.params, errors, strict=True), (self.full, 0.0)]
 
 
-# What a matrix can become, and the bond that was chosen; None for a matrix that stays as it is.
-Choice = tuple[MatrixOptions, int | None]
+@dataclass(frozen=True)
+class Choice:
+    """What a matrix can become, and what it does become.
+
+    Attributes
+    ----------
+    options : MatrixOptions
+    number : int or None
+        Of the option; None for a matrix that stays as it is.
+    """
+
+    options: MatrixOptions
+    number: int | None
+
+    @property
+    def layout(self) -> str | None:
+        """The layout; None for a matrix that stays as it is."""
+        return None if self.number is None else self.options.layouts[self.number]
+
+    @property
+    def bond(self) -> int | None:
+        """The bond; None for a matrix that stays as it is."""
+        return None if self.number is None else self.options.bonds[self.number]
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return self.options.full if self.number is None else self.options.params[self.number]
+
+    @property
+    def error(self) -> float:
+        """Predicted relative error."""
+        return 0.0 if self.number is None else self.options.errors[self.number]
 
 
 def planned_report(choice: Choice, itemsize: int, weighted: bool) -> MatrixReport:
@@ -96,27 +126,28 @@ def planned_report(choice: Choice, itemsize: int, weighted: bool) -> MatrixRepor
 
     Parameters
     ----------
-    choice : (MatrixOptions, int or None)
+    choice : Choice
     itemsize : int
         Bytes of a parameter.
     weighted : bool
         Whether there is a calibration.
     """
-    option, bond = choice
+    options = choice.options
     return MatrixReport(
-        layer=option.experts,
-        matrix=option.matrix,
-        bond=bond,
-        params_before=option.full,
-        params_after=option.params_with(bond),
+        layer=options.experts,
+        matrix=options.matrix,
+        layout=choice.layout,
+        bond=choice.bond,
+        params_before=options.full,
+        params_after=choice.num_params,
         itemsize=itemsize,
         error=None,
-        weighted_error=option.error_with(bond) if weighted else None,
+        weighted_error=choice.error if weighted else None,
     )
 
 
 def structures_of_plan(
-    experts: OrdinaryExperts, plan: Mapping[str, Choice], config: CompressionConfig
+    experts: OrdinaryExperts, plan: Mapping[Matrix, Choice]
 ) -> dict[str, ProjectionStructure]:
     """Return the structures that the matrices of a mixture will have, by their names.
 
@@ -124,39 +155,37 @@ def structures_of_plan(
     ----------
     experts : OrdinaryExperts
         On any device, the meta device included.
-    plan : mapping from str to (MatrixOptions, int or None)
+    plan : mapping from str to Choice
         Matrices without an entry stay as they are.
-    config : CompressionConfig
     """
     biases = experts.biases
     return {
-        name: _structure(
-            matrices.shape, name, plan[name][1] if name in plan else None, config, name in biases
-        )
+        name: _structure(matrices.shape, name, plan.get(name), name in biases)
         for name, matrices in experts.matrices.items()
     }
 
 
 def _structure(
-    size: Sequence[int], matrix: str, bond: int | None, config: CompressionConfig, bias: bool
+    size: Sequence[int], matrix: Matrix, choice: Choice | None, bias: bool
 ) -> ProjectionStructure:
     _, rows, columns = size
-    if bond is None:
+    if choice is None or choice.bond is None:
         return ProjectionStructure("stacked", MPOShape((rows,), (columns,)), bias=bias)
-    shape = MPOShape((rows, 1), (1, columns))
-    if config.layout == "residual":
-        return ProjectionStructure("residual", shape, (bond,), shape.center_site, (), bias)
-    center = 0 if matrix == "down" else 1
-    return ProjectionStructure("hidden", shape, (bond,), center, (center,), bias)
+    shape, bonds = MPOShape((rows, 1), (1, columns)), (choice.bond,)
+    if choice.layout == "hidden":
+        center = 0 if matrix == "down" else 1
+        return ProjectionStructure("hidden", shape, bonds, center, (center,), bias)
+    kind: StructureKind = "residual" if choice.layout == "residual" else "chains"
+    return ProjectionStructure(kind, shape, bonds, shape.center_site, (), bias)
 
 
-def choose_bonds(
+def choose(
     options: Sequence[MatrixOptions],
     energies: Sequence[float],
     config: CompressionConfig,
     budget: int,
-) -> list[int | None]:
-    """Choose the bond of every matrix; None leaves a matrix as it is.
+) -> list[Choice]:
+    """Choose what every matrix becomes.
 
     Parameters
     ----------
@@ -173,7 +202,7 @@ def choose_bonds(
         If the budget is too small for the smallest bonds.
     """
     if config.rtol is not None:
-        return [each.smallest_within(config.rtol) for each in options]
+        return [Choice(each, each.smallest_within(config.rtol)) for each in options]
     tables = [each.table(energy) for each, energy in zip(options, energies, strict=True)]
     least = sum(min(params for params, _ in table) for table in tables)
     if budget < least:
@@ -183,19 +212,61 @@ def choose_bonds(
         )
     chosen = distribute_budget(tables, budget)
     return [
-        each.bonds[number] if number < len(each.bonds) else None
+        Choice(each, number if number < len(each.bonds) else None)
         for each, number in zip(options, chosen, strict=True)
     ]
 
 
 def form_of(
-    matrices: Tensor, matrix: Matrix, moments: LayerMoments | None, config: CompressionConfig
-) -> SharedBasis | CommonPart:
-    """Analyse one matrix of all experts of a layer, for any bond.
+    matrices: Tensor,
+    matrix: Matrix,
+    layout: str,
+    moments: LayerMoments | None,
+    damping: float,
+) -> SharedBasis | LowRank:
+    """Analyse one matrix of all experts of a layer in a layout, for any bond.
 
     Parameters
     ----------
     matrices : Tensor, shape (E, out, in)
+    matrix : {"up", "gate", "down"}
+    layout : {"hidden", "residual", "low_rank"}
+    moments : LayerMoments or None
+    damping : float
+        As for :class:`CompressionConfig`.
+    """
+    # Without a calibration every expert counts alike, whatever its scale.
+    norms = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in matrices]
+    shares = [1 / (norm or 1.0) ** 2 for norm in norms]
+    if moments is not None:
+        shares = moments.shares.tolist()
+    if layout == "hidden" and matrix == "down":
+        outputs = None
+        if moments is not None:
+            outputs = _damped(moments.outputs, damping, column_gram(matrices))
+        return column_basis(matrices, shares=shares, outputs=outputs)
+    inputs = None
+    if moments is not None:
+        inputs = _damped(moments.inner if matrix == "down" else moments.inputs, damping)
+    if layout == "hidden":
+        return row_basis(matrices, shares=shares, moments=inputs)
+    return low_rank(matrices, base=layout == "residual", shares=shares, moments=inputs)
+
+
+def options_of(
+    matrices: Tensor,
+    experts: str,
+    matrix: Matrix,
+    moments: LayerMoments | None,
+    config: CompressionConfig,
+) -> MatrixOptions:
+    """Return what one matrix of all experts of a layer can become.
+
+    Parameters
+    ----------
+    matrices : Tensor, shape (E, out, in)
+    experts : str
+        Path of the experts in the model.
     matrix : {"up", "gate", "down"}
     moments : LayerMoments or None
     config : CompressionConfig
@@ -206,54 +277,18 @@ def form_of(
         If the matrices contain NaN or infinity.
     """
     if not torch.isfinite(matrices).all():
-        raise InputError(f"the {matrix} matrices contain NaN or infinity")
-    # Without a calibration every expert counts alike, whatever its scale.
-    norms = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in matrices]
-    shares = [1 / (norm or 1.0) ** 2 for norm in norms]
-    if moments is not None:
-        shares = moments.shares.tolist()
-    if config.layout == "hidden" and matrix == "down":
-        outputs = None
-        if moments is not None:
-            outputs = _damped(moments.outputs, config.damping, column_gram(matrices))
-        return column_basis(matrices, shares=shares, outputs=outputs)
-    inputs = None
-    if moments is not None:
-        inputs = _damped(moments.inner if matrix == "down" else moments.inputs, config.damping)
-    make = row_basis if config.layout == "hidden" else common_part
-    return make(matrices, shares=shares, moments=inputs)
-
-
-def options_of(
-    matrices: Tensor, experts: str, matrix: Matrix, form: SharedBasis | CommonPart
-) -> MatrixOptions:
-    """Return what one matrix of all experts of a layer can become.
-
-    Parameters
-    ----------
-    matrices : Tensor, shape (E, out, in)
-    experts : str
-        Path of the experts in the model.
-    matrix : {"up", "gate", "down"}
-    form : SharedBasis or CommonPart
-        What :func:`form_of` found.
-    """
+        raise InputError(f"the {matrix} matrices of {experts} contain NaN or infinity")
     count, rows, columns = matrices.shape
-    errors = form.squared_errors
-    bonds = [
-        bond
-        for bond in _candidates(len(errors) - 1)
-        if form.num_params(matrices, bond) < matrices.numel()
-    ]
-    total = errors[0] or 1.0
-    return MatrixOptions(
-        experts,
-        matrix,
-        (count, rows, columns),
-        tuple(bonds),
-        tuple(form.num_params(matrices, bond) for bond in bonds),
-        tuple(sqrt(errors[bond] / total) for bond in bonds),
-    )
+    found: list[tuple[str, int, int, float]] = []
+    for layout in config.layouts:
+        form = form_of(matrices, matrix, layout, moments, config.damping)
+        errors = form.squared_errors
+        for bond in _candidates(len(errors) - 1):
+            params = form.num_params(matrices, bond)
+            if params < matrices.numel():
+                found.append((layout, bond, params, sqrt(errors[bond] / (errors[0] or 1.0))))
+    columns_of = [tuple(each) for each in zip(*found, strict=True)] or [()] * 4
+    return MatrixOptions(experts, matrix, (count, rows, columns), *columns_of)
 
 
 def _candidates(largest: int) -> list[int]:

@@ -23,6 +23,8 @@ class MatrixReport:
     layer : str
         Path of the experts in the model.
     matrix : {"up", "gate", "down"}
+    layout : str or None
+        Layout; None for a matrix that stays as it is.
     bond : int or None
         Bond dimension; None for a matrix that stays as it is.
     params_before, params_after : int
@@ -37,13 +39,14 @@ class MatrixReport:
 
     Examples
     --------
-    >>> matrix = MatrixReport("layers.0.experts", "up", 8, 1000, 400, 4, 0.1, 0.05)
+    >>> matrix = MatrixReport("layers.0.experts", "up", "hidden", 8, 1000, 400, 4, 0.1, 0.05)
     >>> matrix.params_after / matrix.params_before
     0.4
     """
 
     layer: str
     matrix: Matrix
+    layout: str | None
     bond: int | None
     params_before: int
     params_after: int
@@ -64,7 +67,7 @@ class CompressionReport:
 
     Examples
     --------
-    >>> matrix = MatrixReport("layers.0.experts", "up", 8, 1000, 400, 4, 0.1, 0.05)
+    >>> matrix = MatrixReport("layers.0.experts", "up", "hidden", 8, 1000, 400, 4, 0.1, 0.05)
     >>> report = CompressionReport((matrix,), 2.0, 2.1)
     >>> report.params_after, round(report.perplexity_after, 2)
     (400, 8.17)
@@ -110,12 +113,15 @@ class CompressionReport:
         }
 
     def __str__(self) -> str:
-        headers = ["experts", "matrix", "bond", "before", "after", "error", "weighted error"]
+        headers = [
+            "experts", "matrix", "layout", "bond", "before", "after", "error", "weighted error",
+        ]  # fmt: skip
         rows = [
             [
                 each.layer,
                 each.matrix,
-                "as it was" if each.bond is None else each.bond,
+                each.layout or "as it was",
+                each.bond or "",
                 each.params_before,
                 each.params_after,
                 _short(each.error),
@@ -123,7 +129,7 @@ class CompressionReport:
             ]
             for each in self.matrices
         ]
-        rows.append(["all", "", "", self.params_before, self.params_after, "", ""])
+        rows.append(["all", "", "", "", self.params_before, self.params_after, "", ""])
         lines = [format_table(headers, rows)]
         if self.perplexity_before is not None:
             lines.append(

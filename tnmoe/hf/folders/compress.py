@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnmoe.hf.compress import budget_of, compressed_experts, held_out_count
+from tnmoe.hf.compress import budget_of, compressed_experts, held_out_count, plan_of
 from tnmoe.hf.compression import CompressionConfig, check_compression
 from tnmoe.hf.compression_plan import (
     Choice,
-    choose_bonds,
+    choose,
     planned_report,
     structures_of_plan,
 )
@@ -43,6 +43,7 @@ from tnmoe.hf.record import (
     required_record,
     with_records,
 )
+from tnmoe.options import Matrix
 
 # Layers that are in memory at a time, unless the caller says another number.
 DEFAULT_JOBS = 2
@@ -120,13 +121,8 @@ def prepare_compress(
     skeleton.match(name for part in names for name in part)
     item = next(experts[0].module.parameters()).itemsize
     budget = budget_of(config, found.options, source.num_bytes, item)
-    bonds = choose_bonds(found.options, found.energies, config, budget)
-    plans: dict[str, dict[str, Choice]] = {}
-    for option, bond in zip(found.options, bonds, strict=True):
-        plans.setdefault(option.experts, {})[option.matrix] = option, bond
-    structures = {
-        each.name: structures_of_plan(each, plans.get(each.name, {}), config) for each in experts
-    }
+    plans = plan_of(choose(found.options, found.energies, config, budget))
+    structures = {each.name: structures_of_plan(each, plans.get(each.name, {})) for each in experts}
     small = Skeleton(source, entries).model
     skeleton.set_dtypes(small)
     add_compression(small, config, structures)
@@ -186,20 +182,28 @@ class CompressingConversion(Conversion):
     """
 
     survey: Survey = field(kw_only=True)
-    plans: Mapping[str, Mapping[str, Choice]] = field(kw_only=True)
+    plans: Mapping[str, Mapping[Matrix, Choice]] = field(kw_only=True)
     loss_before: float | None = field(kw_only=True)
     held_out: Tensor | None = field(kw_only=True)
 
     @property
     def report(self) -> CompressionReport:
         """What the compression does; ``error`` is None for layers that are not made yet."""
-        made: list[MatrixReport] = []
-        item = next(iter(self.source.specs.values())).item_bytes
+        found: list[MatrixReport] = []
+        read = next(piece.reads[0] for piece in self.pieces if piece.make)
+        item = self.source.specs[read].item_bytes
         for name, plan in self.plans.items():
-            weighted = self.survey.moments(name) is not None
-            planned = [planned_report(choice, item, weighted) for choice in plan.values()]
-            made.extend(self.survey.reports(name) or planned)
-        return CompressionReport(tuple(made), self.loss_before)
+            planned = [planned_report(each, item, self.is_calibrated) for each in plan.values()]
+            made = self.survey.reports(name)
+            # A survey may have reports of an earlier run with another limit.
+            is_same = [replace(each, error=None) for each in made] == planned
+            found.extend(made if is_same else planned)
+        return CompressionReport(tuple(found), self.loss_before)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether errors are those of outputs."""
+        return self.held_out is not None
 
     def report_on(
         self, target: str | os.PathLike, on_step: Steps | None = None
@@ -259,7 +263,10 @@ def _piece(
 
 
 def _make(
-    experts: OrdinaryExperts, plan: Mapping[str, Choice], config: CompressionConfig, survey: Survey
+    experts: OrdinaryExperts,
+    plan: Mapping[Matrix, Choice],
+    config: CompressionConfig,
+    survey: Survey,
 ) -> Any:
     """Make the experts of a mixture smaller, and keep the report."""
     made, reports = compressed_experts(experts, plan, survey.moments(experts.name), config)

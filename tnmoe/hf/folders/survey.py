@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tnmoe import __version__
 from tnmoe.errors import InputError
 from tnmoe.hf.calibration import LayerMoments, MomentsCollector
 from tnmoe.hf.compress import held_out_count, needs_inner, survey
-from tnmoe.hf.compression import CompressionConfig
+from tnmoe.hf.compression import LIMITS, CompressionConfig
 from tnmoe.hf.compression_plan import MatrixOptions
 from tnmoe.hf.compression_report import MatrixReport
 from tnmoe.hf.files.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from tnmoe.hf.folders.streaming import streamed
 from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
 from tnmoe.system.durable import write_atomically, write_json
 from tnmoe.system.files import read_json
+from tnmoe.system.folders import files_in, remove_files
 
 # File that says that a survey is whole, and of what.
 _RESULT = "survey.json"
@@ -62,7 +64,12 @@ class Survey:
     folder : Path, optional
         Where the files are kept; a temporary folder by default.
     purpose : str
-        What the survey is of. The files of another one are replaced.
+        What the survey is of. The files of another one are removed.
+
+    Raises
+    ------
+    InputError
+        If the folder holds files of something else.
     """
 
     def __init__(self, folder: Path | None, purpose: str) -> None:
@@ -70,14 +77,24 @@ class Survey:
         self.folder = Path(self._temporary.name) if self._temporary is not None else Path(folder)  # type: ignore[arg-type]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.purpose = purpose
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make sure that all files of the folder are of this survey."""
+        files, result = list(files_in(self.folder)), self.folder / _RESULT
+        if files and Path(_RESULT) not in files:
+            raise InputError(
+                f"{self.folder} holds files that are not of a survey: choose another folder"
+            )
+        if files and read_json(result).get("purpose") == self.purpose:
+            return
+        remove_files(self.folder, [path for path in files if path != Path(_RESULT)])
+        write_json(result, {"purpose": self.purpose})
 
     def read(self) -> Surveyed | None:
-        """Return what an earlier process found; None if it did not finish, or was another one."""
-        path = self.folder / _RESULT
-        if not path.is_file():
-            return None
-        found = read_json(path)
-        if found.get("purpose") != self.purpose:
+        """Return what an earlier process found; None if it did not finish."""
+        found = read_json(self.folder / _RESULT)
+        if "options" not in found:
             return None
         options = [MatrixOptions.from_dict(each) for each in found["options"]]
         return Surveyed(options, found["energies"], found["loss"])
@@ -179,8 +196,20 @@ def streamed_loss(
     """Return the mean loss per token of a checkpoint's model, a layer at a time in memory."""
     with torch.no_grad(), streamed(runnable(source, entries), on_layer) as model:
         arguments = call_of(model, tokens)
-        labels = arguments.get("decoder_input_ids", arguments["input_ids"])
-        return float(model(**arguments, labels=labels, use_cache=False).loss)
+        if model.base_model is model:  # an encoder-decoder
+            labels = arguments["decoder_input_ids"]
+            return float(model(**arguments, labels=labels, use_cache=False).loss)
+        states = model.base_model(**arguments, use_cache=False).last_hidden_state
+        # The head sees one sequence at a time: all logits of a text would not fit into memory.
+        losses = []
+        for own, each in zip(tokens, states, strict=True):
+            model.base_model.forward = partial(_same, MoeModelOutputWithPast(each[None]))
+            losses.append(float(model(input_ids=own[None], labels=own[None]).loss))
+        return sum(losses) / len(losses)
+
+
+def _same(output: Any, **_: Any) -> Any:
+    return output
 
 
 def call_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
@@ -265,14 +294,14 @@ def _report(on_step: Steps | None, what: str, done: int, total: int) -> None:
 
 
 def _purpose(source: Checkpoint, config: CompressionConfig, calibration: Tensor | None) -> str:
-    """Return a hash of everything that a survey depends on."""
+    """Return a hash of everything that a survey depends on: not of the limit."""
     tokens, size = b"", list[int]()
     if calibration is not None:
         tokens, size = calibration.contiguous().numpy().tobytes(), list(calibration.shape)
     content = {
         "versions": [__version__, torch.__version__],
         "source": source.fingerprint,
-        "config": config.to_dict(),
+        "config": {name: value for name, value in config.to_dict().items() if name not in LIMITS},
         "calibration": [hashlib.sha256(tokens).hexdigest(), size],
     }
     text = json.dumps(content, sort_keys=True, default=str)

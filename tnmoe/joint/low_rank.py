@@ -1,4 +1,4 @@
-"""A matrix that many matrices have in common, and low ranks for what remains of each."""
+"""Low ranks for many matrices at once, beside a matrix that they have in common or without one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains.moments import number_of
-from tnmoe.chains.precision import computable, widened
+from tnmoe.chains.precision import computable, precise, widened
 from tnmoe.chains.whitening import root_of
 from tnmoe.errors import InputError
 from tnmoe.joint.basis import checked_shares, sum_of, tails
 from tnmoe.joint.decompose_shared import decompose_shared
+from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 
 # Turns between the common matrix and the low ranks.
@@ -19,14 +20,16 @@ _TURNS = 8
 
 
 @dataclass(frozen=True)
-class CommonPart:
-    """Matrices written as W_e ≈ B + L_e · R_e, for every rank.
+class LowRank:
+    """Matrices written as W_e ≈ L_e · R_e, or as W_e ≈ B + L_e · R_e, for every rank.
 
     Attributes
     ----------
+    base : bool
+        Whether there is a common matrix B.
     squared_errors : tuple of float
-        With rank r, for r from 0 on, and the mean as B: Σ_e share_e ‖(W_e − Ŵ_e) S^½‖². Other
-        matrices B are better.
+        With rank r, for r from 0 on: Σ_e share_e ‖(W_e − Ŵ_e) S^½‖². With a base these are the
+        errors of the mean as B; :meth:`decompose` finds a better one.
 
     Examples
     --------
@@ -34,13 +37,14 @@ class CommonPart:
     >>> rng = np.random.default_rng(0)
     >>> own = rng.normal(size=(3, 6, 1)) * rng.normal(size=(3, 1, 5))
     >>> matrices = rng.normal(size=(6, 5)) + own
-    >>> part = common_part(matrices)
+    >>> part = low_rank(matrices, base=True)
     >>> shared = part.decompose(matrices, 1)
     >>> error = np.linalg.norm(shared.to_matrices() - matrices)
     >>> bool(error**2 <= part.squared_errors[1])
     True
     """
 
+    base: bool
     squared_errors: tuple[float, ...]
     _importance: tuple[float, ...] = field(repr=False)
     _moments: Array | None = field(repr=False)
@@ -48,10 +52,10 @@ class CommonPart:
     def num_params(self, matrices: Array, size: int) -> int:
         """Count the parameters of :meth:`decompose`'s result."""
         count, rows, columns = matrices.shape
-        return rows * columns + count * size * (rows + columns)
+        return int(self.base) * rows * columns + count * size * (rows + columns)
 
     def decompose(self, matrices: Array, size: int) -> SharedMPO:
-        """Find the common matrix and the low ranks by turns.
+        """Find the low ranks; with a base by turns with it.
 
         Parameters
         ----------
@@ -63,28 +67,37 @@ class CommonPart:
         Returns
         -------
         SharedMPO
-            Of two sites with the legs (out | in), and a base.
+            Of two sites with the legs (out | in).
         """
+        _, rows, columns = matrices.shape
         return decompose_shared(
             matrices,
-            residual=True,
+            MPOShape((rows, 1), (1, columns)),
+            shared_sites="none",
+            residual=self.base,
             bonds=[size],
             weights=self._moments,
             damping=0.0,
-            importance=self._importance,
+            importance=self._importance if self.base else None,
             max_sweeps=_TURNS,
         )
 
 
-def common_part(
-    matrices: Array, *, shares: Sequence[float] | None = None, moments: Array | None = None
-) -> CommonPart:
-    """Prepare matrices to be written as B + L_e · R_e such that Σ_e share_e ‖(…) S^½‖² is small.
+def low_rank(
+    matrices: Array,
+    *,
+    base: bool,
+    shares: Sequence[float] | None = None,
+    moments: Array | None = None,
+) -> LowRank:
+    """Prepare matrices to be written with low ranks; minimise Σ_e share_e ‖(W_e − Ŵ_e) S^½‖².
 
     Parameters
     ----------
     matrices : array, shape (E, out, in)
         NumPy array or torch tensor.
+    base : bool
+        Whether a matrix that all have in common stands beside the low ranks.
     shares : sequence of float, optional
         How much every expert counts; by default all count 1.
     moments : array, shape (in, in), optional
@@ -92,7 +105,7 @@ def common_part(
 
     Returns
     -------
-    CommonPart
+    LowRank
 
     Raises
     ------
@@ -101,26 +114,29 @@ def common_part(
 
     Notes
     -----
-    The form is that of D²-MoE (Gu et al., arXiv:2502.17298).
+    Without a base this is the truncated SVD of every W_e·R with S = R·Rᴴ. With one, the form is
+    that of D²-MoE (Gu et al., arXiv:2502.17298).
     """
     xp, size = get_backend(matrices), matrices.shape[2]
     checked = checked_shares(shares, matrices.shape[0])
-    total = sum(checked)
     if moments is not None and tuple(moments.shape) != (size, size):
         raise InputError(f"moments must have shape {(size, size)}, got {tuple(moments.shape)}")
+    pairs = list(zip(checked, matrices, strict=True))
+    total = sum(checked)
     with xp.full_precision(computable(xp, matrices)):
         root = None if moments is None else root_of(xp, widened(xp, moments)[None])[0][0]
-        mean = sum_of(
-            widened(xp, matrix) * (share / total)
-            for share, matrix in zip(checked, matrices, strict=True)
-        )
+        mean = sum_of(precise(xp, matrix) * (share / total) for share, matrix in pairs)
         importance, squares = [], []
-        for share, matrix in zip(checked, matrices, strict=True):
-            whole, rest = widened(xp, matrix), widened(xp, matrix) - mean
+        for share, matrix in pairs:
+            whole = precise(xp, matrix)
+            rest = whole - mean if base else whole
             if root is not None:
+                root = xp.astype(root, xp.dtype_name(whole))
                 whole, rest = whole @ root, rest @ root
             importance.append(share * number_of(xp, xp.norm(whole)) ** 2)
             if rest.shape[0] > rest.shape[1]:
                 rest = xp.adjoint(rest)
             squares.append(xp.eigvalsh(rest @ xp.adjoint(rest)) * share)
-        return CommonPart(tails(xp, sum_of(squares)), tuple(importance), moments)
+    # All experts count alike where none counts.
+    counted = tuple(importance) if any(importance) else (1.0,) * len(importance)
+    return LowRank(base, tails(xp, sum_of(squares)), counted, moments)
