@@ -8,6 +8,7 @@ from tnmoe.factors import factorize
 from tnmoe.fit import FitInfo, fit
 from tnmoe.io import load, save
 from tnmoe.joint.align import UnitAlignment, align_hidden_units
+from tnmoe.joint.aligned import AlignedDecomposition, decompose_aligned
 from tnmoe.joint.decompose_shared import decompose_shared
 from tnmoe.joint.info import SharedInfo
 from tnmoe.mpo import MPO
@@ -20,6 +21,7 @@ from tnmoe.truncation.select import bonds_by_entropy, select_bonds
 
 __all__ = [
     "MPO",
+    "AlignedDecomposition",
     "ContractionPlan",
     "FitInfo",
     "InputError",
@@ -36,6 +38,7 @@ __all__ = [
     "bonds_by_entropy",
     "contraction_plan",
     "decompose",
+    "decompose_aligned",
     "decompose_batch",
     "decompose_shared",
     "distribute_budget",
