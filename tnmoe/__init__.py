@@ -11,6 +11,7 @@ from tnmoe.joint.align import UnitAlignment, align_hidden_units
 from tnmoe.joint.aligned import AlignedDecomposition, decompose_aligned
 from tnmoe.joint.decompose_shared import decompose_shared
 from tnmoe.joint.info import SharedInfo
+from tnmoe.joint.order import OrderedDecomposition, decompose_ordered
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
@@ -27,6 +28,7 @@ __all__ = [
     "InputError",
     "MPOShape",
     "MissingExtraError",
+    "OrderedDecomposition",
     "SharedInfo",
     "SharedMPO",
     "SqueezeResult",
@@ -40,6 +42,7 @@ __all__ = [
     "decompose",
     "decompose_aligned",
     "decompose_batch",
+    "decompose_ordered",
     "decompose_shared",
     "distribute_budget",
     "factorize",

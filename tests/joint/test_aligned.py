@@ -121,6 +121,20 @@ def test_chains_without_a_base_never_lose(seed):
     assert np.isclose(found.errors[-1], rms(aligned, [found.up, found.down]))
 
 
+def test_one_network_gains_by_units_in_the_order_of_their_norms():
+    rng = np.random.default_rng(0)
+    scales = np.exp(rng.normal(size=24))
+    up = rng.normal(size=(1, 24, 8)) * scales[:, None]
+    down = rng.normal(size=(1, 8, 24)) * scales
+    shapes = {"up": tn.MPOShape((6, 4), (1, 8)), "down": tn.MPOShape((1, 8), (6, 4))}
+
+    def split(name, matrices):
+        return tn.decompose_shared(matrices, shapes[name], max_bond=3, shared_sites=[1])
+
+    found = tn.decompose_aligned(up, down, decompose=split)
+    assert found.gain > 0.1
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_units_move_toward_their_own_targets(library):
     matrices, _ = family(size=2.0, is_gated=True)

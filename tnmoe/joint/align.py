@@ -240,7 +240,7 @@ def _align_to(matrices: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> 
         for group in (matrices, targets)
     )
     given = np.arange(features.shape[1])
-    orders = np.stack([_best_order(*pair, given) for pair in zip(wanted, features, strict=True)])
+    orders = np.stack([best_order(*pair, given) for pair in zip(wanted, features, strict=True)])
     aligned = np.take_along_axis(features, orders[..., None], axis=1)
     total = np.linalg.norm(features) ** 2 or 1.0
     before, after = (1 - np.linalg.norm(each - wanted) ** 2 / total for each in (features, aligned))
@@ -248,7 +248,7 @@ def _align_to(matrices: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> 
     return UnitAlignment(orders, np.ones(orders.shape), float(before), float(after), changed)
 
 
-def _best_order(target: np.ndarray, units: np.ndarray, present: np.ndarray) -> np.ndarray:
+def best_order(target: np.ndarray, units: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Return the order of units, (F, H), that is nearest to a target; the present one if none is.
 
     It solves a linear assignment problem.
@@ -289,7 +289,7 @@ def _orders(features: np.ndarray, max_rounds: int, known: int) -> tuple[np.ndarr
         for expert in range(experts):
             is_known = number > 0 or expert < known
             rest = total - features[expert][orders[expert]] if is_known else total
-            order = _best_order(rest, features[expert], orders[expert])
+            order = best_order(rest, features[expert], orders[expert])
             if (order != orders[expert]).any():
                 changed, orders[expert] = True, order
             total = rest + features[expert][orders[expert]]

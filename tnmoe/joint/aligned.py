@@ -77,11 +77,12 @@ def decompose_aligned(
     """Decompose the matrices of several networks jointly, and order their hidden units for that.
 
     The order of hidden units is free, and what a joint decomposition loses depends on it. The
-    function decomposes the matrices in the given order and in that of :func:`align_hidden_units`.
-    From the better one on, every network's units move to where they are nearest to what the
-    decomposition made of the network, and the decomposition starts anew, as long as its error
-    falls. Beside a base the units move to where they are nearest to the base, apart from what the
-    network's own chain can add to any unit: the chain follows them.
+    function decomposes the matrices in the given order, in that of :func:`align_hidden_units`, and,
+    unless there is a base, with the aligned units sorted by their norms. From the best one on,
+    every network's units move to where they are nearest to what the decomposition made of the
+    network, and the decomposition starts anew, as long as its error falls. Beside a base the units
+    move to where they are nearest to the base, apart from what the network's own chain can add to
+    any unit: the chain follows them.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def decompose_aligned(
         Takes ``"up"``, ``"down"`` or ``"gate"`` and the matrices, and returns their SharedMPO:
         :func:`decompose_shared` with the caller's settings.
     max_rounds : int
-        Largest number of rounds from the better one of these orders on.
+        Largest number of rounds from the best of these orders on.
     tol : float
         Take an order, and go on, if it makes the error smaller by more than this part.
 
@@ -135,14 +136,23 @@ def decompose_aligned(
     best = _Round.of(given, matrices, decompose)
     least = _ROUNDING * EPSILON[get_backend(up).dtype_name(up)]
     errors = [best.error]
-    for number in range(max_rounds + 1):
-        orders = best.next_orders() if number else aligned
-        if (orders != best.orders).any():
-            other = _Round.of(orders, matrices, decompose)
-            if other.error < best.error * (1 - tol) - least:
-                best, errors = other, [*errors, other.error]
-                continue
-        if number:
+
+    def improves(orders: np.ndarray) -> bool:
+        nonlocal best
+        if (orders == best.orders).all():
+            return False
+        other = _Round.of(orders, matrices, decompose)
+        is_better = other.error < best.error * (1 - tol) - least
+        if is_better:
+            best = other
+            errors.append(other.error)
+        return is_better
+
+    improves(aligned)
+    if not best.has_base:
+        improves(_by_norms(matrices, aligned))
+    for _ in range(max_rounds):
+        if not improves(best.next_orders()):
             break
     alignment = alignment_of(matrices, best.orders, len(errors) - 1)
     gate_ = None if gate is None else best.shared[2]
@@ -183,14 +193,29 @@ class _Round:
         error = float(np.linalg.norm(errors) / len(errors) ** 0.5)
         return cls(orders, matrices, shared, approximations, error)
 
+    @property
+    def has_base(self) -> bool:
+        """Whether all matrices have a base, which follows an order that all experts share."""
+        return all(each.base is not None for each in self.shared)
+
     def next_orders(self) -> np.ndarray:
         """Return the order, (E, F), that brings the units nearest to their targets."""
         targets = self.approximations
-        if all(each.base is not None for each in self.shared):
+        if self.has_base:
             pairs = zip(self.shared, self.approximations, strict=True)
             targets = [_rest_of_base(*pair, index == 1) for index, pair in enumerate(pairs)]
         move = align_hidden_units(*self.matrices, toward=targets)
         return np.take_along_axis(self.orders, move.permutations, axis=1)
+
+
+def _by_norms(matrices: Sequence[Array], orders: np.ndarray) -> np.ndarray:
+    """Sort the units, which have an order, by their norms over all experts and matrices."""
+    total = np.zeros(orders.shape[1])
+    for name, matrix in zip(_NAMES, alignment_of(matrices, orders).apply(*matrices), strict=False):
+        xp = get_backend(matrix)
+        squares = np.abs(xp.to_numpy(widened(xp, matrix))) ** 2
+        total += squares.sum((0, 1) if name == "down" else (0, 2)) / (squares.sum() or 1.0)
+    return orders[:, np.argsort(total, kind="stable")]
 
 
 def _rest_of_base(shared: SharedMPO, approximation: Array, is_down: bool) -> np.ndarray:
