@@ -8,8 +8,10 @@ from tnmoe.factors import factorize
 from tnmoe.fit import FitInfo, fit
 from tnmoe.io import load, save
 from tnmoe.joint.align import UnitAlignment, align_hidden_units
+from tnmoe.joint.aligned import AlignedDecomposition, decompose_aligned
 from tnmoe.joint.decompose_shared import decompose_shared
 from tnmoe.joint.info import SharedInfo
+from tnmoe.joint.order import OrderedDecomposition, decompose_ordered
 from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
@@ -20,11 +22,13 @@ from tnmoe.truncation.select import bonds_by_entropy, select_bonds
 
 __all__ = [
     "MPO",
+    "AlignedDecomposition",
     "ContractionPlan",
     "FitInfo",
     "InputError",
     "MPOShape",
     "MissingExtraError",
+    "OrderedDecomposition",
     "SharedInfo",
     "SharedMPO",
     "SqueezeResult",
@@ -36,7 +40,9 @@ __all__ = [
     "bonds_by_entropy",
     "contraction_plan",
     "decompose",
+    "decompose_aligned",
     "decompose_batch",
+    "decompose_ordered",
     "decompose_shared",
     "distribute_budget",
     "factorize",

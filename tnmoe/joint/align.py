@@ -26,8 +26,9 @@ class UnitAlignment:
         Factor of the rows of ``up`` for every aligned unit; the columns of ``down`` are divided by
         it. Ones without rescaling.
     before, after : float
-        Share of the squared norm of all units that their mean over the networks explains, with the
-        units as they are given and aligned. 1 means that all networks are equal.
+        Share of the squared norm of all units that their mean over the networks explains, or the
+        targets, with the units as they are given and aligned. 1 means that all networks are equal,
+        or equal to their targets.
     rounds : int
         Number of rounds in which an order changed.
 
@@ -96,6 +97,7 @@ def align_hidden_units(
     gate: Array | None = None,
     *,
     rescale: bool = False,
+    toward: Sequence[Array] | None = None,
     max_rounds: int = 10,
 ) -> UnitAlignment:
     """Find the order of hidden units in which several networks resemble each other most.
@@ -118,22 +120,31 @@ def align_hidden_units(
         Also give the rows of ``up`` and the columns of ``down`` the same norm, unit by unit. That
         keeps the function if the activation is positively homogeneous (ReLU, leaky ReLU), and that
         of every gated network, where ``up`` meets no activation.
+    toward : sequence of 2 or 3 array, optional
+        Targets with the shapes of ``up``, ``down`` and ``gate``: what a joint decomposition made of
+        the networks, say. Every network gets the order that brings it nearest to its own target.
     max_rounds : int
         Largest number of rounds over all networks.
 
     Returns
     -------
     UnitAlignment
-        With the given order if no other order brings the networks nearer to their mean.
+        With the given order if no other order brings the networks nearer to their mean or targets.
 
     Raises
     ------
     InputError
-        If the matrices do not belong to the same networks, or hold NaN or infinity.
+        If the matrices do not belong to the same networks, or hold NaN or infinity; if there are
+        targets and ``rescale``.
+
+    See Also
+    --------
+    decompose_aligned : Take turns with a joint decomposition.
 
     Notes
     -----
-    Up, down and gate count alike: each is divided by its norm over all networks. A round solves E
+    Up, down and gate count alike: each is divided by its norm over all networks, or, with targets,
+    network by network, as :func:`decompose_shared` does. A round solves E
     assignment problems of F units, which takes O(E·F²·(H + F)) operations.
 
     Examples
@@ -151,6 +162,12 @@ def align_hidden_units(
     matrices = _checked(up, down, gate)
     rescale = check_bool("rescale", rescale)
     max_rounds = check_positive_int("max_rounds", max_rounds)
+    if toward is not None:
+        if rescale:
+            raise InputError("rescale=True moves the networks away from targets: got toward, too")
+        return _align_to(
+            matrices, _targets(toward, [up, down] if gate is None else [up, down, gate])
+        )
     experts, units = matrices[0].shape[:2]
     scales = _balancing(matrices[0], matrices[1]) if rescale else np.ones((experts, units))
     features = _features([matrices[0] * scales[..., None], matrices[1] / scales[..., None]])
@@ -168,6 +185,13 @@ def align_hidden_units(
     if after == before:
         scales = np.ones((experts, units))
     return UnitAlignment(orders, np.take_along_axis(scales, orders, axis=1), before, after, rounds)
+
+
+def alignment_of(matrices: Sequence[Array], orders: np.ndarray, rounds: int = 0) -> UnitAlignment:
+    """Return an order, (E, F), of the units of ``up``, ``down`` and perhaps ``gate``."""
+    features = _features(_checked(matrices[0], matrices[1], *matrices[2:] or [None]))
+    after = _explained(np.take_along_axis(features, orders[..., None], axis=1))
+    return UnitAlignment(orders, np.ones(orders.shape), _explained(features), after, rounds)
 
 
 def _checked(up: Array, down: Array, gate: Array | None) -> list[np.ndarray]:
@@ -194,6 +218,51 @@ def _checked(up: Array, down: Array, gate: Array | None) -> list[np.ndarray]:
     return list(matrices.values())
 
 
+def _targets(toward: Sequence[Array], given: Sequence[Array]) -> list[np.ndarray]:
+    """Return targets in double precision, all with shape (E, F, H)."""
+    if len(toward) != len(given):
+        raise InputError(f"toward must hold {len(given)} arrays, one per matrix, got {len(toward)}")
+    for name, target, matrix in zip(("up", "down", "gate"), toward, given, strict=False):
+        if tuple(target.shape) != tuple(matrix.shape):
+            raise InputError(
+                f"the target of {name} must have its shape {tuple(matrix.shape)}, got "
+                f"{tuple(target.shape)}"
+            )
+    return _checked(toward[0], toward[1], toward[2] if len(toward) == 3 else None)
+
+
+def _align_to(matrices: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> UnitAlignment:
+    """Give every network the order that brings it nearest to its target."""
+    norms = [np.linalg.norm(each, axis=(1, 2), keepdims=True) for each in matrices]
+    norms = [np.where(norm > 0, norm, 1.0) for norm in norms]
+    features, wanted = (
+        np.concatenate([each / norm for each, norm in zip(group, norms, strict=True)], axis=2)
+        for group in (matrices, targets)
+    )
+    given = np.arange(features.shape[1])
+    orders = np.stack([best_order(*pair, given) for pair in zip(wanted, features, strict=True)])
+    aligned = np.take_along_axis(features, orders[..., None], axis=1)
+    total = np.linalg.norm(features) ** 2 or 1.0
+    before, after = (1 - np.linalg.norm(each - wanted) ** 2 / total for each in (features, aligned))
+    changed = int((orders != given).any())
+    return UnitAlignment(orders, np.ones(orders.shape), float(before), float(after), changed)
+
+
+def best_order(target: np.ndarray, units: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return the order of units, (F, H), that is nearest to a target; the present one if none is.
+
+    It solves a linear assignment problem.
+    """
+    # The module takes as long to import as the whole of tnmoe.
+    from scipy.optimize import linear_sum_assignment
+
+    similarity = (target @ units.conj().T).real
+    order = linear_sum_assignment(similarity, maximize=True)[1]
+    rows = np.arange(len(order))
+    is_better = similarity[rows, order].sum() > similarity[rows, present].sum()
+    return order if is_better else present
+
+
 def _balancing(up: np.ndarray, down: np.ndarray) -> np.ndarray:
     """Return the factors that make the rows of ``up`` as long as those of ``down``; 1 for zeros."""
     rows, columns = np.linalg.norm(up, axis=2), np.linalg.norm(down, axis=2)
@@ -212,9 +281,6 @@ def _orders(features: np.ndarray, max_rounds: int, known: int) -> tuple[np.ndarr
 
     The mean begins with the first ``known`` networks. The others join it when they have an order.
     """
-    # The module takes as long to import as the whole of tnmoe.
-    from scipy.optimize import linear_sum_assignment
-
     experts, units = features.shape[:2]
     orders = np.tile(np.arange(units), (experts, 1))
     total, rounds = features[:known].sum(0), 0
@@ -223,11 +289,8 @@ def _orders(features: np.ndarray, max_rounds: int, known: int) -> tuple[np.ndarr
         for expert in range(experts):
             is_known = number > 0 or expert < known
             rest = total - features[expert][orders[expert]] if is_known else total
-            similarity = (rest @ features[expert].conj().T).real
-            order = linear_sum_assignment(similarity, maximize=True)[1]
-            # An order that is as good as the present one changes nothing.
-            present = similarity[np.arange(units), orders[expert]].sum()
-            if similarity[np.arange(units), order].sum() > present:
+            order = best_order(rest, features[expert], orders[expert])
+            if (order != orders[expert]).any():
                 changed, orders[expert] = True, order
             total = rest + features[expert][orders[expert]]
         if not changed:
