@@ -461,6 +461,133 @@ def test_bad_weights_are_named():
         tn.decompose_shared(matrices, max_bond=2, weights=torch.from_numpy(moments))
 
 
+IMPORTANCES = [(4.0, 1.0, 0.25, 2.0), (1e200, 1e200, 1e200, 0.0), (0, 0, 1e-3, 0)]
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("bond", [3, 11])
+def test_importances_reach_the_optimum_of_two_sites(bond, library, dtype, importance):
+    # The oracle is the truncated SVD of all experts' rows, every expert times the root of its own.
+    matrices = gaussian(4, 12, 10, dtype=dtype)
+    shape = tn.MPOShape.split(12, 10, left=6, right=())
+    scales = np.array([1e15, 1.0, 1e-15, 3.0])[:, None, None]
+    shared, info = tn.decompose_shared(
+        to_library((matrices * scales).astype(dtype), library),
+        shape,
+        max_bond=bond,
+        importance=importance,
+        return_info=True,
+    )
+    shares = np.array(importance) / max(importance)
+    sizes = np.linalg.norm(matrices, axis=(1, 2))
+    rows = (matrices * (np.sqrt(shares) / sizes)[:, None, None]).reshape(24, 20)
+    values = np.linalg.svd(rows, compute_uv=False)
+    found = np.linalg.norm(np.sqrt(shares) * info.relative_errors)
+    # What an expert of importance 0 may move.
+    slack = 4 * np.sqrt(EPSILON[dtype])
+    assert np.isclose(found, np.linalg.norm(values[bond:]), atol=slack, rtol=1e-5)
+    # Every owned core is the projection of its matrix onto the rows of the shared one.
+    common = np.linalg.svd(to_numpy(shared.center).reshape(bond, 20), full_matrices=False)[2]
+    for matrix, error in zip(matrices.reshape(4, 6, 20), info.relative_errors, strict=True):
+        left = matrix - matrix @ common.conj().T @ common
+        assert np.isclose(error, np.linalg.norm(left) / np.linalg.norm(matrix), atol=1e-5)
+
+
+def test_equal_importances_change_nothing():
+    matrices = gaussian(3, 12, 12)
+    for case in ({}, {"residual": True}, {"shared_sites": [0]}, {"weights": np.eye(12)}):
+        settings = {"shape": SHAPE, "bonds": (4, 4), "max_sweeps": 4, **case}
+        expected = tn.decompose_shared(matrices, **settings)
+        for importance in ((7.0, 7.0, 7.0), np.ones(3), torch.ones(3)):
+            shared = tn.decompose_shared(matrices, importance=importance, **settings)
+            for core, other in zip(shared.cores, expected.cores, strict=True):
+                np.testing.assert_array_equal(core, other)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("sites", ["center", [0], [1, 2]])
+def test_an_important_expert_is_nearer_and_the_sum_smaller(sites, with_weights, residual):
+    matrices = gaussian(4, 12, 12) + gaussian(12, 12, seed=8)
+    importance = np.array([9.0, 1.0, 0.0, 1.0])
+    given = {"shape": SHAPE, "bonds": (4, 3), "shared_sites": sites, "residual": residual}
+    given |= {"weights": moments_of(4, 12) if with_weights else None, "return_info": True}
+    given |= {"max_sweeps": 8}
+    _, alike = tn.decompose_shared(matrices, **given)
+    _, info = tn.decompose_shared(matrices, importance=importance, **given)
+    sums = [importance @ np.square(each.limited_errors) for each in (info, alike)]
+    assert sums[0] < sums[1]
+    assert info.limited_errors[0] < alike.limited_errors[0]
+    assert max(info.limited_errors) < 1
+    assert list(info.history) == sorted(info.history, reverse=True)
+    if info.history:
+        assert np.isclose(info.history[-1], np.sqrt(sums[0] / importance.sum()), atol=1e-6)
+
+
+def test_the_base_is_the_mean_that_importances_weigh():
+    matrices = with_base(5, 4, noise=0.05)
+    norms = np.linalg.norm(matrices, axis=(1, 2))
+    importance = np.array([1.0, 5.0, 2.0, 0.0, 1.0])
+    shared, info = tn.decompose_shared(
+        matrices, residual=True, max_bond=2, importance=importance, max_sweeps=1, return_info=True
+    )
+    mean = np.average(matrices, axis=0, weights=importance / norms**2)
+    np.testing.assert_allclose(shared.base.to_matrix(), mean, atol=1e-6)
+    values = np.linalg.svd((matrices - mean) / norms[:, None, None], compute_uv=False)
+    np.testing.assert_allclose(
+        info.relative_errors, np.linalg.norm(values[:, 2:], axis=1), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("sites", ["center", [0], [1, 2], "none"])
+@pytest.mark.parametrize("rtol", [0.0, 1e-3, 0.5])
+def test_the_tolerance_limits_experts_of_no_importance(rtol, sites, residual):
+    matrices = gaussian(4, 12, 12) * np.array([1e20, 1e-20, 1.0, 0.0])[:, None, None]
+    if residual:
+        matrices = gaussian(4, 12, 12) + gaussian(12, 12, seed=8)
+    given = {"shared_sites": sites, "residual": residual, "importance": (1, 0, 0, 1e-9)}
+    given |= {"return_info": True, "max_sweeps": 8}
+    _, info = tn.decompose_shared(matrices, SHAPE, rtol=rtol, **given)
+    assert max(info.relative_errors) <= rtol + 1e-12
+    _, info = tn.decompose_shared(matrices, SHAPE, **given)
+    assert max(info.relative_errors) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_zeros_may_be_all_that_matters(dtype):
+    matrices = gaussian(3, 12, 12).astype(dtype)
+    matrices[1] = 0
+    for sites in ("center", [0], [1, 2]):
+        shared, info = tn.decompose_shared(
+            matrices,
+            SHAPE,
+            max_bond=4,
+            shared_sites=sites,
+            importance=[0, 1, 0],
+            return_info=True,
+        )
+        assert not chains_of(shared)[1].any()
+        assert max(info.relative_errors) < 1
+
+
+def test_bad_importances_are_named():
+    matrices = gaussian(3, 12, 12)
+    for importance, message in (
+        ((1, 2), r"importance must hold one number for each of 3 experts, got \(1, 2\)"),
+        (2.0, "importance must hold one number for each of 3 experts, got 2.0"),
+        ((1, -1, 1), r"every importance must be in \[0, inf\), got -1"),
+        ((1, np.nan, 1), "every importance must be in"),
+        ((1, np.inf, 1), "every importance must be in"),
+        ((0, 0, 0), r"importance must hold a positive number, got \(0, 0, 0\)"),
+        (np.ones((3, 1)), "every importance must be in"),
+    ):
+        with pytest.raises(tn.InputError, match=message):
+            tn.decompose_shared(matrices, max_bond=2, importance=importance)
+
+
 def test_gradients_reach_the_matrices():
     matrices = torch.from_numpy(gaussian(3, 12, 12)).requires_grad_()
     shape = tn.MPOShape.split(12, 12, left=4, right=())

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
+import numpy as np
+
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON
 from tnmoe.chains.moments import Moments, inner_product, number_of
@@ -252,21 +254,37 @@ class _Equations:
         """Solve by conjugate gradients, whose every step lowers the error."""
         xp, target = self.xp, self._added(projected)
         solution, residual = start, target - self._added(apply(start))
-        least = (EPSILON[xp.dtype_name(target)] * number_of(xp, xp.norm(target))) ** 2
-        direction, slope = None, 0.0
+        least = EPSILON[xp.dtype_name(target)] ** 2 * self._products(target, target)
+        direction, slopes = None, np.ones(1)
         for _ in range(steps):
             ahead = self._roughly(residual)
-            new = inner_product(xp, residual, ahead)
-            if new <= least:
+            new = self._products(residual, ahead)
+            goes_on = new > least
+            if not goes_on.any():
                 break
-            direction = ahead if direction is None else ahead + direction * (new / slope)
-            slope, image = new, self._added(apply(direction))
-            curvature = inner_product(xp, direction, image)
-            if curvature <= 0:
-                break
-            solution = solution + direction * (new / curvature)
-            residual = residual - image * (new / curvature)
+            # Experts that are done stand still.
+            new = np.where(goes_on, new, 0.0)
+            direction = ahead if direction is None else ahead + direction * self._of(new / slopes)
+            slopes, image = np.where(goes_on, new, 1.0), self._added(apply(direction))
+            curvatures = self._products(direction, image)
+            rises = curvatures > 0
+            steps_ahead = self._of(np.where(rises, new, 0.0) / np.where(rises, curvatures, 1.0))
+            solution = solution + direction * steps_ahead
+            residual = residual - image * steps_ahead
         return solution
+
+    def _products(self, first: Array, second: Array) -> np.ndarray:
+        """Return inner products for every expert that owns the core, or the one of a shared core.
+
+        They are constants for gradients.
+        """
+        count = first.shape[0]
+        rows, columns = first.reshape(count, 1, -1), second.reshape(count, -1, 1)
+        return self.xp.to_numpy((self.xp.conj(rows) @ columns).real).astype(float)[..., None]
+
+    def _of(self, numbers: np.ndarray) -> Array:
+        """Turn numbers of :meth:`_products` into factors of cores."""
+        return self.xp.from_numpy(numbers, like=self.left)
 
     def _total(self, arrays: Array) -> Array:
         """Sum over the experts; what is the same for all of them counts E times."""

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
+
+import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains.moments import damped_moments
 from tnmoe.decompose import check_matrix
-from tnmoe.errors import check_bool, check_number_in, check_one_of, check_positive_int, short_repr
+from tnmoe.errors import (
+    InputError,
+    check_bool,
+    check_number_in,
+    check_one_of,
+    check_positive_int,
+    short_repr,
+)
 from tnmoe.joint.finder import ChainFinder
 from tnmoe.joint.info import SharedInfo
 from tnmoe.joint.limits import SharedLimits
@@ -31,6 +40,7 @@ def decompose_shared(
     center_site: int | None = ...,
     shared_sites: SharedSites | None = ...,
     residual: bool = ...,
+    importance: Sequence[float] | Array | None = ...,
     weights: Array | None = ...,
     damping: float = ...,
     method: Method = ...,
@@ -52,6 +62,7 @@ def decompose_shared(
     center_site: int | None = ...,
     shared_sites: SharedSites | None = ...,
     residual: bool = ...,
+    importance: Sequence[float] | Array | None = ...,
     weights: Array | None = ...,
     damping: float = ...,
     method: Method = ...,
@@ -72,6 +83,7 @@ def decompose_shared(
     center_site: int | None = None,
     shared_sites: SharedSites | None = None,
     residual: bool = False,
+    importance: Sequence[float] | Array | None = None,
     weights: Array | None = None,
     damping: float = 0.01,
     method: Method = "auto",
@@ -81,7 +93,8 @@ def decompose_shared(
 ) -> SharedMPO | tuple[SharedMPO, SharedInfo]:
     """Decompose matrices into chains that share some cores, such that their errors are small.
 
-    The function minimises Σ_e ‖W_e − chain_e‖² / ‖W_e‖²: every expert counts alike.
+    The function minimises Σ_e importance_e · ‖W_e − chain_e‖² / ‖W_e‖². By default every expert
+    counts alike.
 
     Bonds between owned and shared cores may be larger than a single matrix needs, up to E times.
     They lead from experts that share everything they can to experts that share nothing, and the
@@ -99,7 +112,7 @@ def decompose_shared(
     bonds : sequence of int, optional
         Exact bond dimensions, one per bond.
     rtol : float, optional
-        Largest relative Frobenius error of every expert.
+        Largest relative Frobenius error of every expert, whatever its importance.
     max_params : int, optional
         Largest number of stored parameters: those of shared cores and of the base once, those of
         owned cores per expert.
@@ -111,6 +124,10 @@ def decompose_shared(
     residual : bool
         Add a matrix that all experts share, the *base*: W_e ≈ base + chain_e. With two sites the
         chains are matrices of low rank.
+    importance : sequence of E float, optional
+        How much the error of every expert counts: how often a router chooses it, say. Only ratios
+        matter. Less than √ε of the largest counts as √ε, where ε is the rounding of the dtype; so
+        an expert of importance 0 bends no shared core, and its own cores make the best of them.
     weights : array, shape (E, in_features, in_features) or (in_features, in_features), optional
         Second moments E[x xᴴ] of the inputs x that every expert meets, or all experts meet. The
         function then minimises the errors of the outputs, E‖(W_e − chain_e) x‖², relative to
@@ -124,7 +141,8 @@ def decompose_shared(
     max_sweeps : int
         Largest number of sweeps of alternating least squares, or of changes of the base.
     tol : float
-        Stop when a sweep changes the root mean square of the experts' relative errors by less.
+        Stop when a sweep changes the root mean square of the experts' relative errors, weighted by
+        their importances, by less.
     return_info : bool
         Also return the errors.
 
@@ -196,6 +214,7 @@ def decompose_shared(
         shared_sites = "none" if residual else "center"
     shared = resolve_shared_sites(shared_sites, shape.sites, center_site)
     check_one_of("method", method, METHODS)
+    shares = _check_importance(importance, int(matrices.shape[0]))
     finder = ChainFinder(
         xp=xp,
         shape=shape,
@@ -205,6 +224,7 @@ def decompose_shared(
         method=method,
         max_sweeps=check_positive_int("max_sweeps", max_sweeps),
         tol=check_number_in("tol", tol, "[0, inf)"),
+        refits_owned=bool((shares != shares[0]).any()),
     )
     limits = SharedLimits(
         shape,
@@ -218,7 +238,7 @@ def decompose_shared(
     )
     with xp.full_precision(matrices):
         moments = None if weights is None else damped_moments(xp, weights, matrices, damping)
-        found = Experts.of(xp, matrices, moments).search(finder, limits, residual)
+        found = Experts.of(xp, matrices, moments, shares).search(finder, limits, residual)
     if found.missed:
         warnings.warn(
             f"rtol={limits.rtol} needs more than the other limits allow: the relative errors of "
@@ -227,3 +247,21 @@ def decompose_shared(
             stacklevel=2,
         )
     return (found.shared, found.info) if return_info else found.shared
+
+
+def _check_importance(importance: Any, num_experts: int) -> np.ndarray:
+    """Return one number per expert; raise an InputError unless some number is positive."""
+    if importance is None:
+        return np.ones(num_experts)
+    try:
+        numbers = [check_number_in("every importance", each, "[0, inf)") for each in importance]
+    except TypeError:
+        numbers = []
+    if len(numbers) != num_experts:
+        raise InputError(
+            f"importance must hold one number for each of {num_experts} experts, got "
+            f"{short_repr(importance)}"
+        )
+    if not any(numbers):
+        raise InputError(f"importance must hold a positive number, got {short_repr(importance)}")
+    return np.array(numbers)

@@ -10,7 +10,7 @@ from tnmoe.backends import Array, Backend
 from tnmoe.chains.shared_fit import Moments, SharedFit, fit_shared
 from tnmoe.contraction.build import to_padded_matrix
 from tnmoe.decompose import decompose_batch, interleave
-from tnmoe.joint.starts import joint_sweep, starts
+from tnmoe.joint.starts import joint_sweep, starts, with_best_owned
 from tnmoe.options import Method
 from tnmoe.shapes import MPOShape
 
@@ -63,6 +63,9 @@ class ChainFinder:
         Site of the central core.
     method, max_sweeps, tol
         As for :func:`tnmoe.decompose_shared`.
+    refits_owned : bool
+        Whether a joint sweep is followed by the best owned cores beside the shared ones: experts
+        that count little are small beside the others, and their cores lose digits.
     """
 
     xp: Backend
@@ -73,6 +76,7 @@ class ChainFinder:
     method: Method
     max_sweeps: int
     tol: float
+    refits_owned: bool = False
 
     @property
     def takes_limits(self) -> bool:
@@ -106,6 +110,8 @@ class ChainFinder:
             site = self.owned[0]
             sizes = self.shape, site, self.center_site
             cores = joint_sweep(matrices, *sizes, method=self.method, **limits)
+            if self.refits_owned:
+                cores = with_best_owned(matrices, cores, self.shape, site)
             return Chains(cores, (), True, f"joint sweep at site {site}")
         return self._by_least_squares(matrices, limits["bonds"])
 

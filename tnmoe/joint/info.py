@@ -20,9 +20,9 @@ class SharedInfo:
     norms : tuple of float
         ‖W_e‖ of every expert.
     history : tuple of float
-        The root mean square of the experts' relative errors, at the start and after every sweep of
-        alternating least squares, or after every change of the base. It never grows. It is empty
-        where a single decomposition finds the cores.
+        The root mean square of the experts' relative errors, weighted by their importances: at the
+        start and after every sweep of alternating least squares, or after every change of the
+        base. It never grows. It is empty where a single decomposition finds the cores.
     weighted_errors : tuple of float, or None
         With ``weights``: every expert's error, weighed by the damped moments, relative to its
         matrix.

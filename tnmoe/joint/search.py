@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -53,8 +53,8 @@ class Experts:
         Second moments of the inputs.
     sizes : list of float
         The norms, weighed by the moments.
-    roots : array, shape (E, 1, 1)
-        Square roots of the sizes; 1 where a size is 0. Dividing by a tiny number takes two steps.
+    shares : array of float, shape (E,)
+        Factors of the relative errors in the sum: roots of the importances, 1 for the largest.
     """
 
     xp: Backend
@@ -63,10 +63,12 @@ class Experts:
     norms: list[float]
     moments: Array | None
     sizes: list[float]
-    roots: Array
+    shares: np.ndarray
 
     @classmethod
-    def of(cls, xp: Backend, given: Array, moments: Array | None) -> Experts:
+    def of(
+        cls, xp: Backend, given: Array, moments: Array | None, importance: np.ndarray
+    ) -> Experts:
         """Measure the norms; raise an InputError if a number is not finite."""
         matrices = computable(xp, given)
         finite_max_abs(xp, matrices, "the matrices contain")
@@ -77,22 +79,53 @@ class Experts:
                 weighted_norm(xp, matrix, norm, of_expert(moments, number))
                 for number, (matrix, norm) in enumerate(zip(matrices, norms, strict=True))
             ]
-        roots = np.sqrt([size or 1.0 for size in sizes])[:, None, None]
-        return cls(xp, given, matrices, norms, moments, sizes, xp.from_numpy(roots, like=matrices))
+        # An expert that does not count at all would leave its cores to rounding.
+        least = EPSILON[xp.dtype_name(matrices)] ** 0.25
+        shares = np.sqrt(importance / importance.max()).clip(least)
+        return cls(xp, given, matrices, norms, moments, sizes, shares)
+
+    @property
+    def roots(self) -> Array:
+        """Roots of what matrices are divided by, (E, 1, 1): sizes, or 1 for zeros, by shares.
+
+        Dividing by a tiny number takes two steps.
+        """
+        sizes = np.array([size or 1.0 for size in self.sizes])
+        return self.xp.from_numpy(np.sqrt(sizes / self.shares)[:, None, None], like=self.matrices)
+
+    def more_alike(self, exponent: float) -> Experts:
+        """Return experts whose importances are powers of these: all equal for the exponent 0."""
+        return replace(self, shares=self.shares**exponent)
 
     def search(self, finder: ChainFinder, limits: SharedLimits, residual: bool) -> Result:
-        """Return the smallest result in which no expert misses ``rtol``, or the largest one."""
+        """Return the smallest result in which no expert misses ``rtol``, or the largest one.
+
+        The importances of experts give way where ``rtol`` needs it.
+        """
         if finder.takes_limits and not residual and self.moments is None:
             given = {"max_bond": limits.max_bond, "max_params": limits.max_params}
             given |= {"bonds": limits.bonds}
             trials = [
-                partial(self._without_base, finder, given | {"rtol": rtol}, limits)
-                for rtol in _tolerances(limits.rtol, 1 if finder.owns_all else len(self.norms))
+                partial(
+                    self.more_alike(exponent)._without_base, finder, given | {"rtol": rtol}, limits
+                )
+                for rtol, exponent in _tolerances(
+                    limits.rtol, 1 if finder.owns_all else len(self.norms)
+                )
             ]
             return _first_that_fits(trials)
-        attempt = self._with_base if residual else self._without_base
-        family = [partial(attempt, finder, {"bonds": bonds}, limits) for bonds in limits.family()]
+        family = [
+            partial(self._at_bonds, finder, {"bonds": bonds}, limits, residual)
+            for bonds in limits.family()
+        ]
         return family[-1]() if limits.rtol is None else _smallest_that_fits(family)
+
+    def _at_bonds(
+        self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits, residual: bool
+    ) -> Result:
+        alike = [self] if (self.shares == 1).all() else [self, self.more_alike(0.0)]
+        attempts = [each._with_base if residual else each._without_base for each in alike]
+        return _first_that_fits([partial(attempt, finder, bonds, limits) for attempt in attempts])
 
     def _without_base(
         self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
@@ -110,7 +143,7 @@ class Experts:
             rest = (self.matrices - base) / self.roots / self.roots
             chains = finder.find(rest, bonds, self.moments)
             deltas = chains.to_matrices(self.xp, finder.shape)
-            error = self._norm_of_all(rest - deltas) / len(self.norms) ** 0.5
+            error = self._norm_of_all(rest - deltas) / float(np.linalg.norm(self.shares))
             converged = bool(history) and not history[-1] - error >= finder.tol
             if best is None or error < history[-1]:
                 best = base, chains
@@ -126,13 +159,14 @@ class Experts:
     def _best_base(self, rests: Array) -> Array:
         """Return the matrix, (1, out, in), that is nearest to what is left of all experts.
 
-        It is the mean, weighed by 1 / size² and by the moments.
+        It is the mean, weighed by share² / size² and by the moments.
         """
         xp, (count, rows, columns) = self.xp, rests.shape
         least = min((size for size in self.sizes if size), default=1.0)
         shares = np.array([(least / size) ** 2 if size else 0.0 for size in self.sizes])
+        shares *= self.shares**2
         if not shares.any():
-            shares += 1.0
+            shares = self.shares**2
         shares = xp.from_numpy((shares / shares.sum())[None], like=rests)
         if self.moments is None or self.moments.shape[0] == 1:
             return (shares @ rests.reshape(count, -1)).reshape(1, rows, columns)
@@ -159,8 +193,9 @@ class Experts:
             core if site in finder.owned else core[0] for site, core in enumerate(chains.cores)
         ]
         # Without a base, the chain of a matrix of zeros is zero to the last digit.
-        scales = np.sqrt(self.sizes) if base is None else xp.to_numpy(self.roots)
-        roots = xp.from_numpy(np.reshape(scales, (-1, 1, 1, 1, 1)), like=self.matrices)
+        known = np.array(self.sizes) > 0
+        scales = xp.to_numpy(self.roots)[:, 0, 0] * (known if base is None else 1.0)
+        roots = xp.from_numpy(scales[:, None, None, None, None], like=self.matrices)
         cores[finder.owned[0]] = cores[finder.owned[0]] * roots * roots
         common = None
         if base is not None:
@@ -209,14 +244,18 @@ class Experts:
         return error, relative(weighted, size)
 
 
-def _tolerances(rtol: float | None, num_experts: int) -> list[float | None]:
+def _tolerances(rtol: float | None, num_experts: int) -> list[tuple[float | None, float]]:
     """Return errors of all experts together to try, until each of them is within ``rtol``.
 
-    With the last one, no single expert can miss ``rtol``.
+    Beside every error stands an exponent of the importances. With the last error all are equal,
+    and no single expert can miss ``rtol``.
     """
+    if rtol is None:
+        return [(None, 1.0)]
     if not rtol or num_experts == 1:
-        return [rtol]
-    return [rtol * num_experts ** (-0.5 * trial / (_TRIALS - 1)) for trial in range(_TRIALS)]
+        return [(rtol, 0.0)]
+    steps = [trial / (_TRIALS - 1) for trial in range(_TRIALS)]
+    return [(rtol * num_experts ** (-0.5 * step), 1 - step) for step in steps]
 
 
 def _first_that_fits(trials: Sequence[Callable[[], Result]]) -> Result:

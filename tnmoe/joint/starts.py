@@ -8,8 +8,9 @@ from math import prod
 from typing import Any
 
 from tnmoe.backends import Array, Backend, get_backend
+from tnmoe.chains.canonical import canonicalize
 from tnmoe.chains.shared_fit import inverse_root
-from tnmoe.decompose import decompose, decompose_batch
+from tnmoe.decompose import decompose, decompose_batch, interleave
 from tnmoe.mpo import MPO
 from tnmoe.options import Method
 from tnmoe.shapes import MPOShape, joint_shape
@@ -66,6 +67,39 @@ def joint_sweep(
     cores = [core[None] for core in mpo.cores]
     cores[site] = split_experts(xp, mpo.cores[site], matrices.shape[0])
     return cores
+
+
+def with_best_owned(
+    matrices: Array, cores: Sequence[Array], shape: MPOShape, site: int
+) -> list[Array]:
+    """Replace the cores of the one site that experts own by the best ones beside the others.
+
+    The other cores become isometries towards the site, onto which every matrix is projected.
+
+    Parameters
+    ----------
+    matrices : array, shape (E, out_features, in_features)
+    cores : sequence of array, shapes (1, D, out, in, D'), and (E, D, out, in, D') at the site
+    shape : MPOShape
+        Legs of the chains.
+    site : int
+        Whose cores experts own.
+    """
+    xp, count = get_backend(matrices), matrices.shape[0]
+    _, _, out, in_, _ = cores[site].shape
+    # The first expert's core stands at the site: its numbers do not matter.
+    common = list(canonicalize(xp, [core[0] for core in cores], None, site))
+    before, after = xp.eye(1, like=common[0]), xp.eye(1, like=common[0])
+    for core in common[:site]:
+        before = (before @ core.reshape(core.shape[0], -1)).reshape(-1, core.shape[-1])
+    for core in common[:site:-1]:
+        after = (core.reshape(-1, core.shape[-1]) @ after).reshape(core.shape[0], -1)
+    tensor = interleave(xp, matrices, shape, site)
+    tensor = xp.adjoint(before) @ tensor.reshape(count, tensor.shape[1], -1)
+    tensor = tensor.reshape(count, before.shape[1] * out * in_, -1) @ xp.adjoint(after)
+    found = [core[None] for core in common]
+    found[site] = tensor.reshape(count, before.shape[1], out, in_, after.shape[0])
+    return found
 
 
 def _pays_to_project(whole: MPOShape, limits: Mapping[str, Any]) -> bool:
