@@ -13,6 +13,8 @@ import numpy as np
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
 from tnmoe.chains.canonical import canonicalize
+from tnmoe.chains.interleave import interleave
+from tnmoe.chains.moments import damped_moments
 from tnmoe.chains.precision import check_range, computable, narrowed
 from tnmoe.chains.scaling import exponent_of
 from tnmoe.chains.sweep import Sweep, SweepResult
@@ -23,6 +25,7 @@ from tnmoe.shapes import MPOShape, resolve_center_site
 from tnmoe.system.memory import explain_memory_error, in_gigabytes
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
+from tnmoe.weighted import decompose_weighted
 
 # Entries within this many binary orders of magnitude of 1 can be squared and summed in any dtype.
 _SAFE_EXPONENT = 30
@@ -42,6 +45,8 @@ def decompose(
     rtol: float | None = ...,
     max_params: int | None = ...,
     center_site: int | None = ...,
+    weights: Array | None = ...,
+    damping: float = ...,
     method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[False] = ...,
@@ -58,6 +63,8 @@ def decompose(
     rtol: float | None = ...,
     max_params: int | None = ...,
     center_site: int | None = ...,
+    weights: Array | None = ...,
+    damping: float = ...,
     method: Method = ...,
     rng: np.random.Generator | int = ...,
     return_info: Literal[True],
@@ -73,6 +80,8 @@ def decompose(
     rtol: float | None = None,
     max_params: int | None = None,
     center_site: int | None = None,
+    weights: Array | None = None,
+    damping: float = 0.01,
     method: Method = "auto",
     rng: np.random.Generator | int = 0,
     return_info: bool = False,
@@ -102,6 +111,13 @@ def decompose(
         error within it.
     center_site : int, optional
         Site of the orthogonality centre; by default ``shape.center_site``.
+    weights : array, shape (in_features, in_features), optional
+        Second moments E[x xᴴ] of the inputs x that the matrix meets. The function then minimises
+        the error of the outputs, E‖(W − MPO) x‖², and ``rtol`` limits its root relative to that of
+        E‖W x‖².
+    damping : float
+        Share of the identity in the moments, whose mean eigenvalue is brought to 1 first. It keeps
+        inputs that a short calibration did not show from being free.
     method : {"auto", "qr", "eigh", "svd", "randomized"}
         How to find isometries.
 
@@ -143,11 +159,18 @@ def decompose(
     See Also
     --------
     decompose_batch : Many matrices of one shape together.
+    decompose_shared : Many matrices, with cores in common.
 
     Notes
     -----
     Limits hold together. Where ``rtol`` needs larger bonds than ``max_bond`` or ``max_params``
     allow, the latter win.
+
+    With ``weights`` the sweep goes over W R, where S = R Rᴴ are the damped moments, and R⁻¹ is
+    multiplied into the cores afterwards. This keeps the bonds if all input legs stand at one site;
+    with the legs (out | in) no MPO of the same bond is nearer (Eckart and Young, Psychometrika 1,
+    211 (1936)). Otherwise R is the Kronecker product of such matrices for every site, from the
+    marginals of S, and alternating least squares with the moments that remain improve the sweep.
 
     Beside the matrix it takes memory for one to two copies, and with ``rtol`` or the randomized
     method for three to four. Half precision is copied to float32 first, which doubles the number.
@@ -164,7 +187,18 @@ def decompose(
     """
     shape = check_matrix(matrix, shape, axes=2)
     limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
-    ((mpo, info),) = _decompose_all(matrix, limits, center_site, method, rng, return_info)
+    if weights is None:
+        ((mpo, info),) = _decompose_all(matrix, limits, center_site, method, rng, return_info)
+    else:
+        xp, center_site = get_backend(matrix), resolve_center_site(shape, center_site)
+        rng = check_generator(rng)
+
+        def sweep(whitened: Array, within: Limits) -> tuple[MPO, TruncationInfo]:
+            return _decompose_all(whitened, within, center_site, method, rng, return_info)[0]
+
+        with xp.full_precision(matrix):
+            moments = damped_moments(xp, weights, matrix, damping)
+            mpo, info = decompose_weighted(matrix, moments, limits, center_site, sweep)
     return (mpo, info) if return_info else mpo
 
 
@@ -343,24 +377,6 @@ def _to_tensor(
         divisors = np.reshape(scales, (-1, 1, 1) if computed.ndim == 3 else ())
         computed = computed / xp.from_numpy(divisors, like=computed)
     return interleave(xp, computed, shape, center_site), scales
-
-
-def interleave(xp: Backend, matrix: Array, shape: MPOShape, center_site: int) -> Array:
-    """Permute a matrix to axes (..., left legs, legs of the centre, right legs)."""
-    padded = (shape.padded_out, shape.padded_in)
-    if tuple(matrix.shape[-2:]) != padded:
-        matrix = xp.pad(matrix, *padded)
-    batch = matrix.shape[:-2]
-    # Legs of size 1 are left out: libraries limit the number of axes.
-    sides = (enumerate(dims) for dims in (shape.out_dims, shape.in_dims))
-    legs = [(site, size) for side in sides for site, size in side if size > 1]
-    axes = sorted(range(len(legs)), key=lambda axis: legs[axis][0])
-    tensor = xp.permute(
-        matrix.reshape((*batch, *(size for _, size in legs))),
-        [*range(len(batch)), *(len(batch) + axis for axis in axes)],
-    )
-    left, right = prod(shape.legs[:center_site]), prod(shape.legs[center_site + 1 :])
-    return tensor.reshape(*batch, left, shape.legs[center_site], right)
 
 
 def _mpo_of(

@@ -369,6 +369,47 @@ def test_weighted_joint_chains_of_two_sites_reach_the_optimum():
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_common_weights_need_one_sweep_where_input_legs_share_a_site(library, dtype, monkeypatch):
+    # The oracle is the truncated SVD of all experts' whitened rows.
+    monkeypatch.setattr("tnmoe.joint.finder.fit_shared", None)  # least squares would fail
+    matrices, moments = gaussian(4, 12, 10, dtype=dtype), moments_of(1, 10, dtype=dtype)[0]
+    shape, root = tn.MPOShape((6, 2), (1, 10)), np.linalg.cholesky(damped(moments))
+    sizes = np.linalg.norm(matrices @ root, axis=(1, 2), keepdims=True)
+    importance = np.array([3.0, 1.0, 1.0, 2.0])
+    rows = (matrices / sizes * np.sqrt(importance)[:, None, None]).reshape(24, 2, 10) @ root
+    values = np.linalg.svd(rows.reshape(24, 20), compute_uv=False)
+    given_ = to_library(matrices, library), shape
+    rest = {"weights": to_library(moments, library), "return_info": True}
+    _, info = tn.decompose_shared(*given_, max_bond=7, importance=importance, **rest)
+    found = np.sqrt(importance) * info.weighted_errors
+    assert np.isclose(np.linalg.norm(found), np.linalg.norm(values[7:]), rtol=1e-5)
+    assert info.history == ()
+    _, info = tn.decompose_shared(*given_, rtol=0.3, **rest)
+    assert 0.2 < max(info.weighted_errors) <= 0.3
+
+
+def test_weights_of_every_expert_need_no_least_squares_where_it_owns_the_input_legs(monkeypatch):
+    monkeypatch.setattr("tnmoe.joint.finder.fit_shared", None)
+    matrices, moments = gaussian(3, 12, 10), moments_of(3, 10)
+    shape = tn.MPOShape((12, 1), (1, 10))
+    given_ = {"weights": moments, "max_bond": 3, "return_info": True}
+    _, info = tn.decompose_shared(matrices, shape, shared_sites="none", **given_)
+    roots = np.linalg.cholesky(damped(moments))
+    values = np.linalg.svd(matrices @ roots, compute_uv=False)
+    best = np.linalg.norm(values[:, 3:], axis=1) / np.linalg.norm(values, axis=1)
+    np.testing.assert_allclose(info.weighted_errors, best, rtol=1e-10)
+    shared, info = tn.decompose_shared(matrices, residual=True, **given_)
+    rest = np.linalg.svd((matrices - shared.base.to_matrix()) @ roots, compute_uv=False)
+    best = np.linalg.norm(rest[:, 3:], axis=1) / np.linalg.norm(values, axis=1)
+    np.testing.assert_allclose(info.weighted_errors, best, rtol=1e-10)
+    assert list(info.history) == sorted(info.history, reverse=True)
+    # A shared site cannot take the roots of every expert.
+    with pytest.raises(TypeError):
+        tn.decompose_shared(matrices, shape, shared_sites=[1], **given_)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("is_common", [False, True])
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])

@@ -58,7 +58,7 @@ def damped_moments(xp: Backend, weights: Array, matrices: Array, damping: float)
         Library of the matrices.
     weights : array, shape (E, in, in) or (in, in)
         Second moments of the inputs.
-    matrices : array, shape (E, out, in)
+    matrices : array, shape (E, out, in) or (out, in)
         What the inputs meet.
     damping : float
         Share of the identity.
@@ -76,16 +76,15 @@ def damped_moments(xp: Backend, weights: Array, matrices: Array, damping: float)
         If they belong to another library.
     """
     damping = check_number_in("damping", damping, "[0, 1]")
-    experts, _, size = matrices.shape
+    *experts, _, size = matrices.shape
     if get_backend(weights) is not xp:
         raise TypeError(
             f"weights must be an array of {xp.name}, as the matrices are, got {type(weights)}"
         )
-    expected = (experts, size, size), (size, size)
+    expected = list(dict.fromkeys([(*experts, size, size), (size, size)]))
     if tuple(weights.shape) not in expected:
-        raise InputError(
-            f"weights must have shape {expected[0]} or {expected[1]}, got {tuple(weights.shape)}"
-        )
+        shapes = " or ".join(map(str, expected))
+        raise InputError(f"weights must have shape {shapes}, got {tuple(weights.shape)}")
     dtype = xp.dtype_name(computable(xp, matrices))
     if xp.dtype_name(weights) in COMPLEX_DTYPES and dtype not in COMPLEX_DTYPES:
         raise InputError(f"the weights of real matrices must be real, got {xp.dtype_name(weights)}")

@@ -131,7 +131,7 @@ def decompose_shared(
     weights : array, shape (E, in_features, in_features) or (in_features, in_features), optional
         Second moments E[x xᴴ] of the inputs x that every expert meets, or all experts meet. The
         function then minimises the errors of the outputs, E‖(W_e − chain_e) x‖², relative to
-        E‖W_e x‖², and ``rtol`` limits their square roots. It takes longer.
+        E‖W_e x‖², and ``rtol`` limits their square roots.
     damping : float
         Share of the identity in the moments, whose mean eigenvalue is brought to 1 first. It keeps
         inputs that a short calibration did not show from being free.
@@ -183,7 +183,10 @@ def decompose_shared(
     The form is that of D²-MoE (Gu et al., arXiv:2502.17298), whose base is a mean of the experts,
     weighted by Fisher information.
 
-    For a single matrix with ``weights``, give an axis of one expert: the MPO is ``.expert(0)``.
+    With ``weights`` the sweeps go over whitened matrices, as in :func:`decompose`. Where all input
+    legs stand at one site, and experts own that site or have their moments in common, plain errors
+    of whitened matrices are the weighted errors, and all that is said above holds for them.
+    Otherwise least squares meet the moments that whitening leaves. They take longer.
 
     Gradients take the norms of the matrices, by which errors are weighed, for constants.
 
@@ -238,7 +241,7 @@ def decompose_shared(
     )
     with xp.full_precision(matrices):
         moments = None if weights is None else damped_moments(xp, weights, matrices, damping)
-        found = Experts.of(xp, matrices, moments, shares).search(finder, limits, residual)
+        found = Experts.of(finder, matrices, moments, shares).search(finder, limits, residual)
     if found.missed:
         warnings.warn(
             f"rtol={limits.rtol} needs more than the other limits allow: the relative errors of "

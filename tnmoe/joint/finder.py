@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tnmoe.backends import Array, Backend
-from tnmoe.chains.shared_fit import Moments, SharedFit, fit_shared
+from tnmoe.chains.interleave import interleave
+from tnmoe.chains.moments import Moments
+from tnmoe.chains.shared_fit import SharedFit, fit_shared
+from tnmoe.chains.whitening import Whitening
 from tnmoe.contraction.build import to_padded_matrix
-from tnmoe.decompose import decompose_batch, interleave
+from tnmoe.decompose import decompose_batch
 from tnmoe.joint.starts import joint_sweep, starts, with_best_owned
 from tnmoe.options import Method
 from tnmoe.shapes import MPOShape
@@ -89,7 +92,7 @@ class ChainFinder:
         return len(self.owned) == self.shape.sites or self.num_experts == 1
 
     def find(
-        self, matrices: Array, limits: Mapping[str, Any], moments: Array | None = None
+        self, matrices: Array, limits: Mapping[str, Any], whitening: Whitening | None = None
     ) -> Chains:
         """Find the chains of matrices, (E, out_features, in_features).
 
@@ -97,13 +100,24 @@ class ChainFinder:
         ----------
         matrices : array
         limits : mapping
-            Arguments of :func:`tnmoe.decompose`; ``bonds`` alone with moments, or unless
-            :attr:`takes_limits`.
-        moments : array, shape (E, in_features, in_features) or (1, …), optional
-            Second moments of the inputs.
+            Arguments of :func:`tnmoe.decompose`; ``bonds`` alone unless :attr:`takes_limits`, or
+            where whitening leaves moments.
+        whitening : Whitening, optional
+            Of the inputs. Plain errors of whitened matrices are weighted errors of the matrices.
         """
+        if whitening is not None:
+            finder, moments = replace(self, shape=whitening.whole), None
+            if whitening.rest is not None:
+                moments = Moments(self.xp, whitening.rest, self.shape.out_dims, self.shape.in_dims)
+            chains = finder._of(whitening.apply(matrices), limits, moments)
+            return replace(chains, cores=whitening.undo(chains.cores))
+        return self._of(matrices, limits)
+
+    def _of(
+        self, matrices: Array, limits: Mapping[str, Any], moments: Moments | None = None
+    ) -> Chains:
         if moments is not None:
-            return self._by_least_squares(matrices, limits["bonds"], self._padded(moments))
+            return self._by_least_squares(matrices, limits["bonds"], moments)
         if self.owns_all:
             return self._by_own_sweeps(matrices, limits)
         if len(self.owned) == 1:
@@ -123,12 +137,6 @@ class ChainFinder:
         )
         cores = [self.xp.stack(each) for each in zip(*(mpo.cores for mpo in mpos), strict=True)]
         return Chains(cores, (), True, "own sweeps")
-
-    def _padded(self, moments: Array) -> Moments:
-        size = self.shape.padded_in
-        if self.shape.in_features < size:
-            moments = self.xp.pad(moments, size, size)
-        return Moments(self.xp, moments, self.shape.out_dims, self.shape.in_dims)
 
     def _by_least_squares(
         self, matrices: Array, bonds: Sequence[int], moments: Moments | None = None

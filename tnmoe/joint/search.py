@@ -14,6 +14,7 @@ from tnmoe.chains.moments import inner_product, number_of, of_expert, weighted_n
 from tnmoe.chains.precision import computable, narrowed, widened
 from tnmoe.chains.scaling import finite_max_abs
 from tnmoe.chains.shared_fit import inverse
+from tnmoe.chains.whitening import Whitening
 from tnmoe.contraction.build import to_padded_matrix
 from tnmoe.joint.finder import ChainFinder, Chains
 from tnmoe.joint.info import SharedInfo, relative
@@ -51,6 +52,8 @@ class Experts:
     norms : list of float
     moments : array, shape (E, in, in) or (1, in, in), or None
         Second moments of the inputs.
+    whitening : Whitening, or None
+        Of the inputs.
     sizes : list of float
         The norms, weighed by the moments.
     shares : array of float, shape (E,)
@@ -62,19 +65,22 @@ class Experts:
     matrices: Array
     norms: list[float]
     moments: Array | None
+    whitening: Whitening | None
     sizes: list[float]
     shares: np.ndarray
 
     @classmethod
     def of(
-        cls, xp: Backend, given: Array, moments: Array | None, importance: np.ndarray
+        cls, finder: ChainFinder, given: Array, moments: Array | None, importance: np.ndarray
     ) -> Experts:
         """Measure the norms; raise an InputError if a number is not finite."""
+        xp, whitening = finder.xp, None
         matrices = computable(xp, given)
         finite_max_abs(xp, matrices, "the matrices contain")
         norms = [number_of(xp, xp.norm(matrix)) for matrix in matrices]
         sizes = norms
         if moments is not None:
+            whitening = Whitening.of(xp, moments, finder.shape, finder.owned)
             sizes = [
                 weighted_norm(xp, matrix, norm, of_expert(moments, number))
                 for number, (matrix, norm) in enumerate(zip(matrices, norms, strict=True))
@@ -82,7 +88,7 @@ class Experts:
         # An expert that does not count at all would leave its cores to rounding.
         least = EPSILON[xp.dtype_name(matrices)] ** 0.25
         shares = np.sqrt(importance / importance.max()).clip(least)
-        return cls(xp, given, matrices, norms, moments, sizes, shares)
+        return cls(xp, given, matrices, norms, moments, whitening, sizes, shares)
 
     @property
     def roots(self) -> Array:
@@ -102,7 +108,8 @@ class Experts:
 
         The importances of experts give way where ``rtol`` needs it.
         """
-        if finder.takes_limits and not residual and self.moments is None:
+        is_plain = self.whitening is None or self.whitening.rest is None
+        if finder.takes_limits and not residual and is_plain:
             given = {"max_bond": limits.max_bond, "max_params": limits.max_params}
             given |= {"bonds": limits.bonds}
             trials = [
@@ -130,7 +137,7 @@ class Experts:
     def _without_base(
         self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
     ) -> Result:
-        chains = finder.find(self.matrices / self.roots / self.roots, bonds, self.moments)
+        chains = finder.find(self.matrices / self.roots / self.roots, bonds, self.whitening)
         return self._finish(finder, chains, limits)
 
     def _with_base(
@@ -141,7 +148,7 @@ class Experts:
         best, history, converged = None, list[float](), False
         for _ in range(finder.max_sweeps):
             rest = (self.matrices - base) / self.roots / self.roots
-            chains = finder.find(rest, bonds, self.moments)
+            chains = finder.find(rest, bonds, self.whitening)
             deltas = chains.to_matrices(self.xp, finder.shape)
             error = self._norm_of_all(rest - deltas) / float(np.linalg.norm(self.shares))
             converged = bool(history) and not history[-1] - error >= finder.tol

@@ -9,8 +9,9 @@ from typing import Any
 
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.chains.canonical import canonicalize
+from tnmoe.chains.interleave import interleave
 from tnmoe.chains.shared_fit import inverse_root
-from tnmoe.decompose import decompose, decompose_batch, interleave
+from tnmoe.decompose import decompose, decompose_batch
 from tnmoe.mpo import MPO
 from tnmoe.options import Method
 from tnmoe.shapes import MPOShape, joint_shape

@@ -28,6 +28,12 @@ class TruncationInfo:
     earlier_error : float
         Bound on the error made before these cuts, for a sum or product that was never formed
         exactly. 0 otherwise.
+    measured_error : float, or None
+        With ``weights``: ‖W − MPO‖ in the Frobenius norm, measured in double precision, plus the
+        rounding of the measurement. ``discarded`` and ``spectra`` are then those of the sweep over
+        the whitened matrix.
+    weighted_error : float, or None
+        With ``weights``: the error weighed by the damped moments, relative to the matrix.
 
     Examples
     --------
@@ -45,6 +51,8 @@ class TruncationInfo:
     spectra: tuple[Array, ...] = field(repr=False)
     methods: tuple[str, ...]
     earlier_error: float = 0.0
+    measured_error: float | None = None
+    weighted_error: float | None = None
 
     @property
     def error_bound(self) -> float:
@@ -53,6 +61,9 @@ class TruncationInfo:
         Every cut is an orthogonal projection inside the range of the cuts before it, so the
         errors add up as squares (Oseledets, SIAM J. Sci. Comput. 33, 2295 (2011), theorem 2.2).
         The error reaches the bound unless the shape is padded, where part of what was cut may lie
-        in the padding. Rounding adds a few units in the last place of ‖W‖.
+        in the padding. Rounding adds a few units in the last place of ‖W‖. With ``weights`` the
+        bound is the measured error.
         """
+        if self.measured_error is not None:
+            return self.measured_error
         return self.earlier_error + hypot(*self.discarded)
