@@ -13,6 +13,10 @@ ADD_METHODS = get_args(AddMethod)
 MatmulMethod = Literal["direct", "zipup", "randomized"]
 MATMUL_METHODS = get_args(MatmulMethod)
 
+# tnmoe.decompose_shared
+ChainForm = Literal["free", "canonical"]
+CHAIN_FORMS = get_args(ChainForm)
+
 # Routes from activations to outputs: of a layer of experts, and of one MPO alone
 Route = Literal["joint", "per_expert", "rebuilt", "cached"]
 ROUTES = get_args(Route)

@@ -313,6 +313,18 @@ def test_equal_experts_and_zeros_need_a_base_alone():
     assert info.errors[1] > 0
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize("sites", ["none", [0], [1]])
+def test_zeros_beside_a_base_do_not_feel_the_scale_of_the_others(sites, scale):
+    matrices = with_base(4, 2, noise=0.1).astype("float32")
+    matrices[2] = 0
+    given_ = {"residual": True, "max_bond": 3, "shared_sites": sites, "max_sweeps": 4}
+    shape = tn.MPOShape((4, 3, 1), (1, 3, 5))
+    expected = tn.decompose_shared(matrices, shape, **given_).to_matrices()
+    found = tn.decompose_shared(matrices * np.float32(scale), shape, **given_).to_matrices()
+    np.testing.assert_allclose(found / scale, expected, atol=1e-3 * np.abs(expected).max())
+
+
 def moments_of(experts, size, seed=0, dtype="float64"):
     """Second moments of inputs that are strong in a few directions, other ones for every expert."""
     inputs = gaussian(experts, size, 4 * size, seed=seed, dtype=dtype)

@@ -87,10 +87,10 @@ def fit_shared(
     norm = _size(xp, targets, moments)
     if not norm:
         return SharedFit(list(cores), [0.0], True)
-    best, errors = list(cores), [_size(xp, targets - _product(cores), moments) / norm]
+    best, errors = list(cores), [_size(xp, targets - product_of(cores), moments) / norm]
     for _ in range(max_sweeps):
         cores = _sweep(xp, targets, best, moments)
-        error = _size(xp, targets - _product(cores), moments) / norm
+        error = _size(xp, targets - product_of(cores), moments) / norm
         # Only rounding can raise the error: nothing is left to gain.
         if not error < errors[-1]:
             return SharedFit(best, errors, True)
@@ -152,7 +152,7 @@ def _size(xp: Backend, targets: Array, moments: Moments | None) -> float:
     return max(0.0, inner_product(xp, targets, moments.apply(targets))) ** 0.5
 
 
-def _product(cores: Sequence[Array]) -> Array:
+def product_of(cores: Sequence[Array]) -> Array:
     """Multiply all cores: (E, legs in the order of the sites)."""
     product = cores[0][:, 0]
     for core in cores[1:]:

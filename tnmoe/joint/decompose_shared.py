@@ -23,7 +23,7 @@ from tnmoe.joint.finder import ChainFinder
 from tnmoe.joint.info import SharedInfo
 from tnmoe.joint.limits import SharedLimits
 from tnmoe.joint.search import Experts
-from tnmoe.options import METHODS, Method
+from tnmoe.options import CHAIN_FORMS, METHODS, ChainForm, Method
 from tnmoe.shapes import MPOShape, SharedSites, resolve_center_site, resolve_shared_sites
 from tnmoe.shared_mpo import SharedMPO
 
@@ -40,6 +40,7 @@ def decompose_shared(
     center_site: int | None = ...,
     shared_sites: SharedSites | None = ...,
     residual: bool = ...,
+    form: ChainForm = ...,
     importance: Sequence[float] | Array | None = ...,
     weights: Array | None = ...,
     damping: float = ...,
@@ -62,6 +63,7 @@ def decompose_shared(
     center_site: int | None = ...,
     shared_sites: SharedSites | None = ...,
     residual: bool = ...,
+    form: ChainForm = ...,
     importance: Sequence[float] | Array | None = ...,
     weights: Array | None = ...,
     damping: float = ...,
@@ -83,6 +85,7 @@ def decompose_shared(
     center_site: int | None = None,
     shared_sites: SharedSites | None = None,
     residual: bool = False,
+    form: ChainForm = "free",
     importance: Sequence[float] | Array | None = None,
     weights: Array | None = None,
     damping: float = 0.01,
@@ -124,6 +127,12 @@ def decompose_shared(
     residual : bool
         Add a matrix that all experts share, the *base*: W_e ≈ base + chain_e. With two sites the
         chains are matrices of low rank.
+    form : {"free", "canonical"}
+        In *canonical* form every expert's chain is in canonical form around ``center_site``: all
+        cores but the centre are isometries. A shared centre then carries the norm that all chains
+        have in common. Of two matrices whose norms differ by a factor f, one then misses by
+        (f − 1) / (f + 1) at least. Unless experts own the centre alone, bonds are no larger than a
+        single matrix needs, and the result is not exact without limits.
     importance : sequence of E float, optional
         How much the error of every expert counts: how often a router chooses it, say. Only ratios
         matter. Less than √ε of the largest counts as √ε, where ε is the rounding of the dtype; so
@@ -149,7 +158,7 @@ def decompose_shared(
     Returns
     -------
     SharedMPO
-        In the matrices' library, dtype and device. Without any limit it is exact.
+        In the matrices' library, dtype and device. Without any limit it is exact, in free form.
     SharedInfo
         Only with ``return_info``.
 
@@ -217,6 +226,7 @@ def decompose_shared(
         shared_sites = "none" if residual else "center"
     shared = resolve_shared_sites(shared_sites, shape.sites, center_site)
     check_one_of("method", method, METHODS)
+    check_one_of("form", form, CHAIN_FORMS)
     shares = _check_importance(importance, int(matrices.shape[0]))
     finder = ChainFinder(
         xp=xp,
@@ -227,6 +237,7 @@ def decompose_shared(
         method=method,
         max_sweeps=check_positive_int("max_sweeps", max_sweeps),
         tol=check_number_in("tol", tol, "[0, inf)"),
+        form=form,
         refits_owned=bool((shares != shares[0]).any()),
     )
     limits = SharedLimits(
@@ -238,10 +249,18 @@ def decompose_shared(
         rtol=rtol,
         max_params=max_params,
         base_params=shape.out_features * shape.in_features if residual else 0,
+        enlarges=not finder.needs_isometries,
     )
     with xp.full_precision(matrices):
         moments = None if weights is None else damped_moments(xp, weights, matrices, damping)
-        found = Experts.of(finder, matrices, moments, shares).search(finder, limits, residual)
+        experts = Experts.of(finder, matrices, moments, shares)
+        if weights is not None and form == "canonical" and not experts.keeps_isometries(finder):
+            raise InputError(
+                "form='canonical' takes weights only if all input legs stand at "
+                f"center_site={center_site} and, where experts share it, one matrix of weights "
+                f"for all of them: got {shape} and weights of shape {tuple(weights.shape)}"
+            )
+        found = experts.search(finder, limits, residual)
     if found.missed:
         warnings.warn(
             f"rtol={limits.rtol} needs more than the other limits allow: the relative errors of "

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from tnmoe.backends import Array, Backend
+from tnmoe.chains.canonical_fit import fit_canonical
 from tnmoe.chains.interleave import interleave
 from tnmoe.chains.moments import Moments
 from tnmoe.chains.shared_fit import SharedFit, fit_shared
@@ -14,11 +18,14 @@ from tnmoe.chains.whitening import Whitening
 from tnmoe.contraction.build import to_padded_matrix
 from tnmoe.decompose import decompose_batch
 from tnmoe.joint.starts import joint_sweep, starts, with_best_owned
-from tnmoe.options import Method
+from tnmoe.options import ChainForm, Method
 from tnmoe.shapes import MPOShape
 
 # Sweeps after which the best start is chosen.
 _FIRST_SWEEPS = 3
+
+# From targets and cores to better cores, in a number of sweeps and until a tolerance.
+Fit = Callable[[Array, list[Array], int, float], SharedFit]
 
 
 @dataclass(frozen=True)
@@ -33,19 +40,24 @@ class Chains:
     converged : bool
     start : str
         What the first sweep started from.
+    factors : array of float, shape (E,), or None
+        The chain of an expert is this number times the product of its cores; by default 1.
     """
 
     cores: list[Array]
     history: tuple[float, ...]
     converged: bool
     start: str
+    factors: np.ndarray | None = None
 
     def to_matrices(self, xp: Backend, shape: MPOShape) -> Array:
         """Build the matrices, (E, out_features, in_features)."""
         experts = max(core.shape[0] for core in self.cores)
         cores = [core if core.shape[0] == experts else core[0] for core in self.cores]
-        matrices = to_padded_matrix(xp, cores)
-        return matrices[:, : shape.out_features, : shape.in_features]
+        matrices = to_padded_matrix(xp, cores)[:, : shape.out_features, : shape.in_features]
+        if self.factors is None:
+            return matrices
+        return matrices * xp.from_numpy(self.factors[:, None, None], like=matrices)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class ChainFinder:
         Site of the central core.
     method, max_sweeps, tol
         As for :func:`tnmoe.decompose_shared`.
+    form : {"free", "canonical"}
+        As for :func:`tnmoe.decompose_shared`.
     refits_owned : bool
         Whether a joint sweep is followed by the best owned cores beside the shared ones: experts
         that count little are small beside the others, and their cores lose digits.
@@ -79,12 +93,22 @@ class ChainFinder:
     method: Method
     max_sweeps: int
     tol: float
+    form: ChainForm = "free"
     refits_owned: bool = False
 
     @property
     def takes_limits(self) -> bool:
         """Whether single sweeps find the chains, and choose the bonds on their way."""
-        return self.owns_all or len(self.owned) == 1
+        return self.owns_all or (len(self.owned) == 1 and not self.needs_isometries)
+
+    @property
+    def needs_isometries(self) -> bool:
+        """Whether a sweep is not canonical for every expert: they own other cores than the centre.
+
+        A sweep is so if there is nothing in common.
+        """
+        is_center = self.owned == [self.center_site]
+        return self.form == "canonical" and not self.owns_all and not is_center
 
     @property
     def owns_all(self) -> bool:
@@ -92,7 +116,11 @@ class ChainFinder:
         return len(self.owned) == self.shape.sites or self.num_experts == 1
 
     def find(
-        self, matrices: Array, limits: Mapping[str, Any], whitening: Whitening | None = None
+        self,
+        matrices: Array,
+        limits: Mapping[str, Any],
+        whitening: Whitening | None = None,
+        factors: np.ndarray | None = None,
     ) -> Chains:
         """Find the chains of matrices, (E, out_features, in_features).
 
@@ -104,30 +132,44 @@ class ChainFinder:
             where whitening leaves moments.
         whitening : Whitening, optional
             Of the inputs. Plain errors of whitened matrices are weighted errors of the matrices.
+        factors : array of float, shape (E,), optional
+            In canonical form, where experts cannot scale a shared centre: what every expert's
+            chain is multiplied by.
         """
+        if self.needs_isometries and self.center_site not in self.owned:
+            assert factors is not None
+        else:
+            factors = np.ones(self.num_experts)
         if whitening is not None:
             finder, moments = replace(self, shape=whitening.whole), None
             if whitening.rest is not None:
                 moments = Moments(self.xp, whitening.rest, self.shape.out_dims, self.shape.in_dims)
-            chains = finder._of(whitening.apply(matrices), limits, moments)
+            chains = finder._of(whitening.apply(matrices), limits, factors, moments)
             return replace(chains, cores=whitening.undo(chains.cores))
-        return self._of(matrices, limits)
+        return self._of(matrices, limits, factors)
 
     def _of(
-        self, matrices: Array, limits: Mapping[str, Any], moments: Moments | None = None
+        self,
+        matrices: Array,
+        limits: Mapping[str, Any],
+        factors: np.ndarray,
+        moments: Moments | None = None,
     ) -> Chains:
-        if moments is not None:
-            return self._by_least_squares(matrices, limits["bonds"], moments)
-        if self.owns_all:
+        if self.needs_isometries:
+            fit = partial(fit_canonical, self.xp, center_site=self.center_site, factors=factors)
+            return replace(self._fitted(matrices, limits["bonds"], fit), factors=factors)
+        if moments is None and self.owns_all:
             return self._by_own_sweeps(matrices, limits)
-        if len(self.owned) == 1:
+        if moments is None and len(self.owned) == 1:
             site = self.owned[0]
             sizes = self.shape, site, self.center_site
             cores = joint_sweep(matrices, *sizes, method=self.method, **limits)
             if self.refits_owned:
                 cores = with_best_owned(matrices, cores, self.shape, site)
             return Chains(cores, (), True, f"joint sweep at site {site}")
-        return self._by_least_squares(matrices, limits["bonds"])
+        return self._fitted(
+            matrices, limits["bonds"], partial(fit_shared, self.xp, moments=moments)
+        )
 
     def _by_own_sweeps(self, matrices: Array, limits: Mapping[str, Any]) -> Chains:
         if limits.get("max_params") is not None:
@@ -138,9 +180,7 @@ class ChainFinder:
         cores = [self.xp.stack(each) for each in zip(*(mpo.cores for mpo in mpos), strict=True)]
         return Chains(cores, (), True, "own sweeps")
 
-    def _by_least_squares(
-        self, matrices: Array, bonds: Sequence[int], moments: Moments | None = None
-    ) -> Chains:
+    def _fitted(self, matrices: Array, bonds: Sequence[int], fit: Fit) -> Chains:
         """Improve all starts a little, and the best of them until it converges."""
         tensor = interleave(self.xp, matrices, self.shape, self.center_site)
         targets = tensor.reshape(self.num_experts, -1)
@@ -149,17 +189,18 @@ class ChainFinder:
         for name, cores in starts(matrices, *sizes, method=self.method):
             merged = [core.reshape(*core.shape[:2], -1, core.shape[-1]) for core in cores]
             first = min(_FIRST_SWEEPS, self.max_sweeps)
-            fit = fit_shared(self.xp, targets, merged, first, 0.0, moments)
-            if best is None or fit.error < best[0].error:
-                best = fit, name
+            found = fit(targets, merged, first, 0.0)
+            if best is None or found.error < best[0].error:
+                best = found, name
         assert best is not None, "experts own a site"
-        fit, name = best
+        found, name = best
         left = max(0, self.max_sweeps - _FIRST_SWEEPS)
-        rest = fit_shared(self.xp, targets, fit.cores, left, self.tol, moments)
-        history = (*fit.errors, *rest.errors[1:])
+        rest = fit(targets, found.cores, left, self.tol)
+        # A second fit starts where the first ended, but for rounding.
+        history = np.minimum.accumulate([*found.errors, *rest.errors[1:]]).tolist()
         legs = list(zip(self.shape.out_dims, self.shape.in_dims, strict=True))
-        found = [
+        cores = [
             core.reshape(*core.shape[:2], *leg, core.shape[-1])
             for core, leg in zip(rest.cores, legs, strict=True)
         ]
-        return Chains(found, history, rest.converged, name)
+        return Chains(cores, tuple(history), rest.converged, name)

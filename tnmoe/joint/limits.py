@@ -27,6 +27,8 @@ class SharedLimits:
         As for :func:`tnmoe.decompose_shared`.
     base_params : int
         Number of parameters of a base.
+    enlarges : bool
+        Whether bonds may be larger than a single matrix needs.
 
     Attributes
     ----------
@@ -50,10 +52,12 @@ class SharedLimits:
         rtol: float | None,
         max_params: int | None,
         base_params: int = 0,
+        enlarges: bool = True,
     ) -> None:
         self.shape, self.owned, self.num_experts = shape, owned, num_experts
         self.base_params = base_params
-        self.caps = shared_bond_dims(shape, owned, num_experts, max_bond)
+        self.spans = num_experts if enlarges else 1
+        self.caps = shared_bond_dims(shape, owned, self.spans, max_bond)
         self.max_bond, self.bonds, self.max_params = max_bond, None, None
         self.rtol = None if rtol is None else check_number_in("rtol", rtol, "[0, inf)")
         if max_params is not None:
@@ -72,7 +76,7 @@ class SharedLimits:
         if not isinstance(bonds, Sequence) or len(bonds) != count:
             raise InputError(f"bonds need one value per bond: got {bonds} for {count} bonds")
         checked = tuple(check_positive_int("every bond", bond) for bond in bonds)
-        largest = shared_bond_dims(self.shape, self.owned, self.num_experts, checked)
+        largest = shared_bond_dims(self.shape, self.owned, self.spans, checked)
         if largest != checked:
             raise InputError(
                 f"bonds={checked} do not fit {self.num_experts} experts of {self.shape}: the "
@@ -103,7 +107,7 @@ class SharedLimits:
         """
         if self.bonds is not None:
             return [self.bonds]
-        shapes = [joint_shape(self.shape, site, self.num_experts) for site in self.owned]
+        shapes = [joint_shape(self.shape, site, self.spans) for site in self.owned]
         shape = min(shapes, key=lambda each: self.num_params(each.bond_dims()))
         exact = shape.bond_dims(list(self.caps))
         bonds, cap = [exact], float(max(exact, default=1))

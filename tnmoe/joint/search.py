@@ -92,12 +92,26 @@ class Experts:
 
     @property
     def roots(self) -> Array:
-        """Roots of what matrices are divided by, (E, 1, 1): sizes, or 1 for zeros, by shares.
+        """Roots of what matrices are divided by, (E, 1, 1): sizes by shares.
 
         Dividing by a tiny number takes two steps.
         """
-        sizes = np.array([size or 1.0 for size in self.sizes])
-        return self.xp.from_numpy(np.sqrt(sizes / self.shares)[:, None, None], like=self.matrices)
+        roots = np.sqrt(self.divisors / self.shares)
+        return self.xp.from_numpy(roots[:, None, None], like=self.matrices)
+
+    @property
+    def divisors(self) -> np.ndarray:
+        """The sizes, (E,); for zeros the largest one, with which they miss a part of the base."""
+        largest = max(self.sizes) or 1.0
+        return np.array([size or largest for size in self.sizes])
+
+    def keeps_isometries(self, finder: ChainFinder) -> bool:
+        """Check whether whitening changes no core but the central one."""
+        if self.whitening is None:
+            return True
+        shape = finder.shape
+        is_at_center = shape.in_dims[finder.center_site] == shape.padded_in
+        return is_at_center and self.whitening.rest is None
 
     def more_alike(self, exponent: float) -> Experts:
         """Return experts whose importances are powers of these: all equal for the exponent 0."""
@@ -137,18 +151,30 @@ class Experts:
     def _without_base(
         self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
     ) -> Result:
-        chains = finder.find(self.matrices / self.roots / self.roots, bonds, self.whitening)
+        scaled = self.matrices / self.roots / self.roots
+        factors = self._common_scale(with_base=False)[1]
+        chains = finder.find(scaled, bonds, self.whitening, factors)
         return self._finish(finder, chains, limits)
+
+    def _common_scale(self, with_base: bool) -> tuple[float, np.ndarray]:
+        """Return the number that all chains shall be divided by, and factors that remain, (E,).
+
+        Divided by its own size and times its share, a chain has its factor, of 1 at most.
+        """
+        counts = 1.0 if with_base else np.array(self.sizes) > 0
+        inverse = self.shares / self.divisors * counts
+        largest = float(inverse.max())
+        return (1 / largest, inverse / largest) if largest else (0.0, np.ones_like(inverse))
 
     def _with_base(
         self, finder: ChainFinder, bonds: dict[str, object], limits: SharedLimits
     ) -> Result:
         """Improve the base and the chains by turns."""
-        base = self._best_base(self.matrices)
+        base, factors = self._best_base(self.matrices), self._common_scale(with_base=True)[1]
         best, history, converged = None, list[float](), False
         for _ in range(finder.max_sweeps):
             rest = (self.matrices - base) / self.roots / self.roots
-            chains = finder.find(rest, bonds, self.whitening)
+            chains = finder.find(rest, bonds, self.whitening, factors)
             deltas = chains.to_matrices(self.xp, finder.shape)
             error = self._norm_of_all(rest - deltas) / float(np.linalg.norm(self.shares))
             converged = bool(history) and not history[-1] - error >= finder.tol
@@ -160,7 +186,9 @@ class Experts:
             base = self._best_base(self.matrices - deltas * self.roots * self.roots)
         assert best is not None, "there is at least one sweep"
         base, chains = best
-        chains = Chains(chains.cores, tuple(history), converged, "mean of the experts")
+        chains = replace(
+            chains, history=tuple(history), converged=converged, start="mean of the experts"
+        )
         return self._finish(finder, chains, limits, base[0])
 
     def _best_base(self, rests: Array) -> Array:
@@ -199,11 +227,18 @@ class Experts:
         cores = [
             core if site in finder.owned else core[0] for site, core in enumerate(chains.cores)
         ]
-        # Without a base, the chain of a matrix of zeros is zero to the last digit.
-        known = np.array(self.sizes) > 0
-        scales = xp.to_numpy(self.roots)[:, 0, 0] * (known if base is None else 1.0)
-        roots = xp.from_numpy(scales[:, None, None, None, None], like=self.matrices)
-        cores[finder.owned[0]] = cores[finder.owned[0]] * roots * roots
+        # The centre carries the norm, unless the experts share it and are free to scale.
+        scaled = finder.center_site
+        if finder.form == "canonical" and scaled not in finder.owned:
+            scale = self._common_scale(base is not None)[0]
+            cores[scaled] = cores[scaled] * scale**0.5 * scale**0.5
+        else:
+            # Without a base, the chain of a matrix of zeros is zero to the last digit.
+            known = np.array(self.sizes) > 0
+            scales = xp.to_numpy(self.roots)[:, 0, 0] * (known if base is None else 1.0)
+            roots = xp.from_numpy(scales[:, None, None, None, None], like=self.matrices)
+            scaled = scaled if scaled in finder.owned else finder.owned[0]
+            cores[scaled] = cores[scaled] * roots * roots
         common = None
         if base is not None:
             whole = MPOShape((finder.shape.out_features,), (finder.shape.in_features,))

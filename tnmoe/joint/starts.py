@@ -180,8 +180,8 @@ def _aligned(xp: Backend, mpos: Sequence[MPO], center_site: int) -> list[Array]:
 
     The central cores are first brought to their higher-order SVD (De Lathauwer, De Moor,
     Vandewalle, SIAM J. Matrix Anal. Appl. 21, 1253 (2000)), which is unique up to signs where the
-    singular values differ. Then every core turns towards the mean of all, left and right by turns
-    (orthogonal Procrustes problems).
+    singular values differ, and get the signs of the first one. Then every core turns towards the
+    mean of all, left and right by turns (orthogonal Procrustes problems).
 
     Returns
     -------
@@ -195,6 +195,10 @@ def _aligned(xp: Backend, mpos: Sequence[MPO], center_site: int) -> list[Array]:
     center = (turn_left @ center).reshape(count, left * out * in_, right)
     turn_right = xp.eigh(xp.adjoint(center) @ center)[1]
     center = center @ turn_right
+    signs = _signs(xp, center.reshape(count, left, out * in_, right))
+    turn_left, turn_right = xp.conj(signs[0]) * turn_left, turn_right * signs[1]
+    center = center.reshape(count, left, -1) * xp.conj(signs[0])
+    center = center.reshape(count, left * out * in_, right) * signs[1]
     mean = center[:1]
     for _ in range(_ROUNDS):
         rows = center.reshape(count, left, out * in_ * right)
@@ -215,6 +219,27 @@ def _aligned(xp: Backend, mpos: Sequence[MPO], center_site: int) -> list[Array]:
         matrix = xp.adjoint(turn_right) @ after.reshape(count, right, -1)
         cores[center_site + 1] = matrix.reshape(after.shape)
     return cores
+
+
+def _signs(xp: Backend, centers: Array) -> tuple[Array, Array]:
+    """Return signs or phases, (E, D, 1) and (E, 1, D'), by which cores differ from the first one.
+
+    If the cores (D, legs, D') are s_a · C[a, :, b] · t_b*, their products with C, summed over the
+    legs, are s_a · t_b* times positive numbers. The leading singular vectors then have the signs.
+    """
+    count, left, _, right = centers.shape
+    ordered = xp.permute(centers, (0, 1, 3, 2))
+    rows = ordered.reshape(count, left * right, 1, -1)
+    columns = xp.conj(ordered[:1]).reshape(1, left * right, -1, 1)
+    products = (rows @ columns).reshape(count, left, right)
+    leading = xp.left_svd(products)[0][..., :1]
+    return _phases(xp, leading), _phases(xp, xp.transpose(xp.adjoint(products) @ leading))
+
+
+def _phases(xp: Backend, array: Array) -> Array:
+    """Divide numbers by their absolute values; 1 for zeros."""
+    squares = (array * xp.conj(array)).real
+    return array / (squares + (squares == 0)) ** 0.5 + (squares == 0)
 
 
 def _polar(xp: Backend, matrices: Array) -> Array:
