@@ -415,7 +415,7 @@ METHODS: dict[str, Method] = {
     "tnmoe hidden, moments": partial(hidden, metric="inputs", relative=True),
     "tnmoe hidden, moments, importance": partial(hidden, metric="inputs"),
     "tnmoe hidden, moments, importance, joint": partial(hidden, metric="inputs", joint=True),
-    "tnmoe hidden, both, importance, joint": partial(hidden, metric="both", groups=JOINT),
+    "tnmoe hidden, both, importance, joint": partial(hidden, metric="both", joint=True),
     "basis, moments": _low_rank(shared_family, "inputs"),
     "basis, both": _low_rank(shared_family, "both"),
     "basis, both, joint": _low_rank(shared_family, "both", groups=JOINT),

@@ -39,7 +39,8 @@ def ranks_and_bits(
         for pair in zip(costs, losses, strict=True)
     ]
     budget = int(2 * share * sum(layer.numbers for layer in layers))
-    choices = distribute_budget(options, budget)
+    least = sum(map(min, costs))
+    choices = distribute_budget(options, max(budget, least))
     chosen = iter([each[choice] for each, choice in zip(forms, choices, strict=True)])
     return [
         experts_of({name: Together([next(chosen) for _ in layer.up]) for name in NAMES})
