@@ -1,0 +1,229 @@
+"""Mixtures made smaller: what tnmoe's structures lose, beside published methods and quantisation.
+
+    python benchmarks/compression.py --work FOLDER --text a.txt b.txt c.txt
+    python benchmarks/compression.py --work FOLDER --models small --seeds 0 --heal 0   # no healing
+    python benchmarks/compression.py --work FOLDER --methods 'tnmoe*' 'int4' --shares 0.5
+    python benchmarks/compression.py --work FOLDER --tiny       # a model of two layers, a minute
+
+The script trains its models, keeps them in FOLDER and goes on where it stopped. Every text is one
+domain; the source of Python's library is another. It then compresses the experts, measures the
+held-out loss, and measures it again after healing: a short training, equal for all methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from compression_calibration import Layer, calibrate
+from compression_measures import errors, heal, held_out, probe, with_experts
+from compression_methods import METHODS, QUANTISED, Method, unchanged
+from compression_models import SIZES, Data, Size, prepare, trained
+from machine import environment, hardware_slug, set_threads
+from transformers import MixtralForCausalLM
+
+from tnmoe.system.tables import format_table
+
+SHARES = (0.8, 0.75, 0.6, 0.5, 0.25)
+# Windows of every domain that calibrate, and that measure the loss.
+CALIBRATION, HELD_OUT = 32, 32
+_HEALING_RATE = 1e-3
+
+
+def main() -> None:
+    """Train, compress, measure; write and print the results."""
+    options = parse_arguments()
+    threads = set_threads()
+    report: dict[str, Any] = {
+        "environment": environment(("tnmoe", "transformers", "tensorly"), "cpu", threads),
+        "dtype": "float32",
+        "healing": {"steps": options.heal, "rate": _HEALING_RATE},
+        "models": [],
+    }
+    for name in options.models:
+        for seed in options.seeds:
+            report["models"].append(run_model(name, seed, options))
+    output = options.output or default_output(options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
+    parser.add_argument("--text", nargs="*", type=Path, default=[], help="texts, a domain each")
+    parser.add_argument("--models", nargs="*", choices=SIZES, default=["small", "medium"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="numbers to keep")
+    parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of their names")
+    parser.add_argument("--heal", type=int, default=100, help="steps of healing")
+    parser.add_argument("--tiny", action="store_true", help="a model of two layers, a minute")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    if options.tiny:
+        options.models, options.seeds = ["tiny"], [0]
+        options.heal = min(options.heal, 2)
+    return options
+
+
+def default_output(options: argparse.Namespace) -> Path:
+    """Return the result file of this machine."""
+    name = f"compression-{hardware_slug('cpu')}{'-quick' * options.tiny}.json"
+    return Path(__file__).parent / "results" / name
+
+
+def run_model(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a model, and measure all cases."""
+    subject = Subject.of(name, seed, options)
+    cases = options.work / f"{name}-seed{seed}"
+    cases.mkdir(exist_ok=True)
+    probed = kept(cases / "probe.json", subject.probe)
+    print(probe_text(name, seed, probed), flush=True)
+    rows = []
+    for method, share in selected(options.methods, options.shares):
+        file = cases / f"{slug(method)}-{round(100 * share)}-heal{options.heal}.json"
+        rows.append(kept(file, partial(subject.measure, method, share, options.heal)))
+        print("  ".join(cells(rows[-1])), flush=True)
+    print(table(rows))
+    return {
+        "model": name, "seed": seed, "size": asdict(subject.size), "probe": probed, "cases": rows
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model, and what the calibration shows of it."""
+
+    model: MixtralForCausalLM
+    layers: list[Layer]
+    size: Size
+    data: Data
+    seed: int
+
+    @classmethod
+    def of(cls, name: str, seed: int, options: argparse.Namespace) -> Subject:
+        """Train or load the model of a seed, and calibrate."""
+        size = SIZES[name]
+        data = prepare(options.work, options.text, size.vocabulary)
+        model = trained(size, name, seed, data, options.work)
+        layers = calibrate(model, data.windows(size, CALIBRATION, held_out=False))
+        return cls(model, layers, size, data, seed)
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """Windows that measure the loss."""
+        return self.data.windows(self.size, HELD_OUT)
+
+    def probe(self) -> dict[str, Any]:
+        """Show that experts differ, on half of the windows."""
+        return probe(self.model, self.layers, self.windows[::2])
+
+    def measure(self, method: str, share: float, steps: int) -> dict[str, Any]:
+        """Compress the model; return sizes, errors and losses."""
+        start = time.perf_counter()
+        compressed = method_of(method)(self.layers, share)
+        seconds = time.perf_counter() - start
+        changed = with_experts(self.model, compressed)
+        full = sum(layer.numbers for layer in self.layers)
+        row: dict[str, Any] = {
+            "method": method,
+            "share": share,
+            "numbers": sum(experts.count for experts in compressed) / full,
+            "bytes": sum(experts.bytes for experts in compressed) / (2 * full),
+            "seconds": seconds,
+            **errors(self.layers, compressed),
+            "loss": held_out(changed, self.windows),
+        }
+        if steps:
+            heal(changed, self.size, self.data, steps, _HEALING_RATE, self.seed)
+            row["healed"] = held_out(changed, self.windows)
+        return row
+
+
+def selected(patterns: Sequence[str], shares: Sequence[float]) -> list[tuple[str, float]]:
+    """Return the methods whose names match a pattern, with the shares that they run at."""
+    everything = {name: tuple(shares) for name in METHODS}
+    everything |= {name: own for name, (_, own) in QUANTISED.items()}
+    chosen = [
+        (name, share)
+        for name, own in everything.items()
+        if any(fnmatch(name, pattern) for pattern in patterns)
+        for share in own
+    ]
+    return [("original", 1.0), *chosen]
+
+
+def method_of(name: str) -> Method:
+    """Return the method of a name."""
+    if name == "original":
+        return unchanged
+    return METHODS[name] if name in METHODS else QUANTISED[name][0]
+
+
+def kept(file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a file holds, or compute it and store it there."""
+    if not file.exists():
+        result = compute()
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.replace(file)
+    return json.loads(file.read_text())
+
+
+def slug(name: str) -> str:
+    """Return a name that fits into a file's."""
+    return re.sub(r"[^a-z0-9²]+", "-", name.lower()).strip("-")
+
+
+def probe_text(name: str, seed: int, found: dict[str, Any]) -> str:
+    """Describe how experts differ."""
+    removed = [each for layer in found["without one"] for each in layer]
+    loads = [each for layer in found["load"] for each in layer]
+    distance = ", ".join(f"{key} {value:.3f}" for key, value in found["distance"].items())
+    return (
+        f"{name}, seed {seed}: held-out loss {found['loss']:.4f}; distance from the mean "
+        f"{distance};\nloads {min(loads):.3f} to {max(loads):.3f}; without one expert "
+        f"{min(removed):+.4f} to {max(removed):+.4f}, mean {sum(removed) / len(removed):+.4f}; "
+        f"random routing {found['random routing']:+.4f}"
+    )
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return the columns of a case."""
+    return [
+        f"{row['method']}", f"{row['share']:.0%}", f"{row['numbers']:.1%}", f"{row['bytes']:.1%}",
+        *("n/a" if row[key] is None else f"{row[key]:.3f}" for key in ("weights", "activations")),
+        f"{row['loss']:.4f}", f"{row['healed']:.4f}" if "healed" in row else "",
+        f"{row['seconds']:.1f}",
+    ]  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Lay out all cases of a model."""
+    headers = [
+        "method",
+        "asked",
+        "numbers",
+        "bytes",
+        "weights",
+        "activations",
+        "loss",
+        "healed",
+        "s",
+    ]
+    return format_table(headers, [cells(row) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
