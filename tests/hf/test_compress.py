@@ -118,7 +118,7 @@ def test_the_calibration_lowers_the_error_of_outputs_for_its_text():
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch"])
 def test_the_weighted_error_is_that_of_outputs_for_the_calibrated_inputs(name):
-    """For ``down`` of a single layer, summed up slot by slot without tnmoe's moments."""
+    """For ``down`` of a single layer, summed up token by token without tnmoe's moments."""
     model = make(name)
     each = find_ordinary(model)[0]
     config = hf.CompressionConfig(
@@ -135,13 +135,14 @@ def test_the_weighted_error_is_that_of_outputs_for_the_calibrated_inputs(name):
         with_kwargs=True,
     )
     with torch.no_grad():
-        for batch in batches[:7]:  # the last one is held out
+        for batch in batches[:7]:  # the eighth one is held out
             model(**batch)
     hook.remove()
     made = dict(small.named_modules())[each.name].down.weight()
     missed = total = 0.0
     for states, index, weights in inputs:
         states = states.reshape(-1, states.shape[-1])
+        output, lost = torch.zeros_like(states), torch.zeros_like(states)
         for token, slot in torch.ones_like(index).nonzero().tolist():
             expert = int(index[token, slot])
             if expert == len(made):
@@ -153,8 +154,10 @@ def test_the_weighted_error_is_that_of_outputs_for_the_calibrated_inputs(name):
             ]
             gated = nn.activations.resolve_activation(activation, gated=len(sides) == 2)
             inner = weights[token, slot] * gated(*sides)
-            total += float((before["down"][expert] @ inner).square().sum())
-            missed += float(((before["down"] - made)[expert] @ inner).square().sum())
+            output[token] += before["down"][expert] @ inner
+            lost[token] += (before["down"] - made)[expert] @ inner
+        total += float(output.square().sum())
+        missed += float(lost.square().sum())
     (matrix,) = report.matrices
     assert matrix.weighted_error == pytest.approx((missed / total) ** 0.5, rel=1e-3)
 

@@ -38,10 +38,14 @@ class LayerMoments:
     inner : Tensor, shape (F, F)
         Σ p² h hᵀ with the activated intermediate values h; empty where nothing needs them.
     outputs : Tensor, shape (H, H)
-        Σ p² y yᵀ with the outputs y of experts, without biases.
+        Σ z zᵀ over all tokens, with the sum z of the outputs p·y of a token's experts, without
+        biases.
+    separate : float
+        Σ p² ‖y‖² over all slots: what the trace of ``outputs`` would be if the outputs of a token's
+        experts were orthogonal.
     stream : float
-        Σ ‖z‖² over all tokens, with the output z of the layer around the mixture, in which the
-        outputs of experts are a summand.
+        Σ ‖s‖² over all tokens, with the output s of the layer around the mixture, in which z is a
+        summand.
     """
 
     slots: int
@@ -49,6 +53,7 @@ class LayerMoments:
     inputs: Tensor
     inner: Tensor
     outputs: Tensor
+    separate: float
     stream: float
 
     def __repr__(self) -> str:
@@ -58,6 +63,16 @@ class LayerMoments:
     def energy(self) -> float:
         """Share of the experts' outputs in the output of the layer around them, in squares."""
         return float(self.outputs.trace()) / self.stream if self.stream else 1.0
+
+    @property
+    def independence(self) -> float:
+        """What independent errors of a token's experts count beside errors that they share.
+
+        Experts with a common basis lose the same directions, so their errors add up as their
+        outputs do. Independent errors add up in squares.
+        """
+        together = float(self.outputs.trace())
+        return min(1.0, self.separate / together) if together else 1.0
 
 
 class MomentsCollector:
@@ -144,6 +159,7 @@ class MomentsCollector:
         )
         sums = self._sums.setdefault(experts.name, _zeros(matrices, self._with_inner))
         biases = experts.biases
+        outputs = torch.zeros_like(states, dtype=sums["outputs"].dtype)
         for expert in range(len(matrices["up"])):
             tokens, choice = torch.where(index == expert)
             own = {name: each[expert] for name, each in matrices.items()}
@@ -158,19 +174,24 @@ class MomentsCollector:
                         if name in own
                     )
                 )
-                _add_rows(sums, expert, rows * scale, inner * scale, own["down"])
+                made = _add_rows(sums, expert, rows * scale, inner * scale, own["down"])
+                outputs.index_add_(0, tokens[part], made)
+        sums["outputs"] += outputs.T @ outputs
 
 
-def _add_rows(sums: dict[str, Any], expert: int, rows: Tensor, inner: Tensor, down: Tensor) -> None:
-    """Add the moments of rows of one expert, already weighed."""
+def _add_rows(
+    sums: dict[str, Any], expert: int, rows: Tensor, inner: Tensor, down: Tensor
+) -> Tensor:
+    """Add the moments of rows of one expert, already weighed, and return their outputs."""
     sums["slots"] += len(rows)
     sums["shares"][expert] += rows.double().square().sum()
     rows, inner = rows.to(sums["inputs"].dtype), inner.to(sums["inputs"].dtype)
     sums["inputs"] += rows.T @ rows
     outputs = nn.functional.linear(inner, down.to(inner.dtype))
-    sums["outputs"] += outputs.T @ outputs
+    sums["separate"] += float(outputs.double().square().sum())
     if len(sums["inner"]):
         sums["inner"] += inner.T @ inner
+    return outputs
 
 
 def _zeros(matrices: Mapping[Matrix, Tensor], with_inner: bool) -> dict[str, Any]:
@@ -184,6 +205,7 @@ def _zeros(matrices: Mapping[Matrix, Tensor], with_inner: bool) -> dict[str, Any
         "inputs": like.new_zeros(hidden, hidden),
         "inner": like.new_zeros(size, size),
         "outputs": like.new_zeros(hidden, hidden),
+        "separate": 0.0,
         "stream": 0.0,
     }
 

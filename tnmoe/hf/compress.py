@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +32,7 @@ from tnmoe.options import Matrix
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.system.memory import explain_memory_error
 
-# Share of a calibration's batches on which the loss is measured, instead of moments.
+# Of so many batches of a calibration, one measures the loss instead.
 _HELD_OUT = 8
 
 
@@ -281,9 +280,19 @@ def needs_inner(config: CompressionConfig) -> bool:
     return config.layout != "hidden" and "down" in config.matrices
 
 
-def held_out_count(number: int) -> int:
-    """Return how many of a calibration's batches measure the loss."""
-    return math.ceil(number / _HELD_OUT) if number > 1 else 0
+def is_held_out(number: int, count: int) -> bool:
+    """Check whether a batch of a calibration measures the loss: every eighth, or the last of few.
+
+    Parameters
+    ----------
+    number : int
+        Of the batch, from 0.
+    count : int
+        Of all batches.
+    """
+    if count < _HELD_OUT:
+        return 0 < number == count - 1
+    return number % _HELD_OUT == _HELD_OUT - 1
 
 
 @contextmanager
@@ -302,8 +311,9 @@ def _split(
     """Split batches into those that are calibrated on, and those on which the loss is measured."""
     if batches is None:
         return None, []
-    count = held_out_count(len(batches))
-    return batches[: len(batches) - count], batches[len(batches) - count :]
+    held_out = [is_held_out(number, len(batches)) for number in range(len(batches))]
+    pairs = list(zip(batches, held_out, strict=True))
+    return [each for each, held in pairs if not held], [each for each, held in pairs if held]
 
 
 @torch.no_grad()

@@ -283,10 +283,13 @@ def options_of(
     for layout in config.layouts:
         form = form_of(matrices, matrix, layout, moments, config.damping)
         errors = form.squared_errors
+        # Beside a basis that a token's experts share, their errors are independent.
+        counts = 1.0 if moments is None or layout == "hidden" else moments.independence
         for bond in _candidates(len(errors) - 1):
             params = form.num_params(matrices, bond)
             if params < matrices.numel():
-                found.append((layout, bond, params, sqrt(errors[bond] / (errors[0] or 1.0))))
+                relative = sqrt(counts * errors[bond] / (errors[0] or 1.0))
+                found.append((layout, bond, params, relative))
     columns_of = [tuple(each) for each in zip(*found, strict=True)] or [()] * 4
     return MatrixOptions(experts, matrix, (count, rows, columns), *columns_of)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnmoe.hf.compress import budget_of, compressed_experts, held_out_count, plan_of
+from tnmoe.hf.compress import budget_of, compressed_experts, plan_of
 from tnmoe.hf.compression import CompressionConfig, check_compression
 from tnmoe.hf.compression_plan import (
     Choice,
@@ -31,6 +31,7 @@ from tnmoe.hf.folders.survey import (
     Survey,
     check_tokens,
     run_survey,
+    split_tokens,
     streamed_loss,
 )
 from tnmoe.hf.layers import install_recorded
@@ -144,7 +145,7 @@ def prepare_compress(
         survey=kept,
         plans=plans,
         loss_before=found.loss,
-        held_out=None if tokens is None else tokens[len(tokens) - held_out_count(len(tokens)) :],
+        held_out=None if tokens is None else split_tokens(tokens)[1],
     )
 
 

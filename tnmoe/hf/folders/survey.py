@@ -19,7 +19,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from tnmoe import __version__
 from tnmoe.errors import InputError
 from tnmoe.hf.calibration import LayerMoments, MomentsCollector
-from tnmoe.hf.compress import held_out_count, needs_inner, survey
+from tnmoe.hf.compress import is_held_out, needs_inner, survey
 from tnmoe.hf.compression import LIMITS, CompressionConfig
 from tnmoe.hf.compression_plan import MatrixOptions
 from tnmoe.hf.compression_report import MatrixReport
@@ -115,7 +115,9 @@ class Survey:
             each: getattr(moments, each).contiguous()
             for each in ("shares", "inputs", "inner", "outputs")
         }
-        numbers = torch.tensor([moments.slots, moments.stream], dtype=torch.float64)
+        numbers = torch.tensor(
+            [moments.slots, moments.separate, moments.stream], dtype=torch.float64
+        )
         write_atomically(self._moments_file(name), save({**tensors, "numbers": numbers}))
 
     def moments(self, name: str) -> LayerMoments | None:
@@ -124,8 +126,8 @@ class Survey:
         if not path.is_file():
             return None
         tensors = load_file(path)
-        slots, stream = tensors.pop("numbers").tolist()
-        return LayerMoments(slots=int(slots), stream=stream, **tensors)
+        slots, separate, stream = tensors.pop("numbers").tolist()
+        return LayerMoments(slots=int(slots), separate=separate, stream=stream, **tensors)
 
     def write_report(self, name: str, reports: Sequence[MatrixReport]) -> None:
         """Keep what became of the matrices of a mixture."""
@@ -212,6 +214,13 @@ def _same(output: Any, **_: Any) -> Any:
     return output
 
 
+def split_tokens(calibration: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sequences of a calibration for moments, and those that measure the loss."""
+    count = len(calibration)
+    held_out = torch.tensor([is_held_out(number, count) for number in range(count)])
+    return calibration[~held_out], calibration[held_out]
+
+
 def call_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Return tokens (N, S) as arguments of a model's call.
 
@@ -243,8 +252,7 @@ def _calibrate(
     on_step: Steps | None,
 ) -> float | None:
     """Keep the moments of all mixtures; return the loss of what is held out."""
-    count = held_out_count(len(calibration))
-    shown, held_out = calibration[: len(calibration) - count], calibration[-count:]
+    shown, held_out = split_tokens(calibration)
     skeleton = runnable(source, entries)
     experts = find_ordinary(skeleton.model, config.layers)
     collector = MomentsCollector(skeleton.model, experts, needs_inner(config))
@@ -259,7 +267,7 @@ def _calibrate(
         runner(**call_of(model, shown), use_cache=False)
     for name, moments in collector.moments().items():
         kept.write_moments(name, moments)
-    if not count:
+    if not len(held_out):
         return None
     return streamed_loss(source, entries, held_out, partial(_report, on_step, "measuring"))
 
