@@ -79,8 +79,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def default_output(options: argparse.Namespace) -> Path:
     """Return the result file of this machine."""
-    name = f"compression-{hardware_slug('cpu')}{'-quick' * options.tiny}.json"
-    return Path(__file__).parent / "results" / name
+    name = f"quality-{hardware_slug('cpu')}{'-quick' * options.tiny}.json"
+    return Path(__file__).parent / "results" / "compression" / name
 
 
 def run_model(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:

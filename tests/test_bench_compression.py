@@ -190,6 +190,7 @@ def test_training_goes_on_where_it_stopped(script, tmp_path, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_the_script_runs_to_the_end(tmp_path):
     output = tmp_path / "result.json"
     command = [

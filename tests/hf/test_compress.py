@@ -61,7 +61,16 @@ def test_generation_is_the_same_at_bonds_that_suffice():
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("layout", ["auto", "hidden", "residual", "low_rank"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "auto",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("hidden", "residual", "low_rank")
+        ),
+    ],
+)
 def test_a_compressed_model_is_saved_and_loaded_and_becomes_ordinary_again(name, layout, tmp_path):
     config = hf.CompressionConfig(keep=0.7, layout=layout)
     small, report = hf.compress(make(name), config, text(name), return_report=True)

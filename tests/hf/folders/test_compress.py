@@ -29,7 +29,7 @@ def bytes_of(folder):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("layout", ["auto", "hidden"])
+@pytest.mark.parametrize("layout", ["auto", pytest.param("hidden", marks=pytest.mark.slow)])
 def test_a_compressed_folder_equals_the_saved_compressed_model(name, layout, tmp_path):
     config = hf.CompressionConfig(keep=0.7, layout=layout)
     model = make(name)
