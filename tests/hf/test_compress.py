@@ -65,10 +65,9 @@ def test_generation_is_the_same_at_bonds_that_suffice():
     "layout",
     [
         "auto",
-        *(
-            pytest.param(each, marks=pytest.mark.slow)
-            for each in ("hidden", "residual", "low_rank")
-        ),
+        pytest.param("hidden", marks=pytest.mark.slow),
+        pytest.param("residual", marks=pytest.mark.slow),
+        pytest.param("low_rank", marks=pytest.mark.slow),
     ],
 )
 def test_a_compressed_model_is_saved_and_loaded_and_becomes_ordinary_again(name, layout, tmp_path):
