@@ -260,11 +260,27 @@ def test_a_model_is_left_alone_if_its_last_mixture_has_infinity():
     assert not hasattr(model.config, "tnmoe")
 
 
-def test_the_mode_and_the_callers_configuration_stay():
+def test_losses_of_routers_count_in_no_perplexity():
+    model, batches = make("mixtral"), text("mixtral")
+    model.config.output_router_logits = True
+    _, report = hf.compress(model, hf.CompressionConfig(keep=1), batches, return_report=True)
+    expected = [float(make("mixtral")(**each, labels=each["input_ids"]).loss) for each in batches]
+    assert report.loss_before == pytest.approx((expected[7] + expected[15]) / 2, rel=1e-5)
+
+
+def test_a_mixture_without_the_chosen_matrices_is_refused():
+    config = hf.CompressionConfig(keep=0.5, matrices=["gate"])
+    with pytest.raises(InputError, match="names no matrix of the network, which has up, down"):
+        hf.compress(make("switch"), config)
+
+
+def test_the_modes_and_the_callers_configuration_stay():
     model = make("mixtral").train()
+    model.model.norm.eval()
     given = model.config
     small = hf.compress(model, CONFIG, text("mixtral"))
     assert small.training
+    assert not small.model.norm.training
     assert small.model.layers[0].mlp.experts.training
     assert not hasattr(given, "tnmoe")
     transformers.MixtralForCausalLM(given)  # builds an ordinary model

@@ -27,6 +27,7 @@ from tnmoe.hf.compression_report import CompressionReport, MatrixReport, relativ
 from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
 from tnmoe.hf.record import add_compression, give_own_configuration
 from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.nn.settings import check_matrices
 from tnmoe.nn.structure import ProjectionStructure
 from tnmoe.options import Matrix
 from tnmoe.shared_mpo import SharedMPO
@@ -145,28 +146,36 @@ def compress(
     itemsize = next(found[0].module.parameters()).itemsize
     budget = budget_of(config, options, whole, itemsize)
     plan = plan_of(choose(options, energies, config, budget))
+    reports: list[MatrixReport] = []
+    made = []
     # Everything is built before anything is replaced: an error leaves the model as it was.
-    made, reports = [], []
     for number, each in enumerate(found, start=1):
         with explain_memory_error(f"compressing {each.name}, mixture {number} of {len(found)}"):
-            experts, matrices = compressed_experts(
-                each, plan[each.name], moments.get(each.name), config
-            )
-        for matrix in matrices:
-            if on_matrix is not None:
-                on_matrix(matrix)
+            own = moments.get(each.name)
+            experts, own_reports = compressed_experts(each, plan[each.name], own, config)
         made.append(experts)
-        reports.extend(matrices)
-    for each, experts in zip(found, made, strict=True):
-        each.install(experts.train(model.training))
-    give_own_configuration(model)
-    structures = {
-        each.name: structures_of(experts) for each, experts in zip(found, made, strict=True)
-    }
-    add_compression(model, config, structures)
+        reports.extend(own_reports)
+        if on_matrix is not None:
+            for report in own_reports:
+                on_matrix(report)
+    _install(model, config, list(zip(found, made, strict=True)))
     if not return_report:
         return model
     return model, CompressionReport(tuple(reports), before, loss_of(model, held_out))
+
+
+def _install(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    pairs: Iterable[tuple[OrdinaryExperts, MPOExperts]],
+) -> None:
+    """Replace experts of a model by others, and record it in the model's configuration."""
+    structures = {}
+    for ordinary, experts in pairs:
+        ordinary.install(experts.train(model.training))
+        structures[ordinary.name] = structures_of(experts)
+    give_own_configuration(model)
+    add_compression(model, config, structures)
 
 
 def plan_of(choices: Iterable[Choice]) -> dict[str, dict[Matrix, Choice]]:
@@ -180,9 +189,16 @@ def plan_of(choices: Iterable[Choice]) -> dict[str, dict[Matrix, Choice]]:
 def survey(
     experts: OrdinaryExperts, moments: LayerMoments | None, config: CompressionConfig
 ) -> Iterator[MatrixOptions]:
-    """Yield what each chosen matrix of a mixture can become."""
-    experts.check()
-    for matrix, matrices in experts.matrices.items():
+    """Yield what each chosen matrix of a mixture can become.
+
+    Raises
+    ------
+    InputError
+        If the mixture has none of the chosen matrices, or they contain NaN or infinity.
+    """
+    found = experts.matrices
+    check_matrices(config.matrices, found)
+    for matrix, matrices in found.items():
         if matrix in config.matrices:
             yield options_of(matrices.detach(), experts.name, matrix, moments, config)
 
@@ -297,12 +313,13 @@ def is_held_out(number: int, count: int) -> bool:
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _split(
@@ -314,6 +331,12 @@ def _split(
     held_out = [is_held_out(number, len(batches)) for number in range(len(batches))]
     pairs = list(zip(batches, held_out, strict=True))
     return [each for each, held in pairs if not held], [each for each, held in pairs if held]
+
+
+def without_router_loss(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the arguments with which a model's loss is that of its tokens alone."""
+    has_losses = hasattr(model.config, "output_router_logits")
+    return {"output_router_logits": False} if has_losses else {}
 
 
 @torch.no_grad()
@@ -331,7 +354,8 @@ def loss_of(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> float 
             mask = batch.get("attention_mask")
             if "labels" not in batch and mask is not None:
                 labels = labels.masked_fill(mask == 0, -100)
-            loss = getattr(model(**{**batch, "labels": labels}), "loss", None)
+            arguments = {**batch, "labels": labels, **without_router_loss(model)}
+            loss = getattr(model(**arguments), "loss", None)
             if loss is None:
                 return None
             tokens = int((labels != -100).sum())

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from tnmoe import __version__
 from tnmoe.errors import InputError
 from tnmoe.hf.calibration import LayerMoments, MomentsCollector
-from tnmoe.hf.compress import is_held_out, needs_inner, survey
+from tnmoe.hf.compress import is_held_out, needs_inner, survey, without_router_loss
 from tnmoe.hf.compression import LIMITS, CompressionConfig
 from tnmoe.hf.compression_plan import MatrixOptions
 from tnmoe.hf.compression_report import MatrixReport
@@ -197,16 +197,18 @@ def streamed_loss(
 ) -> float:
     """Return the mean loss per token of a checkpoint's model, a layer at a time in memory."""
     with torch.no_grad(), streamed(runnable(source, entries), on_layer) as model:
-        arguments = call_of(model, tokens)
+        arguments: dict[str, Any] = call_of(model, tokens)
         if model.base_model is model:  # an encoder-decoder
             labels = arguments["decoder_input_ids"]
+            arguments |= without_router_loss(model)
             return float(model(**arguments, labels=labels, use_cache=False).loss)
         states = model.base_model(**arguments, use_cache=False).last_hidden_state
         # The head sees one sequence at a time: all logits of a text would not fit into memory.
         losses = []
         for own, each in zip(tokens, states, strict=True):
             model.base_model.forward = partial(_same, MoeModelOutputWithPast(each[None]))
-            losses.append(float(model(input_ids=own[None], labels=own[None]).loss))
+            made = model(input_ids=own[None], labels=own[None], **without_router_loss(model))
+            losses.append(float(made.loss))
         return sum(losses) / len(losses)
 
 
