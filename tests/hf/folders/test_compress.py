@@ -210,6 +210,25 @@ def test_a_calibration_of_another_form_is_refused(calibration, message, ordinary
         hf.prepare_compress(ordinary, CONFIG, calibration)
 
 
+@pytest.mark.parametrize("token", [-1, 64])
+def test_a_token_that_the_model_does_not_know_is_named(token, ordinary):
+    text = TEXT.clone()
+    text[3, 4] = token
+    with pytest.raises(InputError, match=f"tokens from 0 to 63, the calibration has {token}"):
+        hf.prepare_compress(ordinary, CONFIG, text)
+
+
+def test_a_model_without_a_head_has_no_loss(tmp_path):
+    make("mixtral").model.save_pretrained(tmp_path / "ordinary")
+    conversion = hf.prepare_compress(tmp_path / "ordinary", CONFIG, TEXT)
+    conversion.run(tmp_path / "small")
+    report = conversion.report_on(tmp_path / "small")
+    assert report.loss_before is report.loss_after is None
+    assert report.matrices[0].weighted_error > 0
+    part = hf.from_pretrained(tmp_path / "small")
+    assert type(part).__name__ == "MixtralModel"
+
+
 def test_a_quantized_checkpoint_is_refused(tmp_path):
     make("mixtral").save_pretrained(tmp_path)
     path = tmp_path / "config.json"

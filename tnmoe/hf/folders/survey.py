@@ -194,9 +194,14 @@ def streamed_loss(
     entries: dict[str, Any],
     tokens: Tensor,
     on_layer: Callable[[int, int], None] | None = None,
-) -> float:
-    """Return the mean loss per token of a checkpoint's model, a layer at a time in memory."""
+) -> float | None:
+    """Return the mean loss per token of a checkpoint's model, a layer at a time in memory.
+
+    A model without a head for tokens has none.
+    """
     with torch.no_grad(), streamed(runnable(source, entries), on_layer) as model:
+        if not model.can_generate():
+            return None
         arguments: dict[str, Any] = call_of(model, tokens)
         if model.base_model is model:  # an encoder-decoder
             labels = arguments["decoder_input_ids"]
@@ -256,6 +261,7 @@ def _calibrate(
     """Keep the moments of all mixtures; return the loss of what is held out."""
     shown, held_out = split_tokens(calibration)
     skeleton = runnable(source, entries)
+    _check_known(skeleton.model, calibration)
     experts = find_ordinary(skeleton.model, config.layers)
     collector = MomentsCollector(skeleton.model, experts, needs_inner(config))
 
@@ -272,6 +278,17 @@ def _calibrate(
     if not len(held_out):
         return None
     return streamed_loss(source, entries, held_out, partial(_report, on_step, "measuring"))
+
+
+def _check_known(model: Any, calibration: Tensor) -> None:
+    """Raise an InputError if a model has no embedding for a token."""
+    size = model.get_input_embeddings().num_embeddings
+    lowest, highest = int(calibration.min()), int(calibration.max())
+    if lowest < 0 or highest >= size:
+        raise InputError(
+            f"{type(model).__name__} has tokens from 0 to {size - 1}, the calibration has "
+            f"{lowest if lowest < 0 else highest}: does the tokenizer belong to the model?"
+        )
 
 
 def _options(
