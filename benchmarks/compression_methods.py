@@ -1,7 +1,7 @@
 """Ways to make the experts of a mixture smaller, written afresh from the papers' descriptions.
 
 A method takes the layers of a model and the share of the experts' numbers to keep, and returns
-compressed experts. None of them sees more than the calibration tokens of ``Layer``.
+compressed experts. A method sees the calibration tokens of ``Layer`` alone.
 """
 
 from __future__ import annotations

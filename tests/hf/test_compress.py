@@ -274,6 +274,16 @@ def test_a_mixture_without_the_chosen_matrices_is_refused():
         hf.compress(make("switch"), config)
 
 
+def test_a_text_on_which_numbers_overflow_is_refused():
+    model = make("mixtral")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[0] = float("inf")
+    with pytest.raises(
+        InputError, match=r"layers.0.*inputs or outputs that are NaN"
+    ):
+        hf.compress(model, CONFIG, text("mixtral"))
+
+
 def test_the_modes_and_the_callers_configuration_stay():
     model = make("mixtral").train()
     model.model.norm.eval()
@@ -372,6 +382,8 @@ def test_what_cannot_be_compressed_is_refused():
         ([], "no batches"),
         ([torch.zeros(3, dtype=torch.int64)], r"tokens of shape \(B, S\).*got \(3,\)"),
         (["some text"], "got str"),
+        ([torch.full((2, 3), 64)], "tokens from 0 to 63, the calibration has 64"),
+        ([torch.full((2, 3), -1)], "tokens from 0 to 63, the calibration has -1"),
     ],
 )
 def test_a_calibration_of_another_form_is_refused(batches, message):

@@ -115,19 +115,19 @@ class MomentsCollector:
         Raises
         ------
         InputError
-            If a mixture met no token.
+            If a mixture met no token, or its numbers are not finite.
         """
         known = {*self._sums, *self._taken}
         idle = [each.name for each in self._experts if each.name not in known]
         if idle:
             raise InputError(f"the calibration's text never reached {idle[0]}: give more of it")
-        return {name: _moments_of(sums) for name, sums in self._sums.items()}
+        return {name: _moments_of(name, sums) for name, sums in self._sums.items()}
 
     def take_complete(self) -> dict[str, LayerMoments]:
         """Return, and forget, the moments of mixtures whose layers have run."""
         complete = [name for name, sums in self._sums.items() if sums["stream"]]
         self._taken.update(complete)
-        return {name: _moments_of(self._sums.pop(name)) for name in complete}
+        return {name: _moments_of(name, self._sums.pop(name)) for name in complete}
 
     def _hook_of(self, experts: OrdinaryExperts) -> Any:
         def collect(_: nn.Module, arguments: tuple, named: dict[str, Tensor]) -> None:
@@ -210,7 +210,11 @@ def _zeros(matrices: Mapping[Matrix, Tensor], with_inner: bool) -> dict[str, Any
     }
 
 
-def _moments_of(sums: dict[str, Any]) -> LayerMoments:
+def _moments_of(name: str, sums: dict[str, Any]) -> LayerMoments:
+    if not all(sums[each].isfinite().all() for each in ("inputs", "inner", "outputs")):
+        raise InputError(
+            f"{name} has inputs or outputs that are NaN or infinite on the calibration's text"
+        )
     total = sums["shares"].sum()
     return LayerMoments(**sums | {"shares": sums["shares"] / total.clamp_min(1e-300)})
 
@@ -219,6 +223,18 @@ def layer_around(name: str) -> str:
     """Return the path of the layer that holds a module: up to the first number in its path."""
     found = re.match(r"(.*?\.\d+)(\.|$)", name)
     return found[1] if found else name.rpartition(".")[0]
+
+
+def check_known(model: Any, batches: Iterable[Tensor]) -> None:
+    """Raise an InputError if a model has no embedding for a token of a batch."""
+    size = model.get_input_embeddings().num_embeddings
+    for tokens in batches:
+        for found in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= found < size:
+                raise InputError(
+                    f"{type(model).__name__} has tokens from 0 to {size - 1}, the calibration has "
+                    f"{found}: does the tokenizer belong to the model?"
+                )
 
 
 def check_batches(batches: Iterable[Batch]) -> list[dict[str, Any]]:

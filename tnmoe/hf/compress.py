@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnmoe.errors import check_bool
-from tnmoe.hf.calibration import Batch, LayerMoments, MomentsCollector, check_batches
+from tnmoe.hf.calibration import (
+    Batch,
+    LayerMoments,
+    MomentsCollector,
+    check_batches,
+    check_known,
+)
 from tnmoe.hf.checks import check_in_memory, check_model
 from tnmoe.hf.compression import CompressionConfig, check_compression
 from tnmoe.hf.compression_plan import (
@@ -33,7 +39,7 @@ from tnmoe.options import Matrix
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.system.memory import explain_memory_error
 
-# Of so many batches of a calibration, one measures the loss instead.
+# Every eighth batch of a calibration measures the loss, and takes no part in the moments.
 _HELD_OUT = 8
 
 
@@ -136,6 +142,7 @@ def compress(
     check_in_memory(model, "tnmoe.hf.prepare_compress")
     found = find_ordinary(model, config.layers)
     batches = None if calibration is None else check_batches(calibration)
+    check_known(model, [each["input_ids"] for each in batches or () if "input_ids" in each])
     shown, held_out = _split(batches)
     before = loss_of(model, held_out)
     moments = {} if shown is None else collect_moments(model, found, shown, config)

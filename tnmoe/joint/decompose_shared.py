@@ -115,7 +115,7 @@ def decompose_shared(
     bonds : sequence of int, optional
         Exact bond dimensions, one per bond.
     rtol : float, optional
-        Largest relative Frobenius error of every expert, whatever its importance.
+        Largest relative Frobenius error of every expert. Importances do not loosen it.
     max_params : int, optional
         Largest number of stored parameters: those of shared cores and of the base once, those of
         owned cores per expert.

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tnmoe import __version__
 from tnmoe.errors import InputError
-from tnmoe.hf.calibration import LayerMoments, MomentsCollector
+from tnmoe.hf.calibration import LayerMoments, MomentsCollector, check_known
 from tnmoe.hf.compress import is_held_out, needs_inner, survey, without_router_loss
 from tnmoe.hf.compression import LIMITS, CompressionConfig
 from tnmoe.hf.compression_plan import MatrixOptions
@@ -261,7 +261,7 @@ def _calibrate(
     """Keep the moments of all mixtures; return the loss of what is held out."""
     shown, held_out = split_tokens(calibration)
     skeleton = runnable(source, entries)
-    _check_known(skeleton.model, calibration)
+    check_known(skeleton.model, [calibration])
     experts = find_ordinary(skeleton.model, config.layers)
     collector = MomentsCollector(skeleton.model, experts, needs_inner(config))
 
@@ -278,17 +278,6 @@ def _calibrate(
     if not len(held_out):
         return None
     return streamed_loss(source, entries, held_out, partial(_report, on_step, "measuring"))
-
-
-def _check_known(model: Any, calibration: Tensor) -> None:
-    """Raise an InputError if a model has no embedding for a token."""
-    size = model.get_input_embeddings().num_embeddings
-    lowest, highest = int(calibration.min()), int(calibration.max())
-    if lowest < 0 or highest >= size:
-        raise InputError(
-            f"{type(model).__name__} has tokens from 0 to {size - 1}, the calibration has "
-            f"{lowest if lowest < 0 else highest}: does the tokenizer belong to the model?"
-        )
 
 
 def _options(
