@@ -278,9 +278,7 @@ def test_a_text_on_which_numbers_overflow_is_refused():
     model = make("mixtral")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[0] = float("inf")
-    with pytest.raises(
-        InputError, match=r"layers.0.*inputs or outputs that are NaN"
-    ):
+    with pytest.raises(InputError, match=r"layers.0.*inputs or outputs that are NaN"):
         hf.compress(model, CONFIG, text("mixtral"))
 
 

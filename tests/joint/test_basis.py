@@ -7,6 +7,7 @@ import torch
 from tests.matrices import LIBRARIES, to_library, to_numpy
 from tnmoe import InputError
 from tnmoe.joint.basis import column_basis, row_basis
+from tnmoe.joint.input_moments import InputMoments
 from tnmoe.joint.low_rank import low_rank
 
 E, OUT, IN = 4, 9, 7
@@ -48,7 +49,7 @@ def test_a_row_basis_has_the_error_of_a_svd_of_all_whitened_matrices(library, we
     basis = row_basis(
         to_library(matrices, library),
         shares=shares,
-        moments=None if moments is None else to_library(moments, library),
+        moments=None if moments is None else InputMoments.of(to_library(moments, library)),
     )
     written = to_numpy(basis.decompose(to_library(matrices, library), size).to_matrices())
     root = np.eye(IN) if moments is None else np.linalg.cholesky(moments)
@@ -137,7 +138,7 @@ def test_a_common_matrix_with_low_ranks_is_no_worse_than_the_mean_with_svds(libr
         to_library(matrices, library),
         base=True,
         shares=shares,
-        moments=None if moments is None else to_library(moments, library),
+        moments=None if moments is None else InputMoments.of(to_library(moments, library)),
     )
     root = np.eye(IN) if moments is None else np.linalg.cholesky(moments)
     mean = np.einsum("e,eoi->oi", shares, matrices) / sum(shares)
@@ -157,8 +158,14 @@ def test_a_common_matrix_with_low_ranks_is_no_worse_than_the_mean_with_svds(libr
         (lambda m: row_basis(m, shares=[1, 2]), "shares need 4 numbers"),
         (lambda m: row_basis(m, shares=[0, 0, 0, 0]), "not all 0"),
         (lambda m: low_rank(m, base=True, shares=[1, -1, 1, 1]), "from 0 up"),
-        (lambda m: row_basis(m, moments=np.eye(3)), r"moments must have shape \(7, 7\)"),
-        (lambda m: low_rank(m, base=True, moments=np.eye(3)), r"moments must have shape \(7, 7\)"),
+        (
+            lambda m: row_basis(m, moments=InputMoments.of(np.eye(3))),
+            r"moments must have shape \(7, 7\)",
+        ),
+        (
+            lambda m: low_rank(m, base=True, moments=InputMoments.of(np.eye(3))),
+            r"moments must have shape \(7, 7\)",
+        ),
         (lambda m: column_basis(m, outputs=np.eye(3)), r"outputs must have shape \(9, 9\)"),
         (lambda m: row_basis(m).decompose(m, 8), "size - 1"),
         (lambda m: row_basis(m).decompose(m, 0), "size - 1"),

@@ -23,6 +23,7 @@ from tnmoe.hf.checks import check_in_memory, check_model
 from tnmoe.hf.compression import CompressionConfig, check_compression
 from tnmoe.hf.compression_plan import (
     Choice,
+    LayerWeights,
     MatrixOptions,
     choose,
     form_of,
@@ -146,7 +147,11 @@ def compress(
     shown, held_out = _split(batches)
     before = loss_of(model, held_out)
     moments = {} if shown is None else collect_moments(model, found, shown, config)
-    options = [option for each in found for option in survey(each, moments.get(each.name), config)]
+    options = [
+        option
+        for each in found
+        for option in options_of_mixture(each, moments.get(each.name), config)
+    ]
     energies = [moments[each.experts].energy if moments else 1.0 for each in options]
     tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}.values()
     whole = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
@@ -193,7 +198,7 @@ def plan_of(choices: Iterable[Choice]) -> dict[str, dict[Matrix, Choice]]:
     return plan
 
 
-def survey(
+def options_of_mixture(
     experts: OrdinaryExperts, moments: LayerMoments | None, config: CompressionConfig
 ) -> Iterator[MatrixOptions]:
     """Yield what each chosen matrix of a mixture can become.
@@ -203,11 +208,12 @@ def survey(
     InputError
         If the mixture has none of the chosen matrices, or they contain NaN or infinity.
     """
-    found = experts.matrices
+    found, weights = experts.matrices, LayerWeights(moments, config.damping)
     check_matrices(config.matrices, found)
     for matrix, matrices in found.items():
         if matrix in config.matrices:
-            yield options_of(matrices.detach(), experts.name, matrix, moments, config)
+            given = matrices.detach()
+            yield options_of(given, experts.name, matrix, config.layouts, weights)
 
 
 def budget_of(
@@ -256,17 +262,17 @@ def compressed_experts(
     list of MatrixReport
     """
     parts: dict[str, SharedMPO | Tensor] = {}
-    reports = []
+    reports, weights = [], LayerWeights(moments, config.damping)
     for matrix, given in experts.matrices.items():
         matrices = given.detach()
         choice = plan.get(matrix)
         if choice is None or choice.layout is None or choice.bond is None:
             parts[matrix] = matrices.clone()
         else:
-            form = form_of(matrices, matrix, choice.layout, moments, config.damping)
+            form = form_of(matrices, matrix, choice.layout, weights)
             parts[matrix] = form.decompose(matrices, choice.bond)
         if choice is not None:
-            planned = planned_report(choice, matrices.itemsize, moments is not None)
+            planned = planned_report(choice, matrices.itemsize, weights.are_known)
             reports.append(replace(planned, error=relative_error(matrices, parts[matrix])))
     settings: dict[str, Any] = {
         **parts,

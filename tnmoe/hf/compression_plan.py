@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from tnmoe.hf.compression import CompressionConfig
 from tnmoe.hf.compression_report import MatrixReport
 from tnmoe.hf.ordinary import OrdinaryExperts
 from tnmoe.joint.basis import SharedBasis, column_basis, column_gram, row_basis
+from tnmoe.joint.input_moments import InputMoments
 from tnmoe.joint.low_rank import LowRank, low_rank
 from tnmoe.nn.structure import ProjectionStructure
 from tnmoe.options import Matrix, StructureKind
@@ -217,12 +219,63 @@ def choose(
     ]
 
 
+class LayerWeights:
+    """What errors of the matrices of one layer count, and to what they are relative.
+
+    Roots of moments are found once for all matrices and layouts that need them.
+
+    Parameters
+    ----------
+    moments : LayerMoments or None
+        None without a calibration.
+    damping : float
+        As for :class:`CompressionConfig`.
+    """
+
+    def __init__(self, moments: LayerMoments | None, damping: float) -> None:
+        self._moments, self._damping = moments, damping
+
+    @property
+    def are_known(self) -> bool:
+        """Whether there is a calibration."""
+        return self._moments is not None
+
+    def shares(self, matrices: Tensor) -> list[float]:
+        """Return how much every expert counts; without a calibration all count alike."""
+        if self._moments is not None:
+            return self._moments.shares.tolist()
+        norms = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in matrices]
+        return [1 / (norm or 1.0) ** 2 for norm in norms]
+
+    def inputs(self, matrix: Matrix) -> InputMoments | None:
+        """Return the damped moments of a matrix' inputs."""
+        return self._inner if matrix == "down" else self._inputs
+
+    @cached_property
+    def _inputs(self) -> InputMoments | None:
+        if self._moments is None:
+            return None
+        return InputMoments.of(_damped(self._moments.inputs, self._damping))
+
+    @cached_property
+    def _inner(self) -> InputMoments | None:
+        if self._moments is None:
+            return None
+        return InputMoments.of(_damped(self._moments.inner, self._damping))
+
+    def outputs(self, matrices: Tensor) -> Tensor | None:
+        """Return the damped moments of the outputs of ``down`` matrices."""
+        if self._moments is None:
+            return None
+        return _damped(self._moments.outputs, self._damping, column_gram(matrices))
+
+    def factor(self, layout: str) -> float:
+        """Return what squared errors of a layout count beside those of a common basis."""
+        return 1.0 if self._moments is None or layout == "hidden" else self._moments.independence
+
+
 def form_of(
-    matrices: Tensor,
-    matrix: Matrix,
-    layout: str,
-    moments: LayerMoments | None,
-    damping: float,
+    matrices: Tensor, matrix: Matrix, layout: str, weights: LayerWeights
 ) -> SharedBasis | LowRank:
     """Analyse one matrix of all experts of a layer in a layout, for any bond.
 
@@ -231,34 +284,23 @@ def form_of(
     matrices : Tensor, shape (E, out, in)
     matrix : {"up", "gate", "down"}
     layout : {"hidden", "residual", "low_rank"}
-    moments : LayerMoments or None
-    damping : float
-        As for :class:`CompressionConfig`.
+    weights : LayerWeights
     """
-    # Without a calibration every expert counts alike, whatever its scale.
-    norms = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in matrices]
-    shares = [1 / (norm or 1.0) ** 2 for norm in norms]
-    if moments is not None:
-        shares = moments.shares.tolist()
-    if layout == "hidden" and matrix == "down":
-        outputs = None
-        if moments is not None:
-            outputs = _damped(moments.outputs, damping, column_gram(matrices))
-        return column_basis(matrices, shares=shares, outputs=outputs)
-    inputs = None
-    if moments is not None:
-        inputs = _damped(moments.inner if matrix == "down" else moments.inputs, damping)
-    if layout == "hidden":
-        return row_basis(matrices, shares=shares, moments=inputs)
-    return low_rank(matrices, base=layout == "residual", shares=shares, moments=inputs)
+    shares = weights.shares(matrices)
+    if layout != "hidden":
+        base = layout == "residual"
+        return low_rank(matrices, base=base, shares=shares, moments=weights.inputs(matrix))
+    if matrix == "down":
+        return column_basis(matrices, shares=shares, outputs=weights.outputs(matrices))
+    return row_basis(matrices, shares=shares, moments=weights.inputs(matrix))
 
 
 def options_of(
     matrices: Tensor,
     experts: str,
     matrix: Matrix,
-    moments: LayerMoments | None,
-    config: CompressionConfig,
+    layouts: Iterable[str],
+    weights: LayerWeights,
 ) -> MatrixOptions:
     """Return what one matrix of all experts of a layer can become.
 
@@ -268,8 +310,9 @@ def options_of(
     experts : str
         Path of the experts in the model.
     matrix : {"up", "gate", "down"}
-    moments : LayerMoments or None
-    config : CompressionConfig
+    layouts : iterable of str
+        Layouts that are allowed.
+    weights : LayerWeights
 
     Raises
     ------
@@ -280,15 +323,13 @@ def options_of(
         raise InputError(f"the {matrix} matrices of {experts} contain NaN or infinity")
     count, rows, columns = matrices.shape
     found: list[tuple[str, int, int, float]] = []
-    for layout in config.layouts:
-        form = form_of(matrices, matrix, layout, moments, config.damping)
+    for layout in layouts:
+        form, factor = form_of(matrices, matrix, layout, weights), weights.factor(layout)
         errors = form.squared_errors
-        # Beside a basis that a token's experts share, their errors are independent.
-        counts = 1.0 if moments is None or layout == "hidden" else moments.independence
         for bond in _candidates(len(errors) - 1):
             params = form.num_params(matrices, bond)
             if params < matrices.numel():
-                relative = sqrt(counts * errors[bond] / (errors[0] or 1.0))
+                relative = sqrt(factor * errors[bond] / (errors[0] or 1.0))
                 found.append((layout, bond, params, relative))
     columns_of = [tuple(each) for each in zip(*found, strict=True)] or [()] * 4
     return MatrixOptions(experts, matrix, (count, rows, columns), *columns_of)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.chains.precision import computable, narrowed, precise, widened
-from tnmoe.chains.whitening import root_of
 from tnmoe.errors import InputError, check_index
+from tnmoe.joint.input_moments import InputMoments
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 
@@ -88,7 +88,7 @@ class SharedBasis:
 
 
 def row_basis(
-    matrices: Array, *, shares: Sequence[float] | None = None, moments: Array | None = None
+    matrices: Array, *, shares: Sequence[float] | None = None, moments: InputMoments | None = None
 ) -> SharedBasis:
     """Find the basis of the rows of matrices that minimises Σ_e share_e ‖(W_e − L_e·C) S^½‖².
 
@@ -98,8 +98,8 @@ def row_basis(
         NumPy array or torch tensor.
     shares : sequence of float, optional
         How much every expert counts; by default all count 1.
-    moments : array, shape (in, in), optional
-        Second moments S of the inputs, positive definite; by default the identity.
+    moments : InputMoments, optional
+        Second moments S of the inputs; by default the identity.
 
     Returns
     -------
@@ -115,10 +115,10 @@ def row_basis(
     With S = R·Rᴴ, the rows of C are the leading eigenvectors of Σ_e share_e Rᴴ W_eᴴ W_e R, times
     R⁻¹: the theorem of Eckart and Young for all W_e·R one below another.
     """
-    xp, size = get_backend(matrices), matrices.shape[2]
+    xp = get_backend(matrices)
     shares = checked_shares(shares, matrices.shape[0])
-    if moments is not None and tuple(moments.shape) != (size, size):
-        raise InputError(f"moments must have shape {(size, size)}, got {tuple(moments.shape)}")
+    if moments is not None:
+        moments.check(matrices)
     with xp.full_precision(computable(xp, matrices)):
         wide = (precise(xp, each) for each in matrices)
         gram = sum_of(
@@ -127,10 +127,9 @@ def row_basis(
         if moments is None:
             values, vectors = xp.eigh(gram)
             return SharedBasis("rows", tails(xp, values), xp.adjoint(vectors), vectors)
-        gram = widened(xp, gram)
-        root, inverse = (each[0] for each in root_of(xp, widened(xp, moments)[None]))
-        values, vectors = xp.eigh(xp.adjoint(root) @ gram @ root)
-        core, into = xp.adjoint(vectors) @ inverse, root @ vectors
+        root = moments.root
+        values, vectors = xp.eigh(xp.adjoint(root) @ widened(xp, gram) @ root)
+        core, into = xp.adjoint(vectors) @ moments.inverse, root @ vectors
         return SharedBasis("rows", tails(xp, values), core, into)
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains.moments import number_of
-from tnmoe.chains.precision import computable, precise, widened
-from tnmoe.chains.whitening import root_of
-from tnmoe.errors import InputError
+from tnmoe.chains.precision import computable, precise
 from tnmoe.joint.basis import checked_shares, sum_of, tails
 from tnmoe.joint.decompose_shared import decompose_shared
+from tnmoe.joint.input_moments import InputMoments
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 
@@ -47,7 +46,7 @@ class LowRank:
     base: bool
     squared_errors: tuple[float, ...]
     _importance: tuple[float, ...] = field(repr=False)
-    _moments: Array | None = field(repr=False)
+    _moments: InputMoments | None = field(repr=False)
 
     def num_params(self, matrices: Array, size: int) -> int:
         """Count the parameters of :meth:`decompose`'s result."""
@@ -76,7 +75,7 @@ class LowRank:
             shared_sites="none",
             residual=self.base,
             bonds=[size],
-            weights=self._moments,
+            weights=None if self._moments is None else self._moments.matrix,
             damping=0.0,
             importance=self._importance if self.base else None,
             max_sweeps=_TURNS,
@@ -88,7 +87,7 @@ def low_rank(
     *,
     base: bool,
     shares: Sequence[float] | None = None,
-    moments: Array | None = None,
+    moments: InputMoments | None = None,
 ) -> LowRank:
     """Prepare matrices to be written with low ranks; minimise Σ_e share_e ‖(W_e − Ŵ_e) S^½‖².
 
@@ -100,8 +99,8 @@ def low_rank(
         Whether a matrix that all have in common stands beside the low ranks.
     shares : sequence of float, optional
         How much every expert counts; by default all count 1.
-    moments : array, shape (in, in), optional
-        Second moments S of the inputs, positive definite; by default the identity.
+    moments : InputMoments, optional
+        Second moments S of the inputs; by default the identity.
 
     Returns
     -------
@@ -117,21 +116,20 @@ def low_rank(
     Without a base this is the truncated SVD of every W_e·R with S = R·Rᴴ. With one, the form is
     that of D²-MoE (Gu et al., arXiv:2502.17298).
     """
-    xp, size = get_backend(matrices), matrices.shape[2]
+    xp = get_backend(matrices)
     checked = checked_shares(shares, matrices.shape[0])
-    if moments is not None and tuple(moments.shape) != (size, size):
-        raise InputError(f"moments must have shape {(size, size)}, got {tuple(moments.shape)}")
+    if moments is not None:
+        moments.check(matrices)
     pairs = list(zip(checked, matrices, strict=True))
     total = sum(checked)
     with xp.full_precision(computable(xp, matrices)):
-        root = None if moments is None else root_of(xp, widened(xp, moments)[None])[0][0]
         mean = sum_of(precise(xp, matrix) * (share / total) for share, matrix in pairs)
         importance, squares = [], []
         for share, matrix in pairs:
             whole = precise(xp, matrix)
             rest = whole - mean if base else whole
-            if root is not None:
-                root = xp.astype(root, xp.dtype_name(whole))
+            if moments is not None:
+                root = xp.astype(moments.root, xp.dtype_name(whole))
                 whole, rest = whole @ root, rest @ root
             importance.append(share * number_of(xp, xp.norm(whole)) ** 2)
             if rest.shape[0] > rest.shape[1]:

@@ -19,7 +19,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from tnmoe import __version__
 from tnmoe.errors import InputError
 from tnmoe.hf.calibration import LayerMoments, MomentsCollector, check_known
-from tnmoe.hf.compress import is_held_out, needs_inner, survey, without_router_loss
+from tnmoe.hf.compress import (
+    is_held_out,
+    needs_inner,
+    options_of_mixture,
+    without_router_loss,
+)
 from tnmoe.hf.compression import LIMITS, CompressionConfig
 from tnmoe.hf.compression_plan import MatrixOptions
 from tnmoe.hf.compression_report import MatrixReport
@@ -296,7 +301,7 @@ def _options(
     @torch.no_grad()
     def options_of_one(each: OrdinaryExperts, parameters: list[str]) -> list[MatrixOptions]:
         with skeleton.filled(parameters):
-            return list(survey(each, kept.moments(each.name), config))
+            return list(options_of_mixture(each, kept.moments(each.name), config))
 
     tasks = [partial(options_of_one, *pair) for pair in zip(experts, names, strict=True)]
     for number, found in enumerate(ordered_results(tasks, jobs), start=1):
