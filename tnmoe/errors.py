@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
@@ -95,6 +96,26 @@ def short_repr(value: Any) -> str:
     except ValueError:  # Python writes no integers of thousands of digits
         text = f"an integer of {value.bit_length()} bits"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def check_entries(data: Iterable[str], kind: type, what: str) -> None:
+    """Raise an InputError if data have an entry that is no field of a dataclass.
+
+    Parameters
+    ----------
+    data : iterable of str
+        Names of the entries.
+    kind : type
+        The dataclass.
+    what : str
+        What the data describe, for the message.
+    """
+    known = {entry.name for entry in fields(kind)}
+    if unknown := set(data) - known:
+        raise InputError(
+            f"unknown entries in {what}: {sorted(unknown)}; known ones are "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def check_one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:

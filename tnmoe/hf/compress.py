@@ -34,7 +34,6 @@ from tnmoe.hf.compression_report import CompressionReport, MatrixReport, relativ
 from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
 from tnmoe.hf.record import add_compression, give_own_configuration
 from tnmoe.nn.mpo_experts import MPOExperts
-from tnmoe.nn.settings import check_matrices
 from tnmoe.nn.structure import ProjectionStructure
 from tnmoe.options import Matrix
 from tnmoe.shared_mpo import SharedMPO
@@ -141,7 +140,7 @@ def compress(
     check_compression(config)
     check_bool("return_report", return_report)
     check_in_memory(model, "tnmoe.hf.prepare_compress")
-    found = find_ordinary(model, config.layers)
+    found = find_ordinary(model, config.layers, config.matrices)
     batches = None if calibration is None else check_batches(calibration)
     check_known(model, [each["input_ids"] for each in batches or () if "input_ids" in each])
     shown, held_out = _split(batches)
@@ -206,11 +205,10 @@ def options_of_mixture(
     Raises
     ------
     InputError
-        If the mixture has none of the chosen matrices, or they contain NaN or infinity.
+        If a matrix contains NaN or infinity.
     """
-    found, weights = experts.matrices, LayerWeights(moments, config.damping)
-    check_matrices(config.matrices, found)
-    for matrix, matrices in found.items():
+    weights = LayerWeights(moments, config.damping)
+    for matrix, matrices in experts.matrices.items():
         if matrix in config.matrices:
             given = matrices.detach()
             yield options_of(given, experts.name, matrix, config.layouts, weights)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from tnmoe.errors import (
     InputError,
+    check_entries,
     check_number_in,
     check_one_of,
     check_positive_int,
@@ -122,12 +123,7 @@ class CompressionConfig:
         InputError
             If an entry is unknown or out of range.
         """
-        known = {entry.name for entry in fields(cls)}
-        if unknown := set(data) - known:
-            raise InputError(
-                f"unknown entries in a compression's configuration: {sorted(unknown)}; known ones "
-                f"are {', '.join(sorted(known))}"
-            )
+        check_entries(data, cls, "a compression's configuration")
         return cls(**data)
 
 

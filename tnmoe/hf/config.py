@@ -12,6 +12,7 @@ import torch
 from tnmoe.errors import (
     InputError,
     check_bool,
+    check_entries,
     check_int_from_zero,
     check_number_in,
     check_one_of,
@@ -302,12 +303,7 @@ class MPOEConfig:
         InputError
             If an entry is unknown or out of range.
         """
-        known = {entry.name for entry in fields(cls)}
-        if unknown := set(data) - known:
-            raise InputError(
-                f"unknown entries in an MPOE configuration: {sorted(unknown)}; known ones are "
-                f"{', '.join(sorted(known))}"
-            )
+        check_entries(data, cls, "an MPOE configuration")
         shapes = _shapes(data.get("shapes", ()))
         by_size = {(shape.out_features, shape.in_features): shape for shape in shapes}
         return cls(**{**data, "shapes": by_size})

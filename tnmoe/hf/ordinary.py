@@ -16,7 +16,8 @@ from tnmoe.nn.activations import ClampedSwiGLU, resolve_activation
 from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.mpo_experts import MPOExperts
-from tnmoe.options import Matrix
+from tnmoe.nn.settings import check_matrices
+from tnmoe.options import MATRICES, Matrix
 
 
 class OneHotExperts(MPOExperts):
@@ -319,7 +320,9 @@ def ordinary_named(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str
 
 
 def find_ordinary(
-    model: nn.Module, layers: Sequence[int] | str | None = None
+    model: nn.Module,
+    layers: Sequence[int] | str | None = None,
+    matrices: Iterable[Matrix] = MATRICES,
 ) -> list[OrdinaryExperts]:
     """Find the experts of those ordinary mixtures of a model that ``layers`` chooses.
 
@@ -329,12 +332,15 @@ def find_ordinary(
     layers : sequence of int, or str, optional
         Positions among the mixtures, from 0; or a regular expression to search for in the names of
         their experts. All by default.
+    matrices : iterable of "up", "gate", "down"
+        Matrices of which every mixture must have one.
 
     Raises
     ------
     InputError
         If the model has no ordinary mixture, shares cores already or is quantized; if ``layers``
-        chooses none, or one that is not there; or if experts do more than tnmoe's can.
+        chooses none, or one that is not there; if a mixture has none of the matrices; or if experts
+        do more than tnmoe's can.
     """
     name = type(model).__name__
     shared = [path for path, module in model.named_modules() if isinstance(module, MPOExperts)]
@@ -356,6 +362,7 @@ def find_ordinary(
         )
     for each in chosen:
         each.check()
+        check_matrices(matrices, each.matrices)
     return chosen
 
 

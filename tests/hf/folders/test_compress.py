@@ -211,11 +211,12 @@ def test_a_calibration_of_another_form_is_refused(calibration, message, ordinary
 
 
 @pytest.mark.parametrize("token", [-1, 64])
-def test_a_token_that_the_model_does_not_know_is_named(token, ordinary):
+def test_a_token_that_the_model_does_not_know_is_named(token, ordinary, tmp_path):
     text = TEXT.clone()
     text[3, 4] = token
     with pytest.raises(InputError, match=f"tokens from 0 to 63, the calibration has {token}"):
-        hf.prepare_compress(ordinary, CONFIG, text)
+        hf.prepare_compress(ordinary, CONFIG, text, survey=tmp_path / "survey")
+    assert not (tmp_path / "survey").exists()
 
 
 def test_a_model_without_a_head_has_no_loss(tmp_path):
@@ -243,4 +244,5 @@ def test_a_checkpoint_without_mixtures_is_refused(tmp_path):
 
     GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no ordinary mixture"):
-        hf.prepare_compress(tmp_path, CONFIG)
+        hf.prepare_compress(tmp_path, CONFIG, survey=tmp_path / "survey")
+    assert not (tmp_path / "survey").exists()

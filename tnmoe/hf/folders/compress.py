@@ -27,6 +27,7 @@ from tnmoe.hf.folders.conversion import Conversion
 from tnmoe.hf.folders.pieces import Piece, copy_pieces
 from tnmoe.hf.folders.skeleton import Skeleton
 from tnmoe.hf.folders.survey import (
+    Mixtures,
     Steps,
     Survey,
     check_tokens,
@@ -36,7 +37,7 @@ from tnmoe.hf.folders.survey import (
 )
 from tnmoe.hf.layers import install_recorded
 from tnmoe.hf.meta import check_unquantized_entries
-from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
+from tnmoe.hf.ordinary import OrdinaryExperts
 from tnmoe.hf.record import (
     add_compression,
     decode_entries,
@@ -112,27 +113,16 @@ def prepare_compress(
     source = Checkpoint(folder)
     entries = decode_entries(source.config)
     check_unquantized_entries(entries, source.folder)
+    # Before any work, and before a folder is made.
+    mixtures = Mixtures.of(source, entries, config)
     place = None if survey is None else Path(survey)
-    kept, found = run_survey(
-        source, entries, config, tokens, folder=place, jobs=jobs, on_step=on_step
-    )
-    skeleton = Skeleton(source, entries)
-    experts = find_ordinary(skeleton.model, config.layers)
-    names = skeleton.names_of(each.module.parameters() for each in experts)
-    skeleton.match(name for part in names for name in part)
-    item = next(experts[0].module.parameters()).itemsize
-    budget = budget_of(config, found.options, source.num_bytes, item)
+    kept, found = run_survey(mixtures, config, tokens, folder=place, jobs=jobs, on_step=on_step)
+    budget = budget_of(config, found.options, source.num_bytes, mixtures.itemsize)
     plans = plan_of(choose(found.options, found.energies, config, budget))
-    structures = {each.name: structures_of_plan(each, plans.get(each.name, {})) for each in experts}
-    small = Skeleton(source, entries).model
-    skeleton.set_dtypes(small)
-    add_compression(small, config, structures)
-    install_recorded(small, required_record(small))
+    small = _small_model(mixtures, config, plans)
     pieces = [
-        _piece(
-            skeleton, small, each, parameters, partial(_make, each, plans[each.name], config, kept)
-        )
-        for each, parameters in zip(experts, names, strict=True)
+        _piece(mixtures.skeleton, small, *pair, partial(_make, pair[0], plans, config, kept))
+        for pair in mixtures.pairs
     ]
     replaced = {name for piece in pieces for name in piece.reads}
     copied = copy_pieces(source, {name: name for name in source.specs if name not in replaced})
@@ -226,6 +216,20 @@ class CompressingConversion(Conversion):
         return replace(self.report, loss_after=loss)
 
 
+def _small_model(
+    mixtures: Mixtures, config: CompressionConfig, plans: Mapping[str, Mapping[Matrix, Choice]]
+) -> Any:
+    """Return the model of the target, on the meta device."""
+    small = Skeleton(mixtures.skeleton.source, mixtures.entries).model
+    mixtures.skeleton.set_dtypes(small)
+    structures = {
+        each.name: structures_of_plan(each, plans[each.name]) for each, _ in mixtures.pairs
+    }
+    add_compression(small, config, structures)
+    install_recorded(small, required_record(small))
+    return small
+
+
 def _piece(
     skeleton: Skeleton,
     small: Any,
@@ -265,11 +269,12 @@ def _piece(
 
 def _make(
     experts: OrdinaryExperts,
-    plan: Mapping[Matrix, Choice],
+    plans: Mapping[str, Mapping[Matrix, Choice]],
     config: CompressionConfig,
     survey: Survey,
 ) -> Any:
     """Make the experts of a mixture smaller, and keep the report."""
-    made, reports = compressed_experts(experts, plan, survey.moments(experts.name), config)
+    plan, moments = plans[experts.name], survey.moments(experts.name)
+    made, reports = compressed_experts(experts, plan, moments, config)
     survey.write_report(experts.name, reports)
     return made

@@ -61,6 +61,38 @@ class Surveyed(NamedTuple):
     loss: float | None
 
 
+class Mixtures(NamedTuple):
+    """The ordinary mixtures of a checkpoint that a compression is about.
+
+    Attributes
+    ----------
+    skeleton : Skeleton
+        Matched with the checkpoint's tensors.
+    entries : dict
+        The checkpoint's config.json, decoded.
+    pairs : list of (OrdinaryExperts, list of str)
+        The experts in the skeleton, and the names of their parameters there.
+    """
+
+    skeleton: Skeleton
+    entries: dict[str, Any]
+    pairs: list[tuple[OrdinaryExperts, list[str]]]
+
+    @classmethod
+    def of(cls, source: Checkpoint, entries: dict[str, Any], config: CompressionConfig) -> Mixtures:
+        """Find the mixtures; raise an InputError if there are none, or tensors of them are lost."""
+        skeleton = Skeleton(source, entries)
+        experts = find_ordinary(skeleton.model, config.layers, config.matrices)
+        names = skeleton.names_of(each.module.parameters() for each in experts)
+        skeleton.match(name for part in names for name in part)
+        return cls(skeleton, entries, list(zip(experts, names, strict=True)))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter of the experts."""
+        return next(self.pairs[0][0].module.parameters()).itemsize
+
+
 class Survey:
     """The files of a survey, and the reports of the pieces that follow it.
 
@@ -78,8 +110,10 @@ class Survey:
     """
 
     def __init__(self, folder: Path | None, purpose: str) -> None:
-        self._temporary = TemporaryDirectory() if folder is None else None
-        self.folder = Path(self._temporary.name) if self._temporary is not None else Path(folder)  # type: ignore[arg-type]
+        if folder is None:
+            self._temporary = TemporaryDirectory()
+            folder = Path(self._temporary.name)
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.purpose = purpose
         self._begin()
@@ -150,8 +184,7 @@ class Survey:
 
 
 def run_survey(
-    source: Checkpoint,
-    entries: dict[str, Any],
+    mixtures: Mixtures,
     config: CompressionConfig,
     calibration: Tensor | None,
     *,
@@ -163,9 +196,7 @@ def run_survey(
 
     Parameters
     ----------
-    source : Checkpoint
-    entries : dict
-        Its config.json, decoded.
+    mixtures : Mixtures
     config : CompressionConfig
     calibration : Tensor of int64, shape (N, S), or None
         Sequences of tokens.
@@ -176,14 +207,16 @@ def run_survey(
     on_step : callable, optional
     """
     jobs = resolve_jobs(jobs)
-    kept = Survey(folder, _purpose(source, config, calibration))
+    if calibration is not None:
+        check_known(mixtures.skeleton.model, [calibration])
+    kept = Survey(folder, _purpose(mixtures.skeleton.source, config, calibration))
     found = kept.read()
     if found is not None:
         return kept, found
     loss = None
     if calibration is not None:
-        loss = _calibrate(source, entries, config, calibration, kept, on_step)
-    options = list(_options(source, entries, config, kept, jobs, on_step))
+        loss = _calibrate(mixtures, config, calibration, kept, on_step)
+    options = list(_options(mixtures, config, kept, jobs, on_step))
     energies: dict[str, float] = {}
     for option in options:
         if option.experts not in energies:
@@ -256,8 +289,7 @@ def runnable(source: Checkpoint, entries: dict[str, Any]) -> Skeleton:
 
 
 def _calibrate(
-    source: Checkpoint,
-    entries: dict[str, Any],
+    mixtures: Mixtures,
     config: CompressionConfig,
     calibration: Tensor,
     kept: Survey,
@@ -265,8 +297,8 @@ def _calibrate(
 ) -> float | None:
     """Keep the moments of all mixtures; return the loss of what is held out."""
     shown, held_out = split_tokens(calibration)
+    source, entries = mixtures.skeleton.source, mixtures.entries
     skeleton = runnable(source, entries)
-    check_known(skeleton.model, [calibration])
     experts = find_ordinary(skeleton.model, config.layers)
     collector = MomentsCollector(skeleton.model, experts, needs_inner(config))
 
@@ -286,24 +318,20 @@ def _calibrate(
 
 
 def _options(
-    source: Checkpoint,
-    entries: dict[str, Any],
+    mixtures: Mixtures,
     config: CompressionConfig,
     kept: Survey,
     jobs: int,
     on_step: Steps | None,
 ) -> Iterator[MatrixOptions]:
-    skeleton = Skeleton(source, entries)
-    experts = find_ordinary(skeleton.model, config.layers)
-    names = skeleton.names_of(each.module.parameters() for each in experts)
-    skeleton.match(name for part in names for name in part)
+    """Yield what every chosen matrix of every mixture can become."""
 
     @torch.no_grad()
     def options_of_one(each: OrdinaryExperts, parameters: list[str]) -> list[MatrixOptions]:
-        with skeleton.filled(parameters):
+        with mixtures.skeleton.filled(parameters):
             return list(options_of_mixture(each, kept.moments(each.name), config))
 
-    tasks = [partial(options_of_one, *pair) for pair in zip(experts, names, strict=True)]
+    tasks = [partial(options_of_one, *pair) for pair in mixtures.pairs]
     for number, found in enumerate(ordered_results(tasks, jobs), start=1):
         _report(on_step, "surveying", number, len(tasks))
         yield from found
