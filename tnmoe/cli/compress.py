@@ -38,6 +38,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
     )
     add_common(parser, "Hugging Face folder with config.json and safetensors files", jobs=_JOBS)
+    _add_limits(parser)
+    _add_settings(parser)
+    _add_calibration(parser)
+    parser.set_defaults(run=_compress)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the limits, one of which is required."""
     limits = parser.add_mutually_exclusive_group(required=True)
     limits.add_argument(
         "--keep", type=share, help="share of the parameters of experts that stays: 0.7"
@@ -50,6 +58,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="largest size of the whole checkpoint: 6G",
     )
     limits.add_argument("--rtol", type=fraction, help="largest relative error of every matrix: 0.1")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the other settings of a CompressionConfig, whose defaults they keep."""
     parser.add_argument(
         "--layout",
         choices=COMPRESSED_LAYOUTS,
@@ -76,6 +88,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=argparse.SUPPRESS,
         help="share of the identity in the calibration's moments (default: 0.01)",
     )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments about the text."""
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration",
@@ -98,7 +114,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="tokens of a sequence (default: 512)",
     )
-    parser.set_defaults(run=_compress)
 
 
 def _compress(options: argparse.Namespace) -> None:
