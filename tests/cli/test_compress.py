@@ -102,6 +102,13 @@ def test_a_target_with_files_is_refused_before_any_work(ordinary, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_target_inside_the_source_is_refused_before_any_work(ordinary):
+    before = sorted(ordinary.iterdir())
+    done = tnmoe("compress", ordinary, ordinary / "small", "--keep", 0.5, code=2)
+    assert "overlaps with the source" in done.stderr
+    assert sorted(ordinary.iterdir()) == before
+
+
 def test_a_folder_without_tokenizer_cannot_be_calibrated(tmp_path):
     make("mixtral").save_pretrained(tmp_path / "source")
     (tmp_path / "prose.txt").write_text(PROSE)

@@ -23,7 +23,7 @@ from tnmoe.hf.compression_plan import (
 from tnmoe.hf.compression_report import CompressionReport, MatrixReport
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.files.tensors import TensorSpec
-from tnmoe.hf.folders.conversion import Conversion
+from tnmoe.hf.folders.conversion import Conversion, check_apart
 from tnmoe.hf.folders.pieces import Piece, copy_pieces
 from tnmoe.hf.folders.skeleton import Skeleton
 from tnmoe.hf.folders.survey import (
@@ -90,7 +90,8 @@ def prepare_compress(
     ------
     InputError
         If the checkpoint is incomplete or damaged, has no ordinary mixture, is compressed or
-        quantized; if the limit is too small; or if the calibration does not suit the model.
+        quantized; if the limit is too small; if the calibration does not suit the model; or if the
+        folder of the survey lies in the source or holds other files.
 
     Examples
     --------
@@ -116,6 +117,8 @@ def prepare_compress(
     # Before any work, and before a folder is made.
     mixtures = Mixtures.of(source, entries, config)
     place = None if survey is None else Path(survey)
+    if place is not None:
+        check_apart(place, source.folder)
     kept, found = run_survey(mixtures, config, tokens, folder=place, jobs=jobs, on_step=on_step)
     budget = budget_of(config, found.options, source.num_bytes, mixtures.itemsize)
     plans = plan_of(choose(found.options, found.energies, config, budget))

@@ -160,12 +160,8 @@ class Conversion:
     def _unfinished_folder(self, target: str | os.PathLike) -> UnfinishedFolder:
         """Return the unfinished folder of a target; raise if the source overlaps with it."""
         unfinished = UnfinishedFolder(target)
-        source = self.source.folder.resolve()
         for folder in (unfinished.target, unfinished.partial):
-            if folder.is_relative_to(source) or source.is_relative_to(folder):
-                raise InputError(
-                    f"{folder} overlaps with the source {source}: choose a folder outside it"
-                )
+            check_apart(folder, self.source.folder)
         return unfinished
 
     def _purpose(self, shard_bytes: int) -> str:
@@ -180,3 +176,10 @@ class Conversion:
         }
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_apart(folder: Path, source: Path) -> None:
+    """Raise an InputError if a folder that is to be written is the source, in it or around it."""
+    folder, source = folder.resolve(), source.resolve()
+    if folder.is_relative_to(source) or source.is_relative_to(folder):
+        raise InputError(f"{folder} overlaps with the source {source}: choose a folder outside it")
