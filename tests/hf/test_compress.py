@@ -346,6 +346,36 @@ def test_a_configuration_survives_json():
         hf.CompressionConfig.from_dict({"keep": 0.5, "size": 3})
 
 
+def test_a_folder_that_would_not_load_is_not_saved(tmp_path):
+    """Where the record does not name all experts that share cores, or names ordinary ones."""
+    small = hf.compress(make("mixtral"), CONFIG)
+    recorded = small.config.tnmoe["compression"]["experts"]
+    name, structures = recorded.popitem()
+    with pytest.raises(InputError, match=f"{name} .* shares cores, but its configuration does not"):
+        small.save_pretrained(tmp_path)
+    recorded[name] = structures
+    small.get_submodule(name.rpartition(".")[0]).experts = make("mixtral").get_submodule(name)
+    with pytest.raises(InputError, match=f"{name} are compressed experts, but they are ordinary"):
+        small.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("_apply_gate", lambda self, inner: inner, "has the gate of MixtralExperts"),
+        ("has_post_expert_norm", True, "has a norm after every expert"),
+    ],
+)
+def test_experts_that_do_more_are_refused(attribute, value, message, monkeypatch):
+    model = make("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    owner = experts if attribute in vars(experts) else type(experts)
+    monkeypatch.setattr(owner, attribute, value)
+    with pytest.raises(InputError, match=message):
+        hf.compress(model, CONFIG)
+
+
 def test_what_cannot_be_compressed_is_refused():
     dense = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2Model, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.hf.mixtures import MIXTURES, call, logits, make, relative, tokens
 from tnmoe import InputError, hf
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.folders import streaming
 from tnmoe.hf.folders.survey import runnable, streamed_loss
+from tnmoe.hf.ordinary import ordinary_experts
 from tnmoe.hf.record import decode_entries
 
 TEXT = tokens(16, 20, seed=7)
@@ -83,11 +85,14 @@ def test_a_streamed_model_computes_the_same_and_keeps_no_numbers(name, tmp_path,
     model.save_pretrained(tmp_path)
     source = Checkpoint(tmp_path)
     skeleton = runnable(source, decode_entries(source.config))
-    ids, seen = tokens(8, 9 if name != "switch" else 18), []
+    ids, seen, rows = tokens(8, 9 if name != "switch" else 18), [], []
+    for each in ordinary_experts(skeleton.model):
+        each.module.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
     with torch.no_grad(), streaming.streamed(skeleton, lambda *step: seen.append(step)) as runs:
         made = runs(**call(name, ids), use_cache=False).logits
     expected = model(**call(name, ids)).logits
     assert relative(made, expected) < 1e-5
+    assert max(rows) == 3 * 9
     assert seen == [(number, len(seen)) for number in range(1, len(seen) + 1)]
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
@@ -184,6 +189,19 @@ def test_a_checkpoint_of_stacked_experts_is_read_as_well(tmp_path):
     assert relative(*made) < 1e-6
 
 
+def test_experts_beyond_the_tenth_keep_their_place(tmp_path):
+    """Sorted as text, expert 10 comes before expert 2."""
+    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    more = {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 8}
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, **more, num_experts=12)).eval()
+    model.save_pretrained(tmp_path / "ordinary")
+    hf.prepare_compress(tmp_path / "ordinary", hf.CompressionConfig(rtol=0)).run(tmp_path / "same")
+    loaded = hf.from_pretrained(tmp_path / "same")
+    matrices = loaded.model.layers[0].mlp.experts.down.weight()
+    assert torch.equal(matrices, model.model.layers[0].mlp.experts.down_proj)
+
+
 def test_dense_networks_beside_mixtures_are_upcycled_from_folders_too(tmp_path):
     """The mixtures' parameters are stored in parts, which must not disturb."""
     model = make("deepseek_v3")
@@ -240,8 +258,6 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
 
 
 def test_a_checkpoint_without_mixtures_is_refused(tmp_path):
-    from transformers import GPT2Config, GPT2Model
-
     GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no ordinary mixture"):
         hf.prepare_compress(tmp_path, CONFIG, survey=tmp_path / "survey")
