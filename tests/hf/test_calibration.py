@@ -77,10 +77,6 @@ def test_moments_are_sums_over_slots_and_tokens(name):
     assert found.energy == pytest.approx(float(outputs.trace()) / stream, rel=1e-4)
     expected = min(1.0, separate / float(outputs.trace()))
     assert found.independence == pytest.approx(expected, rel=1e-4)
-    weights = LayerWeights(found, 0.01)
-    assert weights.factor("hidden") == 1
-    assert weights.factor("low_rank") == weights.factor("residual") == found.independence
-    assert LayerWeights(None, 0.01).factor("low_rank") == 1
 
 
 def test_experts_that_say_the_same_add_up_and_their_errors_count_less_if_independent():
@@ -91,6 +87,9 @@ def test_experts_that_say_the_same_add_up_and_their_errors_count_less_if_indepen
             parameter.copy_(parameter[:1].expand_as(parameter))
     found = collect_moments(model, [each], [{"input_ids": tokens(4, 7)}], CONFIG)[each.name]
     assert 0.5 <= found.independence < 0.9  # two experts with weights that sum to 1
+    weights = LayerWeights(found, 0.01)
+    assert weights.factor("hidden") == LayerWeights(None, 0.01).factor("low_rank") == 1
+    assert weights.factor("low_rank") == weights.factor("residual") == found.independence
 
 
 def test_the_layer_that_counts_more_gets_more_parameters():
