@@ -101,6 +101,10 @@ class ToyBackend:
     def eigvalsh(self, matrix: ToyArray) -> ToyArray:
         return ToyArray(_NUMPY.eigvalsh(matrix.numbers))
 
+    def cholesky(self, matrix: ToyArray) -> tuple[ToyArray, ToyArray] | None:
+        found = _NUMPY.cholesky(matrix.numbers)
+        return None if found is None else (ToyArray(found[0]), ToyArray(found[1]))
+
     def triangular_factor(self, matrix: ToyArray) -> ToyArray:
         return ToyArray(_NUMPY.triangular_factor(matrix.numbers))
 

@@ -1,4 +1,4 @@
-"""A common basis, and a common matrix with low ranks, are the best ones; dense SVDs say so."""
+"""A common basis is the best one; dense SVDs say so."""
 
 import numpy as np
 import pytest
@@ -8,17 +8,8 @@ from tests.matrices import LIBRARIES, to_library, to_numpy
 from tnmoe import InputError
 from tnmoe.joint.basis import column_basis, row_basis
 from tnmoe.joint.input_moments import InputMoments
-from tnmoe.joint.low_rank import low_rank
 
 E, OUT, IN = 4, 9, 7
-
-
-def own_ranks(matrices):
-    return low_rank(matrices, base=False)
-
-
-def base_and_ranks(matrices):
-    return low_rank(matrices, base=True)
 
 
 def draw(seed=0, complex_=False):
@@ -107,7 +98,7 @@ def test_bases_of_complex_matrices_are_as_good():
         assert np.isclose(error, expected)
 
 
-@pytest.mark.parametrize("make", [row_basis, column_basis, own_ranks, base_and_ranks])
+@pytest.mark.parametrize("make", [row_basis, column_basis])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_written_matrices_keep_dtype_and_count_their_parameters(make, dtype):
     matrices = torch.as_tensor(draw()).to(dtype)
@@ -121,7 +112,7 @@ def test_the_written_matrices_keep_dtype_and_count_their_parameters(make, dtype)
     assert float(error) <= slack * form.squared_errors[2] + torch.finfo(dtype).eps * float(norms)
 
 
-@pytest.mark.parametrize("make", [row_basis, column_basis, own_ranks, base_and_ranks])
+@pytest.mark.parametrize("make", [row_basis, column_basis])
 def test_matrices_of_zeros_have_no_error(make):
     matrices = np.zeros((3, 4, 5))
     form = make(matrices)
@@ -130,26 +121,30 @@ def test_matrices_of_zeros_have_no_error(make):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_common_matrix_with_low_ranks_is_no_worse_than_the_mean_with_svds(library, weighted):
-    matrices, shares = draw(), [1.0, 0.5, 2.0, 0.1]
-    moments = moments_of(IN) if weighted else None
-    part = low_rank(
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_a_row_basis_weighs_rows_as_a_svd_of_weighed_matrices_does(library, size):
+    """The weights of rows reach from 0 to 100, and an expert may lack any."""
+    matrices, shares, moments = draw(), [1.0, 0.5, 2.0, 0.1], moments_of(IN)
+    rows = np.random.default_rng(3).uniform(0, 10, size=(E, OUT)) ** 2
+    rows[0, :3], rows[1] = 0, 0
+    basis = row_basis(
         to_library(matrices, library),
-        base=True,
         shares=shares,
-        moments=None if moments is None else InputMoments.of(to_library(moments, library)),
+        moments=InputMoments.of(to_library(moments, library)),
+        rows=to_library(rows, library),
     )
-    root = np.eye(IN) if moments is None else np.linalg.cholesky(moments)
-    mean = np.einsum("e,eoi->oi", shares, matrices) / sum(shares)
-    values = [np.linalg.svd((each - mean) @ root, compute_uv=False) for each in matrices]
-    for size in (1, 3):
-        expected = sum(s * (v[size:] ** 2).sum() for s, v in zip(shares, values, strict=True))
-        assert np.isclose(part.squared_errors[size], expected)
-        written = to_numpy(part.decompose(to_library(matrices, library), size).to_matrices())
-        error = weighted_squares(matrices, written, shares, moments)
-        assert error <= expected * (1 + 1e-9)
-        assert error < 0.999 * expected or size == 3
+    written = to_numpy(basis.decompose(to_library(matrices, library), size).to_matrices())
+    root = np.linalg.cholesky(moments)
+    factors = np.sqrt(np.array(shares)[:, None] * rows)[:, :, None]
+    values = np.linalg.svd((factors * matrices @ root).reshape(-1, IN), compute_uv=False)
+    expected = (values[size:] ** 2).sum()
+    assert np.isclose(basis.squared_errors[size], expected, atol=1e-9)
+    error = np.linalg.norm(factors * (matrices - written) @ root) ** 2
+    assert np.isclose(error, expected, atol=1e-9)
+    # Rows without weight, too, get the best fit that the basis allows.
+    core = to_numpy(basis.decompose(to_library(matrices, library), size).cores[1])[:, 0, :, 0]
+    fit = np.linalg.lstsq((core @ root).T, (matrices[1] @ root).T, rcond=None)[0].T
+    np.testing.assert_allclose(written[1], fit @ core, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +152,15 @@ def test_a_common_matrix_with_low_ranks_is_no_worse_than_the_mean_with_svds(libr
     [
         (lambda m: row_basis(m, shares=[1, 2]), "shares need 4 numbers"),
         (lambda m: row_basis(m, shares=[0, 0, 0, 0]), "not all 0"),
-        (lambda m: low_rank(m, base=True, shares=[1, -1, 1, 1]), "from 0 up"),
+        (lambda m: row_basis(m, shares=[1, -1, 1, 1]), "from 0 up"),
+        (lambda m: row_basis(m, rows=np.ones(7)), r"rows must have shape \(4, 9\) or \(9,\)"),
+        (lambda m: row_basis(m, rows=-np.ones(9)), "from 0 up"),
         (
-            lambda m: row_basis(m, moments=InputMoments.of(np.eye(3))),
-            r"moments must have shape \(7, 7\)",
+            lambda m: row_basis(m, moments=InputMoments.of(np.stack([np.eye(7)] * 4))),
+            r"moments must have shape \(7, 7\), got \(4, 7, 7\)",
         ),
         (
-            lambda m: low_rank(m, base=True, moments=InputMoments.of(np.eye(3))),
+            lambda m: row_basis(m, moments=InputMoments.of(np.eye(3))),
             r"moments must have shape \(7, 7\)",
         ),
         (lambda m: column_basis(m, outputs=np.eye(3)), r"outputs must have shape \(9, 9\)"),

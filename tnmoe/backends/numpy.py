@@ -111,6 +111,15 @@ class NumpyBackend:
     def eigvalsh(self, matrix: np.ndarray) -> np.ndarray:
         return np.linalg.eigvalsh(matrix)[..., ::-1]
 
+    def cholesky(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        from scipy.linalg import solve_triangular
+
+        try:
+            triangle = np.linalg.cholesky(matrix)
+        except np.linalg.LinAlgError:
+            return None
+        return triangle, solve_triangular(triangle, self.eye(triangle.shape[0], matrix), lower=True)
+
     def triangular_factor(self, matrix: np.ndarray) -> np.ndarray:
         return self.adjoint(np.asarray(np.linalg.qr(self.adjoint(matrix), mode="r")))
 

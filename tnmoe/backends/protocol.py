@@ -156,6 +156,12 @@ class Backend(Protocol):
     def eigvalsh(self, matrix: Array) -> Array:
         """Return only the eigenvalues of a Hermitian matrix, largest first."""
 
+    def cholesky(self, matrix: Array) -> tuple[Array, Array] | None:
+        """Return L and L⁻¹ of A = L Lᴴ, with L lower triangular, for one Hermitian matrix.
+
+        The result is None if the matrix is not positive definite, or only within rounding.
+        """
+
     def triangular_factor(self, matrix: Array) -> Array:
         """Return the small factor T of A = T Q, for a matrix that is wider than tall.
 

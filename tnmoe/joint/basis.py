@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.chains.precision import computable, narrowed, precise, widened
 from tnmoe.errors import InputError, check_index
 from tnmoe.joint.input_moments import InputMoments
+from tnmoe.joint.row_weights import checked_rows
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 
@@ -22,7 +25,7 @@ class SharedBasis:
     side : {"rows", "columns"}
         ``rows``: W_e ≈ L_e · C with C (r, in) shared. ``columns``: W_e ≈ C · R_e with C (out, r).
     squared_errors : tuple of float
-        Of the first r vectors, for r from 0 on: Σ_e share_e · ‖(W_e − Ŵ_e) S^½‖².
+        Of the first r vectors, for r from 0 on: Σ_e share_e · ‖D_e^½ (W_e − Ŵ_e) S^½‖².
 
     Examples
     --------
@@ -88,9 +91,13 @@ class SharedBasis:
 
 
 def row_basis(
-    matrices: Array, *, shares: Sequence[float] | None = None, moments: InputMoments | None = None
+    matrices: Array,
+    *,
+    shares: Sequence[float] | None = None,
+    moments: InputMoments | None = None,
+    rows: Array | None = None,
 ) -> SharedBasis:
-    """Find the basis of the rows of matrices that minimises Σ_e share_e ‖(W_e − L_e·C) S^½‖².
+    """Find the basis of the rows that minimises Σ_e share_e ‖D_e^½ (W_e − L_e·C) S^½‖².
 
     Parameters
     ----------
@@ -99,7 +106,9 @@ def row_basis(
     shares : sequence of float, optional
         How much every expert counts; by default all count 1.
     moments : InputMoments, optional
-        Second moments S of the inputs; by default the identity.
+        Second moments S of the inputs, which all experts have in common; by default the identity.
+    rows : array, shape (E, out) or (out,), optional
+        Weights of output rows from 0 up, the diagonals of D_e; by default all count 1.
 
     Returns
     -------
@@ -112,24 +121,27 @@ def row_basis(
 
     Notes
     -----
-    With S = R·Rᴴ, the rows of C are the leading eigenvectors of Σ_e share_e Rᴴ W_eᴴ W_e R, times
-    R⁻¹: the theorem of Eckart and Young for all W_e·R one below another.
+    With S = R·Rᴴ, the rows of C are the leading eigenvectors of Σ_e share_e Rᴴ W_eᴴ D_e W_e R,
+    times R⁻¹: the theorem of Eckart and Young for all D_e^½ W_e R one below another. The owned
+    factors are the best ones for every row, whatever it weighs.
     """
     xp = get_backend(matrices)
     shares = checked_shares(shares, matrices.shape[0])
     if moments is not None:
-        moments.check(matrices)
+        moments.check(matrices, common=True)
+    weights = None if rows is None else np.sqrt(checked_rows(rows, matrices))
     with xp.full_precision(computable(xp, matrices)):
-        wide = (precise(xp, each) for each in matrices)
+        wide = weighed(xp, matrices, weights)
         gram = sum_of(
             xp.adjoint(each) @ each * share for each, share in zip(wide, shares, strict=True)
         )
         if moments is None:
             values, vectors = xp.eigh(gram)
             return SharedBasis("rows", tails(xp, values), xp.adjoint(vectors), vectors)
-        root = moments.root
-        values, vectors = xp.eigh(xp.adjoint(root) @ widened(xp, gram) @ root)
-        core, into = xp.adjoint(vectors) @ moments.inverse, root @ vectors
+        gram = widened(xp, gram)
+        root, inverse = (xp.astype(each, xp.dtype_name(gram)) for each in moments.root())
+        values, vectors = xp.eigh(xp.adjoint(root) @ gram @ root)
+        core, into = xp.adjoint(vectors) @ inverse, root @ vectors
         return SharedBasis("rows", tails(xp, values), core, into)
 
 
@@ -181,6 +193,15 @@ def column_gram(matrices: Array, shares: Sequence[float] | None = None) -> Array
     return sum_of(
         each @ xp.adjoint(each) * share for each, share in zip(wide, checked, strict=True)
     )
+
+
+def weighed(xp: Backend, matrices: Array, roots: np.ndarray | None) -> Iterator[Array]:
+    """Yield D_e^½ W_e for roots of weights of rows (E, out), one in memory at a time."""
+    for expert, matrix in enumerate(matrices):
+        wide = precise(xp, matrix)
+        if roots is not None:
+            wide = wide * xp.from_numpy(roots[expert], like=wide)[:, None]
+        yield wide
 
 
 def checked_shares(shares: Sequence[float] | None, experts: int) -> list[float]:

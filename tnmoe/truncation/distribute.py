@@ -109,14 +109,20 @@ def _front(
     sizes: np.ndarray, errors: np.ndarray, own_sizes: np.ndarray, own_errors: np.ndarray
 ) -> _Front:
     """Combine a front with all options of another matrix, and drop what is worse."""
-    all_sizes = (sizes[:, None] + own_sizes).ravel()
-    all_errors = (errors[:, None] + own_errors).ravel()
-    order = np.lexsort((all_errors, all_sizes))
-    falling = all_errors[order]
+    own = _useful(own_sizes, own_errors)
+    all_sizes = (sizes[:, None] + own_sizes[own]).ravel()
+    all_errors = (errors[:, None] + own_errors[own]).ravel()
+    kept = _useful(all_sizes, all_errors)
+    before, option = np.divmod(kept, len(own))
+    return _Front(all_sizes[kept], all_errors[kept], before, own[option])
+
+
+def _useful(sizes: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Return, by size, the numbers of those of which no other is smaller and has less error."""
+    order = np.lexsort((errors, sizes))
+    falling = errors[order]
     best = np.minimum.accumulate(falling)
-    kept = order[np.concatenate([[True], falling[1:] < best[:-1]])]
-    before, option = np.divmod(kept, len(own_sizes))
-    return _Front(all_sizes[kept], all_errors[kept], before, option)
+    return order[np.concatenate([[True], falling[1:] < best[:-1]])]
 
 
 def _first(front: _Front, kept: np.ndarray) -> _Front:

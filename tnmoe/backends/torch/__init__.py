@@ -128,6 +128,13 @@ class TorchBackend:
             return self.eigh(matrix)[0]
         return torch.linalg.eigvalsh(matrix).flip(-1)
 
+    def cholesky(self, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+        triangle, failure = torch.linalg.cholesky_ex(matrix)
+        if failure:
+            return None
+        eye = self.eye(triangle.shape[0], like=matrix)
+        return triangle, torch.linalg.solve_triangular(triangle, eye, upper=False)
+
     def triangular_factor(self, matrix: Tensor) -> Tensor:
         if gradients.needs_backward(matrix):
             return gradients.TriangularFactor.apply(matrix)[0]
