@@ -29,8 +29,11 @@ Gauge = Literal["identity", "schmidt"]
 GAUGES = get_args(Gauge)
 Matrix = Literal["up", "gate", "down"]
 MATRICES = get_args(Matrix)
+# In the order in which a layer computes them. ``gate_up`` holds both matrices of an expert.
+ProjectionName = Literal["gate_up", "gate", "up", "down"]
+PROJECTIONS = get_args(ProjectionName)
 NamedSites = Literal["center", "none"]
-StructureKind = Literal["chains", "hidden", "residual", "stacked"]
+StructureKind = Literal["chains", "hidden", "low_rank", "residual", "stacked"]
 STRUCTURES = get_args(StructureKind)
 
 # Routers, their losses and their records
@@ -54,6 +57,8 @@ ExportFormat = Literal["moe", "dense"]
 EXPORT_FORMATS = get_args(ExportFormat)
 CompressedLayout = Literal["auto", "hidden", "residual", "low_rank"]
 COMPRESSED_LAYOUTS = get_args(CompressedLayout)
+CalibratedMoments = Literal["expert", "layer"]
+CALIBRATED_MOMENTS = get_args(CalibratedMoments)
 # torch takes seeds from 0 up to, and without, this number.
 SEEDS = 2**64
 

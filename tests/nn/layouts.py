@@ -72,6 +72,19 @@ def make(kind, route=None, *, gated=False, bias=False, dtype=torch.float64, **mo
     return set_route(vary(experts), route)
 
 
+def make_fused(kind, route=None, *, bias=False, dtype=torch.float64, **more):
+    """Make a new layer with gates and ups in one projection, whose experts differ."""
+    torch.manual_seed(0)
+    settings = {"bias": bias, "dtype": dtype}
+    if kind == "stacked":
+        wide, plain = nn.DenseExperts(E, H, 2 * F, **settings), nn.DenseExperts(E, H, F, **settings)
+    else:
+        settings |= LAYOUTS[kind]
+        wide, plain = nn.MPOExperts(E, H, 2 * F, **settings), nn.MPOExperts(E, H, F, **settings)
+    more = {"activation": "gelu"} | more
+    return set_route(vary(nn.Experts(gate_up=wide.up, down=plain.down, **more)), route)
+
+
 def from_linear(
     kind, *, gated=False, bias=True, dtype=torch.float64, linear=torch_nn.Linear, **more
 ):
@@ -81,6 +94,28 @@ def from_linear(
     modules = {name: linear(*size, bias=bias, dtype=dtype) for name, size in sizes.items()}
     more = {"activation": "gelu"} | more
     return vary(nn.MPOExperts.from_dense(**modules, num_experts=E, rng=0, **LAYOUTS[kind], **more))
+
+
+def low_rank_projection(num_experts, out_features, in_features, **more):
+    """Make matrices of low rank, of all ranks from 0 up, whose columns lie anywhere."""
+    most = min(out_features, in_features)
+    ranks = [expert * most // (num_experts - 1) for expert in range(num_experts)]
+    made = nn.LowRankProjection(num_experts, out_features, in_features, ranks, **more)
+    generator = torch.Generator().manual_seed(in_features)
+    for rank, columns in zip(ranks, made.columns, strict=True):
+        halves = torch.randperm(in_features, generator=generator).split([rank, in_features - rank])
+        columns.copy_(torch.cat([half.sort().values for half in halves]))
+    return made
+
+
+def low_rank_experts(num_experts=E, hidden=H, inner=F, *, gated=False, activation="gelu", **more):
+    """Make a layer of matrices of low rank."""
+    sizes = {"up": (inner, hidden), "down": (hidden, inner)}
+    sizes |= {"gate": (inner, hidden)} if gated else {}
+    projections = {
+        name: low_rank_projection(num_experts, *size, **more) for name, size in sizes.items()
+    }
+    return nn.Experts(**projections, activation=activation)
 
 
 def routed(tokens=9, top_k=2, dtype=torch.float64, experts=E, seed=1):
@@ -95,8 +130,8 @@ def routed(tokens=9, top_k=2, dtype=torch.float64, experts=E, seed=1):
 def loop(experts, states, index, weights):
     """Apply the dense matrix of one expert after the other to its tokens: the definition."""
     total = torch.zeros_like(states)
-    sides = [each for each in (experts.gate, experts.up) if each is not None]
-    matrices = {each: (each.weight(), each.expert_biases()) for each in (*sides, experts.down)}
+    inner = [each for each in (experts.gate_up, experts.gate, experts.up) if each is not None]
+    matrices = {each: (each.weight(), each.expert_biases()) for each in (*inner, experts.down)}
 
     def project(projection, rows, expert):
         weight, biases = matrices[projection]
@@ -104,8 +139,9 @@ def loop(experts, states, index, weights):
 
     for expert in range(experts.num_experts):
         tokens, choice = torch.where(index == expert)
-        inner = experts.activation(*(project(each, states[tokens], expert) for each in sides))
-        part = project(experts.down, inner, expert) * weights[tokens, choice, None]
+        sides = torch.cat([project(each, states[tokens], expert) for each in inner], 1)
+        activated = experts.activation(*sides.split(experts.intermediate_size, 1))
+        part = project(experts.down, activated, expert) * weights[tokens, choice, None]
         total = total.index_add(0, tokens, part)
     return total
 

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradgradcheck
 
 import tnmoe as tn
+from tests.nn.layouts import low_rank_experts
 from tnmoe import nn
 from tnmoe.nn.compute.grouped import grouped_linear, grouped_outer, per_row
 from tnmoe.nn.compute.slots import Groups
@@ -25,6 +26,7 @@ KINDS = {
     "interleaved": lambda **more: nn.MPOExperts(4, 6, 8, sites=3, max_bond=2, **more),
     "split": lambda **more: nn.MPOExperts(4, 6, 8, layout="split", **more),
     "nothing shared": lambda **more: nn.MPOExperts(4, 6, 8, sites=2, shared_sites="none", **more),
+    "low rank": lambda **more: low_rank_experts(4, 6, 8, **more),
     "only up": lambda **more: nn.MPOExperts(4, 6, 8, sites=2, matrices=["up"], **more),
 }
 

@@ -407,7 +407,7 @@ def test_experts_share_no_memory_with_the_network_they_start_from(layout, gauge)
         (lambda: nn.MPOExperts(E, H, F_, sites=1), "at least 2 sites"),
         (
             lambda: nn.Experts(nn.StackedProjection(2, 4, 3), nn.StackedProjection(2, 5, 4)),
-            "does not fit up",
+            "does not fit down",
         ),
         (
             lambda: nn.MPOExperts.from_dense(torch.ones(4, 3), torch.ones(4, 3)),

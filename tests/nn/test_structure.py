@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.nn.layouts import low_rank_projection
 from tnmoe import InputError, MPOShape, decompose_shared, nn
 from tnmoe.nn.structure import ProjectionStructure, projection_of
 
@@ -14,6 +15,7 @@ PROJECTIONS = {
         E, MPOShape((2, 4, 2), (2, 3, 2)), max_bond=3, shared_sites=[0], bias=True
     ),
     "hidden": lambda: nn.HiddenProjection(E, MPOShape((16, 1), (1, 12)), bond_dims=[5]),
+    "low_rank": lambda: low_rank_projection(E, 16, 12, bias=True),
     "residual": lambda: nn.ResidualProjection(
         torch.nn.Linear(12, 16, bias=False),
         nn.MPOProjection(E, MPOShape((16, 1), (1, 12)), max_bond=2, shared_sites="none"),
@@ -71,11 +73,24 @@ def test_experts_of_given_matrices_compute_what_whole_ones_compute():
 @pytest.mark.parametrize(
     "data",
     [3, {}, {"kind": "stacked"}, {"kind": "x", "shape": {"out_dims": [2], "in_dims": [2]}},
-     {"kind": "stacked", "shape": {"out_dims": [2], "in_dims": [2]}, "size": 1}],
+     {"kind": "stacked", "shape": {"out_dims": [2], "in_dims": [2]}, "size": 1},
+     {"kind": "stacked", "shape": {"out_dims": [2], "in_dims": [2]}, "ranks": [1, 2]},
+     {"kind": "low_rank", "shape": {"out_dims": [2], "in_dims": [2]}},
+     {"kind": "low_rank", "shape": {"out_dims": [2], "in_dims": [2]}, "ranks": [1, 3]},
+     {"kind": "low_rank", "shape": {"out_dims": [2], "in_dims": [2]}, "ranks": [1, -1]},
+     {"kind": "low_rank", "shape": {"out_dims": [2], "in_dims": [2]}, "ranks": [1.5]},
+     {"kind": "low_rank", "shape": {"out_dims": [2], "in_dims": [2]}, "ranks": 1}],
 )  # fmt: skip
 def test_other_data_are_no_structure(data):
     with pytest.raises(InputError):
         ProjectionStructure.from_dict(data)
+
+
+def test_ranks_are_those_of_as_many_experts_as_are_built():
+    structure = ProjectionStructure.of(PROJECTIONS["low_rank"]())
+    assert structure.ranks == (0, 6, 12)
+    with pytest.raises(InputError, match="one per expert: got 3 for 4"):
+        structure.build(4)
 
 
 def test_a_projection_of_another_class_has_no_structure():

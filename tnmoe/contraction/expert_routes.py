@@ -15,7 +15,7 @@ from tnmoe.contraction.core_by_core import (
 from tnmoe.contraction.paths import CoreShapes
 from tnmoe.contraction.pieces import peak_in_pieces, rows_per_piece
 from tnmoe.contraction.rates import Rates
-from tnmoe.options import Matrix, Route
+from tnmoe.options import ProjectionName, Route
 from tnmoe.shapes import MPOShape, chain_shapes
 
 # From this number of columns on, a CPU runs a batch of products at the rate of one large product.
@@ -126,11 +126,11 @@ class ChainCost:
 
 
 def once_per_token_sites(
-    sites: int, shared_sites: Set[int], matrix: Matrix | None
+    sites: int, shared_sites: Set[int], matrix: ProjectionName | None
 ) -> frozenset[int]:
     """Return the sites that act once per token, however many experts the token visits.
 
-    Cores act from the right. In ``up`` and ``gate``, shared sites at the right end act before
+    Cores act from the right. In all but ``down``, shared sites at the right end act before
     tokens are dispatched to slots. In ``down``, shared sites at the left end act after slots are
     combined.
 
@@ -140,7 +140,7 @@ def once_per_token_sites(
         Number of sites.
     shared_sites : set of int
         Sites whose cores all experts share; not all sites.
-    matrix : {"up", "gate", "down"}, optional
+    matrix : {"gate_up", "gate", "up", "down"}, optional
         The place of the matrix in a layer; None for a matrix alone, whose vectors are slots.
     """
     owned = set(range(sites)) - shared_sites

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tnmoe.options import Matrix
+from tnmoe.options import ProjectionName
 from tnmoe.system.tables import format_table
 
 Per = Literal["token", "slot"]
@@ -41,7 +41,7 @@ class LayerStep:
 
     Attributes
     ----------
-    matrix : {"up", "gate", "down"}
+    matrix : {"gate_up", "gate", "up", "down"}
     what : str
         What the vectors are multiplied by.
     per : {"token", "slot"}
@@ -63,7 +63,7 @@ class LayerStep:
     ('up', 'cores of experts', 'slot', 8)
     """
 
-    matrix: Matrix
+    matrix: ProjectionName
     what: str
     per: Per
     vectors: int
@@ -138,7 +138,7 @@ def _count(number: int, what: str) -> str:
 
 
 def layer_plan(
-    tokens: int, top_k: int, num_experts: int, works: Sequence[tuple[Matrix, Work]]
+    tokens: int, top_k: int, num_experts: int, works: Sequence[tuple[ProjectionName, Work]]
 ) -> LayerPlan:
     """Plan a layer from the parts of its products, in the order of computation.
 

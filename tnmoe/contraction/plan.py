@@ -17,7 +17,7 @@ from tnmoe.contraction.paths import Path, applying_path, building_path
 from tnmoe.contraction.pieces import peak_in_pieces
 from tnmoe.contraction.rates import Rates, get_rates
 from tnmoe.errors import InputError, check_int_from_zero, check_one_of, check_positive_int
-from tnmoe.options import MATRICES, ROUTES, Matrix, OperatorRoute, Route
+from tnmoe.options import PROJECTIONS, ROUTES, OperatorRoute, ProjectionName, Route
 from tnmoe.shapes import MPOShape, chain_shapes, resolve_center_site, resolve_shared_sites
 from tnmoe.system.tables import format_table
 
@@ -82,7 +82,7 @@ def contraction_plan(
     experts: int | None = None,
     center_site: int | None = None,
     shared_sites: Iterable[int] | None = None,
-    matrix: Matrix | None = None,
+    matrix: ProjectionName | None = None,
     top_k: int = 1,
     route: Route | None = None,
     training: bool = False,
@@ -109,7 +109,7 @@ def contraction_plan(
         Site of the central core; ``shape.center_site`` by default.
     shared_sites : iterable of int, optional
         Sites whose cores the experts share, not all of them; the central one by default.
-    matrix : {"up", "gate", "down"}, optional
+    matrix : {"gate_up", "gate", "up", "down"}, optional
         The place of the matrices in a layer. Shared cores that act before tokens are dispatched to
         their experts, or after the experts' outputs are summed, then act once per token. By
         default they act once per vector.
@@ -172,7 +172,7 @@ def contraction_plan(
     top_k = check_positive_int("top_k", top_k)
     shared = {center_site} if shared_sites is None else shared_sites
     shared = resolve_shared_sites(shared, shape.sites, center_site)
-    check_one_of("matrix", matrix, (*MATRICES, None))
+    check_one_of("matrix", matrix, (*PROJECTIONS, None))
     check_one_of("route", route, (*ROUTES, None))
     workload = Workload(
         shape=shape,

@@ -14,6 +14,7 @@ from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.hidden_projection import HiddenProjection
+from tnmoe.nn.low_rank_projection import LowRankProjection
 from tnmoe.nn.moe import MPOMoE, ignore_padding
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.mpo_projection import MPOProjection
@@ -54,6 +55,7 @@ __all__ = [
     "LayerPlan",
     "LayerStep",
     "LoadBias",
+    "LowRankProjection",
     "MPOExperts",
     "MPOMoE",
     "MPOProjection",

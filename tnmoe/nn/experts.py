@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Self
 from weakref import WeakKeyDictionary
@@ -29,6 +29,7 @@ from tnmoe.nn.compute.slot_sums import sum_slots
 from tnmoe.nn.compute.slots import DenseDispatch, SlotOrder
 from tnmoe.nn.mpo_projection import project_pair
 from tnmoe.nn.projection import Projection
+from tnmoe.nn.settings import check_projections
 from tnmoe.nn.snapshot import Snapshot
 from tnmoe.nn.transforms import (
     autocast_dtype,
@@ -37,6 +38,7 @@ from tnmoe.nn.transforms import (
     is_transformed,
     values_are_readable,
 )
+from tnmoe.options import PROJECTIONS, ProjectionName
 
 # The products of each layer's last call, with its load and what its projections held.
 _last_products: WeakKeyDictionary[Experts, tuple[Load, Snapshot, Products]] = WeakKeyDictionary()
@@ -51,6 +53,9 @@ class Experts(nn.Module):
         (E, F, H) and (E, H, F).
     gate : Projection, optional
         (E, F, H); makes the experts gated.
+    gate_up : Projection, optional
+        (E, 2F, H), instead of ``gate`` and ``up``: the rows of every expert's gate and below them
+        those of its up, as in ``gate_up_proj`` of transformers.
     activation : str or callable
         Name of an activation, or an elementwise function or module; with a gate also the name of
         a gated unit or a :class:`Gated`.
@@ -60,8 +65,9 @@ class Experts(nn.Module):
     Raises
     ------
     InputError
-        If the projections do not fit each other, the activation is unknown, or the dropout is
-        not in [0, 1].
+        If the projections are not ``up`` and ``down``, perhaps with ``gate``, or ``gate_up`` and
+        ``down``, or do not fit each other; if the activation is unknown, or the dropout is not in
+        [0, 1].
 
     Examples
     --------
@@ -75,24 +81,23 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        up: Projection,
-        down: Projection,
+        up: Projection | None = None,
+        down: Projection | None = None,
         gate: Projection | None = None,
         *,
+        gate_up: Projection | None = None,
         activation: str | Callable[..., Tensor] = "relu",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = (up.num_experts, up.in_features, up.out_features)
-        for name, projection, fits in (
-            ("down", down, (down.num_experts, down.out_features, down.in_features)),
-            ("gate", gate, gate and (gate.num_experts, gate.in_features, gate.out_features)),
-        ):
-            if projection is not None and fits != sizes:
-                raise InputError(f"{name} ({projection}) does not fit up ({up})")
-        self.num_experts, self.hidden_size, self.intermediate_size = sizes
-        self.up, self.gate, self.down = up, gate, down
-        self.activation = resolve_activation(activation, gated=gate is not None)
+        given = {"gate_up": gate_up, "gate": gate, "up": up, "down": down}
+        projections = {name: each for name, each in given.items() if each is not None}
+        check_projections(projections)
+        _check_sizes(projections)
+        self.up, self.gate, self.gate_up, self.down = up, gate, gate_up, projections["down"]
+        self.num_experts = self.down.num_experts
+        self.hidden_size, self.intermediate_size = self.down.out_features, self.down.in_features
+        self.activation = resolve_activation(activation, gated=self.is_gated)
         self.dropout = check_number_in("dropout", dropout, "[0, 1]")
 
     @classmethod
@@ -107,18 +112,55 @@ class Experts(nn.Module):
     ) -> Self:
         """Make an instance from projections, bypassing the constructor of a subclass."""
         common = check_bool("common_bias", common_bias)
-        for name, projection in projections.items():
-            projection.set_bias(biases[name], common, f"{name}_bias")
+        for name, bias in biases.items():
+            if bias is None:
+                continue
+            if name not in projections:
+                raise InputError(f"{name}_bias is given without {name}")
+            projections[name].set_bias(bias, common, f"{name}_bias")
         experts = cls.__new__(cls)
-        Experts.__init__(
-            experts,
-            projections["up"],
-            projections["down"],
-            projections.get("gate"),
-            activation=activation,
-            dropout=dropout,
-        )
+        Experts.__init__(experts, **projections, activation=activation, dropout=dropout)
         return experts
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the activation takes gates besides ups."""
+        return self.gate is not None or self.gate_up is not None
+
+    def projections(self) -> dict[ProjectionName, Projection]:
+        """Return the projections by name, in the order of computation."""
+        found = {name: getattr(self, name) for name in PROJECTIONS}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the matrices of all experts by name, whatever projections hold them.
+
+        Returns
+        -------
+        dict from str to Tensor
+            ``up`` (E, F, H), ``down`` (E, H, F) and, of gated experts, ``gate`` (E, F, H).
+
+        Examples
+        --------
+        >>> from tnmoe.nn import StackedProjection
+        >>> gate_up, down = StackedProjection(4, 32, 8), StackedProjection(4, 8, 16)
+        >>> matrices = Experts(gate_up=gate_up, down=down).matrices()
+        >>> {name: tuple(matrix.shape) for name, matrix in matrices.items()}
+        {'gate': (4, 16, 8), 'up': (4, 16, 8), 'down': (4, 8, 16)}
+        """
+        return _split_halves({name: each.weight() for name, each in self.projections().items()})
+
+    def biases(self) -> dict[str, Tensor]:
+        """Return the biases of all experts by the name of their matrix.
+
+        Returns
+        -------
+        dict from str to Tensor
+            (E, F) for ``up`` and ``gate``, (E, H) for ``down``; without an entry for a matrix that
+            has no bias.
+        """
+        found = {name: each.expert_biases() for name, each in self.projections().items()}
+        return _split_halves({name: bias for name, bias in found.items() if bias is not None})
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Send every token through its experts and sum their outputs.
@@ -232,21 +274,23 @@ class Experts(nn.Module):
         return super()._apply(fn, recurse)
 
     def _new_products(self, load: Load) -> Products:
-        """Return the products of a call: of gate and up, or of up alone, and of down."""
-        inner = [self.up] if self.gate is None else [self.gate, self.up]
+        """Return the products of a call: of all projections into the inner size, and of down."""
+        projections = self.projections()
+        down = projections.pop("down")
         # Parts of a product bypass the call of a projection, and with it what wraps the projection.
-        firsts = [
-            (isinstance(each, Projection) and each.first_product(load))
+        firsts = {
+            name: (isinstance(each, Projection) and each.first_product(load))
             or FirstCall(each, partial(_work_of_call, each, load))
-            for each in inner
-        ]
-        down = self.down
+            for name, each in projections.items()
+        }
         last = isinstance(down, Projection) and down.last_product(load)
         return Products(firsts, last or LastCall(down, partial(_work_of_call, down, load)))
 
     def _slot_network(self, products: Products, states: Tensor) -> SlotNetwork:
         """Return the network between what acts once per token, for the tokens of a call."""
         inputs, positions = products.states_of(states)
+        # One row of gate_up holds both sides.
+        width = self.intermediate_size * (1 if self.gate_up is None else 2)
 
         def function(rows: Tensors, weights: Tensors, groups: SlotOrder) -> Tensors:
             *of_firsts, of_last = products.split(weights)
@@ -259,31 +303,36 @@ class Experts(nn.Module):
                         products.firsts, positions, of_firsts, strict=True
                     )
                 ]
-            inner = self._drop(self.activation(*sides))
-            return products.last.of_slots(inner, of_last, groups)
+            return products.last.of_slots(self._activate(sides), of_last, groups)
 
         return SlotNetwork(
             inputs,
             products.weights,
             function,
             self.num_experts,
-            width=max(self.intermediate_size, *(part.shape[1] for part in inputs)),
-            most_rows=rows_per_piece(self.intermediate_size, self.hidden_size),
+            width=max(width, *(part.shape[1] for part in inputs)),
+            most_rows=rows_per_piece(width, self.hidden_size),
             has_calls=products.have_calls,
         )
 
     def _is_repeatable(self) -> bool:
         """Return whether activation and dropout give the same again, and train nothing."""
-        sides = 1 if self.gate is None else 2
+        sides = 2 if self.is_gated else 1
         return not (self.dropout and self.training) and is_repeatable(
             self.activation, sides, self.intermediate_size
         )
 
     def _may_take_turns(self, slots: int) -> bool:
         """Return whether no projection multiplies the rows of all experts together."""
-        return not (self.up.uses_joint_route(slots) or self.down.uses_joint_route(slots))
+        return not any(each.uses_joint_route(slots) for each in self.projections().values())
 
-    def _drop(self, inner: Tensor) -> Tensor:
+    def _activate(self, products: Sequence[Tensor]) -> Tensor:
+        """Make the inputs of down, (..., F), of gate and up, or of gate_up, or of up alone."""
+        if self.gate_up is not None:
+            # Unlike chunks, slices may be changed in place.
+            gates_and_ups, size = products[0], self.intermediate_size
+            products = gates_and_ups[..., :size], gates_and_ups[..., size:]
+        inner = self.activation(*products)
         return F.dropout(inner, self.dropout, self.training) if self.dropout else inner
 
     def _run_densely(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -294,10 +343,32 @@ class Experts(nn.Module):
         """
         table = DenseDispatch.of(index, weights, self.num_experts)
         rows = table.dispatch(states)
-        projections = (self.up,) if self.gate is None else (self.gate, self.up)
-        inner = self.activation(*(table.mask(project(rows, table)) for project in projections))
-        outputs = self.down(table.mask(self._drop(inner)), table)
+        projections = self.projections()
+        down = projections.pop("down")
+        products = [table.mask(project(rows, table)) for project in projections.values()]
+        outputs = down(table.mask(self._activate(products)), table)
         return table.combine(outputs).to(states.dtype)
+
+
+def _check_sizes(projections: Mapping[str, Projection]) -> None:
+    """Raise an InputError if projections do not fit down."""
+    down = projections["down"]
+    for name, each in projections.items():
+        rows = down.in_features * (2 if name == "gate_up" else 1)
+        fits = down.num_experts, rows, down.out_features
+        if name != "down" and (each.num_experts, each.out_features, each.in_features) != fits:
+            raise InputError(f"{name} ({each}) does not fit down ({down}): it must be {fits}")
+
+
+def _split_halves(tensors: Mapping[ProjectionName, Tensor]) -> dict[str, Tensor]:
+    """Replace what gate_up has of every expert, (E, 2F, ...), by that of gate and that of up."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name == "gate_up":
+            found["gate"], found["up"] = tensor.chunk(2, dim=1)
+        else:
+            found[name] = tensor
+    return found
 
 
 def _work_of_call(projection: Projection, load: Load) -> Work:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnmoe.errors import InputError, check_generator, check_one_of
+from tnmoe.errors import check_generator, check_one_of
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.layouts import new_projection, pretrained_projection
 from tnmoe.nn.pretrained_ffn import PretrainedFFN, Source
@@ -18,6 +18,7 @@ from tnmoe.nn.projection import Bias, Projection, StackedProjection
 from tnmoe.nn.settings import (
     GROUP_SIZE,
     GroupSize,
+    check_projections,
     mpo_settings,
     projection_sizes,
 )
@@ -26,6 +27,9 @@ from tnmoe.options import GAUGES, MATRICES, Gauge, Layout, Matrix
 from tnmoe.shapes import MPOShape, SharedSites
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.truncation.info import TruncationInfo
+
+# Matrices of all experts, in any form that a projection can be made of.
+Matrices = SharedMPO | Tensor | Projection
 
 
 class MPOExperts(Experts):
@@ -260,13 +264,15 @@ class MPOExperts(Experts):
     @classmethod
     def from_shared(
         cls,
-        up: SharedMPO | Tensor,
-        down: SharedMPO | Tensor,
-        gate: SharedMPO | Tensor | None = None,
+        up: Matrices | None = None,
+        down: Matrices | None = None,
+        gate: Matrices | None = None,
         *,
+        gate_up: Matrices | None = None,
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         gate_bias: Tensor | None = None,
+        gate_up_bias: Tensor | None = None,
         activation: str | Callable[..., Tensor] = "relu",
         dropout: float = 0.0,
     ) -> Self:
@@ -274,18 +280,23 @@ class MPOExperts(Experts):
 
         Parameters
         ----------
-        up, gate : SharedMPO or Tensor, (E, F, H)
-            What :func:`tnmoe.decompose_shared` returns, of torch tensors; or whole matrices.
-        down : SharedMPO or Tensor, (E, H, F)
-        up_bias, gate_bias, down_bias : Tensor, shapes (E, F), (E, F), (E, H), optional
-            Biases of all experts.
+        up, gate : SharedMPO, Tensor or Projection, (E, F, H)
+            What :func:`tnmoe.decompose_shared` returns, of torch tensors; or whole matrices; or a
+            projection, which experts use as it stands.
+        down : SharedMPO, Tensor or Projection, (E, H, F)
+        gate_up : SharedMPO, Tensor or Projection, (E, 2F, H)
+            Instead of ``gate`` and ``up``: the rows of the gate and below them those of up.
+        up_bias, gate_bias, down_bias, gate_up_bias : Tensor, optional
+            Biases of all experts, (E, F), (E, F), (E, H) and (E, 2F). A projection keeps its own if
+            none is given.
         activation, dropout
             As for :class:`Experts`.
 
         Raises
         ------
         InputError
-            If the matrices or biases do not fit each other, or are not torch tensors.
+            If the matrices or biases do not fit each other, are not torch tensors, or are not those
+            that :class:`Experts` can have.
 
         Examples
         --------
@@ -297,17 +308,15 @@ class MPOExperts(Experts):
         >>> type(experts.up).__name__, type(experts.down).__name__
         ('ResidualProjection', 'StackedProjection')
         """
-        given = {"up": up, "gate": gate, "down": down}
+        given = {"gate_up": gate_up, "gate": gate, "up": up, "down": down}
         projections = {
-            name: StackedProjection.from_matrices(matrices)
-            if isinstance(matrices, Tensor)
-            else projection_of(matrices)
+            name: _as_projection(matrices)
             for name, matrices in given.items()
             if matrices is not None
         }
         return cls._from_projections(
             projections,
-            {"up": up_bias, "gate": gate_bias, "down": down_bias},
+            {"gate_up": gate_up_bias, "gate": gate_bias, "up": up_bias, "down": down_bias},
             common_bias=False,
             activation=activation,
             dropout=dropout,
@@ -328,8 +337,8 @@ class MPOExperts(Experts):
 
         Parameters
         ----------
-        structures : mapping from "up", "gate", "down" to ProjectionStructure
-            Without ``gate`` the experts are not gated.
+        structures : mapping from str to ProjectionStructure
+            Of ``up``, ``down`` and perhaps ``gate``, or of ``gate_up`` and ``down``.
         num_experts : int
             Number of experts E.
         activation, dropout
@@ -340,10 +349,10 @@ class MPOExperts(Experts):
         Raises
         ------
         InputError
-            If ``up`` or ``down`` is missing, or the structures do not fit each other.
+            If the names are not those of projections that :class:`Experts` can have, or the
+            structures do not fit each other.
         """
-        if not {"up", "down"} <= set(structures) <= set(MATRICES):
-            raise InputError(f"structures need up, down and perhaps gate, got {[*structures]}")
+        check_projections(structures)
         experts = cls.__new__(cls)
         Experts.__init__(
             experts,
@@ -355,6 +364,14 @@ class MPOExperts(Experts):
             dropout=dropout,
         )
         return experts
+
+
+def _as_projection(matrices: Matrices) -> Projection:
+    if isinstance(matrices, Projection):
+        return matrices
+    if isinstance(matrices, Tensor):
+        return StackedProjection.from_matrices(matrices)
+    return projection_of(matrices)
 
 
 def _bias_beside(source: Source | None, bias: Tensor | None, common_bias: bool) -> Tensor | None:

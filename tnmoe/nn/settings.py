@@ -28,6 +28,9 @@ GROUP_SIZE = 64
 _SITES = {"interleaved": 5, "residual": 2}
 _RESIDUAL_BOND = 16
 
+# The projections that experts can have.
+_PROJECTIONS_OF_EXPERTS = ({"up", "down"}, {"up", "gate", "down"}, {"gate_up", "down"})
+
 # Sizes of the groups of a split or hidden shape: one site per size.
 GroupSize = int | Sequence[int]
 
@@ -372,6 +375,16 @@ def check_matrices(names: Iterable[str], present: Iterable[str] = MATRICES) -> t
             f"matrices={[*chosen]} names no matrix of the network, which has {', '.join(present)}"
         )
     return chosen
+
+
+def check_projections(names: Iterable[str]) -> None:
+    """Raise an InputError if experts cannot have the projections of these names, and no others."""
+    given = set(names)
+    if given not in _PROJECTIONS_OF_EXPERTS:
+        raise InputError(
+            "experts have up, down and perhaps gate, or gate_up and down; "
+            f"got {', '.join(sorted(given)) or 'none'}"
+        )
 
 
 def per_projection(name: str, value: Any, default: Any) -> dict[str, Any]:

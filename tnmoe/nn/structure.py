@@ -11,6 +11,7 @@ from torch import nn
 from tnmoe.errors import InputError, check_one_of, short_repr
 from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.linear import as_linear
+from tnmoe.nn.low_rank_projection import LowRankProjection, check_ranks
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Bias, Projection, StackedProjection
 from tnmoe.nn.residual_projection import ResidualProjection
@@ -26,17 +27,25 @@ class ProjectionStructure:
 
     Attributes
     ----------
-    kind : {"chains", "hidden", "residual", "stacked"}
+    kind : {"chains", "hidden", "low_rank", "residual", "stacked"}
         ``chains`` for an :class:`MPOProjection`, ``hidden`` for a :class:`HiddenProjection`,
-        ``residual`` for a :class:`ResidualProjection`, ``stacked`` for whole matrices.
+        ``low_rank`` for a :class:`LowRankProjection`, ``residual`` for a
+        :class:`ResidualProjection`, ``stacked`` for whole matrices.
     shape : MPOShape
-        Legs of the chains; one site for whole matrices.
+        Legs of the chains; one site for whole matrices and for those of low rank.
     bond_dims : tuple of int
         Inner bond dimensions of the chains.
     center_site : int
     shared_sites : tuple of int
         Sites whose cores all experts share.
     bias : bool or "common"
+    ranks : tuple of int
+        Ranks of all experts' matrices, if they are of low rank.
+
+    Raises
+    ------
+    InputError
+        If the kind is unknown, or the ranks do not fit it or the shape.
 
     Examples
     --------
@@ -54,9 +63,15 @@ class ProjectionStructure:
     center_site: int = 0
     shared_sites: tuple[int, ...] = ()
     bias: Bias = False
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_one_of("kind", self.kind, STRUCTURES)
+        check_ranks(self.ranks, self.shape.out_features, self.shape.in_features)
+        if bool(self.ranks) != (self.kind == "low_rank"):
+            raise InputError(
+                f"only matrices of low rank have ranks: got {self.ranks} for {self.kind}"
+            )
 
     @classmethod
     def of(cls, projection: Projection) -> Self:
@@ -73,13 +88,16 @@ class ProjectionStructure:
         kinds = {
             StackedProjection: "stacked", MPOProjection: "chains",
             HiddenProjection: "hidden", ResidualProjection: "residual",
+            LowRankProjection: "low_rank",
         }  # fmt: skip
         kind: Any = kinds.get(type(projection))
         if kind is None:
             raise InputError(f"a {type(projection).__name__} has no structure that tnmoe knows")
+        whole = MPOShape((projection.out_features,), (projection.in_features,))
         if kind == "stacked":
-            whole = MPOShape((projection.out_features,), (projection.in_features,))
             return cls(kind, whole, bias=bias)
+        if isinstance(projection, LowRankProjection):
+            return cls(kind, whole, bias=bias, ranks=projection.ranks)
         chains: Any = projection.delta if kind == "residual" else projection
         sites = tuple(sorted(chains.shared_sites))
         return cls(kind, chains.shape, chains.bond_dims, chains.center_site, sites, bias)
@@ -107,12 +125,14 @@ class ProjectionStructure:
         Raises
         ------
         InputError
-            If bonds or sites do not fit the shape.
+            If bonds or sites do not fit the shape, or ranks are not one per expert.
         """
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         size = self.shape.out_features, self.shape.in_features
         if self.kind == "stacked":
             return StackedProjection(num_experts, *size, bias=self.bias, **place)
+        if self.kind == "low_rank":
+            return LowRankProjection(num_experts, *size, self.ranks, bias=self.bias, **place)
         chains: dict[str, Any] = {"bond_dims": self.bond_dims, "center_site": self.center_site}
         if self.kind == "hidden":
             return HiddenProjection(num_experts, self.shape, bias=self.bias, **chains, **place)
@@ -139,7 +159,7 @@ class ProjectionStructure:
         try:
             entries = dict(data)
             entries["shape"] = MPOShape(**entries["shape"])
-            for name in ("bond_dims", "shared_sites"):
+            for name in ("bond_dims", "shared_sites", "ranks"):
                 entries[name] = tuple(entries.get(name, ()))
             return cls(**entries)
         except (TypeError, KeyError, ValueError) as error:

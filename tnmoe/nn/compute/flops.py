@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import tnmoe.nn.compute.routes  # noqa: F401 - registers the operators
 from tnmoe.nn.compute.cores import Legs
+from tnmoe.nn.compute.low_rank import inner_sizes
 from tnmoe.nn.compute.slots import blocks_of
 from tnmoe.nn.transforms import has_values
 
@@ -72,6 +73,49 @@ def _cached_linear(
     rows: Tensor, stored: Sequence[Tensor], offsets: Tensor, numbers: Sequence[int], **_: Any
 ) -> int:
     return 2 * _count_rows(rows, offsets) * rows.shape[1] * numbers[1]
+
+
+@register_flop_formula(_OPERATORS.low_rank_linear, get_raw=True)
+def _low_rank_linear(
+    rows: Tensor,
+    outer: Tensor,
+    inner: Tensor,
+    columns: Tensor,
+    offsets: Tensor,
+    ranks: Sequence[int],
+    **_: Any,
+) -> int:
+    return sum(_low_rank_parts(rows, outer, offsets, ranks))
+
+
+@register_flop_formula(_OPERATORS.low_rank_linear_backward, get_raw=True)
+def _low_rank_linear_backward(
+    grad: Tensor,
+    rows: Tensor,
+    tensors: Sequence[Tensor],
+    offsets: Tensor,
+    ranks: Sequence[int],
+    **_: Any,
+) -> int:
+    of_outer, of_inner = _low_rank_parts(rows, tensors[0], offsets, ranks)
+    # The product with the inner factor is made again.
+    return 2 * of_outer + 3 * of_inner
+
+
+def _low_rank_parts(
+    rows: Tensor, outer: Tensor, offsets: Tensor, ranks: Sequence[int]
+) -> tuple[int, int]:
+    """Count the operations of rows times the outer factors, and times the inner ones."""
+    if _has_numbers(offsets):
+        counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    else:
+        counts = [len(rows) / len(ranks)] * len(ranks)
+    products = [rank * outer.shape[1] for rank in ranks], inner_sizes(ranks, rows.shape[1])
+    of_outer, of_inner = (
+        round(sum(2 * count * size for count, size in zip(counts, sizes, strict=True)))
+        for sizes in products
+    )
+    return of_outer, of_inner
 
 
 def _parts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from tnmoe.nn.compute.once_per_token import (
     LastProduct,
     Tensors,
 )
-from tnmoe.options import Matrix
+from tnmoe.options import ProjectionName
 
 
 class Products:
@@ -24,8 +24,8 @@ class Products:
 
     Parameters
     ----------
-    firsts : sequence of FirstProduct
-        Of gate and up, or of up alone.
+    firsts : mapping from str to FirstProduct
+        Of all projections but down, by name, in the order of computation.
     last : LastProduct
         Of down.
 
@@ -39,12 +39,13 @@ class Products:
         Whether a product acts on slots as a whole.
     """
 
-    def __init__(self, firsts: Sequence[FirstProduct], last: LastProduct) -> None:
-        self.firsts, self.last = firsts, last
+    def __init__(self, firsts: Mapping[ProjectionName, FirstProduct], last: LastProduct) -> None:
+        self.firsts, self.last = tuple(firsts.values()), last
+        self._names = tuple(firsts)
         weights: list[Tensor] = []
         # Where the weights of every product lie among those of all.
         self._parts: list[slice] = []
-        products: list[FirstProduct | LastProduct] = [*firsts, last]
+        products: list[FirstProduct | LastProduct] = [*self.firsts, last]
         for product in products:
             start = len(weights)
             weights += product.weights
@@ -53,13 +54,12 @@ class Products:
         calls = [isinstance(product, FirstCall | LastCall) for product in products]
         self.are_calls, self.have_calls = all(calls), any(calls)
 
-    def work(self) -> list[tuple[Matrix, Work]]:
+    def work(self) -> list[tuple[ProjectionName, Work]]:
         """Count what the parts of all products cost, in the order of computation."""
-        names: tuple[Matrix, ...] = ("gate", "up") if len(self.firsts) == 2 else ("up",)
         counted: set[Key] = set()
         of_firsts = [
             (name, work)
-            for name, first in zip(names, self.firsts, strict=True)
+            for name, first in zip(self._names, self.firsts, strict=True)
             for work in first.work(counted)
         ]
         # What acts on tokens comes before they are dispatched, for all first products.

@@ -16,7 +16,7 @@ from tnmoe.nn.compute.per_expert import per_expert_linear
 from tnmoe.nn.compute.rebuilt import rebuilt_linear
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.transforms import has_values, needs_native_operators
-from tnmoe.options import ROUTES, Matrix, Route
+from tnmoe.options import ROUTES, ProjectionName, Route
 
 # They take padded rows; the route ``cached`` needs no padding.
 _KERNELS: dict[str, Callable[[Tensor, ExpertCores, Groups], Tensor]] = {
@@ -31,7 +31,7 @@ def plan(
     rows: int,
     training: bool,
     *,
-    matrix: Matrix | None = None,
+    matrix: ProjectionName | None = None,
     top_k: int = 1,
     route: Route | None = None,
 ) -> ContractionPlan:
@@ -44,7 +44,7 @@ def plan(
         Slots of all experts together.
     training : bool
         Whether a backward pass follows, for which no matrices are kept.
-    matrix : {"up", "gate", "down"}, optional
+    matrix : {"gate_up", "gate", "up", "down"}, optional
         The place of the matrices in a layer where shared cores may act once per token.
     top_k : int
         Slots per token.

@@ -53,7 +53,7 @@ def tie_layers(
     experts = _check_layers(layers)
     numbers = _check_sites(sites)
     pairs = []
-    for name in MATRICES:
+    for name in (*MATRICES, "gate_up"):
         first, *others = (getattr(layer, name) for layer in experts)
         if first is None and all(other is None for other in others):
             continue
