@@ -98,16 +98,19 @@ def make(name: str, seed: int = 0) -> Any:
 
 @torch.no_grad()
 def give_common_bases(model: Any, size: int) -> None:
-    """Change the experts such that each matrix needs this number of basis vectors, and no more."""
+    """Change the experts such that they need a basis of this size, and no larger one.
+
+    Ups and gates have one in common.
+    """
     for experts in hf.ordinary.find_ordinary(model):
         matrices = experts.matrices
-        made = {}
+        made, basis = {}, torch.randn(size, matrices["up"].shape[2])
         for name, stack in matrices.items():
             count, rows, columns = stack.shape
             if name == "down":
                 made[name] = torch.randn(rows, size) @ torch.randn(count, size, columns) * 0.05
             else:
-                made[name] = torch.randn(count, rows, size) @ torch.randn(size, columns) * 0.05
+                made[name] = torch.randn(count, rows, size) @ basis * 0.05
         biases = {f"{name}_bias": bias for name, bias in experts.biases.items()}
         like = experts.format.experts_class.from_shared(**made, **biases, **experts.settings())
         experts.module.load_state_dict(experts.format.tensors(experts.module, like))

@@ -1,82 +1,142 @@
 """Moments of a calibration, added up slot by slot, and what the choice of layouts makes of them."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
 from tests.hf.mixtures import make, tokens
 from tnmoe import hf
-from tnmoe.hf.calibration import layer_around
-from tnmoe.hf.compress import collect_moments
-from tnmoe.hf.compression_plan import LayerWeights, MatrixOptions, choose
+from tnmoe.hf.calibration import MomentsCollector, layer_around
+from tnmoe.hf.compress import collect_moments, needs_of, options_of_mixture
+from tnmoe.hf.compression_plan import ProjectionOptions, choose
+from tnmoe.hf.compression_weights import LayerWeights
 from tnmoe.hf.ordinary import find_ordinary
 from tnmoe.nn.activations import resolve_activation
 
 CONFIG = hf.CompressionConfig(keep=0.5, layout="low_rank")
+LAYOUTS = ("hidden", "residual", "low_rank")
 
 
-def slots_of(model, batches):
+def slots_of(model, each, calls):
     """Yield token by token (its input, the output of its layer, pairs of expert and weight)."""
-    (each, *_) = find_ordinary(model)
     seen, streams = [], []
     hooks = [
         each.module.register_forward_pre_hook(
-            lambda _, args, named: seen.append((*args, *named.values())), with_kwargs=True
+            lambda _, args, named: seen.append(each.format.choices(*args, *named.values())),
+            with_kwargs=True,
         ),
         model.get_submodule(layer_around(each.name)).register_forward_hook(
             lambda _, __, out: streams.append(out[0] if isinstance(out, tuple) else out)
         ),
     ]
     with torch.no_grad():
-        for batch in batches:
-            model(batch)
+        for call in calls:
+            model(**call)
     for hook in hooks:
         hook.remove()
     for (states, index, weights), stream in zip(seen, streams, strict=True):
-        rows = stream.reshape(-1, stream.shape[-1])
+        states, rows = states.reshape(-1, states.shape[-1]), stream.reshape(-1, stream.shape[-1])
+        index, weights = (each.reshape(len(states), -1) for each in (index, weights))
         for token in range(len(states)):
             pairs = list(zip(index[token].tolist(), weights[token].tolist(), strict=True))
             yield states[token].double(), rows[token].double(), pairs
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_moments_are_sums_over_slots_and_tokens(name):
+def output_of(activation, down, sides, rows):
+    return down @ activation(*rows.chunk(sides))
+
+
+@pytest.mark.parametrize("moments", ["expert", "layer"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch"])
+def test_moments_are_sums_over_slots_and_tokens(name, moments):
     model, batches = make(name), list(tokens(4, 7)[:, None])
     (each, *_) = find_ordinary(model)
-    found = collect_moments(model, [each], [{"input_ids": b} for b in batches], CONFIG)[each.name]
+    config = dataclasses.replace(CONFIG, moments=moments)
+    calls = [{"input_ids": batch} for batch in batches]
+    if name == "switch":
+        calls = [{**call, "decoder_input_ids": call["input_ids"]} for call in calls]
+    found = collect_moments(model, [each], calls, config)[each.name]
     stacks = {key: value.detach().double() for key, value in each.matrices.items()}
     biases = {key: value.detach().double() for key, value in each.biases.items()}
-    activation = resolve_activation(each.settings()["activation"], gated=True)
-    inputs, inner, outputs = (torch.zeros(n, n).double() for n in (32, stacks["up"].shape[1], 32))
-    shares, separate, stream, slots = torch.zeros(len(stacks["up"])).double(), 0.0, 0.0, 0
-    for state, layer, pairs in slots_of(model, batches):
+    names = [side for side in ("gate", "up") if side in stacks]
+    activation = resolve_activation(each.settings()["activation"], gated=len(names) == 2)
+    experts, inner_size = stacks["up"].shape[:2]
+    inputs, inner = (torch.zeros(experts, n, n).double() for n in (32, inner_size))
+    outputs, rows = torch.zeros(32, 32).double(), torch.zeros(experts, len(names) * inner_size)
+    rows, weights = rows.double(), torch.zeros(experts).double()
+    separate, stream, slots = 0.0, 0.0, 0
+    for state, layer, pairs in slots_of(model, each, calls):
         total = torch.zeros(32).double()
         for expert, weight in pairs:
+            if expert == experts:
+                continue
             sides = [
                 stacks[side][expert] @ state + (biases[side][expert] if biases else 0)
-                for side in ("gate", "up")
+                for side in names
             ]
             hidden = weight * activation(*sides)
             output = stacks["down"][expert] @ hidden
-            inputs += weight**2 * torch.outer(state, state)
-            inner += torch.outer(hidden, hidden)
-            shares[expert] += weight**2 * state @ state
+            derivatives = torch.func.jacfwd(
+                lambda row, expert=expert: (
+                    stacks["down"][expert] @ activation(*row.chunk(len(names)))
+                )
+            )(torch.cat(sides))
+            rows[expert] += weight**2 * derivatives.square().sum(0)
+            weights[expert] += weight**2
+            inputs[expert] += weight**2 * torch.outer(state, state)
+            inner[expert] += torch.outer(hidden, hidden)
             separate += float(output @ output)
             total, slots = total + output, slots + 1
         outputs += torch.outer(total, total)
         stream += float(layer @ layer)
+    met = weights > 0
+    means = rows[met] / weights[met, None]
+    rows = torch.where(met[:, None], rows / weights.clamp_min(1e-300)[:, None], means.mean(0))
+    shares = inputs.diagonal(dim1=1, dim2=2).sum(1)
+    if moments == "layer":
+        inputs, inner = inputs.sum(0, keepdim=True), inner.sum(0, keepdim=True)
     for made, expected in (
         (found.inputs, inputs),
         (found.inner, inner),
+        (found.rows, rows),
         (found.outputs, outputs),
         (found.shares, shares / shares.sum()),
     ):
         torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=1e-8)
     assert found.slots == slots
+    assert found.gates == (inner_size if "gate" in stacks else 0)
     assert found.separate == pytest.approx(separate, rel=1e-4)
     assert found.stream == pytest.approx(stream, rel=1e-4)
-    assert found.energy == pytest.approx(float(outputs.trace()) / stream, rel=1e-4)
     expected = min(1.0, separate / float(outputs.trace()))
     assert found.independence == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_expert_that_met_no_token_keeps_the_mean_rows_and_some_rank():
+    model = make("mixtral")
+    (each, *_) = find_ordinary(model)
+    with torch.no_grad():
+        gate = model.model.layers[0].mlp.gate.weight
+        gate[2] = 0
+        gate[[0, 1, 3]] = 10 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).abs()
+    states = torch.rand(40, 32) + 0.1  # all positive: expert 2 always has the smallest score
+    index, weights = model.model.layers[0].mlp.gate(states)[2], torch.ones(40, 2)
+    collector = MomentsCollector(model, [each], needs_of(CONFIG))
+    with collector.collecting(), torch.no_grad():
+        each.module(states, index, weights)
+        collector._sums[each.name]["stream"] = 1.0
+    found = collector.moments()[each.name]
+    assert found.shares[2] == 0
+    assert not found.inputs[2].any()
+    torch.testing.assert_close(found.rows[2], found.rows[[0, 1, 3]].mean(0))
+    options = options_of_mixture(each, found, CONFIG)
+    for option in options:
+        large = max(range(len(option.params)), key=option.params.__getitem__)
+        assert option.bonds[large][2] > 0
+        *others, own = sorted(range(4), key=lambda expert: expert == 2)
+        mean = [sum(ranks[expert] for ranks in option.bonds) for expert in (*others, own)]
+        assert mean[-1] < 0.8 * min(mean[:-1])
 
 
 def test_experts_that_say_the_same_add_up_and_their_errors_count_less_if_independent():
@@ -87,21 +147,56 @@ def test_experts_that_say_the_same_add_up_and_their_errors_count_less_if_indepen
             parameter.copy_(parameter[:1].expand_as(parameter))
     found = collect_moments(model, [each], [{"input_ids": tokens(4, 7)}], CONFIG)[each.name]
     assert 0.5 <= found.independence < 0.9  # two experts with weights that sum to 1
-    weights = LayerWeights(found, 0.01)
-    assert weights.factor("hidden") == LayerWeights(None, 0.01).factor("low_rank") == 1
-    assert weights.factor("low_rank") == weights.factor("residual") == found.independence
+    losses = {layout: LayerWeights(found, 0.01).loss(layout) for layout in LAYOUTS}
+    assert losses["hidden"] == found.energy
+    assert losses["low_rank"] == losses["residual"] == found.independence * found.energy
+    assert {LayerWeights(None, 0.01).loss(layout) for layout in LAYOUTS} == {1.0}
+
+
+def test_rows_count_as_much_as_the_outputs_depend_on_them():
+    """The predicted error of small changes is that of the outputs, where inputs are alike."""
+    model = make("mixtral")
+    model.set_experts_implementation("eager")
+    (each, *_) = find_ordinary(model)
+    calls = [{"input_ids": tokens(16, 20)}]
+    found = collect_moments(model, [each], calls, CONFIG)[each.name]
+    matrices = each.projections()["gate_up"].detach()
+    draw, losses = torch.Generator().manual_seed(0), []
+    before = copy.deepcopy(each.module).double()
+    slots, changed = list(slots_of(model, each, calls)), copy.deepcopy(before)
+    heavy = found.rows.argsort(1, descending=True)
+    for rows in (heavy[:, :10], heavy[:, -10:]):
+        noise = torch.zeros_like(matrices)
+        for expert, chosen in enumerate(rows):
+            noise[expert, chosen] = 1e-3 * torch.randn(10, 32, generator=draw)
+        missed = ((noise.double() @ found.inputs.double()) * noise.double()).sum(2)
+        predicted, lost = float((missed * found.rows).sum()), 0.0
+        with torch.no_grad():
+            changed.gate_up_proj.copy_(matrices.double() + noise.double())
+            for state, _, pairs in slots:
+                for expert, weight in pairs:
+                    arguments = state[None], torch.tensor([[expert]]), torch.ones(1, 1).double()
+                    made, given = (module(*arguments) for module in (changed, before))
+                    lost += weight**2 * float((made - given).square().sum())
+        losses.append((predicted, lost))
+    for predicted, lost in losses:
+        assert predicted == pytest.approx(lost, rel=0.4)  # Kronecker factors are no identity
+    assert losses[0][1] > 3 * losses[1][1]
 
 
 def test_the_layer_that_counts_more_gets_more_parameters():
-    options = [
-        MatrixOptions(layer, "up", (4, 10, 10), ("hidden",) * 3, (2, 4, 6), (100, 200, 300), errors)
-        for layer in ("first", "second")
-        for errors in [(0.6, 0.4, 0.2)]
-    ]
-    for energies in ((1.0, 0.1), (0.1, 1.0)):
-        chosen = choose(options, energies, hf.CompressionConfig(keep=0.5), 400)
+    for first, second in ((1.0, 0.1), (0.1, 1.0)):
+        options = [
+            ProjectionOptions(
+                layer, "up", (4, 10, 10), ("hidden",) * 3, (2, 4, 6), (100, 200, 300),
+                errors, tuple(factor * error**2 for error in errors),
+            )
+            for layer, factor in (("first", first), ("second", second))
+            for errors in [(0.6, 0.4, 0.2)]
+        ]  # fmt: skip
+        chosen = choose(options, hf.CompressionConfig(keep=0.5), 400)
         params = [choice.num_params for choice in chosen]
-        assert params == ([300, 100] if energies[0] > energies[1] else [100, 300])
+        assert params == ([300, 100] if first > second else [100, 300])
 
 
 def test_damping_keeps_directions_that_the_text_did_not_show():
@@ -110,4 +205,54 @@ def test_damping_keeps_directions_that_the_text_did_not_show():
         config = hf.CompressionConfig(keep=0.5, layout="hidden", damping=damping)
         _, report = hf.compress(make("mixtral"), config, [tokens(1, 6)], return_report=True)
         errors.append(sum(matrix.error for matrix in report.matrices))
-    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] < 0.99 * errors[0]
+
+
+def test_an_activation_may_change_its_inputs_in_place():
+    model = make("mixtral")
+    for each in find_ordinary(model):
+        each.module.act_fn = torch.nn.ReLU(inplace=True)
+    found = collect_moments(model, find_ordinary(model), [{"input_ids": tokens()}], CONFIG)
+    for each in find_ordinary(model):
+        each.module.act_fn = torch.nn.ReLU()
+    expected = collect_moments(model, find_ordinary(model), [{"input_ids": tokens()}], CONFIG)
+    for name, moments in expected.items():
+        torch.testing.assert_close(found[name].rows, moments.rows)
+        torch.testing.assert_close(found[name].inner, moments.inner)
+
+
+def test_autocast_changes_no_dtype_of_moments():
+    model = make("mixtral")
+    experts, calls = find_ordinary(model), [{"input_ids": tokens()}]
+    expected = collect_moments(model, experts, calls, CONFIG)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect_moments(model, experts, calls, CONFIG)
+    for name, moments in expected.items():
+        assert found[name].outputs.dtype == torch.float32
+        torch.testing.assert_close(found[name].rows, moments.rows, rtol=0.2, atol=0)
+
+
+def test_damping_keeps_an_expert_that_met_no_token_from_being_free():
+    model = make("mixtral")
+    (each, *_) = find_ordinary(model)
+    config = dataclasses.replace(CONFIG, moments="layer", keep=0.3)
+    found = collect_moments(model, [each], [{"input_ids": tokens()}], config)[each.name]
+    idle = dataclasses.replace(found, shares=torch.tensor([0.5, 0.5, 0.0, 0.0]))
+    matrices = each.projections()["down"]
+    assert LayerWeights(idle, 0.0).shares(matrices) == [0.5, 0.5, 0, 0]
+    assert LayerWeights(idle, 0.2).shares(matrices) == pytest.approx([0.45, 0.45, 0.05, 0.05])
+    for option in options_of_mixture(each, idle, dataclasses.replace(config, damping=0.2)):
+        large = max(range(len(option.params)), key=option.params.__getitem__)
+        assert min(option.bonds[large]) > 0
+
+
+def test_padding_is_no_part_of_the_stream():
+    model, ids = make("mixtral"), tokens()
+    experts, mask = find_ordinary(model), torch.ones(2, 29, dtype=torch.int64)
+    mask[:, 9:] = 0
+    padded = {"input_ids": torch.cat([ids, ids.new_zeros(2, 20)], dim=1), "attention_mask": mask}
+    expected = collect_moments(model, experts, [{"input_ids": ids}], CONFIG)
+    found = collect_moments(model, experts, [padded], CONFIG)
+    for name, moments in expected.items():
+        assert found[name].stream == pytest.approx(moments.stream, rel=1e-4)
+        assert found[name].energy == pytest.approx(moments.energy, rel=1e-4)

@@ -386,7 +386,7 @@ def test_what_cannot_be_compressed_is_refused():
     with pytest.raises(InputError, match="no ordinary mixture of experts"):
         hf.compress(dense, CONFIG)
     small = hf.compress(make("mixtral"), CONFIG)
-    with pytest.raises(InputError, match="share cores already"):
+    with pytest.raises(InputError, match="are made of cores already"):
         hf.compress(small, CONFIG)
     with pytest.raises(InputError, match="was compressed and not converted"):
         hf.average_experts(small)
@@ -423,7 +423,7 @@ def test_a_folder_that_lacks_numbers_of_compressed_experts_is_refused(tmp_path):
     hf.compress(make("mixtral"), CONFIG).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    lost = next(name for name in tensors if ".experts.up." in name)
+    lost = next(name for name in tensors if ".experts.gate_up." in name)
     del tensors[lost]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match="lacks 1 tensors of the feed-forward networks"):
@@ -435,11 +435,14 @@ def test_a_folder_that_lacks_numbers_of_compressed_experts_is_refused(tmp_path):
     [
         lambda record: record.pop("experts"),
         lambda record: record.update(config={"keep": 5}),
-        lambda record: record["experts"].update({"model.layers.0.mlp.experts": {"up": 3}}),
+        lambda record: record["experts"].update({"model.layers.0.mlp.experts": {"down": 3}}),
         lambda record: record["experts"]["model.layers.0.mlp.experts"].pop("down"),
-        lambda record: record["experts"]["model.layers.0.mlp.experts"]["up"].update(kind="x"),
-        lambda record: record["experts"]["model.layers.0.mlp.experts"]["up"].update(
-            bond_dims=[10**9]
+        lambda record: record["experts"]["model.layers.0.mlp.experts"]["down"].update(kind="x"),
+        lambda record: record["experts"]["model.layers.0.mlp.experts"]["down"].update(
+            kind="hidden", bond_dims=[10**9]
+        ),
+        lambda record: record["experts"]["model.layers.0.mlp.experts"]["down"].update(
+            kind="low_rank", ranks=[10**9]
         ),
     ],
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tnmoe.cli.arguments import fraction, int_from_two, layers, share, size
 from tnmoe.cli.convert import HOW, add_common, as_text, report_of, run
 from tnmoe.errors import InputError
-from tnmoe.options import COMPRESSED_LAYOUTS
+from tnmoe.options import CALIBRATED_MOMENTS, COMPRESSED_LAYOUTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +32,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "compress",
         help="make the mixtures of a checkpoint smaller",
         description=(
-            "Make the experts of a checkpoint with ordinary mixtures (Mixtral, Qwen-MoE, OLMoE, "
-            "Granite-MoE, DeepSeek, gpt-oss, Switch and others) share bases, or a matrix. Routers "
-            "and all other weights stay as they are." + HOW
+            "Give the experts of a checkpoint with ordinary mixtures (Mixtral, Qwen-MoE, OLMoE, "
+            "Granite-MoE, DeepSeek, gpt-oss, Switch and others) low ranks, common bases or a "
+            "common matrix. Routers and all other weights stay as they are." + HOW
         ),
     )
     add_common(parser, "Hugging Face folder with config.json and safetensors files", jobs=_JOBS)
@@ -83,6 +83,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "(default: all)",
     )
     parser.add_argument(
+        "--moments",
+        choices=CALIBRATED_MOMENTS,
+        default=argparse.SUPPRESS,
+        help="whose inputs the calibration looks at: those of every expert (the default), or of "
+        "all experts of a layer together, which takes less memory and loses more",
+    )
+    parser.add_argument(
         "--damping",
         type=fraction,
         default=argparse.SUPPRESS,
@@ -120,7 +127,7 @@ def _compress(options: argparse.Namespace) -> None:
     from tnmoe.hf import CompressionConfig, prepare_compress
     from tnmoe.system.folders import check_target
 
-    known = ("keep", "num_bytes", "rtol", "layout", "matrices", "layers", "damping")
+    known = ("keep", "num_bytes", "rtol", "layout", "matrices", "layers", "moments", "damping")
     values = vars(options)
     config = CompressionConfig(**{name: values[name] for name in known if name in values})
     target = Path(os.path.realpath(options.target))

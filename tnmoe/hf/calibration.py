@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tnmoe.errors import InputError
 from tnmoe.hf.ordinary import OrdinaryExperts
 from tnmoe.nn.activations import resolve_activation
+from tnmoe.nn.transforms import without_autocast
 from tnmoe.options import Matrix
 
 # A batch of a calibration: tokens (B, S), or the arguments of a call of the model.
@@ -33,10 +34,16 @@ class LayerMoments:
         Number of pairs of a token and one of its experts.
     shares : Tensor, shape (E,)
         Share of every expert in ``inputs``.
-    inputs : Tensor, shape (H, H)
-        Σ p² x xᵀ over all slots, with the token x and the weight p.
-    inner : Tensor, shape (F, F)
+    inputs : Tensor, shape (E, H, H) or (1, H, H)
+        Σ p² x xᵀ over the slots of every expert, or over all slots, with the token x and the weight
+        p.
+    inner : Tensor, shape (E, F, F) or (1, F, F)
         Σ p² h hᵀ with the activated intermediate values h; empty where nothing needs them.
+    rows : Tensor, shape (E, 2F) or (E, F)
+        How much the outputs depend on every row of ``gate`` and ``up``, in this order, or of ``up``
+        alone: the mean of ‖∂y/∂u‖² over slots, with the product u of the row and the output y.
+    gates : int
+        Number of rows of ``gate``, F or 0.
     outputs : Tensor, shape (H, H)
         Σ z zᵀ over all tokens, with the sum z of the outputs p·y of a token's experts, without
         biases.
@@ -52,6 +59,8 @@ class LayerMoments:
     shares: Tensor
     inputs: Tensor
     inner: Tensor
+    rows: Tensor
+    gates: int
     outputs: Tensor
     separate: float
     stream: float
@@ -75,6 +84,21 @@ class LayerMoments:
         return min(1.0, self.separate / together) if together else 1.0
 
 
+class Needs(NamedTuple):
+    """What of the moments a compression needs.
+
+    Attributes
+    ----------
+    own : bool
+        Whether every expert has moments of its own.
+    inner : bool
+        Whether ``inner`` is needed.
+    """
+
+    own: bool
+    inner: bool
+
+
 class MomentsCollector:
     """Hooks that add up the moments of mixtures while their model runs.
 
@@ -82,14 +106,11 @@ class MomentsCollector:
     ----------
     model : Module
     experts : sequence of OrdinaryExperts
-    with_inner : bool
-        Whether ``inner`` is needed.
+    needs : Needs
     """
 
-    def __init__(
-        self, model: nn.Module, experts: Sequence[OrdinaryExperts], with_inner: bool
-    ) -> None:
-        self._model, self._experts, self._with_inner = model, experts, with_inner
+    def __init__(self, model: nn.Module, experts: Sequence[OrdinaryExperts], needs: Needs) -> None:
+        self._model, self._experts, self._needs = model, experts, needs
         self._sums: dict[str, dict[str, Any]] = {}
         self._taken: set[str] = set()
         self.token_mask: Tensor | None = None
@@ -133,11 +154,9 @@ class MomentsCollector:
         def collect(_: nn.Module, arguments: tuple, named: dict[str, Tensor]) -> None:
             states, index, weights = experts.format.choices(*arguments, *named.values())
             states = states.reshape(-1, states.shape[-1])
-            mask = self.token_mask
-            if mask is not None and mask.numel() == len(states):
-                known = mask.reshape(-1).to(device=states.device, dtype=torch.bool)
-                states, index, weights = states[known], index[known], weights[known]
-            self._add(experts, states, index, weights)
+            states, index, weights = self._without_padding(states, index, weights)
+            with without_autocast(states.device):
+                self._add(experts, states, index, weights)
 
         return collect
 
@@ -145,19 +164,30 @@ class MomentsCollector:
         def collect(_: nn.Module, __: tuple, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             if isinstance(states, Tensor) and experts.name in self._sums:
+                (states,) = self._without_padding(states.reshape(-1, states.shape[-1]))
                 self._sums[experts.name]["stream"] += float(states.double().square().sum())
 
         return collect
+
+    def _without_padding(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows (T, n) of tokens that a batch does not mask."""
+        mask, first = self.token_mask, tensors[0]
+        if mask is None or mask.numel() != len(first):
+            return tensors
+        known = mask.reshape(-1).to(device=first.device, dtype=torch.bool)
+        return tuple(each[known] for each in tensors)
 
     @torch.no_grad()
     def _add(
         self, experts: OrdinaryExperts, states: Tensor, index: Tensor, weights: Tensor
     ) -> None:
         matrices = experts.matrices
+        # Autocast may have changed it.
+        states = states.to(matrices["up"].dtype)
         activation = resolve_activation(
             experts.format.activation(experts.module), gated="gate" in matrices
         )
-        sums = self._sums.setdefault(experts.name, _zeros(matrices, self._with_inner))
+        sums = self._sums.setdefault(experts.name, _zeros(matrices, self._needs))
         biases = experts.biases
         outputs = torch.zeros_like(states, dtype=sums["outputs"].dtype)
         for expert in range(len(matrices["up"])):
@@ -167,16 +197,37 @@ class MomentsCollector:
             for part in torch.split(torch.arange(len(tokens), device=tokens.device), _ROWS):
                 rows = states[tokens[part]]
                 scale = weights[tokens[part], choice[part]].to(rows.dtype)[:, None]
-                inner = activation(
-                    *(
-                        nn.functional.linear(rows, own[name], shifts.get(name))
-                        for name in ("gate", "up")
-                        if name in own
-                    )
-                )
+                sides = [
+                    nn.functional.linear(rows, own[name], shifts.get(name))
+                    for name in ("gate", "up")
+                    if name in own
+                ]
+                inner, slopes = _with_slopes(activation, sides)
+                _add_slopes(sums, expert, slopes * scale, own["down"])
                 made = _add_rows(sums, expert, rows * scale, inner * scale, own["down"])
                 outputs.index_add_(0, tokens[part], made)
+                sums["weights"][expert] += scale.double().square().sum()
         sums["outputs"] += outputs.T @ outputs
+
+
+def _with_slopes(
+    activation: Callable[..., Tensor], sides: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return activated values (N, F), and their derivatives by all sides, one beside the other."""
+    with torch.inference_mode(False), torch.enable_grad():
+        # A tensor of inference mode has no gradient, but its copy has one.
+        leaves = [side.clone().requires_grad_() for side in sides]
+        # An activation may change its inputs in place, which a leaf forbids.
+        inner = activation(*(leaf.clone() for leaf in leaves))
+        slopes = torch.autograd.grad(inner.sum(), leaves)
+    return inner.detach(), torch.cat(slopes, dim=1)
+
+
+def _add_slopes(sums: dict[str, Any], expert: int, slopes: Tensor, down: Tensor) -> None:
+    """Add what the slopes of slots of one expert, already weighed, say about its rows."""
+    norms = torch.linalg.vector_norm(down, dim=0, dtype=torch.float64).square()
+    sides = slopes.shape[1] // len(norms)
+    sums["rows"][expert] += slopes.double().square().sum(0) * norms.repeat(sides)
 
 
 def _add_rows(
@@ -186,24 +237,27 @@ def _add_rows(
     sums["slots"] += len(rows)
     sums["shares"][expert] += rows.double().square().sum()
     rows, inner = rows.to(sums["inputs"].dtype), inner.to(sums["inputs"].dtype)
-    sums["inputs"] += rows.T @ rows
+    sums["inputs"][expert % len(sums["inputs"])] += rows.T @ rows
     outputs = nn.functional.linear(inner, down.to(inner.dtype))
     sums["separate"] += float(outputs.double().square().sum())
-    if len(sums["inner"]):
-        sums["inner"] += inner.T @ inner
+    if sums["inner"].numel():
+        sums["inner"][expert % len(sums["inner"])] += inner.T @ inner
     return outputs
 
 
-def _zeros(matrices: Mapping[Matrix, Tensor], with_inner: bool) -> dict[str, Any]:
+def _zeros(matrices: Mapping[Matrix, Tensor], needs: Needs) -> dict[str, Any]:
     up = matrices["up"]
-    inner, hidden = up.shape[1:]
+    experts, inner, hidden = up.shape
     like = torch.zeros((), device=up.device, dtype=torch.promote_types(up.dtype, torch.float32))
-    size = inner if with_inner else 0
+    count, size = experts if needs.own else 1, inner if needs.inner else 0
     return {
         "slots": 0,
-        "shares": like.new_zeros(len(up), dtype=torch.float64),
-        "inputs": like.new_zeros(hidden, hidden),
-        "inner": like.new_zeros(size, size),
+        "weights": like.new_zeros(experts, dtype=torch.float64),
+        "shares": like.new_zeros(experts, dtype=torch.float64),
+        "inputs": like.new_zeros(count, hidden, hidden),
+        "inner": like.new_zeros(count, size, size),
+        "rows": like.new_zeros(experts, inner * (len(matrices) - 1), dtype=torch.float64),
+        "gates": inner if "gate" in matrices else 0,
         "outputs": like.new_zeros(hidden, hidden),
         "separate": 0.0,
         "stream": 0.0,
@@ -211,12 +265,22 @@ def _zeros(matrices: Mapping[Matrix, Tensor], with_inner: bool) -> dict[str, Any
 
 
 def _moments_of(name: str, sums: dict[str, Any]) -> LayerMoments:
-    if not all(sums[each].isfinite().all() for each in ("inputs", "inner", "outputs")):
+    if not all(sums[each].isfinite().all() for each in ("inputs", "inner", "rows", "outputs")):
         raise InputError(
             f"{name} has inputs or outputs that are NaN or infinite on the calibration's text"
         )
-    total = sums["shares"].sum()
-    return LayerMoments(**sums | {"shares": sums["shares"] / total.clamp_min(1e-300)})
+    given = dict(sums)
+    weights, total = given.pop("weights"), sums["shares"].sum()
+    given["rows"] = _means(sums["rows"], weights)
+    given["shares"] = sums["shares"] / total.clamp_min(1e-300)
+    return LayerMoments(**given)
+
+
+def _means(sums: Tensor, weights: Tensor) -> Tensor:
+    """Divide sums (E, n) by weights (E,); an expert without slots gets the mean of the others."""
+    means = sums / weights.clamp_min(1e-300)[:, None]
+    met = weights > 0
+    return torch.where(met[:, None], means, means[met].mean(0)) if met.any() else means
 
 
 def layer_around(name: str) -> str:

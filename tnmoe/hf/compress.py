@@ -1,4 +1,4 @@
-"""Ordinary mixtures made smaller: their experts come to share bases, or a matrix."""
+"""Ordinary mixtures made smaller: with low ranks, common bases or a common matrix."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tnmoe.hf.calibration import (
     Batch,
     LayerMoments,
     MomentsCollector,
+    Needs,
     check_batches,
     check_known,
 )
@@ -23,19 +24,22 @@ from tnmoe.hf.checks import check_in_memory, check_model
 from tnmoe.hf.compression import CompressionConfig, check_compression
 from tnmoe.hf.compression_plan import (
     Choice,
-    LayerWeights,
-    MatrixOptions,
+    ProjectionOptions,
     choose,
     form_of,
     options_of,
     planned_report,
+    written_matrices,
 )
 from tnmoe.hf.compression_report import CompressionReport, MatrixReport, relative_error
+from tnmoe.hf.compression_weights import LayerWeights
 from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
 from tnmoe.hf.record import add_compression, give_own_configuration
+from tnmoe.nn.experts import Experts
+from tnmoe.nn.low_rank_projection import LowRankProjection
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.structure import ProjectionStructure
-from tnmoe.options import Matrix
+from tnmoe.options import ProjectionName
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.system.memory import explain_memory_error
 
@@ -73,7 +77,7 @@ def compress(
     on_matrix: Callable[[MatrixReport], None] | None = None,
     return_report: bool = False,
 ) -> PreTrainedModel | tuple[PreTrainedModel, CompressionReport]:
-    """Make the mixtures of a model smaller: their experts come to share bases, or a matrix.
+    """Make the mixtures of a model smaller by low ranks, common bases or a common matrix.
 
     Routers, shared experts, biases and everything else stay as they are, and so do the losses that
     the model's class computes for its routers.
@@ -88,7 +92,9 @@ def compress(
     calibration : iterable of Tensor (B, S), or of mappings, optional
         Batches of tokens, or arguments of the model's call with ``input_ids``. The error is then
         that of the outputs for these inputs, weighed by the routers' weights. Of eight batches, one
-        measures the loss before and after instead.
+        measures the loss before and after instead. The moments of all layers are in memory
+        together, up to four bytes for every H·H + F·F of every expert; :func:`prepare_compress`
+        keeps those of one layer, and ``moments="layer"`` those of one expert per layer.
     on_matrix : callable, optional
         Called with a MatrixReport after every matrix.
     return_report : bool
@@ -117,10 +123,11 @@ def compress(
     Notes
     -----
     ``hidden`` is the truncated SVD of all experts' matrices side by side, ``low_rank`` that of
-    every expert's matrix alone, for inputs of the calibration's second moments. ``residual`` has
-    the form of D²-MoE (arXiv:2502.17298). :func:`tnmoe.distribute_budget` chooses layouts and bonds
-    of all matrices; a matrix's squared relative error counts as much as the experts' outputs
-    contribute to the output of their layer.
+    every expert's matrix alone, for inputs of the calibration's second moments, and for rows that
+    count as much as the outputs depend on them: Kronecker factors of the Gauss-Newton matrix of a
+    layer (arXiv:1503.05671). ``residual`` has the form of D²-MoE (arXiv:2502.17298).
+    :func:`tnmoe.distribute_budget` chooses layouts, bonds and ranks of all matrices: such that the
+    predicted errors of the experts' outputs, relative to the outputs of their layers, are least.
 
     Examples
     --------
@@ -151,12 +158,11 @@ def compress(
         for each in found
         for option in options_of_mixture(each, moments.get(each.name), config)
     ]
-    energies = [moments[each.experts].energy if moments else 1.0 for each in options]
     tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}.values()
     whole = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     itemsize = next(found[0].module.parameters()).itemsize
     budget = budget_of(config, options, whole, itemsize)
-    plan = plan_of(choose(options, energies, config, budget))
+    plan = plan_of(choose(options, config, budget))
     reports: list[MatrixReport] = []
     made = []
     # Everything is built before anything is replaced: an error leaves the model as it was.
@@ -189,18 +195,18 @@ def _install(
     add_compression(model, config, structures)
 
 
-def plan_of(choices: Iterable[Choice]) -> dict[str, dict[Matrix, Choice]]:
-    """Sort choices by the path of their experts, and by matrix."""
-    plan: dict[str, dict[Matrix, Choice]] = {}
+def plan_of(choices: Iterable[Choice]) -> dict[str, dict[ProjectionName, Choice]]:
+    """Sort choices by the path of their experts, and by projection."""
+    plan: dict[str, dict[ProjectionName, Choice]] = {}
     for choice in choices:
-        plan.setdefault(choice.options.experts, {})[choice.options.matrix] = choice
+        plan.setdefault(choice.options.experts, {})[choice.options.projection] = choice
     return plan
 
 
 def options_of_mixture(
     experts: OrdinaryExperts, moments: LayerMoments | None, config: CompressionConfig
-) -> Iterator[MatrixOptions]:
-    """Yield what each chosen matrix of a mixture can become.
+) -> Iterator[ProjectionOptions]:
+    """Yield what each chosen projection of a mixture can become.
 
     Raises
     ------
@@ -208,21 +214,20 @@ def options_of_mixture(
         If a matrix contains NaN or infinity.
     """
     weights = LayerWeights(moments, config.damping)
-    for matrix, matrices in experts.matrices.items():
-        if matrix in config.matrices:
-            given = matrices.detach()
-            yield options_of(given, experts.name, matrix, config.layouts, weights)
+    for name, matrices in experts.projections(config.matrices).items():
+        if name == "gate_up" or name in config.matrices:
+            yield options_of(matrices.detach(), experts.name, name, config.layouts, weights)
 
 
 def budget_of(
-    config: CompressionConfig, options: Iterable[MatrixOptions], num_bytes: int, itemsize: int
+    config: CompressionConfig, options: Iterable[ProjectionOptions], num_bytes: int, itemsize: int
 ) -> int:
     """Return how many parameters the chosen matrices may have.
 
     Parameters
     ----------
     config : CompressionConfig
-    options : iterable of MatrixOptions
+    options : iterable of ProjectionOptions
         Of all chosen matrices.
     num_bytes : int
         Size of the whole model.
@@ -240,7 +245,7 @@ def budget_of(
 
 def compressed_experts(
     experts: OrdinaryExperts,
-    plan: Mapping[Matrix, Choice],
+    plan: Mapping[ProjectionName, Choice],
     moments: LayerMoments | None,
     config: CompressionConfig,
 ) -> tuple[MPOExperts, list[MatrixReport]]:
@@ -250,7 +255,7 @@ def compressed_experts(
     ----------
     experts : OrdinaryExperts
     plan : mapping from str to Choice
-        By the name of the matrix. Matrices without an entry stay as they are.
+        By the name of the projection. Those without an entry stay as they are.
     moments : LayerMoments or None
     config : CompressionConfig
 
@@ -259,32 +264,34 @@ def compressed_experts(
     MPOExperts
     list of MatrixReport
     """
-    parts: dict[str, SharedMPO | Tensor] = {}
+    parts: dict[str, SharedMPO | Tensor | LowRankProjection] = {}
     reports, weights = [], LayerWeights(moments, config.damping)
-    for matrix, given in experts.matrices.items():
+    for name, given in experts.projections(config.matrices).items():
         matrices = given.detach()
-        choice = plan.get(matrix)
+        choice = plan.get(name)
         if choice is None or choice.layout is None or choice.bond is None:
-            parts[matrix] = matrices.clone()
+            written: Any = matrices.clone()
         else:
-            form = form_of(matrices, matrix, choice.layout, weights)
-            parts[matrix] = form.decompose(matrices, choice.bond)
+            form = form_of(matrices, name, choice.layout, weights)
+            written = written_matrices(form, matrices, choice.bond)
         if choice is not None:
             planned = planned_report(choice, matrices.itemsize, weights.are_known)
-            reports.append(replace(planned, error=relative_error(matrices, parts[matrix])))
+            reports.append(replace(planned, error=relative_error(matrices, written)))
+        is_low_rank = isinstance(written, list)
+        parts[name] = LowRankProjection.from_factors(written) if is_low_rank else written
+    biases = experts.projected_biases(config.matrices)
     settings: dict[str, Any] = {
         **parts,
-        **{f"{name}_bias": bias for name, bias in experts.biases.items()},
+        **{f"{name}_bias": bias for name, bias in biases.items()},
         **experts.settings(),
     }
     made = experts.format.experts_class.from_shared(**settings)
     return made, reports
 
 
-def structures_of(experts: Any) -> dict[str, ProjectionStructure]:
-    """Return the structures of the projections of experts, by the name of the matrix."""
-    parts = {"up": experts.up, "gate": experts.gate, "down": experts.down}
-    return {name: ProjectionStructure.of(part) for name, part in parts.items() if part is not None}
+def structures_of(experts: Experts) -> dict[str, ProjectionStructure]:
+    """Return the structures of the projections of experts by name."""
+    return {name: ProjectionStructure.of(part) for name, part in experts.projections().items()}
 
 
 def collect_moments(
@@ -294,7 +301,7 @@ def collect_moments(
     config: CompressionConfig,
 ) -> dict[str, LayerMoments]:
     """Run a model on batches, and return the moments of its mixtures by their names."""
-    collector = MomentsCollector(model, experts, needs_inner(config))
+    collector = MomentsCollector(model, experts, needs_of(config))
     with _in_evaluation(model), collector.collecting(), torch.no_grad():
         for batch in batches:
             collector.token_mask = batch.get("attention_mask")
@@ -302,9 +309,10 @@ def collect_moments(
     return collector.moments()
 
 
-def needs_inner(config: CompressionConfig) -> bool:
-    """Return whether a calibration has to collect moments between ``up`` and ``down``."""
-    return config.layout != "hidden" and "down" in config.matrices
+def needs_of(config: CompressionConfig) -> Needs:
+    """Return what of the moments a compression needs."""
+    own = config.moments == "expert" and "low_rank" in config.layouts
+    return Needs(own, inner=config.layout != "hidden" and "down" in config.matrices)
 
 
 def is_held_out(number: int, count: int) -> bool:

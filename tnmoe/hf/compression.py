@@ -16,7 +16,14 @@ from tnmoe.errors import (
 )
 from tnmoe.hf.find import check_layers
 from tnmoe.nn.settings import check_matrices
-from tnmoe.options import COMPRESSED_LAYOUTS, MATRICES, CompressedLayout, Matrix
+from tnmoe.options import (
+    CALIBRATED_MOMENTS,
+    COMPRESSED_LAYOUTS,
+    MATRICES,
+    CalibratedMoments,
+    CompressedLayout,
+    Matrix,
+)
 
 # The settings that say how small a model becomes, one of which is given.
 LIMITS = ("keep", "num_bytes", "rtol")
@@ -42,13 +49,19 @@ class CompressionConfig:
     layout : {"auto", "hidden", "residual", "low_rank"}
         What experts share. ``hidden``: a basis for the rows of ``up`` and ``gate``, and one for the
         columns of ``down``; a layer applies it once per token. ``residual``: a matrix, to which
-        every expert adds one of low rank. ``low_rank``: nothing; every expert has a matrix of low
-        rank. ``auto``: for every matrix the one that is predicted to lose least.
+        every expert adds one of low rank. ``low_rank``: nothing; every expert has matrices of low
+        rank, each of a rank of its own. ``auto``: for every matrix the one that is predicted to
+        lose least.
     matrices : sequence of "up", "gate", "down"
-        Matrices that become smaller. The others stay as they are.
+        Matrices that become smaller. The others stay as they are. ``gate`` and ``up`` are
+        decomposed as one matrix, ``gate_up``, if both are among them.
     layers : sequence of int, or str, optional
         Mixtures to make smaller: positions among the model's mixtures, or a regular expression to
         search for in their names. All by default.
+    moments : {"expert", "layer"}
+        Whose inputs a calibration looks at in ``low_rank``. ``expert``: those of every expert; it
+        then keeps E·(H² + F²) numbers per layer, E experts of size H and F. ``layer``: those of all
+        experts of a layer together, H² + F² numbers; errors are larger then.
     damping : float
         Share of the identity in the second moments of a calibration's inputs. It keeps inputs that
         the calibration did not show from being free.
@@ -70,6 +83,7 @@ class CompressionConfig:
     layout: CompressedLayout = "auto"
     matrices: Sequence[Matrix] = MATRICES
     layers: Sequence[int] | str | None = None
+    moments: CalibratedMoments = "expert"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -90,6 +104,7 @@ class CompressionConfig:
         if self.rtol is not None:
             self._set("rtol", check_number_in("rtol", self.rtol, "[0, 1)"))
         check_one_of("layout", self.layout, COMPRESSED_LAYOUTS)
+        check_one_of("moments", self.moments, CALIBRATED_MOMENTS)
         self._set("matrices", check_matrices(self.matrices))
         self._set("layers", check_layers(self.layers))
         self._set("damping", check_number_in("damping", self.damping, "[0, 1]"))

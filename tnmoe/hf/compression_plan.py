@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import sqrt
 from typing import Any, Self
 
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor
 
 from tnmoe.errors import InputError
-from tnmoe.hf.calibration import LayerMoments
 from tnmoe.hf.compression import CompressionConfig
-from tnmoe.hf.compression_report import MatrixReport
+from tnmoe.hf.compression_report import Bond, MatrixReport, as_tuples
+from tnmoe.hf.compression_weights import LayerWeights
 from tnmoe.hf.ordinary import OrdinaryExperts
-from tnmoe.joint.basis import SharedBasis, column_basis, column_gram, row_basis
-from tnmoe.joint.input_moments import InputMoments
-from tnmoe.joint.low_rank import LowRank, low_rank
+from tnmoe.joint.basis import SharedBasis, column_basis, row_basis
+from tnmoe.joint.low_rank import LowRank, LowRankFactors, low_rank
+from tnmoe.joint.residual import Residual, residual
 from tnmoe.nn.structure import ProjectionStructure
-from tnmoe.options import Matrix, StructureKind
+from tnmoe.options import Matrix, ProjectionName
 from tnmoe.shapes import MPOShape
+from tnmoe.shared_mpo import SharedMPO
 from tnmoe.truncation.distribute import distribute_budget
 
 # Bonds of large matrices are multiples of this: kernels want aligned sizes.
@@ -31,41 +31,42 @@ _SMALL = 64
 
 
 @dataclass(frozen=True)
-class MatrixOptions:
-    """What one matrix of all experts of a layer can become.
+class ProjectionOptions:
+    """What one projection of a layer's experts can become.
 
     Attributes
     ----------
     experts : str
         Path of the experts in the model.
-    matrix : {"up", "gate", "down"}
+    projection : {"gate_up", "gate", "up", "down"}
     size : (int, int, int)
         Experts, rows and columns.
     layouts : tuple of str
         Layout of every option.
-    bonds : tuple of int
-        Bond of every option. All have fewer parameters than the matrix as it is.
+    bonds : tuple of int, or of tuple of int
+        Bond of every option; for ``low_rank`` the rank of every expert. All options have fewer
+        parameters than the matrices as they are.
     params : tuple of int
         Number of parameters of every option.
     errors : tuple of float
         Predicted relative error of every option.
+    losses : tuple of float
+        What the error of every option costs the model.
     """
 
     experts: str
-    matrix: Matrix
+    projection: ProjectionName
     size: tuple[int, int, int]
     layouts: tuple[str, ...]
-    bonds: tuple[int, ...]
+    bonds: tuple[Bond, ...]
     params: tuple[int, ...]
     errors: tuple[float, ...]
+    losses: tuple[float, ...]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Make the options whose attributes, with lists for tuples, are ``data``."""
-        entries: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
-        return cls(**entries)
+        return cls(**{name: as_tuples(value) for name, value in data.items()})
 
     @property
     def full(self) -> int:
@@ -82,10 +83,10 @@ class MatrixOptions:
         ]
         return min(fitting)[1] if fitting else None
 
-    def table(self, energy: float) -> list[tuple[int, float]]:
-        """Return parameters and squared error of every option, and of the matrix as it is."""
-        errors = [energy * error**2 for error in self.errors]
-        return [*zip(self.params, errors, strict=True), (self.full, 0.0)]
+    @property
+    def table(self) -> list[tuple[int, float]]:
+        """Parameters and cost of every option, and of the matrices as they are."""
+        return [*zip(self.params, self.losses, strict=True), (self.full, 0.0)]
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ class Choice:
 
     Attributes
     ----------
-    options : MatrixOptions
+    options : ProjectionOptions
     number : int or None
         Of the option; None for a matrix that stays as it is.
     """
 
-    options: MatrixOptions
+    options: ProjectionOptions
     number: int | None
 
     @property
@@ -108,8 +109,8 @@ class Choice:
         return None if self.number is None else self.options.layouts[self.number]
 
     @property
-    def bond(self) -> int | None:
-        """The bond; None for a matrix that stays as it is."""
+    def bond(self) -> Bond | None:
+        """The bond, or the ranks of all experts; None for what stays as it is."""
         return None if self.number is None else self.options.bonds[self.number]
 
     @property
@@ -137,7 +138,7 @@ def planned_report(choice: Choice, itemsize: int, weighted: bool) -> MatrixRepor
     options = choice.options
     return MatrixReport(
         layer=options.experts,
-        matrix=options.matrix,
+        matrix=options.projection,
         layout=choice.layout,
         bond=choice.bond,
         params_before=options.full,
@@ -149,51 +150,50 @@ def planned_report(choice: Choice, itemsize: int, weighted: bool) -> MatrixRepor
 
 
 def structures_of_plan(
-    experts: OrdinaryExperts, plan: Mapping[Matrix, Choice]
+    experts: OrdinaryExperts, plan: Mapping[ProjectionName, Choice], chosen: Collection[Matrix]
 ) -> dict[str, ProjectionStructure]:
-    """Return the structures that the matrices of a mixture will have, by their names.
+    """Return the structures that the projections of a mixture will have, by their names.
 
     Parameters
     ----------
     experts : OrdinaryExperts
         On any device, the meta device included.
     plan : mapping from str to Choice
-        Matrices without an entry stay as they are.
+        Projections without an entry stay as they are.
+    chosen : collection of "up", "gate", "down"
+        Matrices that become smaller.
     """
     biases = experts.biases
     return {
-        name: _structure(matrices.shape, name, plan.get(name), name in biases)
-        for name, matrices in experts.matrices.items()
+        name: _structure(matrices.shape, name, plan.get(name), bool(biases))
+        for name, matrices in experts.projections(chosen).items()
     }
 
 
 def _structure(
-    size: Sequence[int], matrix: Matrix, choice: Choice | None, bias: bool
+    size: Sequence[int], name: ProjectionName, choice: Choice | None, bias: bool
 ) -> ProjectionStructure:
     _, rows, columns = size
+    whole = MPOShape((rows,), (columns,))
     if choice is None or choice.bond is None:
-        return ProjectionStructure("stacked", MPOShape((rows,), (columns,)), bias=bias)
+        return ProjectionStructure("stacked", whole, bias=bias)
+    if isinstance(choice.bond, tuple):
+        return ProjectionStructure("low_rank", whole, ranks=choice.bond, bias=bias)
     shape, bonds = MPOShape((rows, 1), (1, columns)), (choice.bond,)
     if choice.layout == "hidden":
-        center = 0 if matrix == "down" else 1
+        center = 0 if name == "down" else 1
         return ProjectionStructure("hidden", shape, bonds, center, (center,), bias)
-    kind: StructureKind = "residual" if choice.layout == "residual" else "chains"
-    return ProjectionStructure(kind, shape, bonds, shape.center_site, (), bias)
+    return ProjectionStructure("residual", shape, bonds, shape.center_site, (), bias)
 
 
 def choose(
-    options: Sequence[MatrixOptions],
-    energies: Sequence[float],
-    config: CompressionConfig,
-    budget: int,
+    options: Sequence[ProjectionOptions], config: CompressionConfig, budget: int
 ) -> list[Choice]:
-    """Choose what every matrix becomes.
+    """Choose what every projection becomes.
 
     Parameters
     ----------
-    options : sequence of MatrixOptions
-    energies : sequence of float
-        For each of them, what its squared relative error counts.
+    options : sequence of ProjectionOptions
     config : CompressionConfig
     budget : int
         Largest number of parameters of all, if no ``rtol`` is set.
@@ -205,7 +205,7 @@ def choose(
     """
     if config.rtol is not None:
         return [Choice(each, each.smallest_within(config.rtol)) for each in options]
-    tables = [each.table(energy) for each, energy in zip(options, energies, strict=True)]
+    tables = [each.table for each in options]
     least = sum(min(params for params, _ in table) for table in tables)
     if budget < least:
         raise InputError(
@@ -219,97 +219,49 @@ def choose(
     ]
 
 
-class LayerWeights:
-    """What errors of the matrices of one layer count, and to what they are relative.
-
-    Roots of moments are found once for all matrices and layouts that need them.
-
-    Parameters
-    ----------
-    moments : LayerMoments or None
-        None without a calibration.
-    damping : float
-        As for :class:`CompressionConfig`.
-    """
-
-    def __init__(self, moments: LayerMoments | None, damping: float) -> None:
-        self._moments, self._damping = moments, damping
-
-    @property
-    def are_known(self) -> bool:
-        """Whether there is a calibration."""
-        return self._moments is not None
-
-    def shares(self, matrices: Tensor) -> list[float]:
-        """Return how much every expert counts; without a calibration all count alike."""
-        if self._moments is not None:
-            return self._moments.shares.tolist()
-        norms = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in matrices]
-        return [1 / (norm or 1.0) ** 2 for norm in norms]
-
-    def inputs(self, matrix: Matrix) -> InputMoments | None:
-        """Return the damped moments of a matrix' inputs."""
-        return self._inner if matrix == "down" else self._inputs
-
-    @cached_property
-    def _inputs(self) -> InputMoments | None:
-        if self._moments is None:
-            return None
-        return InputMoments.of(_damped(self._moments.inputs, self._damping))
-
-    @cached_property
-    def _inner(self) -> InputMoments | None:
-        if self._moments is None:
-            return None
-        return InputMoments.of(_damped(self._moments.inner, self._damping))
-
-    def outputs(self, matrices: Tensor) -> Tensor | None:
-        """Return the damped moments of the outputs of ``down`` matrices."""
-        if self._moments is None:
-            return None
-        return _damped(self._moments.outputs, self._damping, column_gram(matrices))
-
-    def factor(self, layout: str) -> float:
-        """Return what squared errors of a layout count beside those of a common basis."""
-        return 1.0 if self._moments is None or layout == "hidden" else self._moments.independence
+Form = SharedBasis | Residual | LowRank
 
 
-def form_of(
-    matrices: Tensor, matrix: Matrix, layout: str, weights: LayerWeights
-) -> SharedBasis | LowRank:
-    """Analyse one matrix of all experts of a layer in a layout, for any bond.
+def form_of(matrices: Tensor, name: ProjectionName, layout: str, weights: LayerWeights) -> Form:
+    """Analyse the matrices of a layer's experts in a layout, for any bond.
 
     Parameters
     ----------
     matrices : Tensor, shape (E, out, in)
-    matrix : {"up", "gate", "down"}
+    name : {"gate_up", "gate", "up", "down"}
     layout : {"hidden", "residual", "low_rank"}
     weights : LayerWeights
     """
-    shares = weights.shares(matrices)
-    if layout != "hidden":
-        base = layout == "residual"
-        return low_rank(matrices, base=base, shares=shares, moments=weights.inputs(matrix))
-    if matrix == "down":
+    rows = weights.rows(name)
+    if layout == "low_rank":
+        places = _index_numbers(matrices)
+        if weights.are_own:
+            return low_rank(matrices, moments=weights.own(name), rows=rows, index_numbers=places)
+        shares, moments = weights.shares(matrices), weights.common(name)
+        return low_rank(matrices, moments=moments, rows=rows, shares=shares, index_numbers=places)
+    shares, moments = weights.shares(matrices), weights.common(name)
+    if layout == "residual":
+        return residual(matrices, moments=moments, rows=rows, shares=shares)
+    if name == "down":
         return column_basis(matrices, shares=shares, outputs=weights.outputs(matrices))
-    return row_basis(matrices, shares=shares, moments=weights.inputs(matrix))
+    return row_basis(matrices, moments=moments, rows=rows, shares=shares)
 
 
 def options_of(
     matrices: Tensor,
     experts: str,
-    matrix: Matrix,
+    name: ProjectionName,
     layouts: Iterable[str],
     weights: LayerWeights,
-) -> MatrixOptions:
-    """Return what one matrix of all experts of a layer can become.
+) -> ProjectionOptions:
+    """Return what one projection of a layer's experts can become.
 
     Parameters
     ----------
     matrices : Tensor, shape (E, out, in)
     experts : str
         Path of the experts in the model.
-    matrix : {"up", "gate", "down"}
+    name : {"gate_up", "gate", "up", "down"}
     layouts : iterable of str
         Layouts that are allowed.
     weights : LayerWeights
@@ -320,41 +272,44 @@ def options_of(
         If the matrices contain NaN or infinity.
     """
     if not torch.isfinite(matrices).all():
-        raise InputError(f"the {matrix} matrices of {experts} contain NaN or infinity")
-    count, rows, columns = matrices.shape
-    found: list[tuple[str, int, int, float]] = []
+        raise InputError(f"the {name} matrices of {experts} contain NaN or infinity")
+    found: list[tuple[str, Bond, int, float, float]] = []
     for layout in layouts:
-        form, factor = form_of(matrices, matrix, layout, weights), weights.factor(layout)
-        errors = form.squared_errors
-        for bond in _candidates(len(errors) - 1):
-            params = form.num_params(matrices, bond)
+        form, loss = form_of(matrices, name, layout, weights), weights.loss(layout)
+        for bond, params, square in _sizes(form, matrices):
             if params < matrices.numel():
-                relative = sqrt(factor * errors[bond] / (errors[0] or 1.0))
-                found.append((layout, bond, params, relative))
-    columns_of = [tuple(each) for each in zip(*found, strict=True)] or [()] * 4
-    return MatrixOptions(experts, matrix, (count, rows, columns), *columns_of)
+                found.append((layout, bond, params, sqrt(square), loss * square))
+    columns_of: Any = [tuple(each) for each in zip(*found, strict=True)] or [()] * 5
+    count, rows, columns = matrices.shape
+    return ProjectionOptions(experts, name, (count, rows, columns), *columns_of)
 
 
-def _candidates(largest: int) -> list[int]:
-    """Return the bonds that a matrix may have, given the largest that makes sense."""
-    step = 1 if largest <= _SMALL else _STEP
-    return list(range(step, largest + 1, step))
+def _sizes(form: Form, matrices: Tensor) -> Iterator[tuple[Bond, int, float]]:
+    """Yield bonds with their numbers of parameters and their squared relative errors."""
+    if isinstance(form, LowRank):
+        whole = sum(errors[0] for errors in form.squared_errors) or 1.0
+        for each in form.frontier(_step(min(matrices.shape[1:]))):
+            yield each.ranks, each.num_params, each.error / whole
+        return
+    errors = form.squared_errors
+    step = _step(len(errors) - 1)
+    for bond in range(step, len(errors), step):
+        yield bond, form.num_params(matrices, bond), errors[bond] / (errors[0] or 1.0)
 
 
-def _damped(moments: Tensor, damping: float, identity: Tensor | None = None) -> Tensor:
-    """Bring moments to mean eigenvalue 1, and add the share of the identity.
+def _step(largest: int) -> int:
+    return 1 if largest <= _SMALL else _STEP
 
-    Parameters
-    ----------
-    moments : Tensor, shape (n, n)
-    damping : float
-    identity : Tensor, optional
-        What takes the place of the identity.
-    """
-    moments = moments.double()
-    size = len(moments)
-    if identity is None:
-        identity = torch.eye(size, dtype=moments.dtype, device=moments.device)
-    both = (moments, identity.double())
-    scaled = [each * (size / each.trace().clamp_min(1e-300)) for each in both]
-    return (1 - damping) * scaled[0] + damping * scaled[1]
+
+def _index_numbers(matrices: Tensor) -> int:
+    """Return how many parameters have the size of the index of a column."""
+    return -(-torch.int32.itemsize // matrices.itemsize)
+
+
+def written_matrices(form: Form, matrices: Tensor, bond: Bond) -> SharedMPO | list[LowRankFactors]:
+    """Write matrices in a form, at a bond that :func:`options_of` found."""
+    if isinstance(form, LowRank):
+        assert isinstance(bond, tuple)
+        return form.decompose(matrices, bond)
+    assert isinstance(bond, int)
+    return form.decompose(matrices, bond)

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from tnmoe.options import Matrix
+from tnmoe.joint.low_rank import LowRankFactors
+from tnmoe.options import ProjectionName
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.system.tables import format_table
+
+# A bond dimension, or the rank of every expert.
+Bond = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What became of one matrix of all experts of a layer.
+    """What became of one matrix of all experts of a layer, or of ``gate`` and ``up`` together.
 
     Attributes
     ----------
     layer : str
         Path of the experts in the model.
-    matrix : {"up", "gate", "down"}
+    matrix : {"gate_up", "gate", "up", "down"}
     layout : str or None
         Layout; None for a matrix that stays as it is.
-    bond : int or None
-        Bond dimension; None for a matrix that stays as it is.
+    bond : int, tuple of int, or None
+        Bond dimension; in ``low_rank`` the rank of every expert; None for a matrix that stays as it
+        is.
     params_before, params_after : int
     itemsize : int
         Bytes of a parameter.
@@ -34,8 +40,9 @@ class MatrixReport:
         Frobenius error of all experts together, relative to their norm; None before the matrix is
         made.
     weighted_error : float or None
-        Error of the outputs for the inputs of the calibration, relative to the outputs; None
-        without a calibration.
+        Error for the inputs of the calibration, relative to the matrices' products with these; the
+        rows of ``gate`` and ``up`` count as much as the outputs depend on them. None without a
+        calibration.
 
     Examples
     --------
@@ -45,14 +52,19 @@ class MatrixReport:
     """
 
     layer: str
-    matrix: Matrix
+    matrix: ProjectionName
     layout: str | None
-    bond: int | None
+    bond: Bond | None
     params_before: int
     params_after: int
     itemsize: int
     error: float | None
     weighted_error: float | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Make the report whose attributes, with lists for tuples, are ``data``."""
+        return cls(**{name: as_tuples(value) for name, value in data.items()})
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ class CompressionReport:
                 each.layer,
                 each.matrix,
                 each.layout or "as it was",
-                each.bond or "",
+                _bond_text(each.bond),
                 each.params_before,
                 each.params_after,
                 _short(each.error),
@@ -139,7 +151,9 @@ class CompressionReport:
         return "\n".join(lines)
 
 
-def relative_error(matrices: Tensor, written: SharedMPO | Tensor) -> float:
+def relative_error(
+    matrices: Tensor, written: SharedMPO | Sequence[LowRankFactors] | Tensor
+) -> float:
     """Return the Frobenius error of all experts' matrices together, relative to their norm."""
     if isinstance(written, Tensor):
         return 0.0
@@ -149,9 +163,22 @@ def relative_error(matrices: Tensor, written: SharedMPO | Tensor) -> float:
     return math.hypot(*errors) / norm if norm else 0.0
 
 
-def _matrix_of(shared: SharedMPO, number: int) -> Tensor:
-    own = [core[number : number + 1] if core.ndim == 5 else core for core in shared.cores]
-    return SharedMPO(own, shared.shape, shared.center_site, shared.base).to_matrices()[0]
+def _matrix_of(written: SharedMPO | Sequence[LowRankFactors], number: int) -> Tensor:
+    if not isinstance(written, SharedMPO):
+        return written[number].matrix()
+    own = [core[number : number + 1] if core.ndim == 5 else core for core in written.cores]
+    return SharedMPO(own, written.shape, written.center_site, written.base).to_matrices()[0]
+
+
+def as_tuples(value: Any) -> Any:
+    """Return lists from JSON as tuples, those inside of lists too; other values as they are."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def _bond_text(bond: Bond | None) -> str:
+    if isinstance(bond, tuple):
+        return str(bond[0]) if len(set(bond)) == 1 else f"{min(bond)}…{max(bond)}"
+    return "" if bond is None else str(bond)
 
 
 def _norm(matrix: Tensor) -> float:

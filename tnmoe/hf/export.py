@@ -74,11 +74,11 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
 
 def average_into(ffn: FFN, layer: MPOMoE) -> None:
     """Write the mean of a mixture's experts into a dense network."""
+    matrices, biases = layer.experts.matrices(), layer.experts.biases()
     for name, matrix in ffn.matrices.items():
-        projection = getattr(layer.experts, name)
-        weight_of(matrix).copy_(projection.weight().mean(0))
+        weight_of(matrix).copy_(matrices[name].mean(0))
         if matrix.bias is not None:
-            matrix.bias.copy_(projection.expert_biases().mean(0))
+            matrix.bias.copy_(biases[name].mean(0))
 
 
 @torch.no_grad()

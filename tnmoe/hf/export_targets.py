@@ -84,7 +84,6 @@ class Target:
         router, experts = layer.router, layer.experts
         if type(router) is not TopKRouter:
             raise InputError(f"{self.name} has top-k routers, the model has {router}")
-        projections = [part for part in (experts.up, experts.gate, experts.down) if part]
         # The weight of a single expert is then 1, whatever its score.
         weight_is_one = router.normalize and router.top_k == 1
         unsupported = {
@@ -100,8 +99,8 @@ class Target:
             f"eval_capacity_factor={router.eval_capacity_factor}": (
                 router.eval_capacity_factor is not None
             ),
-            "biases of experts": any(part.expert_biases() is not None for part in projections),
-            "gates": experts.gate is not None and not self.gated,
+            "biases of experts": bool(experts.biases()),
+            "gates": experts.is_gated and not self.gated,
             "a shared expert": layer.shared_expert is not None,
         }
         if found := [feature for feature, present in unsupported.items() if present]:
@@ -173,8 +172,8 @@ def _matrices(layer: MPOMoE) -> dict[str, Tensor]:
     """
     experts, router = layer.experts, layer.router
     assert isinstance(router, TopKRouter)
-    matrices = {"up": experts.up.weight(), "down": experts.down.weight() * router.scale}
-    return matrices if experts.gate is None else {**matrices, "gate": experts.gate.weight()}
+    matrices = experts.matrices()
+    return {**matrices, "down": matrices["down"] * router.scale}
 
 
 def _mixtral_weights(layer: MPOMoE) -> dict[str, Tensor]:

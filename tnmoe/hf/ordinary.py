@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from tnmoe.nn.dense_experts import DenseExperts
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.settings import check_matrices
-from tnmoe.options import MATRICES, Matrix
+from tnmoe.options import MATRICES, Matrix, ProjectionName
 
 
 class OneHotExperts(MPOExperts):
@@ -56,6 +56,11 @@ class ExpertsFormat(ABC):
     @abstractmethod
     def matrices(self, module: Any) -> dict[Matrix, Tensor]:
         """Return ``up``, ``down`` and perhaps ``gate`` of all experts, each (E, out, in)."""
+
+    def gate_up(self, module: Any) -> Tensor:
+        """Return gates and ups of all experts, one below the other, (E, 2F, H)."""
+        matrices = self.matrices(module)
+        return torch.cat([matrices["gate"], matrices["up"]], dim=1)
 
     @abstractmethod
     def biases(self, module: Any) -> dict[Matrix, Tensor]:
@@ -104,6 +109,12 @@ class StackedFormat(ExpertsFormat):
             down, inner = down.mT, inner.mT
         return {**self._halves(module, inner), "down": down}
 
+    def gate_up(self, module: Any) -> Tensor:
+        if not module.is_concatenated:
+            return super().gate_up(module)
+        inner = self._inner(module, "")
+        return inner.mT if module.is_transposed else inner
+
     def biases(self, module: Any) -> dict[Matrix, Tensor]:
         if not module.has_bias:
             return {}
@@ -118,14 +129,15 @@ class StackedFormat(ExpertsFormat):
         return ClampedSwiGLU(module.alpha, module.limit)
 
     def tensors(self, module: Any, experts: Experts) -> dict[str, Tensor]:
-        name = "gate_up_proj" if module.has_gate else "up_proj"
-        inner, down = self._joined(module, experts.gate, experts.up), experts.down.weight()
+        name, matrices = "gate_up_proj" if module.has_gate else "up_proj", experts.matrices()
+        inner, down = self._joined(module, matrices), matrices["down"]
         if module.is_transposed:
             inner, down = inner.mT, down.mT
         found = {name: inner, "down_proj": down}
         if module.has_bias:
-            found[f"{name}_bias"] = self._joined(module, experts.gate, experts.up, biases=True)
-            found["down_proj_bias"] = _biases_of(experts.down)
+            biases = experts.biases()
+            found[f"{name}_bias"] = self._joined(module, biases)
+            found["down_proj_bias"] = biases["down"]
         return found
 
     def problem(self, module: Any) -> str | None:
@@ -148,13 +160,14 @@ class StackedFormat(ExpertsFormat):
             gate, up = inner[:, ::2], inner[:, 1::2]
         return {"gate": gate, "up": up}
 
-    def _joined(self, module: Any, gate: Any, up: Any, biases: bool = False) -> Tensor:
-        parts = [
-            _biases_of(part) if biases else part.weight() for part in (gate, up) if part is not None
-        ]
-        if module.is_concatenated or len(parts) == 1:
-            return torch.cat(parts, dim=1)
-        return torch.stack(parts, dim=2).flatten(1, 2)
+    def _joined(self, module: Any, parts: Mapping[str, Tensor]) -> Tensor:
+        """Join gates and ups along the axis after that of the experts."""
+        if not module.has_gate:
+            return parts["up"]
+        sides = parts["gate"], parts["up"]
+        if module.is_concatenated:
+            return torch.cat(sides, dim=1)
+        return torch.stack(sides, dim=2).flatten(1, 2)
 
 
 class SwitchFormat(ExpertsFormat):
@@ -179,11 +192,11 @@ class SwitchFormat(ExpertsFormat):
         return next(iter(module.values())).act
 
     def tensors(self, module: Any, experts: Experts) -> dict[str, Tensor]:
-        parts = {"wi": experts.up.weight(), "wo": experts.down.weight()}
+        matrices = experts.matrices()
         return {
             f"{name}.{part}.weight": matrix
-            for part, matrices in parts.items()
-            for name, matrix in zip(module, matrices, strict=True)
+            for part, stack in (("wi", matrices["up"]), ("wo", matrices["down"]))
+            for name, matrix in zip(module, stack, strict=True)
         }
 
     def choices(self, states: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
@@ -200,29 +213,25 @@ class DenseFormat(ExpertsFormat):
         return isinstance(module, DenseExperts)
 
     def matrices(self, module: Any) -> dict[Matrix, Tensor]:
-        return {name: part.weight() for name, part in self._parts(module).items()}
+        return module.matrices()
 
     def biases(self, module: Any) -> dict[Matrix, Tensor]:
-        found = {name: part.expert_biases() for name, part in self._parts(module).items()}
-        return {name: bias for name, bias in found.items() if bias is not None}
+        return module.biases()
 
     def activation(self, module: Any) -> Any:
         return module.activation
 
     def tensors(self, module: Any, experts: Experts) -> dict[str, Tensor]:
+        matrices, biases = experts.matrices(), experts.biases()
         found = {}
-        for name, part in self._parts(module).items():
-            found[f"{name}.stacked"] = getattr(experts, name).weight()
+        for name, part in module.projections().items():
+            found[f"{name}.stacked"] = matrices[name]
             if part.bias is not None:
-                found[f"{name}.bias"] = _biases_of(getattr(experts, name))[: len(part.bias)]
+                found[f"{name}.bias"] = biases[name][: len(part.bias)]
         return found
 
     def dropout(self, module: Any) -> float:
         return module.dropout
-
-    def _parts(self, module: Any) -> dict[Matrix, Any]:
-        parts: dict[Matrix, Any] = {"up": module.up, "gate": module.gate, "down": module.down}
-        return {name: part for name, part in parts.items() if part is not None}
 
 
 _FORMATS: tuple[ExpertsFormat, ...] = (DenseFormat(), SwitchFormat(), StackedFormat())
@@ -256,6 +265,28 @@ class OrdinaryExperts:
     def biases(self) -> dict[Matrix, Tensor]:
         """The biases of all experts, (E, out), by the name of their matrix."""
         return self.format.biases(self.module)
+
+    def projections(self, chosen: Collection[Matrix] = MATRICES) -> dict[ProjectionName, Tensor]:
+        """Return the matrices by the projection that they are in once they are smaller.
+
+        Parameters
+        ----------
+        chosen : collection of "up", "gate", "down"
+            Matrices that become smaller. ``gate`` and ``up`` are one, ``gate_up`` (E, 2F, H), if
+            both are among them.
+        """
+        matrices: dict[Any, Tensor] = self.matrices
+        if not {"gate", "up"} <= {*matrices} & {*chosen}:
+            return matrices
+        return {"gate_up": self.format.gate_up(self.module), "down": matrices["down"]}
+
+    def projected_biases(self, chosen: Collection[Matrix] = MATRICES) -> dict[str, Tensor]:
+        """Return the biases by the name of their projection, as :meth:`projections` has them."""
+        biases: dict[Any, Tensor] = self.biases
+        if not biases or "gate_up" not in self.projections(chosen):
+            return biases
+        both = torch.cat([biases["gate"], biases["up"]], dim=1)
+        return {"gate_up": both, "down": biases["down"]}
 
     @property
     def num_params(self) -> int:
@@ -345,7 +376,7 @@ def find_ordinary(
     name = type(model).__name__
     shared = [path for path, module in model.named_modules() if isinstance(module, MPOExperts)]
     if shared:
-        raise InputError(f"the experts of {shared[0]} of this {name} share cores already")
+        raise InputError(f"the experts of {shared[0]} of this {name} are made of cores already")
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise InputError(f"{name} is quantized: load it with dequantized weights first")
     found = list(ordinary_experts(model))
@@ -384,9 +415,3 @@ def _is_clamped_swiglu(module: Any) -> bool:
     both = torch.cat([gate, up]) if module.is_concatenated else torch.stack([gate, up], 1).flatten()
     expected = module._apply_gate(both)
     return torch.allclose(ClampedSwiGLU(alpha, limit)(gate, up), expected)
-
-
-def _biases_of(projection: Any) -> Tensor:
-    biases: Mapping | Tensor | None = projection.expert_biases()
-    assert isinstance(biases, Tensor), "the ordinary experts have biases"
-    return biases

@@ -45,7 +45,10 @@ from tnmoe.hf.record import (
     required_record,
     with_records,
 )
-from tnmoe.options import Matrix
+from tnmoe.options import ProjectionName
+
+# From the path of a mixture's experts to what its projections become.
+Plans = Mapping[str, Mapping[ProjectionName, Choice]]
 
 # Layers that are in memory at a time, unless the caller says another number.
 DEFAULT_JOBS = 2
@@ -107,7 +110,7 @@ def prepare_compress(
     >>> [path.name for path in conversion.run(f"{folder}-small")]
     ['model.safetensors']
     >>> [matrix.matrix for matrix in conversion.report.matrices]
-    ['gate', 'up', 'down']
+    ['gate_up', 'down']
     """
     check_compression(config)
     tokens = check_tokens(calibration)
@@ -121,7 +124,7 @@ def prepare_compress(
         check_apart(place, source.folder)
     kept, found = run_survey(mixtures, config, tokens, folder=place, jobs=jobs, on_step=on_step)
     budget = budget_of(config, found.options, source.num_bytes, mixtures.itemsize)
-    plans = plan_of(choose(found.options, found.energies, config, budget))
+    plans = plan_of(choose(found.options, config, budget))
     small = _small_model(mixtures, config, plans)
     pieces = [
         _piece(mixtures.skeleton, small, *pair, partial(_make, pair[0], plans, config, kept))
@@ -176,7 +179,7 @@ class CompressingConversion(Conversion):
     """
 
     survey: Survey = field(kw_only=True)
-    plans: Mapping[str, Mapping[Matrix, Choice]] = field(kw_only=True)
+    plans: Plans = field(kw_only=True)
     loss_before: float | None = field(kw_only=True)
     held_out: Tensor | None = field(kw_only=True)
 
@@ -220,13 +223,16 @@ class CompressingConversion(Conversion):
 
 
 def _small_model(
-    mixtures: Mixtures, config: CompressionConfig, plans: Mapping[str, Mapping[Matrix, Choice]]
+    mixtures: Mixtures,
+    config: CompressionConfig,
+    plans: Plans,
 ) -> Any:
     """Return the model of the target, on the meta device."""
     small = Skeleton(mixtures.skeleton.source, mixtures.entries).model
     mixtures.skeleton.set_dtypes(small)
     structures = {
-        each.name: structures_of_plan(each, plans[each.name]) for each, _ in mixtures.pairs
+        each.name: structures_of_plan(each, plans[each.name], config.matrices)
+        for each, _ in mixtures.pairs
     }
     add_compression(small, config, structures)
     install_recorded(small, required_record(small))
@@ -272,7 +278,7 @@ def _piece(
 
 def _make(
     experts: OrdinaryExperts,
-    plans: Mapping[str, Mapping[Matrix, Choice]],
+    plans: Plans,
     config: CompressionConfig,
     survey: Survey,
 ) -> Any:

@@ -24,7 +24,7 @@ from tnmoe.hf.files.tensors import TensorSpec
 from tnmoe.hf.find import ffns_named, mixtures_in
 from tnmoe.hf.folders.conversion import Conversion
 from tnmoe.hf.folders.pieces import Piece, copy_pieces
-from tnmoe.hf.folders.skeleton import Skeleton, with_parameters
+from tnmoe.hf.folders.skeleton import Skeleton, tensors_of, with_tensors
 from tnmoe.hf.guards import SizeLimits
 from tnmoe.hf.layers import (
     converted_mixture,
@@ -176,7 +176,7 @@ def _to_ordinary(skeleton: Skeleton, plain: Mapping[str, Any], to: ExportFormat)
         )
     ordinary = meta_model(config_from_entries(plain), SizeLimits.for_checkpoint(source).modules)
     experts = compressed_in(skeleton.model)
-    names = skeleton.names_of(each.parameters() for each in experts.values())
+    names = skeleton.names_of(tensors_of(each) for each in experts.values())
     skeleton.match(chain.from_iterable(names))
     targets = {each.name: each for each in ordinary_experts(ordinary)}
     pieces = [
@@ -196,7 +196,7 @@ def _ordinary_experts_piece(
     parameters: list[str],
 ) -> Piece:
     """Return the piece that writes the matrices of compressed experts whole."""
-    dtype = experts.up.weight().dtype
+    dtype = experts.down.weight().dtype
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = {f"{target.name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
@@ -212,7 +212,7 @@ def _ordinary_experts_piece(
 
 
 class _Mixture(NamedTuple):
-    """A mixture of a skeleton: its path, and the names of its parameters in the model."""
+    """A mixture of a skeleton: its path, and the names of its tensors in the model."""
 
     path: str
     layer: MPOMoE
@@ -222,7 +222,7 @@ class _Mixture(NamedTuple):
 def _match_mixtures(skeleton: Skeleton) -> list[_Mixture]:
     """Find the mixtures of a skeleton, and their parameters in the checkpoint."""
     layers = mixtures_in(skeleton.model)
-    parameters = skeleton.names_of(layer.parameters() for layer in layers.values())
+    parameters = skeleton.names_of(tensors_of(layer) for layer in layers.values())
     skeleton.match(chain.from_iterable(parameters))
     return [
         _Mixture(path, layer, names)
@@ -314,7 +314,7 @@ def _dense_piece(
     skeleton: Skeleton, mixture: _Mixture, dense: Skeleton, ffn: FFN, writes: Iterable[str]
 ) -> Piece:
     """Return the piece that averages a mixture's experts into a dense network."""
-    dtype = mixture.layer.experts.up.weight().dtype
+    dtype = mixture.layer.experts.down.weight().dtype
     empty = {name: dense.model.get_parameter(name).to(dtype) for name in writes}
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -323,7 +323,7 @@ def _dense_piece(
     @torch.no_grad()
     def make() -> dict[str, Tensor]:
         tensors = {name: torch.empty_like(weight, device="cpu") for name, weight in empty.items()}
-        with skeleton.filled(mixture.parameters), with_parameters(dense.model, tensors):
+        with skeleton.filled(mixture.parameters), with_tensors(dense.model, tensors):
             average_into(ffn, mixture.layer)
         return stored(tensors)
 
@@ -351,7 +351,7 @@ def _to_moe(
 
 def _ordinary_piece(skeleton: Skeleton, mixture: _Mixture, moe: Any, target: Target) -> Piece:
     """Return the piece that turns a mixture with shared cores into an ordinary mixture."""
-    name, dtype = target.rename(mixture.path), mixture.layer.experts.up.weight().dtype
+    name, dtype = target.rename(mixture.path), mixture.layer.experts.down.weight().dtype
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}

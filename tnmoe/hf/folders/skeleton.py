@@ -49,7 +49,7 @@ class _Naming:
 
     def _parts_of(self, name: str) -> dict[str, Size]:
         if name not in self._parts:
-            parts = stored_tensors(self._model, name, self._model.get_parameter(name))
+            parts = stored_tensors(self._model, name, tensor_named(self._model, name))
             self._parts[name] = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         return self._parts[name]
 
@@ -111,8 +111,11 @@ class Skeleton:
         return list(zip(ffns, names, strict=True))
 
     def names_of(self, parts: Iterable[Iterable[Tensor]]) -> list[list[str]]:
-        """Return the names of each part's parameters, in the order of the model."""
-        named = list(self.model.named_parameters())
+        """Return the names of the tensors of each part, in the order of the model.
+
+        They are parameters or buffers.
+        """
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
         positions = {id(parameter): position for position, (_, parameter) in enumerate(named)}
         return [
             [named[position][0] for position in sorted({positions[id(each)] for each in part})]
@@ -125,17 +128,17 @@ class Skeleton:
         Parameters
         ----------
         needed : iterable of str
-            Parameters that will be read.
+            Parameters and buffers that will be read.
 
         Raises
         ------
         InputError
-            If the checkpoint lacks a needed parameter or stores it in a dtype other than floats,
-            or if any parameter has another shape there.
+            If the checkpoint lacks a needed tensor or stores a needed parameter in a dtype other
+            than floats, or if any parameter has another shape there.
         """
-        needed = list(needed)
+        needed, parameters = list(needed), dict(self.model.named_parameters())
         self._naming = self._find_naming(needed)
-        for name in dict(self.model.named_parameters()):
+        for name in parameters:
             for stored, size in self.stored(name).items():
                 spec = self.source.specs.get(stored)
                 if spec is not None and spec.shape != size:
@@ -143,7 +146,8 @@ class Skeleton:
                         f"{stored} is of shape {spec.shape} in {self.source.folder}, its "
                         f"config.json says {size}"
                     )
-        for stored in chain.from_iterable(map(self.stored, needed)):
+        read = [name for name in needed if name in parameters]
+        for stored in chain.from_iterable(map(self.stored, read)):
             dtype = self.source.specs[stored].dtype
             if dtype not in FLOATS:
                 raise InputError(f"{stored} holds {dtype}: quantized weights are not converted")
@@ -204,25 +208,40 @@ class Skeleton:
         for name, buffer in self.model.named_buffers():
             stored = self.rename(name) if name in persistent else None
             if stored in self.source.specs:
-                buffer.copy_(self.source.load(stored))
+                path, _, leaf = name.rpartition(".")
+                loaded = self.source.load(stored).to(buffer.dtype)
+                self.model.get_submodule(path)._buffers[leaf] = loaded
 
     def filled(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Give parameters their stored numbers while a block runs."""
+        """Give parameters and buffers their stored numbers while a block runs."""
         tensors = {name: self.load(name) for name in names}
-        return with_parameters(self.model, tensors)
+        return with_tensors(self.model, tensors)
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module that a checkpoint holds."""
+    return list(module.state_dict(keep_vars=True).values())
+
+
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of a model that has a name."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
 
 
 @contextmanager
-def with_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Use tensors as the parameters of a model that have these names, while a block runs."""
-    replaced = {}
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Use tensors as the parameters and buffers of a model with these names in a block."""
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            replaced[module, leaf] = module._parameters[leaf]
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            is_buffer = leaf in module._buffers
+            own: dict[str, Any] = module._buffers if is_buffer else module._parameters
+            replaced.append((own, leaf, own[leaf]))
+            own[leaf] = tensor if is_buffer else nn.Parameter(tensor, requires_grad=False)
         yield
     finally:
-        for (module, leaf), parameter in replaced.items():
-            module._parameters[leaf] = parameter
+        for own, leaf, before in replaced:
+            own[leaf] = before

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnmoe.hf.folders.skeleton import Skeleton, with_parameters
+from tnmoe.hf.folders.skeleton import Skeleton, with_tensors
 
 # Tokens that go through a layer at a time.
 _TOKENS = 4096
@@ -78,7 +78,7 @@ def _filled(skeleton: Skeleton, names: list[str]) -> Iterator[None]:
         if id(parameter) not in known:
             known[id(parameter)] = skeleton.load(skeleton.first_name(parameter))
         tensors[name] = known[id(parameter)]
-    with with_parameters(skeleton.model, tensors):
+    with with_tensors(skeleton.model, tensors):
         yield
 
 

@@ -21,12 +21,12 @@ from tnmoe.errors import InputError
 from tnmoe.hf.calibration import LayerMoments, MomentsCollector, check_known
 from tnmoe.hf.compress import (
     is_held_out,
-    needs_inner,
+    needs_of,
     options_of_mixture,
     without_router_loss,
 )
 from tnmoe.hf.compression import LIMITS, CompressionConfig
-from tnmoe.hf.compression_plan import MatrixOptions
+from tnmoe.hf.compression_plan import ProjectionOptions
 from tnmoe.hf.compression_report import MatrixReport
 from tnmoe.hf.files.checkpoint import Checkpoint
 from tnmoe.hf.folders.parallel import ordered_results, resolve_jobs
@@ -49,15 +49,12 @@ class Surveyed(NamedTuple):
 
     Attributes
     ----------
-    options : list of MatrixOptions
-    energies : list of float
-        What the squared relative error of each of them counts.
+    options : list of ProjectionOptions
     loss : float or None
         Mean loss per token of the part of the calibration that was held out.
     """
 
-    options: list[MatrixOptions]
-    energies: list[float]
+    options: list[ProjectionOptions]
     loss: float | None
 
 
@@ -135,15 +132,14 @@ class Survey:
         found = read_json(self.folder / _RESULT)
         if "options" not in found:
             return None
-        options = [MatrixOptions.from_dict(each) for each in found["options"]]
-        return Surveyed(options, found["energies"], found["loss"])
+        options = [ProjectionOptions.from_dict(each) for each in found["options"]]
+        return Surveyed(options, found["loss"])
 
     def write(self, found: Surveyed) -> None:
         """Keep what was found."""
         data = {
             "purpose": self.purpose,
             "options": [asdict(option) for option in found.options],
-            "energies": found.energies,
             "loss": found.loss,
         }
         write_json(self.folder / _RESULT, data)
@@ -152,10 +148,10 @@ class Survey:
         """Keep the moments of a mixture."""
         tensors = {
             each: getattr(moments, each).contiguous()
-            for each in ("shares", "inputs", "inner", "outputs")
+            for each in ("shares", "inputs", "inner", "rows", "outputs")
         }
         numbers = torch.tensor(
-            [moments.slots, moments.separate, moments.stream], dtype=torch.float64
+            [moments.slots, moments.gates, moments.separate, moments.stream], dtype=torch.float64
         )
         write_atomically(self._moments_file(name), save({**tensors, "numbers": numbers}))
 
@@ -165,8 +161,10 @@ class Survey:
         if not path.is_file():
             return None
         tensors = load_file(path)
-        slots, separate, stream = tensors.pop("numbers").tolist()
-        return LayerMoments(slots=int(slots), separate=separate, stream=stream, **tensors)
+        slots, gates, separate, stream = tensors.pop("numbers").tolist()
+        return LayerMoments(
+            slots=int(slots), gates=int(gates), separate=separate, stream=stream, **tensors
+        )
 
     def write_report(self, name: str, reports: Sequence[MatrixReport]) -> None:
         """Keep what became of the matrices of a mixture."""
@@ -177,7 +175,9 @@ class Survey:
         path = self.folder / f"{name}.json"
         if not path.is_file():
             return []
-        return [MatrixReport(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
+        return [
+            MatrixReport.from_dict(each) for each in json.loads(path.read_text(encoding="utf-8"))
+        ]
 
     def _moments_file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -216,13 +216,7 @@ def run_survey(
     loss = None
     if calibration is not None:
         loss = _calibrate(mixtures, config, calibration, kept, on_step)
-    options = list(_options(mixtures, config, kept, jobs, on_step))
-    energies: dict[str, float] = {}
-    for option in options:
-        if option.experts not in energies:
-            moments = kept.moments(option.experts)
-            energies[option.experts] = 1.0 if moments is None else moments.energy
-    found = Surveyed(options, [energies[option.experts] for option in options], loss)
+    found = Surveyed(list(_options(mixtures, config, kept, jobs, on_step)), loss)
     kept.write(found)
     return kept, found
 
@@ -300,7 +294,7 @@ def _calibrate(
     source, entries = mixtures.skeleton.source, mixtures.entries
     skeleton = runnable(source, entries)
     experts = find_ordinary(skeleton.model, config.layers)
-    collector = MomentsCollector(skeleton.model, experts, needs_inner(config))
+    collector = MomentsCollector(skeleton.model, experts, needs_of(config))
 
     def after_layer(done: int, layers: int) -> None:
         for name, moments in collector.take_complete().items():
@@ -323,11 +317,11 @@ def _options(
     kept: Survey,
     jobs: int,
     on_step: Steps | None,
-) -> Iterator[MatrixOptions]:
-    """Yield what every chosen matrix of every mixture can become."""
+) -> Iterator[ProjectionOptions]:
+    """Yield what every chosen projection of every mixture can become."""
 
     @torch.no_grad()
-    def options_of_one(each: OrdinaryExperts, parameters: list[str]) -> list[MatrixOptions]:
+    def options_of_one(each: OrdinaryExperts, parameters: list[str]) -> list[ProjectionOptions]:
         with mixtures.skeleton.filled(parameters):
             return list(options_of_mixture(each, kept.moments(each.name), config))
 
