@@ -4,10 +4,12 @@
     python benchmarks/compression.py --work FOLDER --models small --seeds 0 --heal 0   # no healing
     python benchmarks/compression.py --work FOLDER --methods 'tnmoe*' 'int4' --shares 0.5
     python benchmarks/compression.py --work FOLDER --tiny       # a model of two layers, a minute
+    python benchmarks/compression.py --work FOLDER --text a.txt --models smollm2 --seeds 0 --heal 0
 
 The script trains its models, keeps them in FOLDER and goes on where it stopped. Every text is one
-domain; the source of Python's library is another. It then compresses the experts, measures the
-held-out loss, and measures it again after healing: a short training, equal for all methods.
+domain; the source of Python's library is another. ``smollm2`` starts from real weights, the other
+models from random ones. The script then compresses the experts, measures the held-out loss, and
+measures it again after healing: a short training, equal for all methods.
 """
 
 from __future__ import annotations
@@ -17,26 +19,25 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from compression_calibration import Layer, calibrate
+from compression_calibration import Layer, calibrated
 from compression_measures import errors, heal, held_out, probe, with_experts
 from compression_methods import METHODS, QUANTISED, Method, unchanged
-from compression_models import SIZES, Data, Size, prepare, trained
+from compression_models import SIZES, Budget, Data, Size, prepare, trained
+from compression_smollm2 import SMOLLM2
 from machine import environment, hardware_slug, set_threads
 from transformers import MixtralForCausalLM
 
 from tnmoe.system.tables import format_table
 
+MODELS: dict[str, Size] = {**SIZES, "smollm2": SMOLLM2}
 SHARES = (0.8, 0.75, 0.6, 0.5, 0.25)
-# Windows of every domain that calibrate, and that measure the loss.
-CALIBRATION, HELD_OUT = 32, 32
-_HEALING_RATE = 1e-3
 
 
 def main() -> None:
@@ -46,7 +47,6 @@ def main() -> None:
     report: dict[str, Any] = {
         "environment": environment(("tnmoe", "transformers", "tensorly"), "cpu", threads),
         "dtype": "float32",
-        "healing": {"steps": options.heal, "rate": _HEALING_RATE},
         "models": [],
     }
     for name in options.models:
@@ -63,17 +63,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--text", nargs="*", type=Path, default=[], help="texts, a domain each")
-    parser.add_argument("--models", nargs="*", choices=SIZES, default=["small", "medium"])
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=["small", "medium"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="numbers to keep")
     parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of their names")
-    parser.add_argument("--heal", type=int, default=100, help="steps of healing")
+    parser.add_argument("--heal", type=int, help="steps of healing; by default the model's")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, a minute")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     if options.tiny:
         options.models, options.seeds = ["tiny"], [0]
-        options.heal = min(options.heal, 2)
+        options.heal = 2 if options.heal is None else min(options.heal, 2)
     return options
 
 
@@ -85,19 +85,21 @@ def default_output(options: argparse.Namespace) -> Path:
 
 def run_model(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train a model, and measure all cases."""
-    subject = Subject.of(name, seed, options)
     cases = options.work / f"{name}-seed{seed}"
-    cases.mkdir(exist_ok=True)
+    cases.mkdir(parents=True, exist_ok=True)
+    subject = Subject.of(name, seed, options, cases / "calibration.pt")
+    heal = subject.budget.healing
     probed = kept(cases / "probe.json", subject.probe)
     print(probe_text(name, seed, probed), flush=True)
     rows = []
     for method, share in selected(options.methods, options.shares):
-        file = cases / f"{slug(method)}-{round(100 * share)}-heal{options.heal}.json"
-        rows.append(kept(file, partial(subject.measure, method, share, options.heal)))
+        file = cases / f"{slug(method)}-{round(100 * share)}-heal{heal}.json"
+        rows.append(kept(file, partial(subject.measure, method, share)))
         print("  ".join(cells(rows[-1])), flush=True)
     print(table(rows))
     return {
-        "model": name, "seed": seed, "size": asdict(subject.size), "probe": probed, "cases": rows
+        "model": name, "seed": seed, "size": asdict(subject.size),
+        "budget": asdict(subject.budget), "probe": probed, "cases": rows,
     }  # fmt: skip
 
 
@@ -108,28 +110,34 @@ class Subject:
     model: MixtralForCausalLM
     layers: list[Layer]
     size: Size
+    budget: Budget
     data: Data
     seed: int
 
     @classmethod
-    def of(cls, name: str, seed: int, options: argparse.Namespace) -> Subject:
-        """Train or load the model of a seed, and calibrate."""
-        size = SIZES[name]
-        data = prepare(options.work, options.text, size.vocabulary)
+    def of(cls, name: str, seed: int, options: argparse.Namespace, calibration: Path) -> Subject:
+        """Train the model of a seed and calibrate it, or load what an earlier run stored."""
+        size = MODELS[name]
+        budget = size.budget
+        if options.heal is not None:
+            budget = replace(budget, healing=options.heal)
+        data = prepare(options.work, options.text, size)
         model = trained(size, name, seed, data, options.work)
-        layers = calibrate(model, data.windows(size, CALIBRATION, held_out=False))
-        return cls(model, layers, size, data, seed)
+        windows = data.windows(size, budget.calibration, held_out=False)
+        layers = calibrated(calibration, model, windows, budget.batch)
+        return cls(model, layers, size, budget, data, seed)
 
     @property
     def windows(self) -> torch.Tensor:
         """Windows that measure the loss."""
-        return self.data.windows(self.size, HELD_OUT)
+        return self.data.windows(self.size, self.budget.held_out)
 
     def probe(self) -> dict[str, Any]:
-        """Show that experts differ, on half of the windows."""
-        return probe(self.model, self.layers, self.windows[::2])
+        """Show that experts differ, on some of the windows."""
+        windows = self.windows[:: self.budget.probe_every]
+        return probe(self.model, self.layers, windows, self.budget.removed)
 
-    def measure(self, method: str, share: float, steps: int) -> dict[str, Any]:
+    def measure(self, method: str, share: float) -> dict[str, Any]:
         """Compress the model; return sizes, errors and losses."""
         start = time.perf_counter()
         compressed = method_of(method)(self.layers, share)
@@ -145,8 +153,9 @@ class Subject:
             **errors(self.layers, compressed),
             "loss": held_out(changed, self.windows),
         }
+        steps, rate = self.budget.healing, self.budget.rate
         if steps:
-            heal(changed, self.size, self.data, steps, _HEALING_RATE, self.seed)
+            heal(changed, self.size, self.data, steps, rate, self.seed)
             row["healed"] = held_out(changed, self.windows)
         return row
 
@@ -188,12 +197,14 @@ def slug(name: str) -> str:
 
 def probe_text(name: str, seed: int, found: dict[str, Any]) -> str:
     """Describe how experts differ."""
-    removed = [each for layer in found["without one"] for each in layer]
+    experts = [each for layer in found["without one"] for each in layer]
+    removed = [each for each in experts if each is not None]
     loads = [each for layer in found["load"] for each in layer]
     distance = ", ".join(f"{key} {value:.3f}" for key, value in found["distance"].items())
     return (
         f"{name}, seed {seed}: held-out loss {found['loss']:.4f}; distance from the mean "
         f"{distance};\nloads {min(loads):.3f} to {max(loads):.3f}; without one expert "
+        f"({len(removed)} of {len(experts)} tried) "
         f"{min(removed):+.4f} to {max(removed):+.4f}, mean {sum(removed) / len(removed):+.4f}; "
         f"random routing {found['random routing']:+.4f}"
     )

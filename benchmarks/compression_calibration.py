@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from compression_models import save
 from torch import Tensor, nn
 from transformers import MixtralForCausalLM
+
+from tnmoe.hf import CompressionConfig
+from tnmoe.hf.calibration import LayerMoments
+from tnmoe.hf.compress import collect_moments
+from tnmoe.hf.ordinary import find_ordinary
 
 # Share of the mean eigenvalue that moments gain, as in tnmoe.decompose_shared.
 _DAMPING = 0.01
@@ -31,11 +38,12 @@ class Layer:
         Σ p·‖y‖ of the outputs y with their weights p.
     mean_outputs : Tensor, shape (E, H)
         Mean output of every expert over all tokens, whether they visit it or not.
-    gradients : dict of str to Tensor
-        Σ g gᵀ of the loss's derivatives by the outputs of ``up``, ``gate``, (E, F, F), and
-        ``down``, (E, H, H).
-    fisher : dict of str to Tensor
-        Squared derivatives by the matrices, summed over batches.
+    gradients : Tensor, shape (E, H, H)
+        Σ g gᵀ of the loss's derivatives by the outputs of ``down``.
+    fisher : dict of str to Tensor, shape (E,)
+        Mean squared derivatives by the matrices, summed over batches.
+    seen : LayerMoments
+        What a calibration of the library notes.
     """
 
     up: Tensor
@@ -47,8 +55,9 @@ class Layer:
     slots: Tensor
     activation: Tensor
     mean_outputs: Tensor
-    gradients: dict[str, Tensor]
+    gradients: Tensor
     fisher: dict[str, Tensor]
+    seen: LayerMoments
 
     @property
     def numbers(self) -> int:
@@ -61,25 +70,27 @@ class Layer:
 
 
 class _Observed(nn.Module):
-    """The experts of a layer, which note what they see."""
+    """The experts of a layer, which note what they see.
 
-    def __init__(self, experts: Any, router: Tensor) -> None:
+    Their matrices are the model's own, since copies of large ones would not fit into memory.
+    """
+
+    def __init__(self, experts: Any, router: Tensor, seen: LayerMoments) -> None:
         super().__init__()
         gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
         weights = {"up": up, "gate": gate, "down": experts.down_proj.detach()}
-        self.weights = {name: each.clone().requires_grad_() for name, each in weights.items()}
+        self.weights = {name: each.detach().requires_grad_() for name, each in weights.items()}
+        for name, each in self.weights.items():
+            each.register_post_accumulate_grad_hook(self._squares_adder(name))
         count, size, width = up.shape
         zeros = torch.zeros
         self.layer = Layer(
-            **{name: each.detach().clone() for name, each in self.weights.items()},
+            **weights,
             router=router.detach().clone(),
             inputs=zeros(count, width, width), hidden=zeros(count, size, size),
             slots=zeros(count), activation=zeros(count), mean_outputs=zeros(count, width),
-            gradients={
-                "up": zeros(count, size, size), "gate": zeros(count, size, size),
-                "down": zeros(count, width, width),
-            },
-            fisher={name: torch.zeros_like(each) for name, each in self.weights.items()},
+            gradients=zeros(count, width, width),
+            fisher={name: zeros(count) for name in weights}, seen=seen,
         )  # fmt: skip
         self.tokens = 0
 
@@ -87,28 +98,21 @@ class _Observed(nn.Module):
         """Compute as ``MixtralExperts``, and note moments."""
         result = torch.zeros_like(states)
         layer = self.layer
-        for expert in range(len(layer.up)):
+        # Tensors that zip takes apart as a whole have one derivative, and not one per expert.
+        for expert, matrices in enumerate(zip(*self.weights.values(), strict=True)):
             token, place = torch.where(index == expert)
             inputs, share = states[token], weights[token, place, None]
-            gate = inputs @ self.weights["gate"][expert].mT
-            up = inputs @ self.weights["up"][expert].mT
-            hidden = nn.functional.silu(gate) * up
-            outputs = hidden @ self.weights["down"][expert].mT
-            for name, tensor in (("gate", gate), ("up", up), ("down", outputs)):
-                tensor.register_hook(self._adder(layer.gradients[name], expert))
+            hidden, outputs = _apply(inputs, *matrices)
+            outputs.register_hook(self._adder(layer.gradients, expert))
             with torch.no_grad():
                 layer.inputs[expert] += inputs.mT @ inputs
                 layer.hidden[expert] += hidden.mT @ hidden
                 layer.slots[expert] += len(token)
                 layer.activation[expert] += (share * outputs).norm(dim=1).sum()
-                layer.mean_outputs[expert] += self._outputs(expert, states).sum(0)
+                layer.mean_outputs[expert] += _apply(states, *matrices)[-1].sum(0)
             result = result.index_add(0, token, outputs * share)
         self.tokens += len(states)
         return result
-
-    def _outputs(self, expert: int, states: Tensor) -> Tensor:
-        gate, up = (states @ self.weights[name][expert].mT for name in ("gate", "up"))
-        return (nn.functional.silu(gate) * up) @ self.weights["down"][expert].mT
 
     @staticmethod
     def _adder(total: Tensor, expert: int):  # type: ignore[no-untyped-def]
@@ -117,32 +121,72 @@ class _Observed(nn.Module):
 
         return add
 
-    def end_batch(self) -> None:
-        """Move the derivatives by the matrices into the Fisher information."""
-        for name, weight in self.weights.items():
-            if weight.grad is not None:
-                self.layer.fisher[name] += weight.grad**2
-                weight.grad = None
+    def _squares_adder(self, name: str):  # type: ignore[no-untyped-def]
+        def add(weight: Tensor) -> None:
+            assert weight.grad is not None
+            self.layer.fisher[name] += weight.grad.square().mean((1, 2))
+            weight.grad = None
+
+        return add
+
+
+def _apply(inputs: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    """Compute an expert; return its hidden units and its outputs."""
+    hidden = nn.functional.silu(inputs @ gate.mT) * (inputs @ up.mT)
+    return hidden, hidden @ down.mT
+
+
+def calibrated(file: Path, model: MixtralForCausalLM, windows: Tensor, batch: int) -> list[Layer]:
+    """Return layers from a file, or calibrate them and store them there.
+
+    The file stays mapped: memory holds what a method reads, and nothing while a model heals.
+    """
+    if not file.exists():
+        found = calibrate(model, windows, batch)
+        save({"layers": [vars(each) | {"seen": vars(each.seen)} for each in found]}, file)
+    stored = torch.load(file, weights_only=True, mmap=True)["layers"]
+    layers = [Layer(**each | {"seen": LayerMoments(**each["seen"])}) for each in stored]
+    last, block = layers[-1], model.model.layers[-1].mlp
+    slots = windows.numel() * model.config.num_experts_per_tok
+    if not torch.equal(last.down, block.experts.down_proj) or last.slots.sum() != slots:
+        raise SystemExit(f"{file} holds a calibration of another model or other windows: delete it")
+    return layers
 
 
 def calibrate(model: MixtralForCausalLM, windows: Tensor, batch: int = 8) -> list[Layer]:
     """Send windows through a model, and return what its experts saw. The model stays as it is."""
     blocks = [layer.mlp for layer in model.model.layers]
     before = [block.experts for block in blocks]
-    observed = [_Observed(block.experts, block.gate.weight) for block in blocks]
+    seen = _seen(model, windows, batch)
+    observed = [
+        _Observed(block.experts, block.gate.weight, moments)
+        for block, moments in zip(blocks, seen, strict=True)
+    ]
     for block, each in zip(blocks, observed, strict=True):
         block.experts = each
     for ids in windows.split(batch):
-        logits = model(input_ids=ids, output_router_logits=False).logits[:, :-1]
         # The sum over tokens, so that derivatives of all batches have one scale.
-        nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="sum").backward()
+        summed_loss(model, ids).backward()
         model.zero_grad()
-        for each in observed:
-            each.end_batch()
     for block, experts, each in zip(blocks, before, observed, strict=True):
         block.experts = experts
         each.layer.mean_outputs /= each.tokens
     return [each.layer for each in observed]
+
+
+def _seen(model: MixtralForCausalLM, windows: Tensor, batch: int) -> list[LayerMoments]:
+    """Return the moments that the library's own calibration notes, layer by layer."""
+    batches = [{"input_ids": ids} for ids in windows.split(batch)]
+    experts = find_ordinary(model)
+    found = collect_moments(model, experts, batches, CompressionConfig(keep=0.5))
+    return [found[each.name] for each in experts]
+
+
+def summed_loss(model: MixtralForCausalLM, ids: Tensor) -> Tensor:
+    """Return the sum of the losses of all tokens but the first one of each window."""
+    logits = model(input_ids=ids, output_router_logits=False).logits[:, :-1]
+    # A large vocabulary takes a third of the time in rows.
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
 def damped(moments: Tensor) -> Tensor:
@@ -154,9 +198,14 @@ def damped(moments: Tensor) -> Tensor:
 
 
 def roots(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the symmetric square roots of damped moments, and the roots' inverses."""
-    values, vectors = torch.linalg.eigh(damped(moments))
-    values = values.clamp_min(1e-30)
-    root = (vectors * values.sqrt()[..., None, :]) @ vectors.mT
-    inverse = (vectors / values.sqrt()[..., None, :]) @ vectors.mT
-    return root, inverse
+    """Return roots R of damped moments, R Rᵀ, and the roots' inverses.
+
+    They are triangular: Cholesky's decomposition takes a fifth of the time that symmetric roots do,
+    and the forms of low rank that follow from them are the same.
+    """
+    if moments.ndim > 2 and moments.stride(0) == 0:
+        # One matrix that stands for all experts, such as the identity.
+        moments = moments[:1]
+    root = torch.linalg.cholesky(damped(moments))
+    eye = torch.eye(root.shape[-1], dtype=root.dtype)
+    return root, torch.linalg.solve_triangular(root, eye, upper=False)

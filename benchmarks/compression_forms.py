@@ -86,6 +86,25 @@ class Quantised(Leaf):
         return self.codes * scales[..., : self.codes.shape[-1]]
 
 
+class Places(Leaf):
+    """Whole numbers that say where columns stand, four bytes each.
+
+    Parameters
+    ----------
+    order : Tensor
+    """
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+        self.count, self.bits = order.numel(), 32 * order.numel()
+
+    def forward(self) -> Tensor:
+        """Return the numbers."""
+        assert isinstance(self.order, Tensor)
+        return self.order
+
+
 class Product(nn.Module):
     """A product of forms; a factor that all experts share has one matrix or no axis of experts."""
 
@@ -144,22 +163,19 @@ class Gauged(nn.Module):
     rest : Module
         Builds the other columns, (E, r, in − r).
     order : Tensor, shape (E, in)
-        Where every column comes from: identity first, then the rest. A file needs a bit per column
-        for it.
+        Where every column comes from: identity first, then the rest.
     """
 
     def __init__(self, rest: nn.Module, order: Tensor) -> None:
         super().__init__()
-        self.rest = rest
-        self.register_buffer("order", order)
+        self.rest, self.places = rest, Places(order)
 
     def forward(self) -> Tensor:
         """Put the columns in their places."""
-        assert isinstance(self.order, Tensor)
-        rest = self.rest()
+        rest, order = self.rest(), self.places()
         count, rank = rest.shape[:2]
         columns = torch.cat([torch.eye(rank).expand(count, -1, -1), rest], dim=-1)
-        return columns.gather(2, self.order[:, None].expand_as(columns))
+        return columns.gather(2, order[:, None].expand_as(columns))
 
 
 class Basis(nn.Module):
@@ -275,14 +291,14 @@ class Experts(nn.Module):
 
     def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Send every token through its experts, as transformers' ``MixtralExperts`` does."""
-        up, gate, down = self.matrices()
         result = torch.zeros_like(states)
-        for expert in range(len(up)):
+        # Tensors that zip takes apart as a whole have one derivative, and not one per expert.
+        for expert, (up, gate, down) in enumerate(zip(*self.matrices(), strict=True)):
             token, place = torch.where(index == expert)
             if len(token):
                 inputs = states[token]
-                hidden = nn.functional.silu(inputs @ gate[expert].mT) * (inputs @ up[expert].mT)
-                outputs = hidden @ down[expert].mT * weights[token, place, None]
+                hidden = nn.functional.silu(inputs @ gate.mT) * (inputs @ up.mT)
+                outputs = hidden @ down.mT * weights[token, place, None]
                 result = result.index_add(0, token, outputs)
         return result
 

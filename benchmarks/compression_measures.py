@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compression_calibration import Layer
+from compression_calibration import Layer, summed_loss
 from compression_forms import Experts, Whole
 from compression_models import Data, Size, make_step, set_rate
 from torch import Tensor, nn
@@ -18,25 +18,28 @@ from transformers import MixtralForCausalLM
 NAMES = ("up", "gate", "down")
 # Batches of healing are none of those that trained the model.
 _HEALING = 10_000_000
+# Tokens that go through a model at once.
+_TOKENS = 4096
 
 
-def held_out(model: MixtralForCausalLM, windows: Tensor, batch: int = 32) -> float:
+def held_out(model: MixtralForCausalLM, windows: Tensor) -> float:
     """Return nats per token, without the first one of each window."""
     total = 0.0
     model.eval()
     with torch.no_grad():
-        for ids in windows.split(batch):
-            logits = model(input_ids=ids, output_router_logits=False).logits[:, :-1]
-            total += float(nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="sum"))
+        for ids in windows.split(max(1, _TOKENS // windows.shape[1])):
+            total += float(summed_loss(model, ids))
     return total / windows[:, 1:].numel()
 
 
 def with_experts(model: MixtralForCausalLM, compressed: Sequence[Experts]) -> MixtralForCausalLM:
     """Return a copy of a model with other experts; a router keeps the experts that are left."""
-    changed = copy.deepcopy(model)
+    pairs = list(zip(model.model.layers, compressed, strict=True))
+    # Entries of this dictionary stand for copies: the model's own experts are not copied first.
+    copies = {id(layer.mlp.experts): copy.deepcopy(experts) for layer, experts in pairs}
+    changed = copy.deepcopy(model, copies)
     for layer, experts in zip(changed.model.layers, compressed, strict=True):
         block: Any = layer.mlp
-        block.experts = copy.deepcopy(experts)
         if experts.kept is not None:
             block.gate.weight = nn.Parameter(block.gate.weight.detach()[list(experts.kept)])
     return changed
@@ -68,13 +71,15 @@ def errors(layers: Sequence[Layer], compressed: Sequence[Experts]) -> dict[str, 
 def heal(
     model: MixtralForCausalLM, size: Size, data: Data, steps: int, rate: float, seed: int
 ) -> None:
-    """Train all parameters of a model, stored factors and scales among them, in place.
+    """Train a model, stored factors and scales among its parameters, in place.
 
     Every method gets the same batches, steps and rate; the routers' balance loss is off, since
     pruned layers have fewer experts.
     """
     model.config.output_router_logits = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     model.train()
     for step in range(steps):
         set_rate(optimizer, rate, step, steps)
@@ -82,16 +87,29 @@ def heal(
     model.eval()
 
 
-def probe(model: MixtralForCausalLM, layers: Sequence[Layer], windows: Tensor) -> dict[str, Any]:
+def probe(
+    model: MixtralForCausalLM,
+    layers: Sequence[Layer],
+    windows: Tensor,
+    most: int | None = None,
+) -> dict[str, Any]:
     """Show that experts differ, and that routing matters.
+
+    Parameters
+    ----------
+    model : MixtralForCausalLM
+    layers : sequence of Layer
+    windows : Tensor
+    most : int, optional
+        Experts to remove, one at a time, spread evenly over the model; by default all.
 
     Returns
     -------
     dict
         ``distance``: of experts from their mean, relative to their norm, by matrix. ``load``: the
         share of slots of every expert, by layer. ``without one``: the increase of the loss if one
-        expert is missing, (layers, E); its tokens go to the next. ``random routing``: the increase
-        with experts drawn at random.
+        expert is missing, (layers, E); its tokens go to the next. It is None for experts that were
+        not removed. ``random routing``: the increase with experts drawn at random.
     """
     before = held_out(model, windows)
     distance = {}
@@ -99,11 +117,10 @@ def probe(model: MixtralForCausalLM, layers: Sequence[Layer], windows: Tensor) -
         parts = [getattr(layer, name) for layer in layers]
         missed = sum(float(((p - p.mean(0)) ** 2).sum()) for p in parts)
         distance[name] = (missed / sum(float((p**2).sum()) for p in parts)) ** 0.5
-    removed = [
-        [held_out(_without(model, layers, number, expert), windows) - before
-         for expert in range(len(layers[0].up))]
-        for number in range(len(layers))
-    ]  # fmt: skip
+    removed: list[list[float | None]] = [[None] * len(layer.up) for layer in layers]
+    for number, expert in spread_pairs(len(layers), len(layers[0].up), most):
+        with _without(model, layers[number], number, expert):
+            removed[number][expert] = held_out(model, windows) - before
     with random_routing(model):
         by_chance = held_out(model, windows) - before
     load = [(layer.slots / layer.slots.sum()).tolist() for layer in layers]
@@ -113,16 +130,25 @@ def probe(model: MixtralForCausalLM, layers: Sequence[Layer], windows: Tensor) -
     }  # fmt: skip
 
 
-def _without(
-    model: MixtralForCausalLM, layers: Sequence[Layer], number: int, expert: int
-) -> MixtralForCausalLM:
-    kept = [each for each in range(len(layers[number].up)) if each != expert]
-    changed = copy.deepcopy(model)
-    block: Any = changed.model.layers[number].mlp
-    layer = layers[number]
+def spread_pairs(layers: int, experts: int, most: int | None) -> list[tuple[int, int]]:
+    """Return some of the experts of a model, as numbers of their layer and in it."""
+    total = layers * experts
+    places = np.linspace(0, total - 1, min(total, most or total)).round().astype(int)
+    return [divmod(place, experts) for place in places.tolist()]
+
+
+@contextmanager
+def _without(model: MixtralForCausalLM, layer: Layer, number: int, expert: int):  # type: ignore[no-untyped-def]
+    """Let a model lack one expert of a layer."""
+    kept = [each for each in range(len(layer.up)) if each != expert]
+    block: Any = model.model.layers[number].mlp
+    before = block.experts, block.gate.weight
     block.experts = Experts(*(Whole(getattr(layer, name)[kept]) for name in NAMES))
     block.gate.weight = nn.Parameter(block.gate.weight.detach()[kept])
-    return changed
+    try:
+        yield
+    finally:
+        block.experts, block.gate.weight = before
 
 
 @contextmanager

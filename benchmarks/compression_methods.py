@@ -7,7 +7,6 @@ compressed experts. A method sees the calibration tokens of ``Layer`` alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
@@ -15,22 +14,6 @@ import numpy as np
 import tensorly
 import torch
 from compression_calibration import Layer, damped, roots
-from compression_families import (
-    JOINT,
-    SEPARATE,
-    Family,
-    Metric,
-    Stack,
-    balanced,
-    basis_and_own,
-    distributed,
-    owned_family,
-    shared_family,
-    stack,
-    take,
-    tall_stack,
-    uniform,
-)  # fmt: skip
 from compression_forms import (
     Basis,
     Chain,
@@ -42,7 +25,7 @@ from compression_forms import (
     Whole,
     experts_of,
 )  # fmt: skip
-from compression_mixed import ranks_and_bits
+from compression_product import product
 from compression_rounding import quantised
 from scipy.cluster.hierarchy import fcluster, linkage
 from tensorly.decomposition import partial_tucker
@@ -74,42 +57,27 @@ def each_matrix(method: Callable[..., nn.Module]) -> Callable[..., list[Experts]
     return each_layer(apply)
 
 
-def low_rank(
-    layers: Sequence[Layer],
-    share: float,
-    *,
-    family: Callable[..., Family],
-    metric: Metric,
-    spend: Callable[..., list[list[nn.Module]]] = uniform,
-    groups: Sequence[tuple[str, ...]] = SEPARATE,
-    stacked: Callable[..., Stack] = stack,
-    apart: bool = False,
-) -> list[Experts]:
-    """Take a form of low rank for every stack, or with ``apart`` for every single matrix."""
-    stacks = [[stacked(layer, names, metric) for names in groups] for layer in layers]
-    families = [
-        [family(each) for whole in layer for each in (whole.apart() if apart else [whole])]
-        for layer in stacks
-    ]
-    results = []
-    for layer, given, forms in zip(layers, stacks, spend(families, share), strict=True):
-        parts: dict[str, nn.Module] = {}
-        left = iter(forms)
-        for whole in given:
-            form = Together([next(left) for _ in whole.matrices]) if apart else next(left)
-            parts |= take(form, whole, layer)
-        results.append(experts_of(parts))
-    return results
+@each_matrix
+def truncated(layer: Layer, name: str, share: float, *, whitened: bool = False) -> nn.Module:
+    """Truncate the singular values of every matrix; whitened this is SVD-LLM (2403.07378)."""
+    matrices = getattr(layer, name).double()
+    rows, columns = matrices.shape[1:]
+    rank = max(1, int(share * rows * columns / (rows + columns)))
+    root = inverse = torch.eye(columns, dtype=torch.float64)
+    if whitened:
+        root, inverse = roots(layer.moments(name))
+    u, s, v = torch.linalg.svd(matrices @ root, full_matrices=False)
+    first, second = u[..., :rank] * s[:, None, :rank], v[:, :rank] @ inverse
+    return Product(*map(Whole, balanced(first, second)))
 
 
-@each_layer
-def basis_with_own(layer: Layer, share: float, *, own_share: float) -> Experts:
-    """Add low-rank matrices of experts' own to a shared basis."""
-    parts: dict[str, nn.Module] = {}
-    for names in JOINT:
-        given = stack(layer, names, "both")
-        parts |= take(basis_and_own(given, own_share, share), given, layer)
-    return experts_of(parts)
+def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Give two factors (E, out, r), (E, r, in) equal singular values; their product stays."""
+    q, r = torch.linalg.qr(first)
+    u, s, v = torch.linalg.svd(r @ second, full_matrices=False)
+    rank = first.shape[-1]
+    root = s[..., :rank].sqrt()
+    return q @ (u[..., :rank] * root[..., None, :]), root[..., :, None] * v[..., :rank, :]
 
 
 @each_matrix
@@ -138,67 +106,6 @@ def joint_mpo(layer: Layer, name: str, share: float, *, weighed: bool = False) -
     return Chain([Whole(core) for core in shared.cores], count, rows, columns)
 
 
-@each_layer
-def hidden(
-    layer: Layer, share: float, *, metric: Metric, joint: bool = False, relative: bool = False
-) -> Experts:
-    """Share one basis per stack by ``tnmoe.decompose_shared``: two sites, of which one is owned.
-
-    Errors count absolutely, by the importance of experts, or with ``relative`` as shares of each
-    expert's own outputs.
-    """
-    parts: dict[str, nn.Module] = {}
-    for names in JOINT if joint else SEPARATE:
-        given = stack(layer, names, metric)
-        mirrored = names == ("down",)
-        outputs = given.outputs.mean(0, keepdim=True) if mirrored else given.outputs
-        root, inverse = roots(outputs)
-        matrices = root @ given.matrices
-        sizes = torch.einsum("eoi,eij,eoj->e", matrices, damped(given.inputs), matrices)
-        count, rows, columns = matrices.shape
-        cost = rows + count * columns if mirrored else count * rows + columns
-        exact = rows if mirrored else columns
-        shared = decompose_shared(
-            matrices,
-            MPOShape((rows, 1), (1, columns)),
-            max_bond=min(exact, max(1, int(share * matrices.numel()) // cost)),
-            shared_sites=[0 if mirrored else 1],
-            weights=None if metric == "plain" else given.inputs,
-            importance=None if relative else sizes.tolist(),
-        )
-        parts |= take(_two_sites(shared.cores, inverse), given, layer)
-    return experts_of(parts)
-
-
-def _two_sites(cores: Sequence[Tensor], outputs: Tensor | None = None) -> nn.Module:
-    """Return the product of two cores (…, 1, out, 1, r) and (…, r, 1, in, 1).
-
-    ``outputs`` multiplies the first one from the left.
-    """
-    first, second = cores
-    first, second = first[..., 0, :, 0, :], second[..., 0, :, 0]
-    first = first if first.ndim == 3 else first[None]
-    second = second if second.ndim == 3 else second[None]
-    if outputs is not None:
-        first = outputs @ first
-    return Product(Whole(first), Whole(second))
-
-
-@each_matrix
-def residual(layer: Layer, name: str, share: float, *, weighed: bool) -> nn.Module:
-    """Add chains of two sites to a common matrix by ``tnmoe.decompose_shared``."""
-    matrices = getattr(layer, name).double()
-    rank = _rank_beside_base(matrices, share)
-    if rank < 1:
-        return _base_alone(matrices)
-    weights = layer.moments(name).double() if weighed else None
-    shared = decompose_shared(
-        matrices, residual=True, max_bond=rank, weights=weights, max_sweeps=20
-    )
-    assert shared.base is not None
-    return Sum(Whole(shared.base.cores[0][0, :, :, 0][None]), _two_sites(shared.cores))
-
-
 def _rank_beside_base(matrices: Tensor, share: float) -> int:
     count, rows, columns = matrices.shape
     rest = share * matrices.numel() - rows * columns
@@ -219,9 +126,8 @@ def delta_decomposition(layer: Layer, name: str, share: float) -> nn.Module:
     rank = _rank_beside_base(matrices, share)
     if rank < 1:
         return _base_alone(matrices)
-    fisher = layer.fisher[name].double() + 1e-12
     # The paper has one number per expert: the mean over the matrix.
-    shares = fisher.mean((1, 2), keepdim=True)
+    shares = layer.fisher[name].double()[:, None, None] + 1e-12
     base = (shares * matrices).sum(0, keepdim=True) / shares.sum()
     root, inverse = roots(layer.moments(name))
     u, s, v = torch.linalg.svd((matrices - base) @ root, full_matrices=False)
@@ -338,7 +244,7 @@ def prune_units(layers: Sequence[Layer], share: float, *, spread: bool = False) 
 
 def _unit_scores(layer: Layer) -> Tensor:
     """Return what the loss of every unit costs, (E, F)."""
-    outputs = layer.gradients["down"].double() / layer.slots.clamp_min(1)[:, None, None]
+    outputs = layer.gradients.double() / layer.slots.clamp_min(1)[:, None, None]
     energy = torch.einsum("ehf,ehk,ekf->ef", layer.down.double(), outputs, layer.down.double())
     return energy / torch.linalg.inv(damped(layer.hidden)).diagonal(dim1=1, dim2=2)
 
@@ -355,129 +261,46 @@ def _with_units(layer: Layer, kept: Tensor) -> Experts:
     return Experts(Whole(layer.up * rows, free), Whole(layer.gate * rows, free), Whole(down, free))
 
 
-def units_and_basis(layers: Sequence[Layer], share: float, *, balance: float) -> list[Experts]:
-    """Remove hidden units first, and share a basis between what is left.
-
-    ``balance`` is the part of the saving, on a logarithmic scale, that units bring.
-    """
-    pruned = prune_units(layers, share**balance, spread=False)
-    smaller = [_only_units(layer, experts) for layer, experts in zip(layers, pruned, strict=True)]
-    return low_rank(
-        smaller, share ** (1 - balance), family=shared_family, metric="both", groups=JOINT
-    )
-
-
-def _only_units(layer: Layer, pruned: Experts) -> Layer:
-    """Return a layer with as many units as each expert has left."""
-    with torch.no_grad():
-        up, gate, down = pruned.matrices()
-    units = (up.abs().sum(2) > 0).float().topk(int((up[0].abs().sum(1) > 0).sum()), dim=1).indices
-    units = units.sort(dim=1).values
-    rows = torch.arange(len(up))[:, None]
-    square = units[:, :, None], units[:, None, :]
-    gradients = {
-        name: each[(rows[..., None], *square)] if name != "down" else each
-        for name, each in layer.gradients.items()
-    }
-    return replace(
-        layer, up=up[rows, units], gate=gate[rows, units],
-        down=down.mT[rows, units].mT, hidden=layer.hidden[(rows[..., None], *square)],
-        gradients=gradients,
-    )  # fmt: skip
-
-
 def unchanged(layers: Sequence[Layer], share: float) -> list[Experts]:
     """Keep all matrices."""
     return [Experts(*(Whole(getattr(layer, name)) for name in NAMES)) for layer in layers]
 
 
-def _low_rank(family: Callable[..., Family], metric: Metric, **options: Any) -> Method:
-    return partial(low_rank, family=family, metric=metric, **options)
-
-
 METHODS: dict[str, Method] = {
-    "SVD": _low_rank(owned_family, "plain"),
-    "SVD, whitened": _low_rank(owned_family, "inputs"),
-    "SVD, whitened, gauge": _low_rank(partial(owned_family, gauge=True), "inputs"),
+    "SVD": truncated,
+    "SVD, whitened": partial(truncated, whitened=True),
     "MPO": separate_mpo,
     "D²-MoE": delta_decomposition,
     "MoBE": basis_combinations,
     "Tucker": tucker,
     "REAP": prune_experts,
     "HC-SMoE": merge_experts,
-    "unit pruning": prune_units,
-    "unit pruning, spread": partial(prune_units, spread=True),
-    "units and basis": partial(units_and_basis, balance=0.5),
+    "unit pruning": partial(prune_units, spread=True),
+    "tnmoe": product,
+    "tnmoe hidden": partial(product, layout="hidden"),
+    "tnmoe residual": partial(product, layout="residual"),
     "tnmoe interleaved": joint_mpo,
-    "tnmoe residual": partial(residual, weighed=False),
-    "tnmoe residual, moments": partial(residual, weighed=True),
-    "tnmoe hidden": partial(hidden, metric="plain", relative=True),
-    "tnmoe hidden, moments": partial(hidden, metric="inputs", relative=True),
-    "tnmoe hidden, moments, importance": partial(hidden, metric="inputs"),
-    "tnmoe hidden, moments, importance, joint": partial(hidden, metric="inputs", joint=True),
-    "tnmoe hidden, both, importance, joint": partial(hidden, metric="both", joint=True),
-    "basis, moments": _low_rank(shared_family, "inputs"),
-    "basis, both": _low_rank(shared_family, "both"),
-    "basis, both, joint": _low_rank(shared_family, "both", groups=JOINT),
-    "basis, both, spread": _low_rank(shared_family, "both", spend=distributed),
-    "basis, both, joint, spread": _low_rank(shared_family, "both", groups=JOINT, spend=distributed),
-    "SVD, both, gauge, by expert": _low_rank(
-        partial(owned_family, gauge=True), "both", spend=distributed, apart=True
-    ),
-    "pair, both, gauge": _low_rank(
-        partial(owned_family, gauge=True), "both", groups=JOINT, stacked=tall_stack
-    ),
-    "pair, both, gauge, by expert": _low_rank(
-        partial(owned_family, gauge=True),
-        "both",
-        groups=JOINT,
-        stacked=tall_stack,
-        spend=distributed,
-        apart=True,
-    ),
-    "SVD, inputs, gauge, by expert": _low_rank(
-        partial(owned_family, gauge=True), "inputs", spend=distributed, apart=True
-    ),
-    "basis, both, joint, own 20 %": partial(basis_with_own, own_share=0.2),
-    "SVD, both, gauge": _low_rank(partial(owned_family, gauge=True), "both"),
-    "SVD, both, gauge, spread": _low_rank(
-        partial(owned_family, gauge=True), "both", spend=distributed
-    ),
 }
 
-# Shares of the bytes at which methods run that choose bits.
-_BYTES = (0.266, 0.203, 0.141, 0.1)
 # Methods whose stored numbers are rounded, and the shares of numbers at which they run.
 QUANTISED: dict[str, tuple[Method, tuple[float, ...]]] = {
     **{
-        f"int{bits}": (partial(quantised, method=unchanged, bits=bits), (1.0,))
-        for bits in (8, 4, 3, 2)
-    },
-    **{
-        f"GPTQ {bits}": (partial(quantised, method=unchanged, bits=bits, calibrated=True), (1.0,))
-        for bits in (8, 4, 3, 2)
-    },
-    **{
-        f"{name}, int{bits}": (partial(quantised, method=METHODS[name], bits=bits), shares)
-        for name in (
-            "tnmoe hidden, both, importance, joint",
-            "basis, both, joint, spread",
-            "unit pruning, spread",
-            "SVD, both, gauge, by expert",
-            "pair, both, gauge, by expert",
+        f"{name}{bits}": (
+            partial(quantised, method=unchanged, bits=bits, calibrated=calibrated), (1.0,)
         )
-        for bits, shares in ((8, (0.75, 0.5)), (4, (0.9, 0.75, 0.5)))
+        for name, calibrated in (("int", False), ("GPTQ ", True))
+        for bits in (8, 4, 3, 2)
     },
     **{
-        f"{name}, GPTQ {bits}": (
-            partial(quantised, method=METHODS[name], bits=bits, calibrated=True),
+        f"{name}, {how}{bits}": (
+            partial(quantised, method=METHODS[name], bits=bits, calibrated=calibrated),
             (0.9, 0.75, 0.5),
         )
-        for name in ("SVD, both, gauge, by expert", "pair, both, gauge, by expert")
-        for bits in (4, 3)
+        for name, ways in (
+            ("tnmoe", (("int", False), ("GPTQ ", True))),
+            ("unit pruning", (("int", False),)),
+        )
+        for how, calibrated in ways
+        for bits in (8, 4)
     },
-    "bits by matrix": (partial(ranks_and_bits, ranks=False), _BYTES),
-    "ranks and bits": (ranks_and_bits, _BYTES),
-    "bits by matrix, GPTQ": (partial(ranks_and_bits, ranks=False, calibrated=True), _BYTES),
-    "ranks and bits, GPTQ": (partial(ranks_and_bits, calibrated=True), _BYTES),
-}
+}  # fmt: skip

@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
-from tnmoe.plot.style import GREY, add_legend, label_text, line_style, new_axes
+from tnmoe.plot.style import label_text, line_style
 
 
-def draw(runs: Sequence[dict[str, Any]], methods: Sequence[str], loss: str, file: Path) -> None:
-    """Draw a line per method, the mean over the seeds of a model, over a share of the bytes.
+def draw(
+    ax: Axes, runs: Sequence[dict[str, Any]], methods: Sequence[str], loss: str = "loss"
+) -> None:
+    """Draw a line per method: the increase of the loss, a mean over seeds, over bytes.
 
     Parameters
     ----------
+    ax : Axes
     runs : sequence of dict
         The runs of one model, a seed each.
     methods : sequence of str
         A quantised method is a point per number of bits.
     loss : {"loss", "healed"}
-    file : Path
     """
-    figure = Figure(figsize=(8.4, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = new_axes(figure.add_subplot())
-    original = _points(runs, "original", loss)
-    ax.axhline(original[0][1], color=GREY, linestyle=":", label="original")
+    ((_, original),) = _points(runs, "original", loss)
     for index, method in enumerate(methods):
         points = _points(runs, method, loss)
         if points:
-            x, y = zip(*points, strict=True)
-            ax.plot(x, y, label=label_text(method), **line_style(index, len(x)))
-    top = 2 * max(y for _, y in _points(runs, "SVD, whitened", loss) or original) - original[0][1]
-    ax.set_ylim(top=min(ax.get_ylim()[1], top))
+            x, y = zip(*((size, value - original) for size, value in points), strict=True)
+            ax.plot(
+                x,
+                y,
+                label=label_text(method.replace("*", " 8, 4, 3, 2")),
+                **line_style(index, len(x)),
+            )
     ax.set_xlabel("bytes of the experts, relative to half precision")
-    ax.set_ylabel("held-out loss in nats" + " after healing" * (loss == "healed"))
+    ax.set_ylabel("increase of the held-out loss" + " after healing" * (loss == "healed"))
     ax.set_xscale("log")
     ax.set_xticks([0.125, 0.25, 0.5, 0.75, 1], ["12.5 %", "25 %", "50 %", "75 %", "100 %"])
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set_ylim(bottom=-0.001)
     ax.minorticks_off()
-    add_legend(ax)
-    figure.savefig(file, metadata={"Date": None})
+    # Every place inside has a curve.
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _points(runs: Sequence[dict[str, Any]], method: str, loss: str) -> list[tuple[float, float]]:

@@ -60,6 +60,8 @@ def turn_bond(product: Product) -> None:
 
 def _rounded(leaf: Whole, bits: int, moments: dict[nn.Module, Tensor]) -> Leaf:
     value = leaf.value.detach()
+    if not value.numel():  # a factor of rank 0, or of full rank
+        return leaf
     if leaf in moments:
         return Quantised(*round_calibrated(value, moments[leaf], bits), bits, leaf.free)
     return Quantised(*round_nearest(value, bits), bits, leaf.free)
@@ -83,6 +85,8 @@ def _scales(groups: Tensor, highest: int) -> Tensor:
 def round_calibrated(value: Tensor, moments: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round column after column, and move each rounding error to the columns that follow.
 
+    Columns of later groups get the errors of a whole group at once, in one product.
+
     Parameters
     ----------
     value : Tensor, shape (E, out, in)
@@ -96,17 +100,21 @@ def round_calibrated(value: Tensor, moments: Tensor, bits: int) -> tuple[Tensor,
     scales : Tensor, shape (E, out, groups)
     """
     highest = 2 ** (bits - 1) - 1
-    inverse = torch.linalg.inv(damped(moments))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments)))
     upper = torch.linalg.cholesky(inverse).mT
-    rest, codes, scales = value.double().clone(), torch.zeros_like(value), []
-    for column in range(value.shape[-1]):
-        if column % GROUP == 0:
-            scales.append(_scales(rest[..., column : column + GROUP].float(), highest))
-        scale = scales[-1].double()
-        codes[..., column] = torch.round(rest[..., column] / scale).clamp(-highest - 1, highest)
-        missed = (rest[..., column] - codes[..., column] * scale) / upper[:, None, column, column]
-        rest[..., column:] -= missed[..., None] * upper[:, None, column, column:]
-    return codes, torch.stack(scales, -1)
+    rest, codes, scales = value.double().clone(), [], []
+    for start in range(0, value.shape[-1], GROUP):
+        end = start + GROUP
+        group, inner = rest[..., start:end].clone(), upper[:, None, start:end, start:end]
+        scales.append(_scales(group.float(), highest))
+        missed, scale = torch.zeros_like(group), scales[-1].double()
+        for column in range(group.shape[-1]):
+            code = torch.round(group[..., column] / scale).clamp(-highest - 1, highest)
+            missed[..., column] = (group[..., column] - code * scale) / inner[..., column, column]
+            group[..., column:] -= missed[..., column, None] * inner[..., column, column:]
+            codes.append(code.to(value.dtype))
+        rest[..., end:] -= missed @ upper[:, start:end, end:]
+    return torch.stack(codes, -1), torch.stack(scales, -1)
 
 
 def _moments(layer: Layer, experts: Experts) -> dict[nn.Module, Tensor]:
@@ -137,9 +145,8 @@ def form_moments(form: nn.Module, inputs: Tensor) -> dict[nn.Module, Tensor]:
     other = second().detach().double()
     found = {first: _common(other @ inputs @ other.mT, first)}
     if isinstance(second, Gauged):
-        assert isinstance(second.order, Tensor)
         # The inputs of the columns that are not the identity's.
-        places = second.order.argsort(1)[:, other.shape[1] :]
+        places = second.places().argsort(1)[:, other.shape[1] :]
         rows = inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[2]))
         found[second.rest] = rows.gather(2, places[:, None].expand(-1, places.shape[1], -1))
         return found

@@ -34,7 +34,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from tnmoe.hf.ordinary import StackedFormat
 from tnmoe.joint.basis import column_basis, row_basis
 from tnmoe.joint.low_rank import low_rank
-from tnmoe.nn import MPOExperts
+from tnmoe.nn import LowRankProjection, MPOExperts
 from tnmoe.system.tables import format_table
 
 TOKENS, KEEPS = (1, 16, 64, 1024), (0.7, 0.5)
@@ -115,21 +115,37 @@ def ordinary_layers(hidden: int, inner: int, experts: int) -> dict[str, Any]:
 
 
 def compressed_layers(matrices: dict[Any, Tensor], keep: float) -> dict[str, Any]:
-    """Make the experts of both layouts that hold this share of the numbers."""
-    inner, hidden = matrices["up"].shape[1:]
-    size = int(keep * hidden) // 8 * 8
-    parts = {
-        name: row_basis(matrices[name]).decompose(matrices[name], size) for name in ("up", "gate")
+    """Make the experts of two layouts that hold at most this share of the numbers."""
+    stacks = {
+        "gate_up": torch.cat([matrices["gate"], matrices["up"]], dim=1),
+        "down": matrices["down"],
     }
-    down = matrices["down"]
-    parts["down"] = column_basis(down).decompose(down, size)
-    found = {f"hidden, {keep:.0%}": MPOExperts.from_shared(**parts, activation="silu").eval()}
-    size = int(keep * hidden * inner / (hidden + inner)) // 8 * 8
-    parts = {
-        name: low_rank(each, base=False).decompose(each, size) for name, each in matrices.items()
+    bases: dict[str, Any] = {"gate_up": row_basis, "down": column_basis}
+    shared = {
+        name: bases[name](stack).decompose(stack, basis_size(stack.numel(), keep, *stack.shape))
+        for name, stack in stacks.items()
     }
-    found[f"low_rank, {keep:.0%}"] = MPOExperts.from_shared(**parts, activation="silu").eval()
-    return found
+    own = {name: own_ranks(stack, keep) for name, stack in stacks.items()}
+    return {
+        f"hidden, {keep:.0%}": MPOExperts.from_shared(**shared, activation="silu").eval(),
+        f"low_rank, {keep:.0%}": MPOExperts.from_shared(**own, activation="silu").eval(),
+    }
+
+
+def basis_size(numbers: int, keep: float, experts: int, rows: int, columns: int) -> int:
+    """Return the size of a basis of the smaller side: a multiple of 8."""
+    owned, shared = max(rows, columns), min(rows, columns)
+    return int(keep * numbers / (experts * owned + shared)) // 8 * 8
+
+
+def own_ranks(stack: Tensor, keep: float) -> LowRankProjection:
+    """Give every expert a rank of its own; they differ by up to a fifth."""
+    count, rows, columns = stack.shape
+    share, sides = keep * rows * columns, rows + columns
+    # r (out + in − r) is the share.
+    rank = (sides - (sides**2 - 4 * share) ** 0.5) / 2
+    ranks = [int(rank * factor) // 8 * 8 for factor in torch.linspace(0.9, 1.1, count).tolist()]
+    return LowRankProjection.from_factors(low_rank(stack).decompose(stack, ranks))
 
 
 def decomposition_rows(columns: int, rows: int, experts: int) -> list[dict[str, Any]]:

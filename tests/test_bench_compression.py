@@ -1,16 +1,20 @@
 """The benchmark of compression: what its methods store, what they lose, and what its models do."""
 
+import copy
 import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("tensorly")
+hf = pytest.importorskip("tnmoe.hf")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -72,28 +76,35 @@ def test_no_method_stores_more_than_its_share(script, layers, method):
         assert all(each.isfinite().all() for each in (up, gate, down))
 
 
-@pytest.mark.parametrize("metric", ["plain", "inputs", "both"])
-def test_predicted_errors_of_own_low_rank_are_those_that_arise(script, layers, metric):
-    families, calibration = script("compression_families"), script("compression_calibration")
-    given = families.stack(layers[0], ("up",), metric)
-    family = families.owned_family(given)
-    missed = given.matrices - family.make(5)().detach().double()
-    inputs, outputs = (calibration.damped(each) for each in (given.inputs, given.outputs))
-    arisen = float(((outputs @ missed @ inputs) * missed).sum())
-    assert arisen == pytest.approx(family.errors[4], rel=1e-4)
+@pytest.mark.parametrize("layout", ["auto", "hidden", "residual", "low_rank"])
+def test_the_librarys_method_is_the_library(script, model, layers, windows, layout):
+    compressed = script("compression_product").product(layers, 0.6, layout=layout)
+    changed = script("compression_measures").with_experts(model, compressed)
+    batches = list(windows.split(8))
+    config = hf.CompressionConfig(keep=0.6, layout=layout)
+    # The last batch would measure the loss.
+    small, report = hf.compress(
+        copy.deepcopy(model), config, [*batches, windows[:1]], return_report=True
+    )
+    assert sum(experts.count for experts in compressed) == report.params_after
+    with torch.no_grad():
+        torch.testing.assert_close(
+            changed(windows).logits, small(windows).logits, rtol=1e-3, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("names", [("up",), ("down",), ("up", "gate")])
-def test_a_shared_basis_is_the_best_one_for_common_moments(script, layers, names):
-    families = script("compression_families")
-    given = families.stack(layers[0], names, "plain")
-    family = families.shared_family(given)
-    whole = given.matrices
-    rows = whole.transpose(0, 1).flatten(1).mT if names == ("down",) else whole.flatten(0, 1)
-    values = torch.linalg.svdvals(rows)
-    missed = float((whole - family.make(6)().detach().double()).square().sum())
-    assert missed == pytest.approx(float((values[6:] ** 2).sum()), rel=1e-5)
-    assert missed == pytest.approx(family.errors[5], rel=1e-5)
+@pytest.mark.parametrize("whitened", [False, True])
+def test_truncated_matrices_are_the_best_of_their_rank(script, layers, whitened):
+    methods, calibration = script("compression_methods"), script("compression_calibration")
+    layer = layers[0]
+    (experts, *_) = methods.truncated(layers, 0.5, whitened=whitened)
+    moments = calibration.damped(layer.inputs) if whitened else torch.eye(16).double()[None]
+    rank = experts.up.factors[0].value.shape[-1]
+    missed = layer.up.double() - experts.up().detach().double()
+    values, vectors = torch.linalg.eigh(moments)
+    root = (vectors * values.sqrt()[:, None]) @ vectors.mT
+    left = torch.linalg.svdvals(layer.up.double() @ root)[:, rank:].square().sum()
+    assert float(((missed @ moments) * missed).sum()) == pytest.approx(float(left), rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -126,30 +137,24 @@ def test_calibrated_rounding_loses_less_of_the_outputs(script, layers):
     assert losses[1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.95])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_ranks_of_nothing_and_of_everything_are_rounded(script, layers, share, calibrated):
+    methods, rounding = script("compression_methods"), script("compression_rounding")
+    low_rank = partial(methods.product, layout="low_rank")
+    whole = low_rank(layers, share)
+    made = rounding.quantised(layers, share, method=low_rank, bits=8, calibrated=calibrated)
+    for one, other in zip(whole, made, strict=True):
+        for before, after in zip(one.matrices(), other.matrices(), strict=True):
+            assert float((after - before).norm()) <= 0.02 * float(before.norm())
+
+
 def test_a_turned_bond_keeps_the_product(script):
     forms, rounding = script("compression_forms"), script("compression_rounding")
     product = forms.Product(forms.Whole(torch.randn(3, 6, 4)), forms.Whole(torch.randn(1, 4, 5)))
     before = product().detach().clone()
     rounding.turn_bond(product)
     torch.testing.assert_close(product().detach(), before)
-
-
-def test_spreading_never_predicts_a_larger_loss(script, layers):
-    families = script("compression_families")
-    given = [
-        [families.owned_family(families.stack(layer, (name,), "both")) for name in ("up", "down")]
-        for layer in layers
-    ]
-    losses = []
-    for spend in (families.uniform, families.distributed):
-        forms = spend(given, 0.5)
-        total = 0.0
-        for parts, stacks in zip(forms, given, strict=True):
-            for form, family in zip(parts, stacks, strict=True):
-                rank = form.factors[0].value.shape[-1] if hasattr(form, "factors") else 0
-                total += family.errors[rank - 1] if rank else 0.0
-        losses.append(total)
-    assert losses[1] <= losses[0]
 
 
 def test_units_that_are_pruned_stay_zero_in_training(script, model, layers, windows):
@@ -171,6 +176,7 @@ def test_training_goes_on_where_it_stopped(script, tmp_path, monkeypatch):
     data = models.Data({"a": tokens, "b": tokens.flip(0)}, {"a": tokens}, 1.0)
     whole = models.trained(size, "tiny", 0, data, tmp_path)
     monkeypatch.setattr(models, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(models, "_CHECKPOINT_SHARE", float("inf"))
     steps, made = models.make_step, []
 
     def stops(*arguments):
@@ -190,16 +196,108 @@ def test_training_goes_on_where_it_stopped(script, tmp_path, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+def test_a_probe_of_some_experts_is_a_part_of_the_whole_one(script, model, layers, windows):
+    probe = script("compression_measures").probe
+    whole, some = (probe(model, layers, windows[:4], most) for most in (None, 3))
+    removed = {
+        (number, expert): loss
+        for number, row in enumerate(some["without one"])
+        for expert, loss in enumerate(row)
+        if loss is not None
+    }
+    # Of two layers with four experts each: the first, one in the middle, and the last.
+    assert list(removed) == [(0, 0), (1, 0), (1, 3)]
+    assert all(loss == whole["without one"][n][e] for (n, e), loss in removed.items())
+    assert all(some[key] == whole[key] for key in ("loss", "distance", "load", "random routing"))
+
+
+def test_a_calibration_comes_back_from_its_file(script, model, layers, windows, tmp_path):
+    calibrated, file = script("compression_calibration").calibrated, tmp_path / "calibration.pt"
+    first = calibrated(file, model, windows, 8)
+    again = calibrated(file, model, windows, 8)
+    with pytest.raises(SystemExit, match="delete it"):
+        calibrated(file, model, windows[1:], 8)
+    for expected, *found in zip(layers, first, again, strict=True):
+        for each in found:
+            torch.testing.assert_close(_plain(each), _plain(expected))
+
+
+def _plain(layer):
+    return vars(layer) | {"seen": vars(layer.seen)}
+
+
+@pytest.fixture
+def dense():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        rms_norm_eps=0.01, rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            # Weights large enough that every part of the model matters.
+            weight.data *= 10
+    return model
+
+
+@pytest.fixture
+def upcycled(script, dense):
+    smollm2 = script("compression_smollm2")
+
+    def build(noise=0.0):
+        size = replace(smollm2.SMOLLM2, experts=4, noise=noise)
+        return smollm2.upcycled(copy.deepcopy(dense), size)
+
+    return build
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_copies_compute_what_the_dense_model_does_whatever_routers_choose(dense, upcycled, scale):
+    mixture = upcycled()
+    for layer in mixture.model.layers:
+        layer.mlp.gate.weight.data *= scale
+    ids = torch.randint(0, 64, (3, 20))
+    with torch.no_grad():
+        expected = dense(ids).logits
+        torch.testing.assert_close(mixture(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_makes_experts_differ_by_its_relative_amount(dense, upcycled):
+    mixture = upcycled(noise=0.1)
+    for layer, source in zip(mixture.model.layers, dense.model.layers, strict=True):
+        gate, up = layer.mlp.experts.gate_up_proj.chunk(2, dim=1)
+        matrices = {"gate": gate, "up": up, "down": layer.mlp.experts.down_proj}
+        for name, experts in matrices.items():
+            weight = getattr(source.mlp, f"{name}_proj").weight
+            relative = (experts - weight).norm(dim=(1, 2)) / weight.norm()
+            assert relative.tolist() == pytest.approx([0.1] * 4, rel=0.2)
+
+
+def test_only_experts_and_routers_train(script, upcycled):
+    models, mixture = script("compression_models"), upcycled(noise=0.1)
+    before = {name: each.detach().clone() for name, each in mixture.named_parameters()}
+    optimizer = models.adamw(mixture.named_parameters(), 1e-2)
+    models.make_step(mixture.train(), optimizer, torch.randint(0, 64, (3, 20)), balance=0.1)
+    changed = {name for name, each in mixture.named_parameters() if not each.equal(before[name])}
+    assert changed == {
+        f"model.layers.{number}.mlp.{name}"
+        for number in range(2)
+        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    }
+
+
 @pytest.mark.slow
 def test_the_script_runs_to_the_end(tmp_path):
     output = tmp_path / "result.json"
     command = [
         sys.executable, "-W", "ignore", str(BENCHMARKS / "compression.py"), "--tiny", "--work",
-        str(tmp_path), "--methods", "int4", "REAP", "basis, both", "--shares", "0.5",
+        str(tmp_path), "--methods", "int4", "REAP", "tnmoe", "--shares", "0.5",
         "--output", str(output),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (run,) = json.loads(output.read_text())["models"]
-    assert [case["method"] for case in run["cases"]] == ["original", "REAP", "basis, both", "int4"]
+    assert [case["method"] for case in run["cases"]] == ["original", "REAP", "tnmoe", "int4"]
     assert all(case["bytes"] <= 1 and case["healed"] > 0 for case in run["cases"])
