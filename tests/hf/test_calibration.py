@@ -8,9 +8,9 @@ import torch
 
 from tests.hf.mixtures import make, tokens
 from tnmoe import hf
-from tnmoe.hf.calibration import MomentsCollector, layer_around
+from tnmoe.hf.calibration import MomentsCollector, Needs, layer_around
 from tnmoe.hf.compress import collect_moments, needs_of, options_of_mixture
-from tnmoe.hf.compression_plan import ProjectionOptions, choose
+from tnmoe.hf.compression_plan import ProjectionOptions, choose, form_of
 from tnmoe.hf.compression_weights import LayerWeights
 from tnmoe.hf.ordinary import find_ordinary
 from tnmoe.nn.activations import resolve_activation
@@ -49,7 +49,7 @@ def output_of(activation, down, sides, rows):
 
 
 @pytest.mark.parametrize("moments", ["expert", "layer"])
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "switch"])
 def test_moments_are_sums_over_slots_and_tokens(name, moments):
     model, batches = make(name), list(tokens(4, 7)[:, None])
     (each, *_) = find_ordinary(model)
@@ -63,7 +63,7 @@ def test_moments_are_sums_over_slots_and_tokens(name, moments):
     names = [side for side in ("gate", "up") if side in stacks]
     activation = resolve_activation(each.settings()["activation"], gated=len(names) == 2)
     experts, inner_size = stacks["up"].shape[:2]
-    inputs, inner = (torch.zeros(experts, n, n).double() for n in (32, inner_size))
+    inputs, inner, written = (torch.zeros(experts, n, n).double() for n in (32, inner_size, 32))
     outputs, rows = torch.zeros(32, 32).double(), torch.zeros(experts, len(names) * inner_size)
     rows, weights = rows.double(), torch.zeros(experts).double()
     separate, stream, slots = 0.0, 0.0, 0
@@ -87,6 +87,7 @@ def test_moments_are_sums_over_slots_and_tokens(name, moments):
             weights[expert] += weight**2
             inputs[expert] += weight**2 * torch.outer(state, state)
             inner[expert] += torch.outer(hidden, hidden)
+            written[expert] += torch.outer(output, output)
             separate += float(output @ output)
             total, slots = total + output, slots + 1
         outputs += torch.outer(total, total)
@@ -95,11 +96,18 @@ def test_moments_are_sums_over_slots_and_tokens(name, moments):
     means = rows[met] / weights[met, None]
     rows = torch.where(met[:, None], rows / weights.clamp_min(1e-300)[:, None], means.mean(0))
     shares = inputs.diagonal(dim1=1, dim2=2).sum(1)
+    squares = float(inner.diagonal(dim1=1, dim2=2).sum())
+    # Of inputs and outputs of down, the smaller moments of experts are kept.
     if moments == "layer":
         inputs, inner = inputs.sum(0, keepdim=True), inner.sum(0, keepdim=True)
+    elif inner_size > 32:
+        inner = torch.zeros(1, 0, 0).double()
+    if moments == "layer" or inner_size <= 32:
+        written = torch.zeros(experts, 0, 0).double()
     for made, expected in (
         (found.inputs, inputs),
         (found.inner, inner),
+        (found.written, written),
         (found.rows, rows),
         (found.outputs, outputs),
         (found.shares, shares / shares.sum()),
@@ -107,10 +115,42 @@ def test_moments_are_sums_over_slots_and_tokens(name, moments):
         torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=1e-8)
     assert found.slots == slots
     assert found.gates == (inner_size if "gate" in stacks else 0)
+    assert found.inner_squares == pytest.approx(squares, rel=1e-4)
     assert found.separate == pytest.approx(separate, rel=1e-4)
     assert found.stream == pytest.approx(stream, rel=1e-4)
     expected = min(1.0, separate / float(outputs.trace()))
     assert found.independence == pytest.approx(expected, rel=1e-4)
+
+
+def test_moments_of_outputs_say_what_those_of_inputs_say_about_down():
+    model = make("mixtral")
+    (each, *_) = find_ordinary(model)
+    calls, found = [{"input_ids": tokens(16, 20)}], []
+    for needs in (needs_of(CONFIG), Needs(own=True, down=True, base=True)):
+        collector = MomentsCollector(model, [each], needs)
+        with collector.collecting(), torch.no_grad():
+            for call in calls:
+                model(**call)
+        found.append(collector.moments()[each.name])
+    assert found[0].inner.numel() == 0
+    assert found[1].inner.shape == (1, 48, 48)
+    # By hand: moments of the inputs of every expert.
+    inner = torch.zeros(4, 48, 48)
+    matrices = each.matrices
+    for state, _, pairs in slots_of(model, each, calls):
+        for expert, weight in pairs:
+            gate, up = (matrices[side][expert].double() @ state for side in ("gate", "up"))
+            hidden = weight * torch.nn.functional.silu(gate) * up
+            inner[expert] += torch.outer(hidden, hidden).float()
+    of_inputs = dataclasses.replace(found[0], inner=inner, written=torch.zeros(4, 0, 0))
+    down, made = matrices["down"].detach(), []
+    for moments in (found[0], of_inputs):
+        form = form_of(down, "down", "low_rank", LayerWeights(moments, 0.01))
+        made.append((form.squared_errors, form.decompose(down, (0, 5, 17, 32))))
+    (errors, factors), (expected, others) = made
+    torch.testing.assert_close(torch.tensor(errors), torch.tensor(expected), rtol=1e-3, atol=1e-6)
+    for one, other in zip(factors, others, strict=True):
+        torch.testing.assert_close(one.matrix(), other.matrix(), rtol=1e-3, atol=1e-5)
 
 
 def test_an_expert_that_met_no_token_keeps_the_mean_rows_and_some_rank():

@@ -10,6 +10,7 @@ from tests.matrices import LIBRARIES, to_library, to_numpy
 from tnmoe import InputError
 from tnmoe.joint.input_moments import InputMoments
 from tnmoe.joint.low_rank import low_rank
+from tnmoe.joint.output_moments import OutputMoments
 
 E = 3
 SHARES = [1.0, 0.5, 2.0]
@@ -35,6 +36,41 @@ def whitened(matrices, moments, rows):
     """Return D^½ W R of every expert."""
     roots = np.linalg.cholesky(moments)
     return np.sqrt(rows)[:, :, None] * matrices @ roots
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("complex_", [False, True])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_moments_of_outputs_take_the_place_of_those_of_inputs(library, size, complex_, weighed):
+    matrices = draw(*size, complex_)
+    inputs = np.stack([moments_of(size[1], seed) for seed in range(E)])
+    outputs = matrices @ inputs @ matrices.conj().mT
+    rows = to_library(rows_of(size[0]), library) if weighed else None
+    mean = np.trace(inputs, axis1=1, axis2=2).mean() / size[1]
+    given = to_library(matrices, library)
+    of_outputs, of_inputs = (
+        low_rank(given, moments=moments, rows=rows)
+        for moments in (
+            OutputMoments(to_library(outputs, library), scale=float(mean), damping=0.1),
+            InputMoments.of(to_library(inputs, library), 0.1),
+        )
+    )
+    for made, expected in zip(of_outputs.squared_errors, of_inputs.squared_errors, strict=True):
+        # One more outputs than inputs, and eigenvalues that are 0.
+        assert np.allclose(made[: len(expected)], expected, rtol=1e-6, atol=1e-9)
+    for ranks in ((0, 2, 4), (1, 5, 6), (3, 3, 3)):
+        pairs = zip(
+            of_outputs.decompose(given, ranks), of_inputs.decompose(given, ranks), strict=True
+        )
+        for one, other in pairs:
+            assert np.allclose(to_numpy(one.matrix()), to_numpy(other.matrix()), atol=1e-6)
+
+
+def test_moments_of_outputs_of_another_size_are_refused():
+    moments = OutputMoments(np.zeros((E, 4, 4)), 1.0, 0.1)
+    with pytest.raises(InputError, match=r"moments of outputs must have shape \(3, 6, 6\), got"):
+        low_rank(draw(6, 9), moments=moments)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -39,6 +39,11 @@ class LayerMoments:
         p.
     inner : Tensor, shape (E, F, F) or (1, F, F)
         Σ p² h hᵀ with the activated intermediate values h; empty where nothing needs them.
+    written : Tensor, shape (E, H, H)
+        Σ p² y yᵀ over the slots of every expert, with the output y without bias; empty where
+        nothing needs them. Where F exceeds H, these are smaller than ``inner`` and say as much.
+    inner_squares : float
+        Σ p² ‖h‖² over all slots.
     rows : Tensor, shape (E, 2F) or (E, F)
         How much the outputs depend on every row of ``gate`` and ``up``, in this order, or of ``up``
         alone: the mean of ‖∂y/∂u‖² over slots, with the product u of the row and the output y.
@@ -59,6 +64,8 @@ class LayerMoments:
     shares: Tensor
     inputs: Tensor
     inner: Tensor
+    written: Tensor
+    inner_squares: float
     rows: Tensor
     gates: int
     outputs: Tensor
@@ -91,12 +98,15 @@ class Needs(NamedTuple):
     ----------
     own : bool
         Whether every expert has moments of its own.
-    inner : bool
-        Whether ``inner`` is needed.
+    down : bool
+        Whether moments between ``up`` and ``down`` are needed.
+    base : bool
+        Whether experts may come to share a matrix, which takes the moments of all its inputs.
     """
 
     own: bool
-    inner: bool
+    down: bool
+    base: bool
 
 
 class MomentsCollector:
@@ -240,8 +250,11 @@ def _add_rows(
     sums["inputs"][expert % len(sums["inputs"])] += rows.T @ rows
     outputs = nn.functional.linear(inner, down.to(inner.dtype))
     sums["separate"] += float(outputs.double().square().sum())
+    sums["inner_squares"] += float(inner.double().square().sum())
     if sums["inner"].numel():
         sums["inner"][expert % len(sums["inner"])] += inner.T @ inner
+    if sums["written"].numel():
+        sums["written"][expert] += outputs.T @ outputs
     return outputs
 
 
@@ -249,13 +262,17 @@ def _zeros(matrices: Mapping[Matrix, Tensor], needs: Needs) -> dict[str, Any]:
     up = matrices["up"]
     experts, inner, hidden = up.shape
     like = torch.zeros((), device=up.device, dtype=torch.promote_types(up.dtype, torch.float32))
-    count, size = experts if needs.own else 1, inner if needs.inner else 0
+    writes = needs.down and needs.own and inner > hidden
+    has_inner = needs.down and (needs.base or not writes)
+    count, size = 1 if writes or not needs.own else experts, inner if has_inner else 0
     return {
         "slots": 0,
         "weights": like.new_zeros(experts, dtype=torch.float64),
         "shares": like.new_zeros(experts, dtype=torch.float64),
-        "inputs": like.new_zeros(count, hidden, hidden),
+        "inputs": like.new_zeros(experts if needs.own else 1, hidden, hidden),
         "inner": like.new_zeros(count, size, size),
+        "written": like.new_zeros(experts, *2 * (hidden if writes else 0,)),
+        "inner_squares": 0.0,
         "rows": like.new_zeros(experts, inner * (len(matrices) - 1), dtype=torch.float64),
         "gates": inner if "gate" in matrices else 0,
         "outputs": like.new_zeros(hidden, hidden),
@@ -265,7 +282,8 @@ def _zeros(matrices: Mapping[Matrix, Tensor], needs: Needs) -> dict[str, Any]:
 
 
 def _moments_of(name: str, sums: dict[str, Any]) -> LayerMoments:
-    if not all(sums[each].isfinite().all() for each in ("inputs", "inner", "rows", "outputs")):
+    checked = ("inputs", "inner", "written", "rows", "outputs")
+    if not all(sums[each].isfinite().all() for each in checked):
         raise InputError(
             f"{name} has inputs or outputs that are NaN or infinite on the calibration's text"
         )

@@ -93,7 +93,7 @@ def compress(
         Batches of tokens, or arguments of the model's call with ``input_ids``. The error is then
         that of the outputs for these inputs, weighed by the routers' weights. Of eight batches, one
         measures the loss before and after instead. The moments of all layers are in memory
-        together, up to four bytes for every H·H + F·F of every expert; :func:`prepare_compress`
+        together, four bytes for every H·H + min(F, H)² of every expert; :func:`prepare_compress`
         keeps those of one layer, and ``moments="layer"`` those of one expert per layer.
     on_matrix : callable, optional
         Called with a MatrixReport after every matrix.
@@ -312,7 +312,8 @@ def collect_moments(
 def needs_of(config: CompressionConfig) -> Needs:
     """Return what of the moments a compression needs."""
     own = config.moments == "expert" and "low_rank" in config.layouts
-    return Needs(own, inner=config.layout != "hidden" and "down" in config.matrices)
+    down = config.layout != "hidden" and "down" in config.matrices
+    return Needs(own, down, base="residual" in config.layouts)
 
 
 def is_held_out(number: int, count: int) -> bool:

@@ -59,9 +59,10 @@ class CompressionConfig:
         Mixtures to make smaller: positions among the model's mixtures, or a regular expression to
         search for in their names. All by default.
     moments : {"expert", "layer"}
-        Whose inputs a calibration looks at in ``low_rank``. ``expert``: those of every expert; it
-        then keeps E·(H² + F²) numbers per layer, E experts of size H and F. ``layer``: those of all
-        experts of a layer together, H² + F² numbers; errors are larger then.
+        Whose inputs a calibration looks at in ``low_rank``. ``expert``: those of every expert. For
+        E experts of the sizes H and F it then keeps E·(H² + min(F, H)²) numbers per layer.
+        ``layer``: those of all experts of a layer together, H² + F² numbers; errors are larger
+        then.
     damping : float
         Share of the identity in the second moments of a calibration's inputs. It keeps inputs that
         the calibration did not show from being free.

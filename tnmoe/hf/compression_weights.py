@@ -10,6 +10,7 @@ from torch import Tensor
 from tnmoe.hf.calibration import LayerMoments
 from tnmoe.joint.basis import column_gram, sum_of
 from tnmoe.joint.input_moments import InputMoments
+from tnmoe.joint.output_moments import OutputMoments
 from tnmoe.options import ProjectionName
 
 # Least damping of moments of single experts, which may have met fewer tokens than inputs.
@@ -55,12 +56,20 @@ class LayerWeights:
         """Return the moments of the inputs of all experts together."""
         return self._common_inner if projection == "down" else self._common_inputs
 
-    def own(self, projection: ProjectionName) -> InputMoments | None:
-        """Return the moments of the inputs of every expert; they say how much it counts, too."""
+    def own(self, projection: ProjectionName) -> InputMoments | OutputMoments | None:
+        """Return the moments of every expert, of its inputs or its outputs.
+
+        They say how much the expert counts, too.
+        """
         if self._moments is None:
             return None
+        damping, written = max(self._damping, _LEAST), self._moments.written
+        if projection == "down" and written.numel():
+            units = self._moments.rows.shape[1] - self._moments.gates
+            scale = self._moments.inner_squares / (len(written) * units)
+            return OutputMoments(written, scale, damping)
         moments = self._moments.inner if projection == "down" else self._moments.inputs
-        return InputMoments.of(moments, max(self._damping, _LEAST))
+        return InputMoments.of(moments, damping)
 
     def rows(self, projection: ProjectionName) -> Tensor | None:
         """Return what every row counts, (E, out), with mean 1; None where all count alike."""

@@ -14,6 +14,7 @@ from tnmoe.joint.allocation import Allocation, best_allocations
 from tnmoe.joint.basis import checked_shares, tails
 from tnmoe.joint.input_moments import InputMoments
 from tnmoe.joint.low_rank_factors import LowRankFactors
+from tnmoe.joint.output_moments import OutputMoments
 from tnmoe.joint.row_weights import checked_rows, roots_of_rows
 
 __all__ = ["Allocation", "LowRank", "LowRankFactors", "low_rank"]
@@ -140,15 +141,25 @@ class LowRank:
 
 @dataclass(frozen=True)
 class _Metric:
-    """How errors of experts' matrices count: ‖D^½ (W − Ŵ) S^½‖², with S = R·Rᴴ."""
+    """How errors of experts' matrices count: ‖D^½ (W − Ŵ) S^½‖², with S = R·Rᴴ.
+
+    ``outputs`` holds W S Wᴴ, in place of S.
+    """
 
     moments: InputMoments | None
+    outputs: OutputMoments | None
     # D^½ of every expert, (E, out).
     rows: np.ndarray | None
 
     def gram(self, xp: Backend, matrix: Array, expert: int) -> Array:
-        """Return M·Mᴴ or Mᴴ·M of M = D^½ W R, whichever is smaller, in double precision."""
-        weighed = matrix * self._rows(xp, matrix, expert)
+        """Return M·Mᴴ or Mᴴ·M of M = D^½ W R, whichever is smaller, in double precision.
+
+        With moments of outputs it is M·Mᴴ.
+        """
+        rows = self._rows(xp, matrix, expert)
+        if self.outputs is not None:
+            return rows * self.outputs.of_expert(expert, matrix) * xp.adjoint(rows)
+        weighed = matrix * rows
         if weighed.shape[0] > weighed.shape[1]:
             white = weighed @ self._root(xp, matrix, expert)[0]
             return xp.adjoint(white) @ white
@@ -163,7 +174,7 @@ class _Metric:
             return matrix, xp.eye(rank, like=matrix)
         _, vectors = xp.eigh(self.gram(xp, matrix, expert))
         vectors, rows = vectors[:, :rank], self._rows(xp, matrix, expert)
-        if matrix.shape[0] > matrix.shape[1]:
+        if self.outputs is None and matrix.shape[0] > matrix.shape[1]:
             # Given the right factor, this left one is the best for every row, whatever it weighs.
             root, inverse = self._root(xp, matrix, expert)
             return matrix @ (root @ vectors), xp.adjoint(vectors) @ inverse
@@ -187,7 +198,7 @@ class _Metric:
 def low_rank(
     matrices: Array,
     *,
-    moments: InputMoments | None = None,
+    moments: InputMoments | OutputMoments | None = None,
     rows: Array | None = None,
     shares: Sequence[float] | None = None,
     index_numbers: int = 1,
@@ -198,8 +209,9 @@ def low_rank(
     ----------
     matrices : array, shape (E, out, in)
         NumPy array or torch tensor.
-    moments : InputMoments, optional
-        Second moments S of the inputs, in common or of every expert; by default the identity.
+    moments : InputMoments or OutputMoments, optional
+        Second moments S of the inputs, in common or of every expert; by default the identity. Or
+        those of the outputs of every expert.
     rows : array, shape (E, out) or (out,), optional
         Weights of output rows, from 0 up; by default all count 1. A row counts 1e-12 of the
         expert's largest weight at least.
@@ -236,7 +248,11 @@ def low_rank(
         roots = roots_of_rows(weights)
         # An expert whose rows all weigh 0 has no error, and gets a plain decomposition.
         counted = [share * bool(own.any()) for share, own in zip(counted, weights, strict=True)]
-    metric, errors = _Metric(moments, roots), []
+    if isinstance(moments, OutputMoments):
+        metric = _Metric(None, moments, roots)
+    else:
+        metric = _Metric(moments, None, roots)
+    errors = []
     for expert, share in enumerate(counted):
         matrix = widened(xp, matrices[expert])
         with xp.full_precision(matrix):

@@ -40,6 +40,9 @@ from tnmoe.system.folders import files_in, remove_files
 # File that says that a survey is whole, and of what.
 _RESULT = "survey.json"
 
+# Numbers of LayerMoments that are no tensors.
+_NUMBERS = ("slots", "gates", "inner_squares", "separate", "stream")
+
 # Called with what is being done, the number of steps that are done, and all of them.
 Steps = Callable[[str, int, int], None]
 
@@ -148,11 +151,9 @@ class Survey:
         """Keep the moments of a mixture."""
         tensors = {
             each: getattr(moments, each).contiguous()
-            for each in ("shares", "inputs", "inner", "rows", "outputs")
+            for each in ("shares", "inputs", "inner", "written", "rows", "outputs")
         }
-        numbers = torch.tensor(
-            [moments.slots, moments.gates, moments.separate, moments.stream], dtype=torch.float64
-        )
+        numbers = torch.tensor([getattr(moments, each) for each in _NUMBERS], dtype=torch.float64)
         write_atomically(self._moments_file(name), save({**tensors, "numbers": numbers}))
 
     def moments(self, name: str) -> LayerMoments | None:
@@ -160,11 +161,10 @@ class Survey:
         path = self._moments_file(name)
         if not path.is_file():
             return None
-        tensors = load_file(path)
-        slots, gates, separate, stream = tensors.pop("numbers").tolist()
-        return LayerMoments(
-            slots=int(slots), gates=int(gates), separate=separate, stream=stream, **tensors
-        )
+        tensors: dict[str, Any] = load_file(path)
+        numbers: dict[str, Any] = dict(zip(_NUMBERS, tensors.pop("numbers").tolist(), strict=True))
+        counts = {name: int(numbers[name]) for name in ("slots", "gates")}
+        return LayerMoments(**numbers | counts, **tensors)
 
     def write_report(self, name: str, reports: Sequence[MatrixReport]) -> None:
         """Keep what became of the matrices of a mixture."""
