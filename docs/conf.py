@@ -67,8 +67,12 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+# Tables that cells print as Markdown.
+nb_render_markdown_format = "myst"
 # A notebook's outputs depend on these files besides its own code.
-_sources = [*sorted(HERE.parent.glob("tnmoe/**/*.py")), *sorted(HERE.glob("ipython_*.py"))]
+_patterns = ("tnmoe/**/*.py", "docs/ipython_*.py", "benchmarks/compression_[pt]*.py")
+_results = "benchmarks/results/compression/*.json"
+_sources = [path for each in (*_patterns, _results) for path in sorted(HERE.parent.glob(each))]
 _state = sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
 nb_execution_cache_path = str(HERE / "_build" / "runs" / _state)
 
