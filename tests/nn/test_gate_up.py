@@ -161,7 +161,12 @@ def test_derivatives_of_first_and_second_order_agree_with_finite_differences(kin
 
 
 @pytest.mark.parametrize(
-    "kind", ["stacked", "hidden", pytest.param("residual", marks=pytest.mark.slow)]
+    "kind",
+    [
+        pytest.param("stacked", marks=pytest.mark.slow),
+        "hidden",
+        pytest.param("residual", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_without_a_graph_break_a_layer_computes_the_same(kind):
     torch.compiler.reset()

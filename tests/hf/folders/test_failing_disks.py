@@ -101,6 +101,7 @@ def test_a_conversion_resumes_after_a_power_cut(source, old_and_new, tmp_path):
     assert len(disk.left) > 100
 
 
+@pytest.mark.slow
 def test_a_conversion_that_replaces_another_survives_a_power_cut(source, old_and_new, tmp_path):
     root, conversion, (old, new) = tmp_path / "root", doubled(source), old_and_new
     other = doubled(source, 3)

@@ -44,6 +44,7 @@ def test_the_command_stores_what_it_measured(tmp_path):
     assert f"{stored['flops'] / 1e9:.4g} Gflop/s" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_written_gives_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     environment = {**os.environ, "TNMOE_CACHE": str(tmp_path / "file")}

@@ -70,6 +70,7 @@ def _scale_sharded(rank):
     return max(differences)
 
 
+@pytest.mark.slow
 def test_gradients_that_fsdp_gathers_are_scaled():
     assert max(on_two_ranks(_scale_sharded)) < 1e-5
 
