@@ -161,6 +161,19 @@ def test_a_survey_of_something_else_is_made_anew(change, ordinary, tmp_path):
     assert reused.report == fresh.report
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_lost_or_damaged_moments_are_no_missing_calibration(damage, ordinary, tmp_path):
+    survey, target = tmp_path / "survey", tmp_path / "target"
+    hf.prepare_compress(ordinary, CONFIG, TEXT, survey=survey)
+    damage(survey / "model.layers.1.mlp.experts.safetensors")
+    conversion = hf.prepare_compress(ordinary, CONFIG, TEXT, survey=survey)
+    with pytest.raises(
+        InputError, match=r"layers.1.*is lost or damaged.*remove .*survey and begin"
+    ):
+        conversion.run(target)
+    assert not target.exists()
+
+
 def test_a_folder_of_other_files_is_no_place_for_a_survey(ordinary, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="files that are not of a survey"):

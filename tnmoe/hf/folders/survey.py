@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -33,7 +34,7 @@ from tnmoe.hf.folders.parallel import ordered_results, resolve_jobs
 from tnmoe.hf.folders.skeleton import Skeleton
 from tnmoe.hf.folders.streaming import streamed
 from tnmoe.hf.ordinary import OrdinaryExperts, find_ordinary
-from tnmoe.system.durable import write_atomically, write_json
+from tnmoe.system.durable import sync, write_json
 from tnmoe.system.files import read_json
 from tnmoe.system.folders import files_in, remove_files
 
@@ -102,6 +103,8 @@ class Survey:
         Where the files are kept; a temporary folder by default.
     purpose : str
         What the survey is of. The files of another one are removed.
+    calibrated : bool
+        Whether there are moments of every mixture.
 
     Raises
     ------
@@ -109,13 +112,13 @@ class Survey:
         If the folder holds files of something else.
     """
 
-    def __init__(self, folder: Path | None, purpose: str) -> None:
+    def __init__(self, folder: Path | None, purpose: str, calibrated: bool = False) -> None:
         if folder is None:
             self._temporary = TemporaryDirectory()
             folder = Path(self._temporary.name)
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.purpose = purpose
+        self.purpose, self._calibrated = purpose, calibrated
         self._begin()
 
     def _begin(self) -> None:
@@ -151,17 +154,33 @@ class Survey:
         """Keep the moments of a mixture."""
         tensors = {
             each: getattr(moments, each).contiguous()
-            for each in ("shares", "inputs", "inner", "written", "rows", "outputs")
+            for each in ("shares", "inputs", "inner", "own_outputs", "rows", "outputs")
         }
         numbers = torch.tensor([getattr(moments, each) for each in _NUMBERS], dtype=torch.float64)
-        write_atomically(self._moments_file(name), save({**tensors, "numbers": numbers}))
+        path = self._moments_file(name)
+        partial = path.with_suffix(".partial")
+        # The moments of a large layer have gigabytes: they are not copied to bytes first.
+        save_file({**tensors, "numbers": numbers}, partial)
+        sync(partial)
+        partial.replace(path)
 
     def moments(self, name: str) -> LayerMoments | None:
-        """Return the moments of a mixture; None without a calibration."""
-        path = self._moments_file(name)
-        if not path.is_file():
+        """Return the moments of a mixture; None without a calibration.
+
+        Raises
+        ------
+        InputError
+            If their file is lost or damaged.
+        """
+        if not self._calibrated:
             return None
-        tensors: dict[str, Any] = load_file(path)
+        path = self._moments_file(name)
+        try:
+            tensors: dict[str, Any] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path} is lost or damaged ({error}): remove {self.folder} and begin again"
+            ) from error
         numbers: dict[str, Any] = dict(zip(_NUMBERS, tensors.pop("numbers").tolist(), strict=True))
         counts = {name: int(numbers[name]) for name in ("slots", "gates")}
         return LayerMoments(**numbers | counts, **tensors)
@@ -209,7 +228,8 @@ def run_survey(
     jobs = resolve_jobs(jobs)
     if calibration is not None:
         check_known(mixtures.skeleton.model, [calibration])
-    kept = Survey(folder, _purpose(mixtures.skeleton.source, config, calibration))
+    purpose = _purpose(mixtures.skeleton.source, config, calibration)
+    kept = Survey(folder, purpose, calibrated=calibration is not None)
     found = kept.read()
     if found is not None:
         return kept, found
