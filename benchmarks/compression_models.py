@@ -43,7 +43,7 @@ class Budget:
     batch : int
         Windows that calibrate at once.
     probe_every : int
-        The probe takes every so many of the held-out windows.
+        The probe takes one of this number of held-out windows.
     removed : int, optional
         Experts that the probe removes, one at a time; by default all.
     healing : int

@@ -107,7 +107,7 @@ def test_moments_are_sums_over_slots_and_tokens(name, moments):
     for made, expected in (
         (found.inputs, inputs),
         (found.inner, inner),
-        (found.written, written),
+        (found.own_outputs, written),
         (found.rows, rows),
         (found.outputs, outputs),
         (found.shares, shares / shares.sum()),
@@ -142,7 +142,7 @@ def test_moments_of_outputs_say_what_those_of_inputs_say_about_down():
             gate, up = (matrices[side][expert].double() @ state for side in ("gate", "up"))
             hidden = weight * torch.nn.functional.silu(gate) * up
             inner[expert] += torch.outer(hidden, hidden).float()
-    of_inputs = dataclasses.replace(found[0], inner=inner, written=torch.zeros(4, 0, 0))
+    of_inputs = dataclasses.replace(found[0], inner=inner, own_outputs=torch.zeros(4, 0, 0))
     down, made = matrices["down"].detach(), []
     for moments in (found[0], of_inputs):
         form = form_of(down, "down", "low_rank", LayerWeights(moments, 0.01))

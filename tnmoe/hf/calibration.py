@@ -39,7 +39,7 @@ class LayerMoments:
         p.
     inner : Tensor, shape (E, F, F) or (1, F, F)
         Σ p² h hᵀ with the activated intermediate values h; empty where nothing needs them.
-    written : Tensor, shape (E, H, H)
+    own_outputs : Tensor, shape (E, H, H)
         Σ p² y yᵀ over the slots of every expert, with the output y without bias; empty where
         nothing needs them. Where F exceeds H, these are smaller than ``inner`` and say as much.
     inner_squares : float
@@ -64,7 +64,7 @@ class LayerMoments:
     shares: Tensor
     inputs: Tensor
     inner: Tensor
-    written: Tensor
+    own_outputs: Tensor
     inner_squares: float
     rows: Tensor
     gates: int
@@ -253,8 +253,8 @@ def _add_rows(
     sums["inner_squares"] += float(inner.double().square().sum())
     if sums["inner"].numel():
         sums["inner"][expert % len(sums["inner"])] += inner.T @ inner
-    if sums["written"].numel():
-        sums["written"][expert] += outputs.T @ outputs
+    if sums["own_outputs"].numel():
+        sums["own_outputs"][expert] += outputs.T @ outputs
     return outputs
 
 
@@ -271,7 +271,7 @@ def _zeros(matrices: Mapping[Matrix, Tensor], needs: Needs) -> dict[str, Any]:
         "shares": like.new_zeros(experts, dtype=torch.float64),
         "inputs": like.new_zeros(experts if needs.own else 1, hidden, hidden),
         "inner": like.new_zeros(count, size, size),
-        "written": like.new_zeros(experts, *2 * (hidden if writes else 0,)),
+        "own_outputs": like.new_zeros(experts, *2 * (hidden if writes else 0,)),
         "inner_squares": 0.0,
         "rows": like.new_zeros(experts, inner * (len(matrices) - 1), dtype=torch.float64),
         "gates": inner if "gate" in matrices else 0,
@@ -282,7 +282,7 @@ def _zeros(matrices: Mapping[Matrix, Tensor], needs: Needs) -> dict[str, Any]:
 
 
 def _moments_of(name: str, sums: dict[str, Any]) -> LayerMoments:
-    checked = ("inputs", "inner", "written", "rows", "outputs")
+    checked = ("inputs", "inner", "own_outputs", "rows", "outputs")
     if not all(sums[each].isfinite().all() for each in checked):
         raise InputError(
             f"{name} has inputs or outputs that are NaN or infinite on the calibration's text"

@@ -239,12 +239,12 @@ def form_of(matrices: Tensor, name: ProjectionName, layout: str, weights: LayerW
             return low_rank(matrices, moments=weights.own(name), rows=rows, index_numbers=places)
         shares, moments = weights.shares(matrices), weights.common(name)
         return low_rank(matrices, moments=moments, rows=rows, shares=shares, index_numbers=places)
-    shares, moments = weights.shares(matrices), weights.common(name)
+    shares = weights.shares(matrices)
     if layout == "residual":
-        return residual(matrices, moments=moments, rows=rows, shares=shares)
+        return residual(matrices, moments=weights.common(name), rows=rows, shares=shares)
     if name == "down":
         return column_basis(matrices, shares=shares, outputs=weights.outputs(matrices))
-    return row_basis(matrices, moments=moments, rows=rows, shares=shares)
+    return row_basis(matrices, moments=weights.common(name), rows=rows, shares=shares)
 
 
 def options_of(

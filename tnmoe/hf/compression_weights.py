@@ -63,11 +63,11 @@ class LayerWeights:
         """
         if self._moments is None:
             return None
-        damping, written = max(self._damping, _LEAST), self._moments.written
-        if projection == "down" and written.numel():
+        damping, outputs = max(self._damping, _LEAST), self._moments.own_outputs
+        if projection == "down" and outputs.numel():
             units = self._moments.rows.shape[1] - self._moments.gates
-            scale = self._moments.inner_squares / (len(written) * units)
-            return OutputMoments(written, scale, damping)
+            scale = self._moments.inner_squares / (len(outputs) * units)
+            return OutputMoments(outputs, scale, damping)
         moments = self._moments.inner if projection == "down" else self._moments.inputs
         return InputMoments.of(moments, damping)
 

@@ -99,7 +99,7 @@ def _turns_up(costs: np.ndarray, errors: np.ndarray, points: Sequence[int]) -> b
 
 
 def _spread(sizes: np.ndarray, most: int) -> list[int]:
-    """Return at most so many places of ascending sizes, evenly by size, the last one included."""
+    """Choose ``most`` places of ascending sizes at most, evenly by size, and always the last."""
     if len(sizes) <= most:
         return list(range(len(sizes)))
     targets = np.linspace(sizes[-1], sizes[0], most)

@@ -133,14 +133,15 @@ def residual(
         roots = roots_of_rows(np.average(checked_rows(rows, matrices), axis=0, weights=checked))
     every = None if roots is None else np.tile(roots, (len(checked), 1))
     total = sum(checked)
+    root = None if moments is None else moments.root()[0]
     with xp.full_precision(computable(xp, matrices)):
         pairs = zip(checked, weighed(xp, matrices, every), strict=True)
         mean = sum_of(matrix * (share / total) for share, matrix in pairs)
         importance, squares = [], []
         for share, whole in zip(checked, weighed(xp, matrices, every), strict=True):
             rest = whole - mean
-            if moments is not None:
-                root = xp.astype(moments.root()[0], xp.dtype_name(whole))
+            if root is not None:
+                root = xp.astype(root, xp.dtype_name(whole))
                 whole, rest = whole @ root, rest @ root
             importance.append(share * number_of(xp, xp.norm(whole)) ** 2)
             if rest.shape[0] > rest.shape[1]:
