@@ -224,6 +224,25 @@ def test_rows_count_as_much_as_the_outputs_depend_on_them():
     assert losses[0][1] > 3 * losses[1][1]
 
 
+@pytest.mark.parametrize("name", ["gate_up", "gate", "up"])
+def test_predicted_errors_weigh_inputs_and_rows_both_damped(name):
+    """Against singular values of dense matrices, expert by expert."""
+    (each, *_), calls = find_ordinary(model := make("mixtral")), [{"input_ids": tokens(16, 20)}]
+    found = collect_moments(model, [each], calls, CONFIG)[each.name]
+    matrices = {**each.matrices, **each.projections()}[name].detach()
+    form = form_of(matrices, name, "low_rank", LayerWeights(found, 0.2))
+    rows = {"gate_up": found.rows, "gate": found.rows[:, :48], "up": found.rows[:, 48:]}[name]
+    rows = 0.8 * rows / rows.mean() + 0.2
+    mean = found.inputs.double().diagonal(dim1=1, dim2=2).mean()
+    inputs = 0.8 * found.inputs.double() / mean + 0.2 * torch.eye(32).double()
+    white = rows.sqrt()[:, :, None] * matrices.double() @ torch.linalg.cholesky(inputs)
+    squares = torch.linalg.svdvals(white).square()
+    for rank in (0, 3, 20):
+        expected = squares[:, rank:].sum(1)
+        predicted = torch.tensor([errors[rank] for errors in form.squared_errors])
+        torch.testing.assert_close(predicted.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_the_layer_that_counts_more_gets_more_parameters():
     for first, second in ((1.0, 0.1), (0.1, 1.0)):
         options = [
