@@ -243,6 +243,27 @@ def test_predicted_errors_weigh_inputs_and_rows_both_damped(name):
         torch.testing.assert_close(predicted.double(), expected, rtol=1e-6, atol=0)
 
 
+def test_predicted_errors_of_shared_parts_weigh_inputs_shares_and_rows():
+    (each, *_), calls = find_ordinary(model := make("mixtral")), [{"input_ids": tokens(16, 20)}]
+    found = collect_moments(model, [each], calls, CONFIG)[each.name]
+    matrices, weights = each.projections()["gate_up"].detach(), LayerWeights(found, 0.2)
+    shares, total = 0.8 * found.shares + 0.2 / 4, found.inputs.double().sum(0)
+    inputs = 0.8 * total * 32 / total.trace() + 0.2 * torch.eye(32).double()
+    root, rows = torch.linalg.cholesky(inputs), 0.8 * found.rows / found.rows.mean() + 0.2
+    # One basis: all matrices one below another.
+    stacked = ((shares[:, None] * rows).sqrt()[:, :, None] * matrices.double() @ root).flatten(0, 1)
+    tail = torch.linalg.svdvals(stacked)[7:].square().sum()
+    basis = form_of(matrices, "gate_up", "hidden", weights)
+    assert basis.squared_errors[7] == pytest.approx(float(tail), rel=1e-5)
+    # One matrix: the mean, with the mean weights of rows.
+    common = (shares[:, None] * rows).sum(0)
+    mean = (shares[:, None, None] * matrices.double()).sum(0)
+    missed = common.sqrt()[:, None] * (matrices.double() - mean) @ root
+    tails = (torch.linalg.svdvals(missed).square()[:, 5:].sum(1) * shares).sum()
+    base = form_of(matrices, "gate_up", "residual", weights)
+    assert base.squared_errors[5] == pytest.approx(float(tails), rel=1e-5)
+
+
 def test_the_layer_that_counts_more_gets_more_parameters():
     for first, second in ((1.0, 0.1), (0.1, 1.0)):
         options = [
