@@ -52,8 +52,8 @@ def by_numbers(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             rows.append((method, [fmean(each) for each in values if each]))
     rows.sort(key=lambda row: sum(row[1]))
     return (
-        ["method", *(f"{share:.0%}" for share in shares)],
-        [[name, *(f"{value:+.3f}" for value in values)] for name, values in rows],
+        ["method", *(_percent(share, 0) for share in shares)],
+        [[name, *map(_change, values)] for name, values in rows],
     )
 
 
@@ -68,10 +68,19 @@ def by_bytes(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return (
         ["bytes", "method", "numbers that stay", "loss"],
         [
-            [f"{size:.1%}", method, f"{numbers:.0%}", f"{value:+.3f}"]
+            [_percent(size, 1), method, _percent(numbers, 0), _change(value)]
             for size, value, method, numbers in sorted(best, reverse=True)
         ],
     )
+
+
+def _percent(share: float, digits: int) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _change(value: float) -> str:
+    text = f"{value:+.3f}".replace("-", "−")
+    return text if text[1:] != "0.000" else "0.000"
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
