@@ -2,6 +2,8 @@
 
     python benchmarks/compression.py --work FOLDER --text a.txt b.txt c.txt
     python benchmarks/compression.py --work FOLDER --models small --seeds 0 --heal 0   # no healing
+    python benchmarks/compression.py --work FOLDER --heal-methods 'tnmoe*' 'SVD*'  # these heal
+    python benchmarks/compression.py --work FOLDER --heal-shares 1 0.5             # only there
     python benchmarks/compression.py --work FOLDER --methods 'tnmoe*' 'int4' --shares 0.5
     python benchmarks/compression.py --work FOLDER --tiny       # a model of two layers, a minute
     python benchmarks/compression.py --work FOLDER --text a.txt --models smollm2 --seeds 0 --heal 0
@@ -68,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="numbers to keep")
     parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of their names")
     parser.add_argument("--heal", type=int, help="steps of healing; by default the model's")
+    parser.add_argument("--heal-shares", nargs="*", type=float, help="shares that heal, or all")
+    parser.add_argument("--heal-methods", nargs="*", default=["*"], help="methods that heal")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, a minute")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
@@ -88,13 +92,13 @@ def run_model(name: str, seed: int, options: argparse.Namespace) -> dict[str, An
     cases = options.work / f"{name}-seed{seed}"
     cases.mkdir(parents=True, exist_ok=True)
     subject = Subject.of(name, seed, options, cases / "calibration.pt")
-    heal = subject.budget.healing
     probed = kept(cases / "probe.json", subject.probe)
     print(probe_text(name, seed, probed), flush=True)
     rows = []
     for method, share in selected(options.methods, options.shares):
-        file = cases / f"{slug(method)}-{round(100 * share)}-heal{heal}.json"
-        rows.append(kept(file, partial(subject.measure, method, share)))
+        steps = subject.budget.healing if heals(method, share, options) else 0
+        file = cases / f"{slug(method)}-{round(100 * share)}-heal{steps}.json"
+        rows.append(kept(file, partial(subject.measure, method, share, steps)))
         print("  ".join(cells(rows[-1])), flush=True)
     print(table(rows))
     return {
@@ -137,8 +141,8 @@ class Subject:
         windows = self.windows[:: self.budget.probe_every]
         return probe(self.model, self.layers, windows, self.budget.removed)
 
-    def measure(self, method: str, share: float) -> dict[str, Any]:
-        """Compress the model; return sizes, errors and losses."""
+    def measure(self, method: str, share: float, steps: int) -> dict[str, Any]:
+        """Compress the model; return sizes, errors and losses, also after steps of healing."""
         start = time.perf_counter()
         compressed = method_of(method)(self.layers, share)
         seconds = time.perf_counter() - start
@@ -153,9 +157,8 @@ class Subject:
             **errors(self.layers, compressed),
             "loss": held_out(changed, self.windows),
         }
-        steps, rate = self.budget.healing, self.budget.rate
         if steps:
-            heal(changed, self.size, self.data, steps, rate, self.seed)
+            heal(changed, self.size, self.data, steps, self.budget.rate, self.seed)
             row["healed"] = held_out(changed, self.windows)
         return row
 
@@ -167,10 +170,22 @@ def selected(patterns: Sequence[str], shares: Sequence[float]) -> list[tuple[str
     chosen = [
         (name, share)
         for name, own in everything.items()
-        if any(fnmatch(name, pattern) for pattern in patterns)
+        if matches(name, patterns)
         for share in own
     ]
     return [("original", 1.0), *chosen]
+
+
+def heals(method: str, share: float, options: argparse.Namespace) -> bool:
+    """Return whether a case trains after the compression."""
+    if options.heal_shares is not None and share not in options.heal_shares:
+        return False
+    return method == "original" or matches(method, options.heal_methods)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name has one of some patterns."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def method_of(name: str) -> Method:

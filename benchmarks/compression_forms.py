@@ -136,23 +136,21 @@ class Sum(nn.Module):
 
 
 class Part(nn.Module):
-    """A part of what a form builds; the other parts are elsewhere.
+    """Some rows of the matrices that a form builds; the other rows are elsewhere.
 
     Parameters
     ----------
     whole : Module
     start, size : int
-    axis : {0, 1}
-        Some of the matrices, or some rows of each.
     """
 
-    def __init__(self, whole: nn.Module, start: int, size: int, axis: int = 0) -> None:
+    def __init__(self, whole: nn.Module, start: int, size: int) -> None:
         super().__init__()
-        self.whole, self.start, self.size, self.axis = whole, start, size, axis
+        self.whole, self.start, self.size = whole, start, size
 
     def forward(self) -> Tensor:
-        """Return the part."""
-        return self.whole().narrow(self.axis, self.start, self.size)
+        """Return the rows."""
+        return self.whole().narrow(1, self.start, self.size)
 
 
 class Gauged(nn.Module):
@@ -317,3 +315,12 @@ def replace_leaves(form: nn.Module, change: Callable[[Whole], Leaf]) -> None:
                 if child not in found:
                     found[child] = change(child)
                 setattr(module, name, found[child])
+
+
+def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Give two factors (E, out, r), (E, r, in) equal singular values; their product stays."""
+    q, r = torch.linalg.qr(first)
+    u, s, v = torch.linalg.svd(r @ second, full_matrices=False)
+    rank = first.shape[-1]
+    root = s[..., :rank].sqrt()
+    return q @ (u[..., :rank] * root[..., None, :]), root[..., :, None] * v[..., :rank, :]

@@ -23,6 +23,7 @@ from compression_forms import (
     Together,
     Transposed,
     Whole,
+    balanced,
     experts_of,
 )  # fmt: skip
 from compression_product import product
@@ -69,15 +70,6 @@ def truncated(layer: Layer, name: str, share: float, *, whitened: bool = False) 
     u, s, v = torch.linalg.svd(matrices @ root, full_matrices=False)
     first, second = u[..., :rank] * s[:, None, :rank], v[:, :rank] @ inverse
     return Product(*map(Whole, balanced(first, second)))
-
-
-def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Give two factors (E, out, r), (E, r, in) equal singular values; their product stays."""
-    q, r = torch.linalg.qr(first)
-    u, s, v = torch.linalg.svd(r @ second, full_matrices=False)
-    rank = first.shape[-1]
-    root = s[..., :rank].sqrt()
-    return q @ (u[..., :rank] * root[..., None, :]), root[..., :, None] * v[..., :rank, :]
 
 
 @each_matrix
@@ -292,15 +284,14 @@ QUANTISED: dict[str, tuple[Method, tuple[float, ...]]] = {
         for bits in (8, 4, 3, 2)
     },
     **{
-        f"{name}, {how}{bits}": (
-            partial(quantised, method=METHODS[name], bits=bits, calibrated=calibrated),
-            (0.9, 0.75, 0.5),
+        f"{name}, GPTQ {bits}": (
+            partial(quantised, method=method, bits=bits, calibrated=True),
+            (0.9, 0.75, 0.6, 0.5, 0.4),
         )
-        for name, ways in (
-            ("tnmoe", (("int", False), ("GPTQ ", True))),
-            ("unit pruning", (("int", False),)),
+        for name, method in (
+            ("tnmoe", partial(product, gauge=False)),
+            ("unit pruning", METHODS["unit pruning"]),
         )
-        for how, calibrated in ways
-        for bits in (8, 4)
+        for bits in (4, 3)
     },
 }  # fmt: skip

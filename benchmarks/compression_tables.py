@@ -22,6 +22,9 @@ def main() -> None:
         own = of_model(runs, model)
         print(f"{model}, {len(own)} seeds\n")
         print(markdown(*by_numbers(own)), end="\n\n")
+        if any("healed" in case for run in own for case in run["cases"]):
+            print("healed\n")
+            print(markdown(*by_numbers(own, "healed")), end="\n\n")
         print(markdown(*by_bytes(own)), end="\n\n")
 
 
@@ -30,24 +33,31 @@ def of_model(runs: Iterable[Run], model: str) -> list[Run]:
     return [run for run in runs if run["model"] == model]
 
 
-def increases(runs: Sequence[Run], method: str, share: float) -> list[float] | None:
-    """Return by how much the held-out loss of each seed rises; None if a run is missing."""
+def increases(
+    runs: Sequence[Run], method: str, share: float, loss: str = "loss"
+) -> list[float] | None:
+    """Return by how much the held-out loss of each seed rises; None if a run is missing.
+
+    With ``"healed"`` as ``loss``, compressed models and the original trained equally before.
+    """
     found = []
     for run in runs:
-        losses = {(case["method"], case["share"]): case["loss"] for case in run["cases"]}
-        if (method, share) not in losses:
+        losses = {(case["method"], case["share"]): case.get(loss) for case in run["cases"]}
+        after, before = losses.get((method, share)), losses["original", 1.0]
+        if after is None or before is None:
             return None
-        found.append(losses[method, share] - losses["original", 1.0])
+        found.append(after - before)
     return found
 
 
-def by_numbers(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+def by_numbers(runs: Sequence[Run], loss: str = "loss") -> tuple[list[str], list[list[str]]]:
     """Return the methods that round nothing, least loss first, and their increases by share."""
     cases = runs[0]["cases"]
-    shares = sorted({c["share"] for c in cases if c["method"] == "tnmoe"}, reverse=True)
+    measured = {case["share"] for case in cases if case["method"] == "tnmoe" and loss in case}
+    shares = sorted(measured, reverse=True)
     rows = []
     for method in dict.fromkeys(case["method"] for case in cases):
-        values = [increases(runs, method, share) for share in shares]
+        values = [increases(runs, method, share, loss) for share in shares]
         if all(values):
             rows.append((method, [fmean(each) for each in values if each]))
     rows.sort(key=lambda row: sum(row[1]))

@@ -113,12 +113,24 @@ def test_rounding_goes_to_the_nearest_level(script, bits):
     rounding, forms = script("compression_rounding"), script("compression_forms")
     codes, scales = rounding.round_nearest(value, bits)
     form = forms.Quantised(codes, scales, bits)
-    assert codes.min() >= -(2 ** (bits - 1))
-    assert codes.max() < 2 ** (bits - 1)
-    step = scales.repeat_interleave(64, -1)[..., :100]
-    # A scale in half precision moves the outermost level of 8 bits by up to 0.07 steps.
-    assert ((form() - value).abs() <= 0.6 * step).all()
+    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).float()
+    steps = scales.repeat_interleave(64, -1)[..., :100, None]
+    nearest = (levels * steps - value[..., None]).abs().amin(-1)
+    torch.testing.assert_close((form() - value).abs(), nearest)
     assert form.bits == bits * 1500 + 16 * 3 * 5 * 2
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_scales_lose_no_more_than_those_that_reach_the_largest_number(script, bits):
+    value = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    rounding, forms = script("compression_rounding"), script("compression_forms")
+    found = forms.Quantised(*rounding.round_nearest(value, bits), bits)
+    highest = 2 ** (bits - 1) - 1
+    scale = value.abs().amax(-1, keepdim=True) / (highest + 0.5)
+    reaching = torch.round(value / scale).clamp(-highest - 1, highest) * scale
+    errors = [(each.detach() - value).norm(dim=-1) for each in (found(), reaching)]
+    assert (errors[0] <= 1.001 * errors[1]).all()  # scales have half precision
+    assert errors[0].sum() < 0.99 * errors[1].sum()
 
 
 def test_calibrated_rounding_loses_less_of_the_outputs(script, layers):
@@ -147,6 +159,46 @@ def test_ranks_of_nothing_and_of_everything_are_rounded(script, layers, share, c
     for one, other in zip(whole, made, strict=True):
         for before, after in zip(one.matrices(), other.matrices(), strict=True):
             assert float((after - before).norm()) <= 0.02 * float(before.norm())
+
+
+def test_a_factor_makes_up_for_the_rounding_of_the_other_one(script):
+    forms, rounding = script("compression_forms"), script("compression_rounding")
+    draw = torch.Generator().manual_seed(3)
+    outer, inner = (torch.randn(2, *size, generator=draw) for size in ((20, 6), (6, 30)))
+    inputs = torch.randn(2, 50, 30, generator=draw)
+    moments = (inputs.mT @ inputs).double()
+    form = forms.Product(forms.Whole(outer), forms.Whole(inner))
+    before = form().detach().double()
+    rounding.round_for(form, moments, 3)
+    alone = forms.Product(forms.Whole(outer), form.factors[1])
+    fitted = before @ moments @ (rounded := form.factors[1]().detach().double()).mT
+    fitted = fitted @ torch.linalg.inv(rounded @ moments @ rounded.mT)
+    nearest, _ = rounding.round_calibrated(fitted.float(), rounded @ moments @ rounded.mT, 3)
+    torch.testing.assert_close(form.factors[0].codes, nearest)
+
+    def loss(matrices):
+        missed = matrices.detach().double() - before
+        return float(((missed @ moments) * missed).sum())
+
+    assert loss(fitted @ rounded) < 0.8 * loss(alone())
+
+
+def test_without_the_gauge_an_expert_keeps_its_factors_or_its_matrix(script, layers):
+    product = script("compression_methods").product
+    gauged = product(layers, 0.7, layout="low_rank")
+    plain = product(layers, 0.7, layout="low_rank", gauge=False)
+    kinds = set()
+    for layer, one, other in zip(layers, gauged, plain, strict=True):
+        assert other.count <= layer.numbers
+        both = torch.cat([layer.gate, layer.up], dim=1)
+        for given, before, after in (
+            (both, one.gate.whole, other.gate.whole), (layer.down, one.down, other.down)
+        ):  # fmt: skip
+            for number, form in enumerate(getattr(after, "forms", [])):
+                kinds.add(type(form).__name__)
+                expected = given if type(form).__name__ == "Whole" else before().detach()
+                torch.testing.assert_close(form()[0].detach(), expected[number])
+    assert kinds == {"Whole", "Product"}
 
 
 def test_a_turned_bond_keeps_the_product(script):
