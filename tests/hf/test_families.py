@@ -204,9 +204,8 @@ def test_a_family_of_ones_own_can_be_registered(monkeypatch):
     @hf.register_family("mine")
     def find(module):
         if isinstance(module, Block):
-            return hf.FFN(
-                module.wide, module.narrow, None, torch.relu, lambda m: setattr(module, "ffn", m)
-            )
+            place = hf.Place(module, "ffn")
+            return hf.FFN(module.wide, module.narrow, None, torch.relu, (place,))
 
     block = torch.nn.Sequential(Block())
     assert [ffn.name for ffn in hf.find_ffns(block)] == ["0"]

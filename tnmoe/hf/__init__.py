@@ -4,6 +4,8 @@ Once this module is imported, ``transformers`` loads MPOE checkpoints with ``fro
 computes its own mixtures of experts with ``experts_implementation="tnmoe"``.
 """
 
+from importlib.util import find_spec
+
 from tnmoe.system.extras import require_extra
 
 require_extra("tnmoe.hf", "hf")
@@ -15,7 +17,7 @@ from tnmoe.hf.compression_report import CompressionReport, MatrixReport
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.export import average_experts, to_moe
 from tnmoe.hf.families import in_place, of_module, register_family
-from tnmoe.hf.ffn import FFN
+from tnmoe.hf.ffn import FFN, Place
 from tnmoe.hf.find import find_ffns
 from tnmoe.hf.folders.compress import CompressingConversion, prepare_compress
 from tnmoe.hf.folders.conversion import Conversion
@@ -44,6 +46,7 @@ __all__ = [
     "MatrixReport",
     "ParameterCount",
     "ParameterReport",
+    "Place",
     "attach_router_losses",
     "average_experts",
     "compress",
@@ -62,6 +65,17 @@ __all__ = [
     "to_moe",
     "upcycle",
 ]
+
+if find_spec("peft") is not None:
+    from tnmoe.hf.adapters import MPOEAdapterConfig
+
+    __all__ += ["MPOEAdapterConfig"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "MPOEAdapterConfig":
+        require_extra("tnmoe.hf.MPOEAdapterConfig", "peft")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

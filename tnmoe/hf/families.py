@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tnmoe.hf.ffn import FFN, FusedHalf, weight_of
+from tnmoe.hf.ffn import FFN, FusedHalf, Place, size_of
 
 # Takes a module of a model. Returns the feed-forward network that the module holds directly, or
 # None if the names of the family's parts are not there.
@@ -95,7 +95,7 @@ def of_module(
             return None
         return FFN(
             **parts,
-            install=lambda module: setattr(layer, holder, module),
+            places=(Place(layer, holder),),
             output_dropout=output_rate,
             network=network,
         )
@@ -140,15 +140,8 @@ def in_place(
         if parts is None or (beside is not None and not hasattr(layer, beside)):
             return None
 
-        def install(module: nn.Module) -> None:
-            setattr(layer, up, module)
-            setattr(layer, activation, nn.Identity())
-            setattr(layer, down, nn.Identity())
-            if dropout is not None:
-                is_module = isinstance(getattr(layer, dropout), nn.Module)
-                setattr(layer, dropout, nn.Identity() if is_module else 0.0)
-
-        return FFN(**parts, install=install)
+        others = (activation, down) if dropout is None else (activation, down, dropout)
+        return FFN(**parts, places=(Place(layer, up, tuple((layer, name) for name in others)),))
 
     return find
 
@@ -169,8 +162,8 @@ def _parts(
         return None
     if gate == up:
         gating, into = FusedHalf(into, 0), FusedHalf(into, 1)
-    shape = weight_of(into).shape
-    if weight_of(out).shape != shape[::-1] or (gating and weight_of(gating).shape != shape):
+    size = size_of(into)
+    if size_of(out) != size[::-1] or (gating and size_of(gating) != size):
         return None
     return {"up": into, "down": out, "gate": gating, "activation": act, "dropout": rate}
 
@@ -267,8 +260,5 @@ def _bert_like(layer: Any) -> FFN | None:
     if {name for name, _ in inner.named_children()} - {"dense", "intermediate_act_fn"}:
         return None
 
-    def install(module: nn.Module) -> None:
-        layer.intermediate = module
-        layer.output.dense = nn.Identity()
-
-    return FFN(up=up, down=down, gate=None, activation=activation, install=install)
+    place = Place(layer, "intermediate", ((layer.output, "dense"),))
+    return FFN(up=up, down=down, gate=None, activation=activation, places=(place,))

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tnmoe.backends import backend_named
 from tnmoe.errors import InputError
 from tnmoe.nn.activations import resolve_activation
+from tnmoe.nn.linear import size_of_linear
 
 # Sizes of the rows on which a network is compared with its formula. A clamp does not change small
 # ones.
@@ -58,6 +59,43 @@ Matrix = nn.Linear | Conv1D | FusedHalf
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a layer calls a network: one attribute computes it, others pass its output on.
+
+    Attributes
+    ----------
+    owner : Module
+        The module whose attribute a new network replaces.
+    name : str
+        That attribute.
+    bypassed : tuple of (Module, str)
+        Modules and their attributes that belong to the network too. A new network makes them
+        identities, or 0 if the attribute is a probability.
+
+    Examples
+    --------
+    A layer that itself calls ``fc1``, ``act`` and ``fc2``:
+
+    >>> layer = nn.Module()
+    >>> layer.fc1, layer.act, layer.fc2 = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)
+    >>> Place(layer, "fc1", ((layer, "act"), (layer, "fc2"))).install(nn.Tanh())
+    >>> layer.fc1, layer.fc2
+    (Tanh(), Identity())
+    """
+
+    owner: nn.Module
+    name: str
+    bypassed: tuple[tuple[nn.Module, str], ...] = ()
+
+    def install(self, module: nn.Module) -> None:
+        """Put a module (..., H) → (..., H) in the network's place."""
+        setattr(self.owner, self.name, module)
+        for owner, name in self.bypassed:
+            is_number = isinstance(getattr(owner, name), int | float)
+            setattr(owner, name, 0.0 if is_number else nn.Identity())
+
+
+@dataclass(frozen=True)
 class FFN:
     """One dense feed-forward network found in a model.
 
@@ -70,8 +108,8 @@ class FFN:
         ``up``'s.
     activation : callable
         The model's own activation.
-    install : callable
-        Puts a module (..., H) → (..., H) in the network's place.
+    places : tuple of Place
+        Where the model calls the network.
     dropout, output_dropout : float
         The network's dropout probabilities: between its matrices, and on its output.
     name, family : str
@@ -94,7 +132,7 @@ class FFN:
     down: Matrix
     gate: Matrix | None
     activation: Callable
-    install: Callable[[nn.Module], None]
+    places: tuple[Place, ...]
     dropout: float = 0.0
     output_dropout: float = 0.0
     name: str = ""
@@ -102,7 +140,7 @@ class FFN:
     network: nn.Module | None = None
 
     def __repr__(self) -> str:
-        inner, outer = weight_of(self.up).shape
+        inner, outer = size_of(self.up)
         return (
             f"FFN({self.name!r}, {self.family}, {outer}→{inner}→{outer}, "
             f"matrices={[*self.matrices]}, activation={type(self.activation).__name__})"
@@ -126,6 +164,11 @@ class FFN:
         """Number of parameters of the matrices, biases and activation."""
         return sum(parameter.numel() for parameter in self.parameters)
 
+    def install(self, module: nn.Module) -> None:
+        """Put a module (..., H) → (..., H) in the network's place."""
+        for place in self.places:
+            place.install(module)
+
 
 def weight_of(matrix: Matrix) -> Tensor:
     """Return the matrix as (out, in).
@@ -133,6 +176,39 @@ def weight_of(matrix: Matrix) -> Tensor:
     A Conv1D, GPT-2's kind of linear layer, stores it transposed.
     """
     return matrix.weight.T if isinstance(matrix, Conv1D) else matrix.weight
+
+
+def size_of(matrix: Matrix) -> tuple[int, int]:
+    """Return a matrix's rows and columns, however it is stored."""
+    if isinstance(matrix, FusedHalf):
+        return matrix.rows.stop - matrix.rows.start, matrix.fused.in_features
+    return size_of_linear(matrix)
+
+
+def linear_modules(ffn: FFN) -> dict[str, nn.Linear | Conv1D]:
+    """Return a network's linear modules by projection; one that holds gate and up is ``gate_up``.
+
+    Parameters
+    ----------
+    ffn : FFN
+
+    Examples
+    --------
+    >>> from tnmoe.hf import find_ffns
+    >>> from transformers import Phi3Config, Phi3Model
+    >>> config = Phi3Config(vocab_size=32, hidden_size=16, intermediate_size=32,
+    ...                     num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    >>> (ffn,) = find_ffns(Phi3Model(config))
+    >>> list(linear_modules(ffn))
+    ['gate_up', 'down']
+    """
+    found: dict[str, nn.Linear | Conv1D] = {}
+    for name, matrix in ffn.matrices.items():
+        if isinstance(matrix, FusedHalf):
+            found["gate_up"] = matrix.fused
+        else:
+            found[name] = matrix
+    return found
 
 
 def check_formula(ffn: FFN) -> None:
@@ -146,6 +222,9 @@ def check_formula(ffn: FFN) -> None:
     InputError
         If the network computes something else on a few rows.
     """
+    for name, matrix in ffn.matrices.items():
+        if tuple(weight_of(matrix).shape) != size_of(matrix):
+            raise InputError(f"{ffn.name}: {name} is quantized ({type(matrix).__name__})")
     if ffn.network is not None and not _equals_formula(ffn.network, ffn):
         raise InputError(
             f"the feed-forward network of {ffn.name} does more than its matrices and activation: "

@@ -51,8 +51,29 @@ def find_ffns(
     >>> [ffn.name for ffn in find_ffns(model, every=2)]
     ['h.1', 'h.3']
     """
+    chosen = choose_ffns(all_ffns(model), model, layers, every)
+    _check_untied(model, chosen)
+    return chosen
+
+
+def choose_ffns(
+    found: list[FFN], model: nn.Module, layers: Sequence[int] | str | None, every: int
+) -> list[FFN]:
+    """Return those of all networks of a model that ``layers`` and ``every`` choose.
+
+    Parameters
+    ----------
+    found : list of FFN
+        In the order of the model's modules.
+    model, layers, every
+        As for :func:`find_ffns`.
+
+    Raises
+    ------
+    InputError
+        If there is no network, ``layers`` has a position that no network has, or nothing is left.
+    """
     layers, every = check_layers(layers), check_positive_int("every", every)
-    found = all_ffns(model)
     if not found:
         raise InputError(
             f"{type(model).__name__} has no feed-forward network of a known family "
@@ -64,7 +85,6 @@ def find_ffns(
             f"layers={layers!r}, every={every} select none of the {len(found)} feed-forward "
             f"networks of {type(model).__name__}: {found[0].name} … {found[-1].name}"
         )
-    _check_untied(model, chosen)
     return chosen
 
 
@@ -77,18 +97,11 @@ def all_ffns(model: nn.Module) -> list[FFN]:
             key = id(next(ffn.up.parameters()))
             known = by_matrix.get(key)
             ffn = replace(ffn, name=name)
-            by_matrix[key] = ffn if known is None else _in_both_places(known, ffn)
+            # Two layers may use one network, which is replaced in both.
+            if known is not None:
+                ffn = replace(known, places=known.places + ffn.places)
+            by_matrix[key] = ffn
     return list(by_matrix.values())
-
-
-def _in_both_places(ffn: FFN, again: FFN) -> FFN:
-    """Return a network that two places of a model use, to be replaced in both."""
-
-    def install(module: nn.Module) -> None:
-        ffn.install(module)
-        again.install(module)
-
-    return replace(ffn, install=install)
 
 
 def _check_untied(model: nn.Module, ffns: list[FFN]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tnmoe.hf.config import MPOEConfig
-from tnmoe.hf.ffn import FFN, FusedHalf, Matrix, weight_of
+from tnmoe.hf.ffn import FFN, FusedHalf, size_of, weight_of
 from tnmoe.hf.find import ffns_named
 from tnmoe.hf.ordinary import ordinary_named
 from tnmoe.hf.record import Record
@@ -63,7 +63,7 @@ def mpo_settings_of(ffn: FFN, config: MPOEConfig) -> dict[str, MPOSettings]:
     """Return the settings of those matrices of a network that become MPOs, by name."""
     if config.layout == "dense":
         return {}
-    sizes = {name: _size_of(matrix) for name, matrix in ffn.matrices.items()}
+    sizes = {name: size_of(matrix) for name, matrix in ffn.matrices.items()}
     return mpo_settings(sizes, **_layout_settings(ffn, config))
 
 
@@ -184,17 +184,12 @@ def _layout_settings(ffn: FFN, config: MPOEConfig) -> dict[str, Any]:
         "sites": config.sites,
         "group_size": config.group_size,
         "bond_ratio": config.bond_ratio,
-        "up_shape": config.shapes.get(_size_of(ffn.up)),
-        "down_shape": config.shapes.get(_size_of(ffn.down)),
+        "up_shape": config.shapes.get(size_of(ffn.up)),
+        "down_shape": config.shapes.get(size_of(ffn.down)),
         "max_bond": config.max_bond,
         "shared_sites": config.shared_sites,
         "matrices": config.matrices,
     }
-
-
-def _size_of(matrix: Matrix) -> tuple[int, int]:
-    rows, columns = weight_of(matrix).shape
-    return rows, columns
 
 
 def _new_router(ffn: FFN, config: MPOEConfig, device: torch.device | str | None) -> Router:

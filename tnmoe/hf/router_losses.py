@@ -14,13 +14,12 @@ import warnings
 from dataclasses import dataclass
 from inspect import signature
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tnmoe.hf.config import MPOEConfig
 from tnmoe.nn.adapters import warn_of_unsaved
 from tnmoe.nn.routing.record import Routing, RoutingCall, RoutingRecorder
 from tnmoe.nn.scopes import ScopedValues
@@ -33,7 +32,17 @@ _IGNORED = -100
 _CALLER = 7
 
 
-def attach_router_losses(model: PreTrainedModel, config: MPOEConfig) -> None:
+class LossWeights(Protocol):
+    """Settings with the weights of routers' losses."""
+
+    @property
+    def balance_weight(self) -> float: ...
+
+    @property
+    def z_weight(self) -> float: ...
+
+
+def attach_router_losses(model: PreTrainedModel, config: LossWeights) -> None:
     """Let a converted model add its routers' losses to its own.
 
     In training, if a call computes a loss, ``config.balance_weight`` times the balance loss and
@@ -48,6 +57,7 @@ def attach_router_losses(model: PreTrainedModel, config: MPOEConfig) -> None:
         Its calls get hooks, and so do those of models inside it, such as ``model.base_model``.
         ``model.forward(…)`` runs no hooks. If they are attached again, the new weights count.
     config : MPOEConfig
+        Or other settings with ``balance_weight`` and ``z_weight``.
 
     Warns
     -----
@@ -73,6 +83,12 @@ def attach_router_losses(model: PreTrainedModel, config: MPOEConfig) -> None:
             module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
             # Also after a call that fails, so that its recording stops.
             module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+
+
+def detach_router_losses(model: nn.Module) -> None:
+    """Undo :func:`attach_router_losses`."""
+    for module in model.modules():
+        _detach(module)
 
 
 def _detach(model: nn.Module) -> None:

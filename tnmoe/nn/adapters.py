@@ -67,21 +67,30 @@ def _unsaved_names(model: nn.Module, name: str = "") -> set[str]:
         return set()
     if isinstance(model, Experts | Router):
         return {name} if _trains_unsaved(model) else set()
-    children = model.named_children()
-    return {unsaved for name, child in children for unsaved in _unsaved_names(child, name)}
+    adapters = _adapter_names(model)
+    return {
+        unsaved
+        for name, child in model.named_children()
+        if name not in adapters
+        for unsaved in _unsaved_names(child, name)
+    }
 
 
 def _trains_unsaved(module: nn.Module) -> bool:
     """Return whether parameters are trained that are not in an adapter or a trained copy."""
     if _wraps_trained_copy(module):
         return False
-    peft: Any = sys.modules["peft"]
-    adapters: tuple[str, ...] = ()
-    if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-        adapters = module.adapter_layer_names
+    adapters = _adapter_names(module)
     return any(each.requires_grad for each in module.parameters(recurse=False)) or any(
         _trains_unsaved(child) for name, child in module.named_children() if name not in adapters
     )
+
+
+def _adapter_names(module: Any) -> tuple[str, ...]:
+    """Return the names of the children that PEFT saves with an adapter."""
+    peft: Any = sys.modules["peft"]
+    is_adapted = isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+    return module.adapter_layer_names if is_adapted else ()
 
 
 def _wraps_trained_copy(module: nn.Module) -> bool:

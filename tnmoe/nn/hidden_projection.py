@@ -17,6 +17,8 @@ from tnmoe.nn.linear import (
     as_linear,
     bias_of_linear,
     check_has_matrix,
+    device_of_linear,
+    dtype_of_linear,
     parameters_of_linear,
     reset_bias,
     size_of_linear,
@@ -127,7 +129,8 @@ class HiddenProjection(MPOProjection):
         site = end_site(shape, center_site)
         bonds = square_bonds(shape, site)
         projection = cls(num_experts, shape, bond_dims=bonds, center_site=site, device="meta")
-        rng, like = check_generator(rng), weight_of_linear(module)
+        rng = check_generator(rng)
+        like = torch.empty(0, dtype=dtype_of_linear(module), device=device_of_linear(module))
         for number, core in enumerate(projection.aux):
             identity = _identity_core(core.shape[1:], like)
             cores = replicate(identity, projection.num_experts, noise, rng)

@@ -56,7 +56,7 @@ def new_projection(
     if settings.layout == "residual":
         # torch's global generator seeds the draw, as it draws the numbers of torch's own layers.
         seed = int(torch.randint(2**62, (), device="cpu"))
-        delta = _new_delta(num_experts, settings, rng=seed, **place)
+        delta = new_delta(num_experts, settings, rng=seed, **place)
         base = nn.Linear(shape.in_features, shape.out_features, bias=False, **place)
         return ResidualProjection(base, delta, bias=bias)
     return MPOProjection(
@@ -113,7 +113,7 @@ def pretrained_projection(
     return _from_enlarged(mpo, num_experts, settings, noise, rng)
 
 
-def _new_delta(
+def new_delta(
     num_experts: int,
     settings: MPOSettings,
     scale: float = 0.0,
@@ -145,7 +145,7 @@ def _residual_of(
     weight = weight_of_linear(module)
     norm = float(torch.linalg.vector_norm(weight.detach())) if noise else 0.0
     place = {"device": weight.device, "dtype": weight.dtype}
-    return ResidualProjection(module, _new_delta(num_experts, settings, noise * norm, rng, **place))
+    return ResidualProjection(module, new_delta(num_experts, settings, noise * norm, rng, **place))
 
 
 def _from_enlarged(

@@ -133,10 +133,7 @@ def weight_of_linear(module: nn.Module) -> Tensor:
         weight: Any = module.weight
         return weight.T if is_transposed(module) else weight
     columns = size_of_linear(module)[1]
-    # A hook moves the rows to where an offloaded module computes.
-    device = "cpu" if is_offloaded(module) else next(_tensors_of(module)).device
-    place: dict[str, Any] = {"dtype": dtype_of_linear(module), "device": device}
-    identity = torch.eye(columns, **place)
+    identity = torch.eye(columns, dtype=dtype_of_linear(module), device=device_of_linear(module))
     products = module(F.pad(identity, (0, 0, 0, 1)))  # of the row of zeros: the bias
     return (products[:-1] - products[-1:]).T
 
@@ -146,7 +143,13 @@ def has_matrix(module: nn.Module) -> bool:
 
     Quantised modules, modules with adapters and offloaded ones do not.
     """
-    return (type(module) is nn.Linear or is_transposed(module)) and not is_offloaded(module)
+    is_matrix = type(module) is nn.Linear or is_transposed(module)
+    return is_matrix and not is_offloaded(module) and not _is_of_torchao(module.weight)
+
+
+def _is_of_torchao(weight: Any) -> bool:
+    """Return whether a tensor is one of torchao's quantised ones, which stand in plain modules."""
+    return any(base.__module__.partition(".")[0] == "torchao" for base in type(weight).__mro__)
 
 
 def check_has_matrix(module: nn.Module) -> None:
@@ -184,6 +187,12 @@ def dtype_of_linear(module: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.get_default_dtype()
+
+
+def device_of_linear(module: nn.Module) -> torch.device:
+    """Return the device of the rows that a linear module takes."""
+    # A hook moves the rows to where an offloaded module computes.
+    return torch.device("cpu") if is_offloaded(module) else next(_tensors_of(module)).device
 
 
 def is_transposed(module: nn.Module) -> bool:

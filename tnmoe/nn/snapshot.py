@@ -49,6 +49,7 @@ def _held_by(module: nn.Module) -> list[object]:
         *values["_parameters"].values(),
         *values["_modules"].values(),
         values.get("route"),
+        values.get("base"),  # of an adapter: a module that belongs to another part of the model
     ]
 
 

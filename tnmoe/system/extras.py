@@ -14,6 +14,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "torch": {"torch": "2.4"},
     "hf": _HF,
     "plot": _PLOT,
+    "peft": _HF | {"peft": "0.17"},
     "demo": _HF | _PLOT,
 }
 
