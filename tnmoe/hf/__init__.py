@@ -4,9 +4,7 @@ Once this module is imported, ``transformers`` loads MPOE checkpoints with ``fro
 computes its own mixtures of experts with ``experts_implementation="tnmoe"``.
 """
 
-from importlib.util import find_spec
-
-from tnmoe.system.extras import require_extra
+from tnmoe.system.extras import has_extra, require_extra
 
 require_extra("tnmoe.hf", "hf")
 
@@ -66,15 +64,15 @@ __all__ = [
     "upcycle",
 ]
 
-if find_spec("peft") is not None:
-    from tnmoe.hf.adapters import MPOEAdapterConfig
+if has_extra("peft"):
+    from tnmoe.hf.adapters import MPOEAdapterConfig, from_loras, to_loras
 
-    __all__ += ["MPOEAdapterConfig"]
+    __all__ += ["MPOEAdapterConfig", "from_loras", "to_loras"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "MPOEAdapterConfig":
-        require_extra("tnmoe.hf.MPOEAdapterConfig", "peft")
+    if name in {"MPOEAdapterConfig", "from_loras", "to_loras"}:
+        require_extra(f"tnmoe.hf.{name}", "peft")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

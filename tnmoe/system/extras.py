@@ -14,7 +14,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "torch": {"torch": "2.4"},
     "hf": _HF,
     "plot": _PLOT,
-    "peft": _HF | {"peft": "0.17"},
+    "peft": _HF | {"peft": "0.21"},
     "demo": _HF | _PLOT,
 }
 
@@ -43,6 +43,14 @@ def require_extra(feature: str, extra: str, *packages: str) -> None:
     }
     if missing or old:
         raise MissingExtraError(feature, extra, missing, old)
+
+
+def has_extra(extra: str) -> bool:
+    """Return whether all packages of an extra are installed, and new enough."""
+    return all(
+        _is_installed(package) and not _older(package, least)
+        for package, least in EXTRAS[extra].items()
+    )
 
 
 def _is_installed(package: str) -> bool:

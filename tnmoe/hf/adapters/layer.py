@@ -257,3 +257,13 @@ def routed_networks(model: nn.Module) -> Iterator[tuple[str, RoutedNetwork]]:
     for path, module in model.named_modules():
         if isinstance(module, RoutedNetwork):
             yield path, module
+
+
+def mixtures_of(model: nn.Module, adapter: str) -> dict[str, MPOMoE]:
+    """Return the mixtures of an adapter by the paths of the networks."""
+    found: dict[str, Any] = {
+        path: network.mpoe_mixtures[adapter]
+        for path, network in routed_networks(model)
+        if adapter in network.mpoe_mixtures
+    }
+    return found

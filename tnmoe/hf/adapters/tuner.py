@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tnmoe.errors import InputError
-from tnmoe.hf.adapters.layer import PREFIX, Bypass, RoutedNetwork, routed_networks
+from tnmoe.hf.adapters.layer import PREFIX, Bypass, RoutedNetwork, mixtures_of, routed_networks
 from tnmoe.hf.ffn import FFN, check_formula, linear_modules
 from tnmoe.hf.find import all_ffns, choose_ffns
 from tnmoe.hf.router_losses import attach_router_losses, detach_router_losses
@@ -132,12 +132,40 @@ class MPOEAdapterModel(BaseTuner):
             network.check_mergeable(adapter_names, safe)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Any],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Any]:
+        # Experts may have been added or removed. PEFT stores the configuration afterwards.
+        config.num_experts = _num_experts(model, adapter_name) or config.num_experts
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT expects the name next to a tensor's own. Here a whole mixture follows.
         before, found, after = key.partition(f".{PREFIX}mixtures.{adapter_name}.")
         if not found:
             return super()._remove_adapter_name_from_key(key, adapter_name)
         return f"{before}.{PREFIX}mixtures.{after}"
+
+
+def _num_experts(model: nn.Module, adapter_name: str) -> int | None:
+    """Return the number of experts of an adapter, which is the same in all networks."""
+    mixtures = mixtures_of(model, adapter_name)
+    counts = {path: mixture.experts.num_experts for path, mixture in mixtures.items()}
+    if len(set(counts.values())) > 1:
+        described = ", ".join(f"{count} in {path}" for path, count in counts.items())
+        raise InputError(
+            f"adapter {adapter_name!r} has different numbers of experts, which its configuration "
+            f"cannot describe: {described}"
+        )
+    return next(iter(counts.values()), None)
 
 
 def _networks_of(model: nn.Module) -> list[FFN]:
