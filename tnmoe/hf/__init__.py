@@ -26,6 +26,8 @@ from tnmoe.hf.pretrained import from_pretrained
 from tnmoe.hf.record import compression_of, config_of
 from tnmoe.hf.report import ParameterCount, ParameterReport, parameter_report
 from tnmoe.hf.router_losses import attach_router_losses
+from tnmoe.hf.tensorize import tensorize, untensorize
+from tnmoe.hf.tensorize_report import TensorizedLayer, TensorizeReport
 from tnmoe.hf.trainer import GradientMaskCallback
 from tnmoe.hf.upcycle import upcycle
 
@@ -45,6 +47,8 @@ __all__ = [
     "ParameterCount",
     "ParameterReport",
     "Place",
+    "TensorizeReport",
+    "TensorizedLayer",
     "attach_router_losses",
     "average_experts",
     "compress",
@@ -60,7 +64,9 @@ __all__ = [
     "prepare_export",
     "prepare_upcycle",
     "register_family",
+    "tensorize",
     "to_moe",
+    "untensorize",
     "upcycle",
 ]
 

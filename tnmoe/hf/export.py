@@ -16,7 +16,7 @@ from tnmoe.hf.export_targets import target_of
 from tnmoe.hf.ffn import FFN, weight_of
 from tnmoe.hf.find import ffns_named, mixtures_in
 from tnmoe.hf.ordinary import compressed_in, ordinary_experts
-from tnmoe.hf.record import config_of, remove_records, required_record
+from tnmoe.hf.record import check_no_linear, config_of, remove_records, required_record
 from tnmoe.nn.moe import MPOMoE
 from tnmoe.system.tables import listed
 
@@ -42,7 +42,8 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     Raises
     ------
     InputError
-        If the model is not converted, or not in memory as a whole.
+        If the model is not converted, is not in memory as a whole, or has linear layers that are
+        MPOs.
     TypeError
         If the model is not a model of transformers, but a wrapper around one, for instance.
 
@@ -59,6 +60,7 @@ def average_experts(model: PreTrainedModel) -> PreTrainedModel:
     check_model(model)
     config_of(model)  # raises for a model without dense networks in its past
     record = required_record(model)
+    check_no_linear(record, type(model).__name__, "use hf.untensorize first")
     check_in_memory(model, "tnmoe.hf.prepare_export")
     config = copy.deepcopy(model.config)
     remove_records(config)
@@ -115,7 +117,7 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     ------
     InputError
         If the model is not converted, is not in memory as a whole, or has something that the other
-        class cannot express.
+        class cannot express, such as linear layers that are MPOs.
     TypeError
         If the model is not a model of transformers, but a wrapper around one, for instance.
 
@@ -143,6 +145,7 @@ def to_moe(model: PreTrainedModel) -> PreTrainedModel:
     """
     check_model(model)
     record = required_record(model)
+    check_no_linear(record, type(model).__name__, "use hf.untensorize first")
     check_in_memory(model, "tnmoe.hf.prepare_export")
     if record.config is None:
         return _with_ordinary_experts(model)

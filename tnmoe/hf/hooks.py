@@ -29,6 +29,7 @@ from tnmoe.hf.find import (
     possible_names,
 )
 from tnmoe.hf.layers import install_recorded
+from tnmoe.hf.linear_layers import layers_named, linear_layers, tensorized_in
 from tnmoe.hf.ordinary import compressed_in, ordinary_named
 from tnmoe.hf.record import (
     ENTRY,
@@ -153,9 +154,10 @@ def _check_given_config(folder: Any, entries: Mapping[str, Any], given: Any) -> 
 
 
 def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any) -> None:
-    """Raise an InputError if the checkpoint lacks numbers of a feed-forward network."""
+    """Raise an InputError if the checkpoint lacks numbers of what is on record."""
     blocks = {path.rpartition(".")[0] for path in compressed_in(model)}
-    paths = tuple(f"{path}." for path in (*mixtures_in(model), *blocks))
+    linear = tuple(f"{path}." for path in tensorized_in(model))
+    paths = (*(f"{path}." for path in (*mixtures_in(model), *blocks)), *linear)
     lost = {name for name in info["missing_keys"] if name.startswith(paths)}
     if any(EXPERT_TENSOR.search(name) for name in info["unexpected_keys"]):
         # The model has dense networks where the checkpoint has these experts.
@@ -164,8 +166,13 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any
         lost |= names & set(info["missing_keys"])
     lost -= {name for name, *_ in info["mismatched_keys"]}
     if lost:
+        what = (
+            "linear layers"
+            if all(name.startswith(linear) for name in lost)
+            else "feed-forward networks"
+        )
         raise InputError(
-            f"{folder} lacks {len(lost)} tensors of the feed-forward networks that its {CONFIG} "
+            f"{folder} lacks {len(lost)} tensors of the {what} that its {CONFIG} "
             f"describes for {type(model).__name__}: {listed(lost)}"
         )
 
@@ -173,7 +180,9 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], folder: Any
 @torch.no_grad()
 def _redraw(model: PreTrainedModel, names: set[str]) -> None:
     """Draw tensors of mixtures anew: the caller allowed that the stored ones have other sizes."""
-    layers = {**mixtures_in(model), **compressed_in(model)} if names else {}
+    layers: dict[str, nn.Module] = {}
+    if names:
+        layers = {**mixtures_in(model), **compressed_in(model), **tensorized_in(model)}
     for path, layer in layers.items():
         new = {name for name in layer.state_dict() if f"{path}.{name}" in names}
         if new:
@@ -184,7 +193,8 @@ def _redraw_layer(layer: nn.Module, names: set[str]) -> None:
     kept = {
         name: tensor.clone() for name, tensor in layer.state_dict().items() if name not in names
     }
-    for module in layer.modules():
+    # A module comes after its parts, which it may draw in its own way.
+    for module in reversed(list(layer.modules())):
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
     layer.load_state_dict(kept, strict=False)
@@ -219,6 +229,23 @@ def _check_recorded(model: PreTrainedModel) -> None:
             "that have one in config.tnmoe['networks']"
         )
     _check_compression_recorded(model, record)
+    _check_linear_recorded(model, record)
+
+
+def _check_linear_recorded(model: PreTrainedModel, record: Record) -> None:
+    """Refuse to save a model whose configuration records other linear layers than it has."""
+    for name, _ in layers_named(linear_layers(model), record.linear, model):
+        raise InputError(
+            f"the configuration of this {type(model).__name__} says that {name} is an MPO, but it "
+            "is a plain layer: save what hf.untensorize makes of the model"
+        )
+    names_of = possible_names(model)
+    for path in tensorized_in(model):
+        if names_of(path).isdisjoint(record.linear):
+            raise InputError(
+                f"{path} of this {type(model).__name__} is an MPO, but its configuration does not "
+                "say so, and the saved folder would not load: put layers in by hf.tensorize"
+            )
 
 
 def _check_compression_recorded(model: PreTrainedModel, record: Record) -> None:
@@ -248,7 +275,9 @@ def _check_parts_recorded(model: PreTrainedModel) -> None:
         if id(config) in saved or path.startswith(tuple(checked)):
             # This also covers all modules inside the part, whatever configurations they have.
             checked.append(f"{path}.")
-        elif record_of(config) is not None and (mixtures_in(part) or compressed_in(part)):
+        elif record_of(config) is not None and any(
+            find(part) for find in (mixtures_in, compressed_in, tensorized_in)
+        ):
             raise InputError(
                 f"{path}, a {type(part).__name__}, was converted by itself, and the configuration "
                 f"of the {type(model).__name__} around it does not say so: save {path} alone, or "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.hf.ffn import FFN, FusedHalf, size_of, weight_of
 from tnmoe.hf.find import ffns_named
+from tnmoe.hf.linear_layers import install_tensorized
 from tnmoe.hf.ordinary import ordinary_named
 from tnmoe.hf.record import Record
 from tnmoe.nn.dense_experts import DenseExperts
@@ -20,6 +21,7 @@ from tnmoe.nn.moe import MPOMoE
 from tnmoe.nn.mpo_experts import MPOExperts
 from tnmoe.nn.routing.router import Router
 from tnmoe.nn.settings import MPOSettings, mpo_settings
+from tnmoe.nn.structure import ProjectionStructure
 from tnmoe.truncation.info import TruncationInfo
 
 
@@ -145,12 +147,17 @@ def install_new_mixtures(model: nn.Module, config: MPOEConfig, names: Iterable[s
 
 
 def install_recorded(model: nn.Module, record: Record) -> None:
-    """Replace the networks, and the experts of mixtures, that a record names by new ones."""
+    """Replace networks, experts of mixtures and linear layers that a record names by new ones."""
     if record.config is not None:
         install_new_mixtures(model, record.config, record.networks)
-    if record.compression is None:
-        return
-    structures = record.compression.experts
+    if record.compression is not None:
+        _install_compressed(model, record.compression.experts)
+    install_tensorized(model, record.linear)
+
+
+def _install_compressed(
+    model: nn.Module, structures: Mapping[str, Mapping[str, ProjectionStructure]]
+) -> None:
     for name, experts in ordinary_named(model, structures):
         like = next(experts.module.parameters())
         new = experts.format.experts_class.from_structures(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import nn
@@ -23,6 +23,7 @@ from tnmoe.errors import InputError, short_repr
 from tnmoe.hf.compression import CompressionConfig
 from tnmoe.hf.config import MPOEConfig
 from tnmoe.nn.structure import ProjectionStructure
+from tnmoe.system.tables import listed
 
 ENTRY = "tnmoe"
 _FORMAT = 2
@@ -33,6 +34,8 @@ _REFUSAL = "converted by tnmoe: pip install tnmoe[hf], and import tnmoe.hf befor
 # about the architecture. ``id2label`` stops every class, whatever its arguments: labels must have
 # integers as keys.
 _REPLACED = ("model_type", "id2label")
+# Entries of the record.
+_PARTS = {"format", "config", "networks", "compression", "linear"}
 # Entry of the record in config.json that keeps their values.
 _ORIGINALS = "replaced"
 
@@ -110,11 +113,19 @@ class Record:
         Names of the layers whose feed-forward networks became mixtures; see :attr:`FFN.name`.
     compression : Compression or None
         What became of ordinary mixtures.
+    linear : mapping
+        From the paths of linear layers that became MPOs to their structures.
     """
 
     config: MPOEConfig | None
     networks: tuple[str, ...] = ()
     compression: Compression | None = None
+    linear: Mapping[str, ProjectionStructure] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether tnmoe made nothing of the model."""
+        return self.config is None and self.compression is None and not self.linear
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -123,6 +134,8 @@ class Record:
             data |= {"config": self.config.to_dict(), "networks": list(self.networks)}
         if self.compression is not None:
             data["compression"] = self.compression.to_dict()
+        if self.linear:
+            data["linear"] = {path: each.to_dict() for path, each in self.linear.items()}
         return data
 
     @classmethod
@@ -140,19 +153,27 @@ class Record:
             raise InputError(
                 f"{ENTRY} has format {data.get('format')!r}, this version of tnmoe reads {_FORMAT}"
             )
-        if unknown := sorted(set(data) - {"format", "config", "networks", "compression"}):
+        if unknown := sorted(set(data) - _PARTS):
             raise InputError(f"{ENTRY} has unknown entries {', '.join(map(repr, unknown))}")
-        compression = None
+        compression, linear = None, _linear_from_dict(data.get("linear"))
         if data.get("compression") is not None:
             compression = Compression.from_dict(data["compression"])
-            if not {"config", "networks"} & set(data):
-                return cls(None, (), compression)
+        if (compression or linear) and not {"config", "networks"} & set(data):
+            return cls(None, (), compression, linear)
         config, networks = data.get("config"), data.get("networks")
         if not isinstance(config, Mapping):
             raise InputError(f"config of {ENTRY} must be an object, got {config!r}")
         if not isinstance(networks, list) or not all(isinstance(name, str) for name in networks):
             raise InputError(f"networks of {ENTRY} must be a list of names, got {networks!r}")
-        return cls(MPOEConfig.from_dict(config), tuple(networks), compression)
+        return cls(MPOEConfig.from_dict(config), tuple(networks), compression, linear)
+
+
+def _linear_from_dict(data: Any) -> dict[str, ProjectionStructure]:
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise InputError(f"linear of {ENTRY} must be an object, got {short_repr(data)}")
+    return {path: ProjectionStructure.from_dict(each) for path, each in data.items()}
 
 
 def record_of(config: Any) -> Record | None:
@@ -192,13 +213,15 @@ def config_of(model: nn.Module) -> MPOEConfig:
     >>> config_of(upcycle(model, MPOEConfig(num_experts=4, sites=3))).num_experts
     4
     """
-    config = required_record(model).config
-    if config is None:
+    record = required_record(model)
+    if record.config is None and record.compression is not None:
         raise InputError(
             f"{type(model).__name__} was compressed and not converted: compression_of returns the "
             "configuration of its compression"
         )
-    return config
+    if record.config is None:
+        raise InputError(f"{type(model).__name__} was tensorized and not converted")
+    return record.config
 
 
 def compression_of(model: nn.Module) -> CompressionConfig:
@@ -257,6 +280,23 @@ def required_record(model: nn.Module) -> Record:
     return record
 
 
+def check_no_linear(record: Record, what: object, hint: str) -> None:
+    """Raise an InputError if linear layers are MPOs, which an export would not write.
+
+    Parameters
+    ----------
+    record : Record
+    what : str or path
+        The model or folder, for the message.
+    hint : str
+        What to do, for the message.
+    """
+    if record.linear:
+        raise InputError(
+            f"{what} has linear layers that are MPOs ({listed(record.linear)}): {hint}"
+        )
+
+
 def add_records(model: PreTrainedModel, config: MPOEConfig, networks: Iterable[str]) -> None:
     """Record a conversion in the configurations of a model and of the models inside it.
 
@@ -293,17 +333,42 @@ def add_compression(
         From the path of a mixture's experts to the structures of their matrices by name.
     """
     compression = Compression(config, experts)
-    _add_to_record(model.config, compression)
+    _change_record(model.config, compression=compression)
     for part_config, roots in _configurations_inside(model):
         parts = [part for root in roots if (part := compression.inside(root)) is not None]
         if parts:
             inner = {path: each for part in parts for path, each in part.experts.items()}
-            _add_to_record(part_config, Compression(config, inner))
+            _change_record(part_config, compression=Compression(config, inner))
 
 
-def _add_to_record(config: PreTrainedConfig, compression: Compression) -> None:
-    record = record_of(config) or Record(None)
-    config.tnmoe = replace(record, compression=compression).to_dict()
+def set_linear_layers(model: PreTrainedModel, linear: Mapping[str, ProjectionStructure]) -> None:
+    """Record which linear layers of a model are MPOs, in its configuration and those inside it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        All else that is on record stays there.
+    linear : mapping
+        From the paths of these layers to their structures; empty if there are none.
+    """
+    _change_record(model.config, linear=linear)
+    for part_config, roots in _configurations_inside(model):
+        inner = {
+            path[len(root) + 1 :]: each
+            for root in roots
+            for path, each in linear.items()
+            if _is_inside(path, root)
+        }
+        _change_record(part_config, linear=inner)
+
+
+def _change_record(config: PreTrainedConfig, **parts: Any) -> None:
+    """Replace parts of the record in a configuration; remove a record that has none left."""
+    record = replace(record_of(config) or Record(None), **parts)
+    if record.is_empty:
+        vars(config).pop(ENTRY, None)
+    else:
+        config.tnmoe = record.to_dict()
 
 
 def _configurations_inside(

@@ -17,6 +17,7 @@ from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.low_rank_projection import LowRankProjection
 from tnmoe.nn.moe import MPOMoE, ignore_padding
 from tnmoe.nn.mpo_experts import MPOExperts
+from tnmoe.nn.mpo_linear import MPOLinear
 from tnmoe.nn.mpo_projection import MPOProjection
 from tnmoe.nn.projection import Projection, StackedProjection
 from tnmoe.nn.residual_projection import ResidualProjection
@@ -57,6 +58,7 @@ __all__ = [
     "LoadBias",
     "LowRankProjection",
     "MPOExperts",
+    "MPOLinear",
     "MPOMoE",
     "MPOProjection",
     "Projection",

@@ -1,4 +1,4 @@
-"""Linear modules that hold a matrix which all experts share."""
+"""Linear modules: their matrices and biases, and calls in any precision."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def size_of_linear(module: nn.Module) -> tuple[int, int]:
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if not all(isinstance(size, int) for size in sizes):
         raise InputError(
-            "a module that experts share must be linear, with in_features and out_features or "
-            f"transformers' Conv1D; got {type(module).__name__}"
+            "the module must be linear, with in_features and out_features or transformers' Conv1D; "
+            f"got {type(module).__name__}"
         )
     rows, columns = sizes
     return int(rows or 0), int(columns or 0)
@@ -54,10 +54,12 @@ def size_of_linear(module: nn.Module) -> tuple[int, int]:
 
 def call_linear(module: nn.Module, rows: Tensor) -> Tensor:
     """Call a linear module, which may compute in another dtype than its surroundings."""
+    if getattr(module, "_casts_inputs", False):
+        return module(rows)
     weight = getattr(module, "weight", None)
     if (
         not isinstance(weight, Tensor)
-        or not weight.is_floating_point()  # quantised modules cast by themselves
+        or not _computes(weight)  # quantised modules cast by themselves
         or weight.dtype == rows.dtype
         or autocast_dtype(rows) is not None
     ):
@@ -133,7 +135,8 @@ def weight_of_linear(module: nn.Module) -> Tensor:
         weight: Any = module.weight
         return weight.T if is_transposed(module) else weight
     columns = size_of_linear(module)[1]
-    identity = torch.eye(columns, dtype=dtype_of_linear(module), device=device_of_linear(module))
+    place: dict[str, Any] = {"dtype": dtype_of_linear(module), "device": device_of_linear(module)}
+    identity = torch.eye(columns, **place)
     products = module(F.pad(identity, (0, 0, 0, 1)))  # of the row of zeros: the bias
     return (products[:-1] - products[-1:]).T
 
@@ -143,13 +146,14 @@ def has_matrix(module: nn.Module) -> bool:
 
     Quantised modules, modules with adapters and offloaded ones do not.
     """
-    is_matrix = type(module) is nn.Linear or is_transposed(module)
-    return is_matrix and not is_offloaded(module) and not _is_of_torchao(module.weight)
+    is_known = type(module) is nn.Linear or is_transposed(module)
+    return is_known and not is_offloaded(module) and holds_floats(module.weight)
 
 
-def _is_of_torchao(weight: Any) -> bool:
-    """Return whether a tensor is one of torchao's quantised ones, which stand in plain modules."""
-    return any(base.__module__.partition(".")[0] == "torchao" for base in type(weight).__mro__)
+def holds_floats(weight: Any) -> bool:
+    """Return whether a weight is a tensor of floats, and not of a quantizer's own class."""
+    package = type(weight).__module__.partition(".")[0]
+    return package == "torch" and (_computes(weight) or weight.is_complex())
 
 
 def check_has_matrix(module: nn.Module) -> None:
@@ -184,13 +188,13 @@ def reset_bias(module: nn.Module) -> None:
 def dtype_of_linear(module: nn.Module) -> torch.dtype:
     """Return the dtype in which a linear module computes."""
     for tensor in _tensors_of(module):
-        if tensor.is_floating_point():
+        if _computes(tensor):
             return tensor.dtype
     return torch.get_default_dtype()
 
 
 def device_of_linear(module: nn.Module) -> torch.device:
-    """Return the device of the rows that a linear module takes."""
+    """Return the device of a linear module's inputs."""
     # A hook moves the rows to where an offloaded module computes.
     return torch.device("cpu") if is_offloaded(module) else next(_tensors_of(module)).device
 
@@ -198,6 +202,11 @@ def device_of_linear(module: nn.Module) -> torch.device:
 def is_transposed(module: nn.Module) -> bool:
     """Return whether a module is transformers' Conv1D, which stores its matrix as (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _computes(tensor: Tensor) -> bool:
+    """Return whether a module computes in a tensor's dtype: 8 bits only store numbers."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ GROUP_SIZE = 64
 
 # Default number of sites, and default bond of residual matrices.
 _SITES = {"interleaved": 5, "residual": 2}
-_RESIDUAL_BOND = 16
+RESIDUAL_BOND = 16
 
 # The projections that experts can have.
 _PROJECTIONS_OF_EXPERTS = ({"up", "down"}, {"up", "gate", "down"}, {"gate_up", "down"})
@@ -141,7 +141,7 @@ def mpo_settings(
             shape = layout_shape(layout, side, size, sites=sites, group_size=group_size)
         else:
             shape = _check_size(f"{side}_shape", given, size)
-        bond = _RESIDUAL_BOND if layout == "residual" and bonds[name] is None else bonds[name]
+        bond = RESIDUAL_BOND if layout == "residual" and bonds[name] is None else bonds[name]
         center_site = shape.center_site
         if layout == "hidden":
             center_site = end_site(shape, 0 if side == "down" else shape.sites - 1)

@@ -42,6 +42,7 @@ from tnmoe.hf.meta import (
 from tnmoe.hf.ordinary import OrdinaryExperts, compressed_in, ordinary_experts
 from tnmoe.hf.record import (
     add_records,
+    check_no_linear,
     decode_entries,
     encode_entries,
     record_in_entries,
@@ -154,6 +155,8 @@ def prepare_export(folder: str | os.PathLike, to: ExportFormat) -> Conversion:
     source = Checkpoint(folder)
     entries = decode_entries(source.config)
     record, plain = record_in_entries(entries, source.folder), without_records(entries)
+    hint = "load it, use hf.untensorize and save the model first"
+    check_no_linear(record, source.folder, hint)
     saved_class(config_from_entries(plain))
     skeleton = Skeleton(source, plain)
     install_recorded(skeleton.model, record)
