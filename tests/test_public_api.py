@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import dataclasses
 import inspect
 import re
 import sys
@@ -41,7 +42,8 @@ def documented_choices():
 )
 def test_an_option_is_typed_as_the_words_that_its_documentation_names(path, public, name, words):
     function = public.__init__ if inspect.isclass(public) else public
-    hints = typing.get_type_hints(function)
+    # The parameters of a dataclass are its fields, whose types its bases may have defined.
+    hints = typing.get_type_hints(public if dataclasses.is_dataclass(public) else function)
     if name not in hints and inspect.isclass(public):
         hints = typing.get_type_hints(public)
     assert words <= set(flat_arguments(hints[name]))
