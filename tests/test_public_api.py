@@ -1,8 +1,8 @@
 """What users rely on changes only on purpose."""
 
+import dataclasses
 import functools
 import importlib
-import dataclasses
 import inspect
 import re
 import sys

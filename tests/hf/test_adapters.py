@@ -213,6 +213,35 @@ def test_an_adapter_of_a_bare_model_loads_under_another_name(tmp_path):
     assert torch.equal(outputs(loaded.base_model.model.eval(), "bert"), expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_whose_experts_came_and_went_loads_bit_for_bit(layout, tmp_path):
+    model = disturb(adapted(layout))
+    before = logits(model)
+    mixtures = [each for each in model.modules() if isinstance(each, nn.MPOMoE)]
+    for mixture in mixtures:
+        nn.add_experts(mixture, 2, noise=0.1, rng=0)
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "closed")
+    for mixture in mixtures:
+        nn.open_experts(mixture, [4])
+        nn.remove_experts(mixture, [0, 5])
+    train(model)
+    model.save_pretrained(tmp_path / "other")
+    for folder, expected, count in (("closed", before, 6), ("other", logits(model), 4)):
+        loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path / folder).eval()
+        assert loaded.peft_config["default"].num_experts == count
+        assert torch.equal(logits(loaded), expected)
+
+
+def test_networks_with_different_numbers_of_experts_are_not_saved(tmp_path):
+    model = adapted()
+    nn.add_experts(model.base_model.model.model.layers[1].mlp.mpoe_mixtures["default"], 1)
+    with pytest.raises(
+        tn.InputError, match=r"different numbers of experts.*4 in .*layers\.0.*5 in"
+    ):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

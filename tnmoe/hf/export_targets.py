@@ -92,6 +92,7 @@ class Target:
             "score_function='sigmoid'": router.score_function == "sigmoid" and not weight_is_one,
             "bias=True": router.bias is not None and not self.router_bias,
             "load_bias=True": router.load_bias is not None,
+            "closed experts": router.open_experts is not None,
             f"num_groups={router.num_groups}": router.top_groups < router.num_groups,
             f"second_expert={router.second_expert!r}": (
                 router.second_expert in ("none", "threshold")

@@ -12,6 +12,9 @@ from tnmoe.nn.compute.cache import WeightCache, weight_cache
 from tnmoe.nn.compute.calibrate import calibrate
 from tnmoe.nn.compute.slots import Groups
 from tnmoe.nn.dense_experts import DenseExperts
+from tnmoe.nn.editing.experts import add_experts, remove_experts, reorder_experts
+from tnmoe.nn.editing.merging import MergedExpert, merge_experts
+from tnmoe.nn.editing.opening import close_experts, open_experts
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.low_rank_projection import LowRankProjection
@@ -36,6 +39,7 @@ from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.training.autograd_mask import AutogradMask
 from tnmoe.nn.training.bias_balancer import BiasBalancer
 from tnmoe.nn.training.freezing import freeze_shared, train_auxiliary
+from tnmoe.nn.training.frozen_experts import FrozenExperts
 from tnmoe.nn.training.gradient_mask import GradientMask
 from tnmoe.nn.training.gradient_scale import SharedGradientScale
 from tnmoe.nn.training.parameter_groups import parameter_groups
@@ -49,6 +53,7 @@ __all__ = [
     "DenseExperts",
     "ExpertChoiceRouter",
     "Experts",
+    "FrozenExperts",
     "Gated",
     "GradientMask",
     "Groups",
@@ -61,6 +66,7 @@ __all__ = [
     "MPOLinear",
     "MPOMoE",
     "MPOProjection",
+    "MergedExpert",
     "Projection",
     "Rates",
     "ResidualProjection",
@@ -74,12 +80,18 @@ __all__ = [
     "StackedProjection",
     "TopKRouter",
     "WeightCache",
+    "add_experts",
     "calibrate",
+    "close_experts",
     "freeze_shared",
     "ignore_padding",
     "load_balancing_loss",
+    "merge_experts",
+    "open_experts",
     "parameter_groups",
     "record_routing",
+    "remove_experts",
+    "reorder_experts",
     "router_z_loss",
     "routing_statistics",
     "shared_parameters",

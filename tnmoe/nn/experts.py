@@ -127,6 +127,20 @@ class Experts(nn.Module):
         """Whether the activation takes gates besides ups."""
         return self.gate is not None or self.gate_up is not None
 
+    def _keep_experts(self, experts: Sequence[int]) -> None:
+        """Take over the number of experts, after the projections have new rows.
+
+        Parameters
+        ----------
+        experts : sequence of int
+            Which old expert every new one was.
+        """
+        self.num_experts = len(experts)
+        for projection in self.projections().values():
+            projection._keep_experts(experts)
+        # Their parts may hold views of the old rows.
+        _last_products.pop(self, None)
+
     def projections(self) -> dict[ProjectionName, Projection]:
         """Return the projections by name, in the order of computation."""
         found = {name: getattr(self, name) for name in PROJECTIONS}

@@ -151,6 +151,19 @@ class LowRankProjection(Projection):
             "low-rank factors", "slot", 2 * numbers, 0, round(numbers * self.outer.element_size())
         )
 
+    def expert_rows(self, expert: int) -> dict[str, slice]:
+        inner, columns = self._inner_sizes, slice(expert, expert + 1)
+        first = sum(self.ranks[:expert]), sum(inner[:expert])
+        factors = {
+            "outer": slice(first[0], first[0] + self.ranks[expert]),
+            "inner": slice(first[1], first[1] + inner[expert]),
+        }
+        return super().expert_rows(expert) | factors | {"columns": columns}
+
+    def _keep_experts(self, experts: Sequence[int]) -> None:
+        super()._keep_experts(experts)
+        self.ranks = tuple(self.ranks[expert] for expert in experts)
+
     @property
     def owned_parameters(self) -> list[nn.Parameter]:
         """The factors, which experts own as they own cores."""

@@ -318,6 +318,14 @@ class MPOProjection(StoredCores, Projection):
     def owned_parameters(self) -> list[nn.Parameter]:
         return [core for site in sorted(self._owned_sites) for core in self.parameters_at(site)]
 
+    def expert_rows(self, expert: int) -> dict[str, slice]:
+        owned = {self._names[site]: slice(expert, expert + 1) for site in sorted(self._owned_sites)}
+        return super().expert_rows(expert) | owned
+
+    def _keep_experts(self, experts: Sequence[int]) -> None:
+        super()._keep_experts(experts)
+        weight_cache.forget(self._stored())
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw isometric auxiliary cores and a Gaussian central one, which carries the scale."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from math import sqrt
 from typing import Literal
 
@@ -189,6 +190,34 @@ class Projection(nn.Module, ABC):
     def _itemsize(self) -> int:
         return next(self.parameters()).element_size()
 
+    def expert_rows(self, expert: int) -> dict[str, slice]:
+        """Return the rows of one expert in every tensor of this module that has rows of experts.
+
+        The tensors of submodules are not among them. A subclass adds its own tensors.
+
+        Parameters
+        ----------
+        expert : int
+
+        Returns
+        -------
+        dict from str to slice
+            By the names of the tensors.
+        """
+        # Of a single expert, a common bias is one of its own.
+        is_owned = self.bias is not None and len(self.bias) == self.num_experts
+        return {"bias": slice(expert, expert + 1)} if is_owned else {}
+
+    def _keep_experts(self, experts: Sequence[int]) -> None:
+        """Take over the number of experts, after the rows of the tensors were exchanged.
+
+        Parameters
+        ----------
+        experts : sequence of int
+            Which old expert every new one was.
+        """
+        self.num_experts = len(experts)
+
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters that all experts share, without biases: every token updates them."""
@@ -332,6 +361,9 @@ class StackedProjection(Projection):
 
     def weight(self) -> Tensor:
         return self.stacked
+
+    def expert_rows(self, expert: int) -> dict[str, slice]:
+        return super().expert_rows(expert) | {"stacked": slice(expert, expert + 1)}
 
     def multiply(self, rows: Tensor, groups: Groups) -> Tensor:
         return grouped_linear(rows, self.stacked.to(rows.dtype), groups.offsets)

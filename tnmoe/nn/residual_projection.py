@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod, sqrt
 
 import numpy as np
@@ -148,6 +149,11 @@ class ResidualProjection(Projection):
             delta.owned_bytes,
         )
 
+    # The MPOs have rows of their own.
+    def _keep_experts(self, experts: Sequence[int]) -> None:
+        super()._keep_experts(experts)
+        self.delta._keep_experts(experts)
+
     @property
     def shared_parameters(self) -> list[nn.Parameter]:
         return [*parameters_of_linear(self.base), *self.delta.shared_parameters]
@@ -193,7 +199,7 @@ def start_at_zero(
     scale, rng = check_number_in("scale", scale, "[0, inf)"), check_generator(rng)
     if delta.last_core.is_meta:
         return
-    last = min(set(range(delta.shape.sites)) - delta.shared_sites)
+    last = scaling_site(delta)
     for site in range(delta.shape.sites):
         core = delta.core_at(site)
         if site == last:
@@ -201,6 +207,11 @@ def start_at_zero(
             core.copy_(numbers * (scale / sqrt(prod(core.shape[-4:]))))
         else:
             core.copy_(_random_isometries(core, site < last, rng))
+
+
+def scaling_site(delta: MPOProjection) -> int:
+    """Return the site of the core that acts last of those that experts own."""
+    return min(set(range(delta.shape.sites)) - delta.shared_sites)
 
 
 def _random_isometries(core: Tensor, from_left: bool, rng: np.random.Generator) -> Tensor:

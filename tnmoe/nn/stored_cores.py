@@ -23,6 +23,8 @@ class StoredCores(nn.Module):
     center_site: int
     shared_sites: frozenset[int]
     _owned_sites: frozenset[int]
+    # Sites whose cores other layers have as well.
+    _tied_sites: frozenset[int] = frozenset()
     # Names of the cores of all sites, left to right.
     _names: tuple[str, ...]
     _bond_dims: tuple[int, ...]

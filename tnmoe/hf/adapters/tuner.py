@@ -147,12 +147,28 @@ class MPOEAdapterModel(BaseTuner):
         )
 
     @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # A new router has no buffer for the numbers of its open experts yet.
+        return {_with_name(key, adapter_name): value for key, value in found.items()}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT expects the name next to a tensor's own. Here a whole mixture follows.
         before, found, after = key.partition(f".{PREFIX}mixtures.{adapter_name}.")
         if not found:
             return super()._remove_adapter_name_from_key(key, adapter_name)
         return f"{before}.{PREFIX}mixtures.{after}"
+
+
+def _with_name(key: str, adapter_name: str) -> str:
+    """Return the key of a model's tensor, given that of an adapter's file."""
+    before, found, after = key.partition(f".{PREFIX}mixtures.")
+    if not found or after.startswith(f"{adapter_name}."):
+        return key
+    return f"{before}{found}{adapter_name}.{after}"
 
 
 def _num_experts(model: nn.Module, adapter_name: str) -> int | None:

@@ -98,15 +98,16 @@ class ExpertChoiceRouter(Router):
     def _route(self, logits: Tensor, mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
         sequences = sequences if self.scope == "sequence" else 1
         lengths = sequence_lengths(mask, logits, sequences)
-        capacity = expert_capacity(self.capacity_factor, self.num_experts, lengths)
+        count = logits.shape[1]
+        capacity = expert_capacity(self.capacity_factor, count, lengths)
         taken = self._choose_tokens(self.log_scores(logits), mask, capacity)
-        experts = torch.arange(self.num_experts, device=logits.device)
-        # Sorted, the experts that take a token come first, and index E comes last.
-        index, order = torch.where(taken, experts, self.num_experts).sort(-1)
+        experts = torch.arange(count, device=logits.device)
+        # Sorted, the experts that take a token come first, and number `count` comes last.
+        index, order = torch.where(taken, experts, count).sort(-1)
         if not (torch.compiler.is_compiling() or is_transformed()):
             width = max(1, int(taken.sum(-1).max())) if taken.shape[0] else 1
             index, order = index[:, :width], order[:, :width]
-        kept = index < self.num_experts
+        kept = index < count
         return self._slot_weights(logits.gather(-1, order), logits, kept), index
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ class ExpertChoiceRouter(Router):
         """Return which tokens every expert takes, (T, E)."""
         if mask is not None:
             log_scores = log_scores.masked_fill(~mask[:, None], -inf)
-        scores = log_scores.view(capacity.shape[0], -1, self.num_experts)
+        scores = log_scores.view(capacity.shape[0], -1, log_scores.shape[1])
         order = scores.argsort(dim=1, descending=True, stable=True)
         taken = (order.argsort(1) < capacity[:, None, None]).view_as(log_scores)
         return taken if mask is None else taken & mask[:, None]

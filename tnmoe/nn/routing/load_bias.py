@@ -50,9 +50,26 @@ class LoadBias(nn.Module):
         self.register_buffer("value", zeros)
         self.counts = torch.zeros_like(zeros, dtype=torch.int64)
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """Add every expert's bias to ``scores``, (T, E)."""
-        return scores + self.value.to(scores.dtype)
+    def forward(self, scores: Tensor, open_experts: Tensor | None = None) -> Tensor:
+        """Add every expert's bias to its score.
+
+        Parameters
+        ----------
+        scores : Tensor, shape (T, E), or (T, O) of open experts
+        open_experts : Tensor of int64, shape (O,), optional
+            The experts that the scores are of; by default all.
+        """
+        value = self.value if open_experts is None else self.value[open_experts]
+        return scores + value.to(scores.dtype)
+
+    def expert_rows(self, expert: int) -> dict[str, slice]:
+        """Return the rows of one expert in the tensors of this module.
+
+        Parameters
+        ----------
+        expert : int
+        """
+        return dict.fromkeys(("value", "counts"), slice(expert, expert + 1))
 
     def reset(self) -> None:
         """Set the bias and the counts to zero."""
@@ -89,13 +106,23 @@ class LoadBias(nn.Module):
         self.counts += count_slots_per_expert(index, mask, self.counts.shape[0])
 
     @torch.no_grad()
-    def update(self, rate: float) -> None:
+    def update(self, rate: float, open_experts: Tensor | None = None) -> None:
         """Raise the bias of experts below the mean load by ``rate``; lower it above the mean.
 
         In a distributed run the load is the sum over all ranks.
+
+        Parameters
+        ----------
+        rate : float
+        open_experts : Tensor of int64, shape (O,), optional
+            The experts whose biases move, and whose load is averaged; by default all.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.counts)
         counts = self.counts.to(self.value.device, torch.float32)
-        self.value += rate * (counts.mean() - counts).sign()
+        if open_experts is None:
+            self.value += rate * (counts.mean() - counts).sign()
+        else:
+            counts = counts[open_experts]
+            self.value[open_experts] += rate * (counts.mean() - counts).sign()
         self.counts.zero_()

@@ -31,7 +31,7 @@ class RoutingCall:
     name : str
         Name of the router in the model.
     logits : Tensor, shape (T, E)
-        With gradients.
+        With gradients; −∞ for closed experts.
     weights : Tensor, shape (T, k)
         Weight of every slot.
     index : Tensor of int64, shape (T, k)
@@ -47,6 +47,8 @@ class RoutingCall:
         Score function of the router.
     lost_gradient : bool
         Whether the router is trained but the call recorded no gradients.
+    open_experts : Tensor of int64, shape (O,), or None
+        The experts that were open; None if all were. Losses and statistics ignore the others.
 
     Examples
     --------
@@ -68,6 +70,7 @@ class RoutingCall:
     sequences: int
     score_function: ScoreFunction
     lost_gradient: bool
+    open_experts: Tensor | None = None
 
     def __repr__(self) -> str:
         tokens, experts = self.logits.shape
@@ -91,6 +94,16 @@ class RoutingCall:
         """
         mask = self.token_mask if attention_mask is None else attention_mask
         return check_token_mask(mask, len(self.logits))
+
+    def among_open(self) -> tuple[Tensor, Tensor]:
+        """Return logits (T, O) and chosen experts (T, k) as if there were only the open experts.
+
+        The experts are numbered from 0 to O − 1, and O marks a slot without one.
+        """
+        if self.open_experts is None:
+            return self.logits, self.chosen
+        logits = self.logits.index_select(1, self.open_experts)
+        return logits, torch.searchsorted(self.open_experts, self.chosen)
 
     def slots_per_expert(self, attention_mask: Tensor | None = None) -> Tensor:
         """Count the slots that reached each expert, shape (E,).
@@ -162,8 +175,7 @@ class Routing:
 
         def loss_of(call: RoutingCall, sequences: int) -> Tensor:
             return load_balancing_loss(
-                call.logits,
-                call.chosen,
+                *call.among_open(),
                 call.effective_mask(attention_mask),
                 form=form,
                 score_function=call.score_function,
@@ -190,7 +202,7 @@ class Routing:
 
         def loss_of(call: RoutingCall, sequences: int) -> Tensor:
             mask = call.effective_mask(attention_mask)
-            return router_z_loss(call.logits, mask, sequences=sequences)
+            return router_z_loss(call.among_open()[0], mask, sequences=sequences)
 
         return self._mean_loss(loss_of, scope)
 
@@ -296,6 +308,7 @@ class _RouterObserver:
                 sequences=result.sequences,
                 score_function=router.score_function,
                 lost_gradient=learns and not result.logits.requires_grad,
+                open_experts=result.open_experts,
             )
         )
 

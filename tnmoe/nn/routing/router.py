@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,7 @@ from tnmoe.options import SCORE_FUNCTIONS, ScoreFunction
 
 @dataclass(frozen=True)
 class RouterResult:
-    """The tensors that a router returned, and the tokens that it saw.
+    """The tensors that a router returned, the tokens that it saw and the experts that were open.
 
     The attributes are those of :class:`tnmoe.nn.RoutingCall`.
     """
@@ -31,6 +31,7 @@ class RouterResult:
     index: Tensor
     token_mask: Tensor | None
     sequences: int
+    open_experts: Tensor | None
 
 
 CallObserver = Callable[["Router", RouterResult], None]
@@ -42,7 +43,8 @@ call_observers: ScopedValues[CallObserver] = ScopedValues("_call_observers")
 class Router(nn.Module, ABC):
     """A linear map from tokens to one logit per expert, and a rule that chooses experts by them.
 
-    Logits are computed in float32 at least, whatever the model's precision.
+    Logits are computed in float32 at least, whatever the model's precision. Experts may be closed:
+    the router then works as if it did not have them. See :func:`close_experts`.
 
     Parameters
     ----------
@@ -64,6 +66,9 @@ class Router(nn.Module, ABC):
     ----------
     weight : Parameter, shape (E, H)
     bias : Parameter, shape (E,), or None
+    open_experts : Tensor of int64, shape (O,), or None
+        The open experts in ascending order; None if all are. A buffer, saved with the model as
+        soon as an expert is closed. A state without it opens all experts.
 
     Raises
     ------
@@ -77,6 +82,8 @@ class Router(nn.Module, ABC):
     >>> isinstance(router, Router), router.weight.shape
     (True, torch.Size([4, 8]))
     """
+
+    open_experts: Tensor | None
 
     def __init__(
         self,
@@ -103,6 +110,46 @@ class Router(nn.Module, ABC):
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, **like))
         has_bias = check_bool("bias", bias)
         self.bias = nn.Parameter(torch.empty(self.num_experts, **like)) if has_bias else None
+        # The numbers of the open experts, and not a mask: their count is then known without waiting
+        # for an accelerator.
+        self.register_buffer("open_experts", None)
+
+    def check_experts(self, count: int) -> None:
+        """Raise an InputError unless the router can choose among ``count`` experts.
+
+        Parameters
+        ----------
+        count : int
+        """
+        check_positive_int("the number of experts to choose among", count)
+
+    def expert_rows(self, expert: int) -> dict[str, slice]:
+        """Return the rows of one expert in every tensor of this module that has rows of experts.
+
+        A subclass with more such tensors adds them: :func:`add_experts` and the like copy and drop
+        these rows. The tensors of submodules are not among them.
+
+        Parameters
+        ----------
+        expert : int
+
+        Returns
+        -------
+        dict from str to slice
+            By the names of the tensors.
+        """
+        rows = {"weight": self.weight, "bias": self.bias}
+        return {name: slice(expert, expert + 1) for name, one in rows.items() if one is not None}
+
+    def _keep_experts(self, experts: Sequence[int]) -> None:
+        """Take over the number of experts, after the rows of the tensors were exchanged.
+
+        Parameters
+        ----------
+        experts : sequence of int
+            Which old expert every new one was.
+        """
+        self.num_experts = len(experts)
 
     def reset_parameters(self) -> None:
         """Draw new weights with standard deviation 0.02; set biases to 0."""
@@ -123,6 +170,7 @@ class Router(nn.Module, ABC):
         Returns
         -------
         router_logits : Tensor of float32 (float64 for float64 inputs), shape (T, E)
+            −∞ for closed experts.
         top_k_weights : Tensor, shape (T, k)
             Weight of every slot, a (token, choice) pair, in the dtype of ``x``.
         top_k_index : Tensor of int64, shape (T, k)
@@ -149,8 +197,10 @@ class Router(nn.Module, ABC):
             logits = self._logits(cast(tokens, torch.promote_types(x.dtype, torch.float32)))
             weights, index = self._route(logits, mask, sequences)
         weights = cast(weights, x.dtype)
+        logits, index = self._logits_of_all(logits), self._numbers_of_open(index)
+        result = RouterResult(logits, weights, index, mask, sequences, self.open_experts)
         for observe in call_observers.values_for(self):
-            observe(self, RouterResult(logits, weights, index, mask, sequences))
+            observe(self, result)
         return logits, weights, index
 
     @staticmethod
@@ -175,14 +225,37 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def _route(self, logits: Tensor, mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
-        """Return weights and experts of the slots, (T, k) each, of B sequences in a row."""
+        """Return weights and experts of the slots, (T, k) each, of B sequences in a row.
+
+        ``logits`` are those of the O open experts, (T, O), and the result counts these alone, from
+        0 to O − 1. Number O marks a slot without an expert.
+        """
 
     def _logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the open experts, (T, O)."""
         if self.training and self.jitter_noise:
             low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
             tokens = tokens * torch.empty_like(tokens).uniform_(low, high)
-        bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        return F.linear(tokens, cast(self.weight, tokens.dtype), bias)
+        bias = None if self.bias is None else self._of_open(self.bias).to(tokens.dtype)
+        return F.linear(tokens, cast(self._of_open(self.weight), tokens.dtype), bias)
+
+    def _of_open(self, rows: Tensor) -> Tensor:
+        """Return the rows of the open experts, (O, …), of those of all, (E, …)."""
+        return rows if self.open_experts is None else rows.index_select(0, self.open_experts)
+
+    def _logits_of_all(self, logits: Tensor) -> Tensor:
+        """Return logits (T, E), −∞ for closed experts, from those of the open ones, (T, O)."""
+        if self.open_experts is None:
+            return logits
+        closed = logits.new_full((len(logits), self.num_experts), -inf)
+        return closed.index_copy(1, self.open_experts, logits)
+
+    def _numbers_of_open(self, index: Tensor) -> Tensor:
+        """Return the numbers of experts, given their places among the open ones."""
+        if self.open_experts is None:
+            return index
+        numbers = F.pad(self.open_experts, (0, 1), value=self.num_experts)
+        return numbers[index.clamp(max=len(self.open_experts))]
 
     def log_scores(self, logits: Tensor) -> Tensor:
         """Return the logarithms of the scores of ``logits``, both (T, E), without underflow."""
@@ -233,6 +306,17 @@ class Router(nn.Module, ABC):
         log_scores = self._chosen_log_scores(chosen_logits, logits)
         return (log_scores - log_scores.detach()).exp()
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict, *args: Any
+    ) -> None:
+        # Torch knows no buffer that is there or not.
+        if f"{prefix}weight" in state_dict:
+            stored = state_dict.get(f"{prefix}open_experts")
+            if stored is not None and not local_metadata.get("assign_to_params_buffers", False):
+                stored = stored.to(self.weight.device, copy=True)
+            self.open_experts = stored
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def _replicate_for_data_parallel(self) -> Self:
         return call_observers.copy_to_replica(self, super()._replicate_for_data_parallel())
 
@@ -240,4 +324,5 @@ class Router(nn.Module, ABC):
         return (
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, "
             f"score_function={self.score_function}, jitter_noise={self.jitter_noise}"
+            + ("" if self.open_experts is None else f", open={len(self.open_experts)}")
         )

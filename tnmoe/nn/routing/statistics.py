@@ -42,9 +42,10 @@ class RouterStatistics:
     Attributes
     ----------
     load : Tensor, shape (E,)
-        Share of the slots that chose each expert, before any capacity; sums to 1.
+        Share of the slots that chose each expert, before any capacity; sums to 1. It is 0 for
+        closed experts.
     importance : Tensor, shape (E,)
-        Mean score of each expert, where a token's scores sum to 1.
+        Mean score of each expert, where a token's scores sum to 1. It is 0 for closed experts.
     entropy : Tensor, scalar
         Mean entropy of a token's scores, in nats: log E where the router has no preference.
     dropped : Tensor, scalar
@@ -131,7 +132,8 @@ def _call_statistics(
 ) -> tuple[Tensor, RouterStatistics]:
     """Return how many tokens of a call count, and their statistics."""
     mask = call.effective_mask(attention_mask)
-    logits = zero_masked(call.logits.float(), mask)
+    logits, places = call.among_open()
+    logits = zero_masked(logits.float(), mask)
     experts = logits.shape[-1]
     tokens = logits.new_full((), len(logits)) if mask is None else mask.float().sum()
     weights = token_weights(logits, mask)
@@ -139,17 +141,23 @@ def _call_statistics(
     def mean(values: Tensor) -> Tensor:
         return mean_over_tokens(values, weights)[0]
 
-    chosen = mean(count_slots_per_token(call.chosen, experts))
+    def of_all(values: Tensor) -> Tensor:
+        if call.open_experts is None:
+            return values
+        return values.new_zeros(call.logits.shape[-1]).index_copy(0, call.open_experts, values)
+
+    chosen = mean(count_slots_per_token(places, experts))
+    is_routed = call.index < call.logits.shape[-1]
     # A difference of integers: where nothing was dropped it is 0, not rounding.
-    dropped = mean((call.chosen < experts).sum(-1) - (call.index < experts).sum(-1))
+    dropped = mean((places < experts).sum(-1) - is_routed.sum(-1))
     load = chosen / chosen.sum().clamp(min=1e-9)
     scores = normalized_scores(logits, call.score_function)
     return tokens, RouterStatistics(
-        load=load,
-        importance=mean(scores),
+        load=of_all(load),
+        importance=of_all(mean(scores)),
         entropy=mean(torch.special.entr(scores).sum(-1)),
         dropped=dropped / chosen.sum().clamp(min=1e-9),
-        untouched=mean((call.index == experts).all(-1)),
+        untouched=mean((~is_routed).all(-1)),
         max_violation=experts * load.max() - 1,
     )
 
@@ -161,7 +169,8 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
     ``tnmoe.plot.routing_statistic`` and ``tnmoe.plot.load_history`` draw it.
 
     A router has collapsed when, over ``window`` steps, its tokens use hardly more experts than one
-    token needs: exp(entropy of the load) < k + (E − k) / 8. The history warns once per router.
+    token needs: exp(entropy of the load) < k + (E − k) / 8. Closed experts do not count in E. The
+    history warns once per router.
 
     Parameters
     ----------
@@ -190,7 +199,8 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
     def __init__(self, window: int = 50) -> None:
         self.window = check_positive_int("window", window)
         self._steps: dict[str, list[RouterStatistics]] = {}
-        self._top_k: dict[str, int] = {}
+        # Experts per token, and experts that a token can choose among.
+        self._choices: dict[str, tuple[int, int]] = {}
         self._collapsed: set[str] = set()
 
     def __repr__(self) -> str:
@@ -209,18 +219,33 @@ class RoutingHistory(Mapping[str, dict[str, np.ndarray]]):
         -----
         RouterCollapseWarning
             Once for every router that has collapsed.
+
+        Raises
+        ------
+        InputError
+            If a router has another number of experts than at earlier steps. Nothing is appended.
         """
         for call in routing.calls:
-            self._top_k[call.name] = call.chosen.shape[1]
+            self._check_experts(call)
+        for call in routing.calls:
+            self._choices[call.name] = call.chosen.shape[1], call.among_open()[0].shape[1]
         for name, statistics in routing_statistics(routing, attention_mask).items():
             steps = self._steps.setdefault(name, [])
             steps.append(statistics)
             if len(steps) % self.window == 0 and name not in self._collapsed:
                 self._warn_if_collapsed(name, steps[-self.window :])
 
+    def _check_experts(self, call: RoutingCall) -> None:
+        experts, steps = call.logits.shape[1], self._steps.get(call.name)
+        if steps and len(steps[0].load) != experts:
+            raise InputError(
+                f"router {call.name or '(the model itself)'} had {len(steps[0].load)} experts and "
+                f"has {experts} now: begin a new RoutingHistory"
+            )
+
     def _warn_if_collapsed(self, name: str, steps: list[RouterStatistics]) -> None:
         load = torch.stack([step.load for step in steps]).sum(0)
-        total, experts, top_k = float(load.sum()), len(load), self._top_k[name]
+        total, (top_k, experts) = float(load.sum()), self._choices[name]
         if total == 0 or experts <= top_k:
             return
         used = exp(float(torch.special.entr(load / total).sum()))

@@ -177,8 +177,6 @@ class TopKRouter(Router):
 
     def _set_top_k(self, top_k: int) -> None:
         self.top_k = check_positive_int("top_k", top_k)
-        if self.top_k > self.num_experts:
-            raise InputError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
 
     def _set_capacity(
         self, training: float | None, evaluation: float | None, scope: BatchScope
@@ -198,20 +196,30 @@ class TopKRouter(Router):
     def _set_groups(self, num_groups: int, top_groups: int, group_score: int) -> None:
         self.num_groups = check_positive_int("num_groups", num_groups)
         self.top_groups = check_positive_int("top_groups", top_groups)
-        if self.num_experts % self.num_groups:
-            raise InputError(
-                f"num_groups={self.num_groups} does not divide the number of experts "
-                f"{self.num_experts}"
-            )
         if self.top_groups > self.num_groups:
             raise InputError(f"top_groups={self.top_groups} exceeds num_groups={self.num_groups}")
+        self.check_experts(self.num_experts)
         size = self.num_experts // self.num_groups
+        self.group_score = min(check_positive_int("group_score", group_score), size)
+
+    def check_experts(self, count: int) -> None:
+        super().check_experts(count)
+        if self.top_k > count:
+            raise InputError(f"top_k={self.top_k} exceeds num_experts={count}")
+        if count % self.num_groups:
+            raise InputError(
+                f"num_groups={self.num_groups} does not divide the number of experts {count}"
+            )
+        size = count // self.num_groups
         if self.top_k > self.top_groups * size:
             raise InputError(
                 f"top_k={self.top_k} exceeds the {self.top_groups * size} experts of "
                 f"top_groups={self.top_groups} of {self.num_groups} groups"
             )
-        self.group_score = min(check_positive_int("group_score", group_score), size)
+
+    def expert_rows(self, expert: int) -> dict[str, slice]:
+        noise = {} if self.noise_weight is None else {"noise_weight": slice(expert, expert + 1)}
+        return super().expert_rows(expert) | noise
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -221,13 +229,16 @@ class TopKRouter(Router):
             self.load_bias.reset()
 
     def chosen_experts(self, logits: Tensor, index: Tensor) -> Tensor:
-        return self._choose_experts(logits)
+        if self.open_experts is not None:
+            logits = logits.index_select(1, self.open_experts)
+        return self._numbers_of_open(self._choose_experts(logits))
 
     def _logits(self, tokens: Tensor) -> Tensor:
         logits = super()._logits(tokens)
         if self.noise_weight is None or not self.training:
             return logits
-        deviation = F.softplus(F.linear(tokens, self.noise_weight.to(tokens.dtype)))
+        noise_weight = self._of_open(self.noise_weight).to(tokens.dtype)
+        deviation = F.softplus(F.linear(tokens, noise_weight))
         return logits + deviation * torch.randn_like(logits)
 
     def _route(self, logits: Tensor, mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
@@ -237,13 +248,13 @@ class TopKRouter(Router):
             index = self._choose_experts(logits)
             chosen_logits = logits.gather(-1, index)
         if self.load_bias is not None and self.training and not is_transformed():
-            self.load_bias.count(index, mask)
-        kept = self._kept_slots(index, chosen_logits, mask, sequences)
+            self.load_bias.count(self._numbers_of_open(index), mask)
+        kept = self._kept_slots(index, chosen_logits, logits.shape[1], mask, sequences)
         weights = self._slot_weights(chosen_logits, logits, kept)
         if self.scale != 1:
             weights = weights * self.scale
         if kept is not None:
-            index = torch.where(kept, index, self.num_experts)
+            index = torch.where(kept, index, logits.shape[1])
         return weights, index
 
     @torch.no_grad()
@@ -253,22 +264,27 @@ class TopKRouter(Router):
         if self.load_bias is not None or self.num_groups > 1:
             scores = self.log_scores(logits).exp()
         if self.load_bias is not None:
-            scores = self.load_bias(scores)
+            scores = self.load_bias(scores, self.open_experts)
         if self.num_groups > 1:
             scores = self._exclude_other_groups(scores)
         return scores.topk(self.top_k).indices
 
     def _exclude_other_groups(self, scores: Tensor) -> Tensor:
         """Return scores (T, E) with −∞ for the experts outside a token's best groups."""
-        size = self.num_experts // self.num_groups
+        size = scores.shape[1] // self.num_groups
         by_group = scores.view(scores.shape[0], self.num_groups, size)
-        group_scores = by_group.topk(self.group_score).values.sum(-1)
+        group_scores = by_group.topk(min(self.group_score, size)).values.sum(-1)
         best = group_scores.topk(self.top_groups, sorted=False).indices
         excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
         return by_group.masked_fill(excluded[..., None], -inf).view_as(scores)
 
     def _kept_slots(
-        self, index: Tensor, chosen_logits: Tensor, mask: Tensor | None, sequences: int
+        self,
+        index: Tensor,
+        chosen_logits: Tensor,
+        experts: int,
+        mask: Tensor | None,
+        sequences: int,
     ) -> Tensor | None:
         """Return which slots reach their expert, (T, k); None if all do."""
         kept = None if mask is None else mask[:, None].expand_as(index)
@@ -282,8 +298,8 @@ class TopKRouter(Router):
         kept = torch.ones_like(index, dtype=torch.bool) if kept is None else kept
         sequences = sequences if self.capacity_scope == "sequence" else 1
         lengths = sequence_lengths(mask, index, sequences)
-        capacity = expert_capacity(factor * self.top_k, self.num_experts, lengths)
-        return slots_within_capacity(index, kept, capacity, self.num_experts)
+        capacity = expert_capacity(factor * self.top_k, experts, lengths)
+        return slots_within_capacity(index, kept, capacity, experts)
 
     def _uses_second_expert(self, share: Tensor) -> Tensor:
         """Return which tokens go to their second choice, given its share of the weights, (T,)."""

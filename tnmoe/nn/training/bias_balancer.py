@@ -49,6 +49,12 @@ class BiasBalancer(AttachedHooks):
         if not self.biases:
             raise InputError("there is nothing to balance: no router has load_bias=True")
         self.rate = check_number_in("rate", rate, "[0, inf)")
+        self._routers = {
+            bias: module
+            for module in model.modules()
+            for bias in module.children()
+            if isinstance(bias, LoadBias)
+        }
         super().__init__(StepHook(unwrap_optimizer(optimizer), after=self._update_biases))
 
     def __repr__(self) -> str:
@@ -56,4 +62,4 @@ class BiasBalancer(AttachedHooks):
 
     def _update_biases(self) -> None:
         for bias in self.biases:
-            bias.update(self.rate)
+            bias.update(self.rate, getattr(self._routers.get(bias), "open_experts", None))

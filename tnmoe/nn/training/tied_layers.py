@@ -118,9 +118,11 @@ def _tie_pair(first: Any, other: Any, sites: list[int] | None) -> None:
         if _is_module_at(first, site):
             tie_linear(first.base, other.base)
         else:
-            chain = _chain_of(first)
+            chain, tied = _chain_of(first), _chain_of(other)
             number = chain.center_site if site is None else site
-            _chain_of(other).set_core(number, chain.core_at(number))
+            tied.set_core(number, chain.core_at(number))
+            for each in (chain, tied):
+                each._tied_sites |= {number}
 
 
 def _chain_of(projection: Any) -> MPOProjection:
