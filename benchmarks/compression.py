@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from compression_calibration import Layer, calibrated
+from compression_forms import Experts
 from compression_measures import errors, heal, held_out, probe, with_experts
 from compression_methods import METHODS, QUANTISED, Method, unchanged
 from compression_models import SIZES, Budget, Data, Size, prepare, trained
@@ -146,7 +147,6 @@ class Subject:
         start = time.perf_counter()
         compressed = method_of(method)(self.layers, share)
         seconds = time.perf_counter() - start
-        changed = with_experts(self.model, compressed)
         full = sum(layer.numbers for layer in self.layers)
         row: dict[str, Any] = {
             "method": method,
@@ -155,12 +155,20 @@ class Subject:
             "bytes": sum(experts.bytes for experts in compressed) / (2 * full),
             "seconds": seconds,
             **errors(self.layers, compressed),
-            "loss": held_out(changed, self.windows),
+            "loss": held_out(with_experts(self.model, compressed), self.windows),
         }
         if steps:
-            heal(changed, self.size, self.data, steps, self.budget.rate, self.seed)
-            row["healed"] = held_out(changed, self.windows)
+            row["by rate"] = {
+                str(rate): self.healed(compressed, steps, rate) for rate in self.budget.rates
+            }
+            row["healed"] = min(row["by rate"].values())
         return row
+
+    def healed(self, compressed: list[Experts], steps: int, rate: float) -> float:
+        """Return the held-out loss after steps of healing."""
+        changed = with_experts(self.model, compressed)
+        heal(changed, self.size, self.data, steps, rate, self.seed)
+        return held_out(changed, self.windows)
 
 
 def selected(patterns: Sequence[str], shares: Sequence[float]) -> list[tuple[str, float]]:

@@ -48,8 +48,9 @@ class Budget:
         Experts that the probe removes, one at a time; by default all.
     healing : int
         Steps of healing.
-    rate : float
-        Peak of the learning rate of healing.
+    rates : tuple of float
+        Peaks of the learning rate of healing. The better result counts: methods that lost much need
+        a high rate, and others lose by one.
     """
 
     calibration: int = 32
@@ -58,7 +59,7 @@ class Budget:
     probe_every: int = 2
     removed: int | None = None
     healing: int = 100
-    rate: float = 1e-3
+    rates: tuple[float, ...] = (1e-3, 2e-4)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Upcycled(Size):
     """
 
     budget: ClassVar[Budget] = Budget(
-        calibration=8, held_out=8, batch=4, probe_every=4, removed=8, healing=20, rate=2e-4
+        calibration=8, held_out=8, batch=4, probe_every=4, removed=8, healing=20, rates=(2e-4,)
     )
     noise: float = 0.002
 
