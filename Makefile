@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test lint docs reproduce bench gpu clean
+.PHONY: help env demo test coverage lint docs reproduce bench gpu clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare it (about 7 minutes)"
 	@echo "make test   run all tests except the slow ones (about 7 minutes; ARGS='-m \"\"': all tests)"
+	@echo "make coverage  run all tests, and measure the lines that they run (an hour)"
 	@echo "make lint   run ruff and mypy"
 	@echo "make docs   build the site: tutorials, how-tos, explanations, reference (about 4 minutes)"
 	@echo "make bench  compare speed and errors with other libraries (half an hour; ARGS=--quick: minutes)"
@@ -33,12 +34,16 @@ $(READY): pyproject.toml requirements/constraints.txt requirements/data.txt
 demo: env
 	$(BIN)/tnmoe demo --output demo-output --overwrite $(ARGS)
 
-# ARGS='-m ""' adds the slow tests; ARGS='-m "" --cov' also measures the lines that tests run.
+# ARGS='-m ""' adds the slow tests.
 # Files keep their order. By default those with the fewest tests come last, and the longest are
 # among them: one process then works alone for minutes.
 test: env
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder -m "not slow" $(ARGS)
+
+# Tracing every line makes tests nearly twice as slow, so .ci/run does without.
+coverage:
+	$(MAKE) test ARGS='-m "" --cov $(ARGS)'
 
 # ARGS=--quick or nothing; for other options, call the scripts (benchmarks/README.md).
 bench: $(VENV)/.bench
