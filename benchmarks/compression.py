@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from compression_methods import METHODS, QUANTISED, Method, unchanged
 from compression_models import SIZES, Budget, Data, Size, prepare, trained
 from compression_smollm2 import SMOLLM2
 from machine import environment, hardware_slug, set_threads
+from stored import kept, matches, slug
 from transformers import MixtralForCausalLM
 
 from tnmoe.system.tables import format_table
@@ -191,31 +190,11 @@ def heals(method: str, share: float, options: argparse.Namespace) -> bool:
     return method == "original" or matches(method, options.heal_methods)
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether a name has one of some patterns."""
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
 def method_of(name: str) -> Method:
     """Return the method of a name."""
     if name == "original":
         return unchanged
     return METHODS[name] if name in METHODS else QUANTISED[name][0]
-
-
-def kept(file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what a file holds, or compute it and store it there."""
-    if not file.exists():
-        result = compute()
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(result))
-        partial.replace(file)
-    return json.loads(file.read_text())
-
-
-def slug(name: str) -> str:
-    """Return a name that fits into a file's."""
-    return re.sub(r"[^a-z0-9²]+", "-", name.lower()).strip("-")
 
 
 def probe_text(name: str, seed: int, found: dict[str, Any]) -> str:
