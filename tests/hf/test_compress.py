@@ -30,6 +30,25 @@ def test_auto_loses_no_more_than_any_layout_by_its_own_measure():
     assert losses["auto"] <= min(losses.values()) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_experts_near_each_other_share_a_matrix(calibrated):
+    """As after upcycling. Alone, each of them would need its full rank."""
+    model = make("mixtral")
+    for experts in find_ordinary(model):
+        for stack in experts.matrices.values():
+            noise = 0.01 * torch.randn(stack.shape, generator=torch.Generator().manual_seed(0))
+            stack.data.copy_(stack[:1] * (1 + noise))
+    given = text("mixtral") if calibrated else None
+    config = hf.CompressionConfig(keep=0.45)
+    before = logits(model, "mixtral")
+    small, report = hf.compress(model, config, given, return_report=True)
+    layouts = {matrix.layout for matrix in report.matrices}
+    assert "residual" in layouts
+    assert layouts <= {"residual", None}  # what fits as it is stays
+    assert max(matrix.error for matrix in report.matrices) < 0.015
+    assert relative(logits(small, "mixtral"), before) < 0.02
+
+
 def matrices_of(model):
     return {
         each.name: {name: stack.detach().clone() for name, stack in each.matrices.items()}

@@ -47,6 +47,19 @@ def test_a_common_matrix_with_low_ranks_is_no_worse_than_the_mean_with_svds(libr
         assert error < 0.999 * expected or size == 3
 
 
+@pytest.mark.parametrize("moments", [None, moments_of(IN)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("rows", [None, np.arange(1.0, OUT + 1)], ids=["alike", "rows"])
+def test_errors_are_told_beside_the_norm_of_the_matrices(moments, rows):
+    matrices = 100 + draw()  # far larger than their distances from the mean
+    weights = None if moments is None else InputMoments.of(moments)
+    part = residual(matrices, shares=SHARES, moments=weights, rows=rows)
+    root = np.eye(IN) if moments is None else np.linalg.cholesky(moments)
+    scale = np.sqrt(np.ones(OUT) if rows is None else rows)[:, None]
+    squares = [np.linalg.norm(scale * each @ root) ** 2 for each in matrices]
+    assert np.isclose(part.squared_norm, np.dot(SHARES, squares))
+    assert part.squared_errors[0] < 0.01 * part.squared_norm
+
+
 def test_rows_of_experts_count_with_their_mean():
     matrices = draw()
     rows = np.random.default_rng(2).uniform(size=(E, OUT))

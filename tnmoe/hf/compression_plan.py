@@ -292,9 +292,11 @@ def _sizes(form: Form, matrices: Tensor) -> Iterator[tuple[Bond, int, float]]:
             yield each.ranks, each.num_params, each.error / whole
         return
     errors = form.squared_errors
+    # Without any bond, a basis leaves nothing of the matrices, and a residual form their mean.
+    whole = form.squared_norm if isinstance(form, Residual) else errors[0]
     step = _step(len(errors) - 1)
     for bond in range(step, len(errors), step):
-        yield bond, form.num_params(matrices, bond), errors[bond] / (errors[0] or 1.0)
+        yield bond, form.num_params(matrices, bond), errors[bond] / (whole or 1.0)
 
 
 def _step(largest: int) -> int:

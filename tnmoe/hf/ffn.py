@@ -88,7 +88,13 @@ class Place:
     bypassed: tuple[tuple[nn.Module, str], ...] = ()
 
     def install(self, module: nn.Module) -> None:
-        """Put a module (..., H) → (..., H) in the network's place."""
+        """Put a module in the network's place.
+
+        Parameters
+        ----------
+        module : Module
+            (..., H) → (..., H).
+        """
         setattr(self.owner, self.name, module)
         for owner, name in self.bypassed:
             is_number = isinstance(getattr(owner, name), int | float)
@@ -165,7 +171,13 @@ class FFN:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def install(self, module: nn.Module) -> None:
-        """Put a module (..., H) → (..., H) in the network's place."""
+        """Put a module in the network's place.
+
+        Parameters
+        ----------
+        module : Module
+            (..., H) → (..., H).
+        """
         for place in self.places:
             place.install(module)
 

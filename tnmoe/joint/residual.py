@@ -31,6 +31,8 @@ class Residual:
     squared_errors : tuple of float
         With rank r, for r from 0 on: Σ_e share_e · ‖D^½ (W_e − Ŵ_e) S^½‖². These are the errors of
         the mean as B; :meth:`decompose` finds a better one.
+    squared_norm : float
+        Σ_e share_e · ‖D^½ W_e S^½‖², to which errors are relative.
 
     Examples
     --------
@@ -46,6 +48,7 @@ class Residual:
     """
 
     squared_errors: tuple[float, ...]
+    squared_norm: float
     _importance: tuple[float, ...] = field(repr=False)
     _moments: InputMoments | None = field(repr=False)
     # D^½, (out,).
@@ -149,7 +152,7 @@ def residual(
             squares.append(xp.eigvalsh(rest @ xp.adjoint(rest)) * share)
     # All experts count alike where none counts.
     counted = tuple(importance) if any(importance) else (1.0,) * len(importance)
-    return Residual(tails(xp, sum_of(squares)), counted, moments, roots)
+    return Residual(tails(xp, sum_of(squares)), sum(importance), counted, moments, roots)
 
 
 def _scaled(xp: Backend, matrices: Array, rows: np.ndarray) -> Array:

@@ -118,7 +118,15 @@ class MPOEAdapterConfig(PeftConfig):
             )
 
     def note_base(self, base: dict[str, dict[str, list[int]]], digest: str | None) -> None:
-        """Note the networks of the model that an adapter is made for."""
+        """Note what an adapter is made for.
+
+        Parameters
+        ----------
+        base : dict
+            Rows and columns of the matrices of every network, by the network's path.
+        digest : str, optional
+            A hash of the model's configuration.
+        """
         self.base, self.base_config, self.target_modules = base, digest, list(base)
         self.is_loaded = False
 

@@ -249,6 +249,19 @@ def to_loras(
     InputError
         If there is no such adapter of routed experts, the folder has files, or the rank is not
         positive.
+
+    Examples
+    --------
+    >>> import tempfile, transformers
+    >>> from tnmoe import hf
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4,
+    ... )
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> model = peft.get_peft_model(model, hf.MPOEAdapterConfig(num_experts=2, bond=4))
+    >>> hf.to_loras(model, tempfile.mkdtemp())
+    {'expert-0': 0.0, 'expert-1': 0.0}
     """
     folder = Path(folder)
     config: Any = model.peft_config.get(adapter_name)
