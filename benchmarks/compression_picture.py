@@ -33,7 +33,7 @@ def draw(
             ax.plot(
                 x,
                 y,
-                label=label_text(method.replace("*", " 8, 4, 3, 2")),
+                label=label_text(method.replace(" *", "*").replace("*", " 8, 4, 3, 2")),
                 **line_style(index, len(x)),
             )
     ax.set_xlabel("bytes of the experts, relative to half precision")
