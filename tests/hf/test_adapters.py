@@ -469,6 +469,7 @@ def test_a_base_in_half_precision_keeps_its_dtype(autocast_adapter_dtype):
     train(model)
 
 
+@pytest.mark.slow
 def test_trainer_resumes_to_the_same_bits(tmp_path):
     data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
 

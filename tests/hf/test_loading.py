@@ -107,6 +107,7 @@ def test_without_tnmoe_every_class_refuses_a_converted_folder_and_says_what_to_d
         assert "import tnmoe.hf" in told, call
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_not_converted_loads_without_tnmoe(tmp_path):
     config = hf.MPOEConfig(num_experts=2, sites=3, layers="text_model")
     hf.upcycle(PARTS[0][0](), config).save_pretrained(tmp_path)
@@ -422,6 +423,7 @@ def test_what_a_user_writes_over_a_replaced_entry_is_kept(folder):
     assert AutoConfig.from_pretrained(folder).id2label == {0: "mine", 1: "yours"}
 
 
+@pytest.mark.slow
 def test_folders_of_dense_models_are_written_as_transformers_alone_writes_them(tmp_path):
     make("llama").save_pretrained(tmp_path / "with")
     code = (

@@ -123,6 +123,7 @@ def test_what_a_model_adds_is_saved_with_it_and_goes_along_with_copies(tmp_path)
 
 
 @pytest.mark.parametrize("way", ["compiled", "checkpointed"])
+@pytest.mark.slow
 def test_the_losses_and_gradients_are_the_same_compiled_and_checkpointed(way):
     torch.compiler.reset()
     model = causal(balance_weight=1.0, z_weight=0.1).train()
@@ -367,6 +368,7 @@ def test_hooks_of_others_that_fail_first_leave_a_call_around_theirs_alone():
 
 
 @pytest.mark.parametrize("more", [{}, {"return_dict": False, "output_router_logits": True}])
+@pytest.mark.slow
 def test_a_model_compiles_into_one_graph_with_its_losses_and_no_more_than_once(more):
     torch.compiler.reset()
     model = causal(balance_weight=1.0).train()
@@ -384,6 +386,7 @@ def test_a_model_compiles_into_one_graph_with_its_losses_and_no_more_than_once(m
     assert nothing_records(model)
 
 
+@pytest.mark.slow
 def test_a_model_in_another_compiled_module_adds_its_losses():
     torch.compiler.reset()
     model = causal(balance_weight=1.0).train()

@@ -168,6 +168,7 @@ def test_derivatives_of_first_and_second_order_agree_with_finite_differences(kin
         pytest.param("residual", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_compiled_without_a_graph_break_a_layer_computes_the_same(kind):
     torch.compiler.reset()
     experts = make_fused(kind, bias=True)

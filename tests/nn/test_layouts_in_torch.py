@@ -70,6 +70,7 @@ def differentiated(experts, states, index, weights):
         pytest.param("residual", True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_compiled_without_a_graph_break_a_layer_computes_the_same(kind, gated):
     experts = from_linear(kind, gated=gated)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")

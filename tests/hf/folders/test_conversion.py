@@ -142,6 +142,7 @@ def test_a_killed_run_resumes_and_makes_the_same_bytes(dense, undisturbed, tmp_p
 
 
 @pytest.mark.parametrize("line", [0, 1, 2])
+@pytest.mark.slow
 def test_a_run_that_was_killed_at_its_beginning_resumes(
     line, leave_killed, dense, undisturbed, tmp_path
 ):
@@ -201,6 +202,7 @@ def test_a_folder_that_cannot_be_moved_into_place_is_kept(dense, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.slow
 def test_a_second_run_with_the_same_target_is_refused_and_names_the_first(
     overwrite, dense, undisturbed, tmp_path
 ):
@@ -261,6 +263,7 @@ def test_an_interrupted_run_leaves_no_threads_at_work(dense, tmp_path):
     assert held.tb is not None
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_taken_over(dense, undisturbed, tmp_path):
     target = tmp_path / "target"
     script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "print('at work'); input()")
@@ -356,6 +359,7 @@ def test_a_run_that_was_killed_before_it_had_a_journal_begins_again(dense, undis
     assert os.listdir(tmp_path) == ["target"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_new_folder_is_gone_begins_again(leave_killed, dense, undisturbed, tmp_path):
     leave_killed(tmp_path / "target", after=4)
     shutil.rmtree(tmp_path / "target.partial" / "new")
@@ -394,6 +398,7 @@ def test_a_run_does_not_resume_an_unfinished_folder_of_another_conversion(
     assert [each.name for each in tmp_path.iterdir()] == ["target"]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_a_changed_source(dense, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(dense, source)
@@ -548,6 +553,7 @@ print((peak() - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_large_checkpoint_needs_no_more_memory_than_a_small_one(tmp_path):
     sizes = {}
     for name, layers, vocabulary in (("small", 1, 100), ("large", 24, 100_000)):

@@ -226,6 +226,7 @@ def test_pieces_are_differentiated_by_torch_func_and_checkpointed(route, limit):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.slow
 def test_pieces_compile_without_a_graph_break(dtype, limit):
     limit(400)
     layer = nn.MPOExperts(4, 8, 12, "silu", sites=3, dtype=dtype)

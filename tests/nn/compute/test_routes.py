@@ -141,6 +141,7 @@ def test_function_transforms_take_states_of_another_dtype():
     ("route", "layout"),
     [("rebuilt", "interleaved"), ("joint", "split"), (None, "interleaved"), (None, "split")],
 )
+@pytest.mark.slow
 def test_compiled_without_a_graph_break_it_computes_the_same(route, layout):
     layer = experts(route, layout=layout)
     states, index, weights = routing()

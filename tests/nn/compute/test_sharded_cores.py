@@ -1,5 +1,6 @@
 """Matrices of cores that FSDP gathers are not kept."""
 
+import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
@@ -36,5 +37,6 @@ def _evaluate_sharded(rank):
     return max(differences)
 
 
+@pytest.mark.slow
 def test_matrices_of_cores_that_fsdp_gathers_are_not_kept():
     assert max(on_two_ranks(_evaluate_sharded)) < 1e-5

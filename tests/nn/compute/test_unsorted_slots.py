@@ -142,6 +142,7 @@ def test_numbers_of_experts_do_not_reach_a_choice_without_an_expert(layout):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["hidden", "residual"])
+@pytest.mark.slow
 def test_few_slots_compile_to_one_graph(layout):
     torch.manual_seed(0)
     torch.compiler.reset()

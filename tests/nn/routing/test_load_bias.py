@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 
 from tests.nn.ranks import on_two_ranks
@@ -80,6 +81,7 @@ def test_ranks_of_a_distributed_run_move_biases_by_the_load_of_all():
     assert on_two_ranks(_balance_one_rank) == [[0.5, -0.5]] * 2
 
 
+@pytest.mark.slow
 def test_ranks_count_their_own_load_over_several_passes_before_a_step():
     for counts, expected in on_two_ranks(_count_under_ddp):
         assert counts == expected

@@ -105,6 +105,7 @@ def test_recordings_nest():
     assert (len(inner.calls), len(outer.calls)) == (1, 2)
 
 
+@pytest.mark.slow
 def test_layers_compiled_before_the_block_are_recorded_too():
     torch.compiler.reset()
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ class MPOEAdapterConfig(PeftConfig):
 
     The model's own matrices stay as they are, frozen, and are what all experts share. A router per
     network and the experts' own cores are trained. At the start the model's function is unchanged.
-    :func:`peft.get_peft_model` takes this configuration.
+    ``peft.get_peft_model`` takes this configuration.
 
     Parameters
     ----------

@@ -65,7 +65,7 @@ def from_loras(
     ----------
     model : PreTrainedModel
         The model that the adapters were trained for. It is changed as by
-        :func:`peft.get_peft_model`.
+        ``peft.get_peft_model``.
     folders : sequence of path
         Folders that PEFT saved. The ranks may differ. Matrices that an adapter leaves alone stay
         the model's own in its expert.

@@ -27,7 +27,7 @@ _UNRELATED = {
 
 
 class MPOEAdapterModel(BaseTuner):
-    """A model with adapters of routed experts; :func:`peft.get_peft_model` makes it."""
+    """A model with adapters of routed experts; ``peft.get_peft_model`` makes it."""
 
     prefix = PREFIX
     tuner_layer_cls = RoutedNetwork
