@@ -19,7 +19,6 @@ from tnmoe.errors import (
     short_repr,
 )
 from tnmoe.hf.linear_layers import (
-    ALL_LINEAR,
     LinearLayer,
     check_holds_matrix,
     find_linear,
@@ -43,7 +42,7 @@ _SIZES = 16
 
 def tensorize(
     model: nn.Module,
-    targets: str | Iterable[str] = ALL_LINEAR,
+    targets: str | Iterable[str] = "all-linear",
     *,
     max_bond: int | None = None,
     rtol: float | None = None,
