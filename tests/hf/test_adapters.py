@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+import json
 import math
 import subprocess
 import sys
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -498,7 +500,7 @@ def test_trainer_resumes_to_the_same_bits(tmp_path):
         ({"layout": "split"}, "layout must be one of residual, hidden, got 'split'"),
         ({"bond": 0}, "bond must be a positive integer, got 0"),
         ({"num_experts": 0}, "num_experts must be a positive integer"),
-        ({"top_k": 5}, "num_experts_per_tok=5 exceeds num_experts=4"),
+        ({"top_k": 5}, "top_k=5 exceeds num_experts=4"),
         ({"layout": "hidden", "bond": 2}, r"bond is for layout='residual', got bond=2"),
         ({"router": {"normalize": False}}, "weights that sum to 1 for every token"),
         ({"router": {"capacity_factor": 1.0}}, "weights that sum to 1 for every token"),
@@ -509,6 +511,69 @@ def test_trainer_resumes_to_the_same_bits(tmp_path):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(tn.InputError, match=message):
         hf.MPOEAdapterConfig(**{"num_experts": 4, "top_k": 2} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"layers": range(1)}, [0]),
+        ({"layers": np.array([1, 0])}, [0, 1]),
+        ({"layers": {2}}, [2]),
+        ({"bond": np.int64(3)}, 3),
+        ({"num_experts": np.int64(3)}, 3),
+        ({"balance_weight": np.float32(0.5)}, 0.5),
+        ({"router": {"jitter_noise": np.float32(0.5)}}, {"jitter_noise": 0.5}),
+        ({"group_size": (8, 5), "layout": "hidden", "bond": None}, [8, 5]),
+    ],
+)
+def test_settings_of_other_types_are_saved_as_plain_ones(settings, kept, tmp_path):
+    """Not only after hours of training does one learn that JSON cannot hold them."""
+    model = adapted(**settings)
+    model.save_pretrained(tmp_path)
+    (name,) = [each for each in settings if each not in ("layout", "bond")] or ["bond"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[name] == kept
+    loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def with_nan(model):
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = math.nan
+    return model
+
+
+def with_another_size(model):
+    """Make the last network one that groups of 8 do not divide."""
+    network = model.model.layers[2].mlp
+    network.gate_proj, network.up_proj = torch.nn.Linear(24, 39), torch.nn.Linear(24, 39)
+    network.down_proj = torch.nn.Linear(39, 24)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (with_nan, RESIDUAL, r"layers\.2: the up matrix contains NaN or infinity"),
+        (with_another_size, {"layout": "hidden", "group_size": [8]}, "must divide the matrix"),
+        (lambda model: model, {"layout": "hidden", "group_size": 7}, "share no divisor with 7"),
+    ],
+)
+def test_a_network_that_cannot_get_experts_leaves_all_networks_as_they_are(
+    change, settings, message
+):
+    model = change(make("llama"))
+    paths = [path for path, _ in model.named_modules()]
+    with pytest.raises(tn.InputError, match=message):
+        peft.get_peft_model(model, hf.MPOEAdapterConfig(**settings))
+    assert [path for path, _ in model.named_modules()] == paths
+
+
+def test_mixtures_and_adapted_networks_are_named_as_such():
+    converted = hf.upcycle(make("llama"), hf.MPOEConfig(num_experts=2, sites=2))
+    with pytest.raises(tn.InputError, match=r"layers\.0\.mlp is a mixture already"):
+        peft.get_peft_model(converted, config())
+    inner = adapted().base_model.model
+    with pytest.raises(tn.InputError, match="merge or unload the adapters of PEFT first"):
+        hf.upcycle(inner, hf.MPOEConfig(num_experts=2))
 
 
 def test_models_without_known_networks_and_layers_out_of_range_are_refused():

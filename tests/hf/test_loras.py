@@ -6,11 +6,11 @@ import json
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tnmoe as tn
 from tests.hf.families import make, outputs
-from tnmoe import hf
+from tnmoe import hf, nn
 
 TARGETS = {
     "llama": ["gate_proj", "up_proj", "down_proj"],
@@ -155,6 +155,7 @@ def test_an_expert_that_adds_nothing_has_no_error(tmp_path):
     [
         ({"target_modules": ["q_proj", "up_proj"]}, r"adapts modules outside .*self_attn\.q_proj"),
         ({"use_dora": True}, "cannot take over use_dora=True"),
+        ({"init_lora_weights": "pissa"}, "cannot take over init_lora_weights='pissa'"),
         ({"bias": "lora_only"}, "cannot take over bias='lora_only'"),
         ({"modules_to_save": ["lm_head"]}, r"cannot take over modules_to_save=\['lm_head'\]"),
     ],
@@ -169,12 +170,16 @@ def test_loras_that_experts_cannot_be_are_refused_by_name(settings, message, tmp
 
 
 def test_folders_that_hold_no_lora_of_the_model_are_refused(tmp_path):
-    with pytest.raises(tn.InputError, match="needs at least one folder"):
+    with pytest.raises(tn.InputError, match="a sequence of one folder at least, got"):
         hf.from_loras(make("llama"), [])
-    with pytest.raises(tn.InputError, match=r"holds no adapter: there is no adapter_config\.json"):
+    with pytest.raises(tn.InputError, match="a sequence of one folder at least, got"):
+        hf.from_loras(make("llama"), str(tmp_path))
+    with pytest.raises(
+        tn.InputError, match=r"no adapter of PEFT: there is no adapter_config\.json"
+    ):
         hf.from_loras(make("llama"), [tmp_path])
     disturbed().save_pretrained(tmp_path / "experts")
-    with pytest.raises(tn.InputError, match="holds a MPOE adapter, expected LORA"):
+    with pytest.raises(tn.InputError, match="holds an adapter of type 'MPOE', expected 'LORA'"):
         hf.from_loras(make("llama"), [tmp_path / "experts"])
     lora("bart", tmp_path / "bart")
     with pytest.raises(tn.InputError, match="adapts modules outside"):
@@ -190,6 +195,70 @@ def test_folders_that_hold_no_lora_of_the_model_are_refused(tmp_path):
         tn.InputError, match=r"down_proj is for a 24×40 matrix, and the model's is 24×48"
     ):
         hf.from_loras(model, [tmp_path / "lora"])
+
+
+def spoil_config(folder):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def cut(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def put_nan(folder):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoil_config, r"adapter_config\.json"),
+        (cut, "is damaged or not a safetensors file"),
+        (put_nan, r"the LoRA of model\.layers\.\d.* contains NaN or infinity"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            r"no adapter of PEFT: there is no adapter_model\.safetensors",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused_and_the_model_stays(damage, message, tmp_path):
+    lora("llama", tmp_path)
+    damage(tmp_path)
+    model = make("llama")
+    paths = [path for path, _ in model.named_modules()]
+    with pytest.raises(tn.InputError, match=message):
+        hf.from_loras(model, [tmp_path])
+    assert [path for path, _ in model.named_modules()] == paths
+
+
+def test_what_follows_from_the_loras_is_no_setting(tmp_path):
+    lora("llama", tmp_path)
+    with pytest.raises(tn.InputError, match="bond, layers of the adapter follow from the LoRAs"):
+        hf.from_loras(make("llama"), [tmp_path], bond=3, layers=[0])
+
+
+def test_experts_that_were_added_are_written_too(tmp_path):
+    model = disturbed()
+    for module in model.modules():
+        if isinstance(module, nn.MPOMoE):
+            nn.add_experts(module, 1)
+    assert list(hf.to_loras(model, tmp_path / "out")) == ["expert-0", "expert-1", "expert-2"]
+    assert sorted(each.name for each in (tmp_path / "out").iterdir())[-1] == "expert-2"
+
+
+@pytest.mark.parametrize("layout", ["residual", "hidden"])
+def test_cores_with_nan_in_the_last_layer_leave_nothing_written(layout, tmp_path):
+    model = disturbed(layout=layout)
+    mixture = model.base_model.model.model.layers[2].mlp.mpoe_mixtures["default"]
+    with torch.no_grad():
+        next(iter(mixture.experts.down.parameters())).fill_(float("nan"))
+    with pytest.raises(tn.InputError, match=r"layers\.2\.mlp\.down_proj contain NaN or infinity"):
+        hf.to_loras(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_loras_are_written_to_an_empty_folder_only(tmp_path):

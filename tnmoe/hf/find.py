@@ -74,6 +74,11 @@ def choose_ffns(
         If there is no network, ``layers`` has a position that no network has, or nothing is left.
     """
     layers, every = check_layers(layers), check_positive_int("every", every)
+    if not found and hasattr(model, "peft_config"):
+        raise InputError(
+            f"{type(model).__name__} has no feed-forward network without adapters: merge or unload "
+            "the adapters of PEFT first"
+        )
     if not found:
         raise InputError(
             f"{type(model).__name__} has no feed-forward network of a known family "

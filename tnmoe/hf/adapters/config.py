@@ -17,6 +17,9 @@ from tnmoe.options import ADAPTER_LAYOUTS, AdapterLayout
 # The default bond of ``residual``: the rank of an expert's part with two sites.
 _BOND = 8
 
+# Settings that mean here what they mean in MPOEConfig.
+_OF_MOE = ("sites", "group_size", "layers", "every", "router", "balance_weight", "z_weight")
+
 
 @dataclass
 class MPOEAdapterConfig(PeftConfig):
@@ -103,14 +106,21 @@ class MPOEAdapterConfig(PeftConfig):
         # tnmoe.hf.adapters.register adds the member.
         self.peft_type = PeftType["MPOE"]
         check_one_of("layout", self.layout, ADAPTER_LAYOUTS)
+        self.num_experts = check_positive_int("num_experts", self.num_experts)
+        self.top_k = check_positive_int("top_k", self.top_k)
+        if self.top_k > self.num_experts:
+            raise InputError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
         if self.bond is not None:
-            check_positive_int("bond", self.bond)
+            self.bond = check_positive_int("bond", self.bond)
             if self.layout == "hidden":
                 raise InputError(
                     f"bond is for layout='residual', got bond={self.bond} with layout='hidden', "
                     "where group_size makes the bonds"
                 )
-        self.to_moe_config()  # checks all other settings
+        # Checks all other settings, and makes them plain numbers and lists, which JSON can hold.
+        plain = self.to_moe_config().to_dict()
+        for name in _OF_MOE:
+            setattr(self, name, plain[name])
         if not self.router.get("normalize", True) or self.router.get("capacity_factor"):
             raise InputError(
                 "an adapter needs weights that sum to 1 for every token, or it would change the "

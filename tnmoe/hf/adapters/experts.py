@@ -23,7 +23,7 @@ from tnmoe.nn.settings import MPOSettings, mpo_settings
 def new_mixture_beside(
     ffn: FFN, matrices: Mapping[str, nn.Module], config: MPOEAdapterConfig
 ) -> MPOMoE:
-    """Make a mixture that computes what a network computes, and owns none of its matrices.
+    """Make a mixture that starts as a network, and uses its matrices where they stand.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def new_mixture_beside(
         The network's linear modules, ``up`` or ``gate_up``, ``down`` and perhaps ``gate``.
     config : MPOEAdapterConfig
     """
-    settings = _settings(matrices, config)
+    settings = settings_of(matrices, config)
     projections: Any = {
         name: _projection(module, config.num_experts, settings[name])
         for name, module in matrices.items()
@@ -48,9 +48,21 @@ def new_mixture_beside(
     return MPOMoE(router, experts, dropout=ffn.output_dropout)
 
 
-def _settings(
+def settings_of(
     matrices: Mapping[str, nn.Module], config: MPOEAdapterConfig
 ) -> dict[str, MPOSettings]:
+    """Return how the experts' parts of a network's matrices become MPOs, by projection.
+
+    Parameters
+    ----------
+    matrices, config
+        As for :func:`new_mixture_beside`.
+
+    Raises
+    ------
+    InputError
+        If a matrix has no shape of the layout.
+    """
     of_moe = config.to_moe_config()
     # One projection into both halves has the shape of ``up``.
     sizes = {

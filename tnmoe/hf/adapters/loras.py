@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +11,23 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import load_peft_weights
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tnmoe.errors import InputError, check_positive_int
+from tnmoe.errors import InputError, check_positive_int, short_repr
 from tnmoe.hf.adapters.config import MPOEAdapterConfig
 from tnmoe.hf.adapters.experts import own_parts
 from tnmoe.hf.adapters.layer import RoutedNetwork, routed_networks
 from tnmoe.hf.ffn import linear_modules
 from tnmoe.hf.find import all_ffns
+from tnmoe.hf.guards import guard_transformers
 from tnmoe.nn.linear import size_of_linear, weight_of_linear
 from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.system.files import read_json
 
 _PREFIX = "base_model.model."
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Rank of a LoRA in place of a core that mixes hidden units.
 _RANK = 16
 # Entries of a LoRA's configuration that experts cannot follow, and the values that they allow.
@@ -31,7 +35,13 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False,), "bias": ("none",), "modules_to_save": (None, []), "lora_bias": (False,),
     "layer_replication": (None,), "target_parameters": (None, []),
     "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
+    "use_qalora": (False,), "use_bdlora": (None,), "monteclora_config": (None,),
+    "kasa_config": (None,), "arrow_config": (None,),
+    # Others begin with changed matrices of the model, beside which their products are meant.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
+# Settings that follow from the LoRAs.
+_GIVEN = ("num_experts", "layout", "bond", "sites", "group_size", "layers", "every", "base")
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,10 @@ def from_loras(
     Raises
     ------
     InputError
-        If a folder holds no LoRA, or one with a setting that experts lack (DoRA, trained biases or
-        modules), or adapts a module outside the feed-forward networks. The model is then unchanged.
+        If a folder holds no LoRA in a safetensors file, or one with a setting that experts lack
+        (DoRA, PiSSA, trained biases or modules), or adapts a module outside the feed-forward
+        networks, or has NaN or infinity in it; or if a setting follows from the LoRAs. The model is
+        then unchanged.
 
     Examples
     --------
@@ -103,8 +115,10 @@ def from_loras(
     >>> mixture.peft_config["default"].num_experts, mixture.peft_config["default"].bond
     (2, 4)
     """
-    if not folders:
-        raise InputError("from_loras needs at least one folder, got none")
+    if isinstance(folders, str | Path) or not folders:
+        raise InputError(f"folders must be a sequence of one folder at least, got {folders!r}")
+    if fixed := sorted(set(settings) & set(_GIVEN)):
+        raise InputError(f"{', '.join(fixed)} of the adapter follow from the LoRAs: leave them out")
     places = _places(model)
     experts = [_read(Path(folder), places) for folder in folders]
     touched = {places[path][0] for products in experts for path in products}
@@ -139,16 +153,25 @@ def _places(model: nn.Module) -> dict[str, tuple[int, tuple[int, int]]]:
 
 def _read(folder: Path, places: Mapping[str, tuple[int, tuple[int, int]]]) -> dict[str, _Product]:
     """Read a LoRA's products by the paths of their modules."""
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder} holds no adapter: there is no adapter_config.json")
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    if config.peft_type != "LORA":
-        raise InputError(f"{folder} holds a {config.peft_type.value} adapter, expected LORA")
+    for name in (_CONFIG, _TENSORS):
+        # PEFT looks elsewhere, on the Hub too, for what is not there, and reads pickled files.
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} holds no adapter of PEFT: there is no {name}")
+    kind = read_json(folder / _CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{folder} holds an adapter of type {short_repr(kind)}, expected 'LORA'")
+    with guard_transformers(f"{_CONFIG} of {folder} does not suit a LoRA"):
+        config: Any = PeftConfig.from_pretrained(str(folder))
     for entry, allowed in _PLAIN.items():
         value = getattr(config, entry, allowed[0])
         if value not in allowed:
             raise InputError(f"{folder}: experts cannot take over {entry}={value!r} of a LoRA")
-    tensors = load_peft_weights(str(folder), device="cpu")
+    try:
+        tensors = load_file(folder / _TENSORS)
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder / _TENSORS} is damaged or not a safetensors file: {error}"
+        ) from error
     products = {}
     for key in tensors:
         path, found, _ = key.removeprefix(_PREFIX).partition(".lora_A.")
@@ -174,6 +197,8 @@ def _product(
             f"{folder}: the LoRA of {path} is for a {left.shape[0]}×{right.shape[1]} matrix, and "
             f"the model's is {size[0]}×{size[1]}"
         )
+    if not all(bool(torch.isfinite(each).all()) for each in (left, right)):
+        raise InputError(f"{folder}: the LoRA of {path} contains NaN or infinity")
     rank = right.shape[0]
     alpha = _of_pattern(config.alpha_pattern, path, config.lora_alpha)
     scale = alpha / (rank**0.5 if config.use_rslora else rank)
@@ -247,8 +272,8 @@ def to_loras(
     Raises
     ------
     InputError
-        If there is no such adapter of routed experts, the folder has files, or the rank is not
-        positive.
+        If there is no such adapter of routed experts, its numbers contain NaN or infinity, the
+        folder has files, or the rank is not positive. Nothing is written then.
 
     Examples
     --------
@@ -264,32 +289,51 @@ def to_loras(
     {'expert-0': 0.0, 'expert-1': 0.0}
     """
     folder = Path(folder)
-    config: Any = model.peft_config.get(adapter_name)
+    configs = getattr(model, "peft_config", {})
+    config: Any = configs.get(adapter_name)
     if not isinstance(config, MPOEAdapterConfig):
         raise InputError(
-            f"the model has no adapter of routed experts named {adapter_name!r}: it has "
-            f"{', '.join(model.peft_config)}"
+            f"{type(model).__name__} has no adapter of routed experts named {adapter_name!r}: it "
+            f"has {', '.join(configs) or 'no adapters'}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is no empty folder")
     rank = None if rank is None else check_positive_int("rank", rank)
-    networks = list(_paths_of_matrices(model))
-    errors = {}
-    for expert in range(config.num_experts):
-        products: dict[str, _Product] = {}
-        squares = torch.zeros(2, dtype=torch.float64)
-        for network, paths in networks:
-            if adapter_name not in network.mpoe_mixtures:
-                continue
-            mixture: Any = network.mpoe_mixtures[adapter_name]
-            for name, projection in mixture.experts.projections().items():
-                product, missed = _lora_of(projection, expert, rank)
-                products[paths[name]] = product
-                squares += missed
-        name = f"expert-{expert}"
-        _write(folder / name, products, config)
-        errors[name] = float((squares[0] / squares[1].clamp_min(1e-300)).sqrt())
+    networks: list[tuple[Any, dict[str, str]]] = [
+        (network.mpoe_mixtures[adapter_name], paths)
+        for network, paths in _paths_of_matrices(model)
+        if adapter_name in network.mpoe_mixtures
+    ]
+    _check_finite(networks)
+    # The folder appears when it is whole.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
+        new, errors = Path(partial) / "new", {}
+        for expert in range(max(mixture.experts.num_experts for mixture, _ in networks)):
+            products, errors[f"expert-{expert}"] = _products_of(networks, expert, rank)
+            _write(new / f"expert-{expert}", products, config)
+        new.replace(folder)
     return errors
+
+
+def _check_finite(networks: Sequence[tuple[Any, dict[str, str]]]) -> None:
+    for mixture, paths in networks:
+        for name, own in own_parts(mixture.experts).items():
+            if not all(bool(torch.isfinite(each).all()) for each in own.parameters()):
+                raise InputError(f"the experts' cores of {paths[name]} contain NaN or infinity")
+
+
+def _products_of(
+    networks: Sequence[tuple[Any, dict[str, str]]], expert: int, rank: int | None
+) -> tuple[dict[str, _Product], float]:
+    """Return an expert's products by the paths of their matrices, and their relative error."""
+    products: dict[str, _Product] = {}
+    squares = torch.zeros(2, dtype=torch.float64)
+    for mixture, paths in networks:
+        for name, projection in mixture.experts.projections().items():
+            products[paths[name]], missed = _lora_of(projection, expert, rank)
+            squares += missed
+    return products, float((squares[0] / squares[1].clamp_min(1e-300)).sqrt())
 
 
 @torch.no_grad()

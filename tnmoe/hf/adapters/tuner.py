@@ -7,14 +7,16 @@ import json
 import warnings
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedConfig
 
 from tnmoe.errors import InputError
+from tnmoe.hf.adapters.experts import settings_of
 from tnmoe.hf.adapters.layer import PREFIX, Bypass, RoutedNetwork, mixtures_of, routed_networks
 from tnmoe.hf.ffn import FFN, check_formula, linear_modules
-from tnmoe.hf.find import all_ffns, choose_ffns
+from tnmoe.hf.find import all_ffns, choose_ffns, mixtures_in
 from tnmoe.hf.router_losses import attach_router_losses, detach_router_losses
 from tnmoe.nn.linear import has_matrix, size_of_linear
 
@@ -38,19 +40,20 @@ class MPOEAdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find the networks that get experts; refuse a model that the adapter is not for."""
-        ffns = choose_ffns(_networks_of(model), model, peft_config.layers, peft_config.every)
+        networks = _networks_of(model)
+        if not networks and (mixtures := mixtures_in(model)):
+            raise InputError(
+                f"{next(iter(mixtures))} is a mixture already, and adapters stand beside dense "
+                "networks: train what its experts own with tnmoe.nn.train_auxiliary"
+            )
+        ffns = choose_ffns(networks, model, peft_config.layers, peft_config.every)
         paths = {id(module): path for path, module in model.named_modules()}
         self._chosen: dict[str, FFN] = {}
         for ffn in ffns:
-            if len(ffn.places) > 1:
-                raise InputError(
-                    f"{ffn.name} is used in {len(ffn.places)} places of the model, and an adapter "
-                    "needs networks with one place: leave it out with layers="
-                )
+            # All of them are checked before the first one changes.
+            _check_network(ffn, peft_config)
             owner = paths[id(ffn.places[0].owner)]
             self._chosen[f"{owner}.{ffn.places[0].name}".removeprefix(".")] = ffn
-            if all(has_matrix(each) for each in linear_modules(ffn).values()):
-                check_formula(ffn)
         found = _sizes_of(self._chosen)
         if peft_config.is_loaded:
             _check_base(peft_config, found, model)
@@ -161,6 +164,23 @@ class MPOEAdapterModel(BaseTuner):
         if not found:
             return super()._remove_adapter_name_from_key(key, adapter_name)
         return f"{before}.{PREFIX}mixtures.{after}"
+
+
+def _check_network(ffn: FFN, config: Any) -> None:
+    """Raise an InputError unless a network can get the experts of a configuration."""
+    if len(ffn.places) > 1:
+        raise InputError(
+            f"{ffn.name} is used in {len(ffn.places)} places of the model, and an adapter needs "
+            "networks with one place: leave it out with layers="
+        )
+    matrices = linear_modules(ffn)
+    settings_of(matrices, config)
+    if not all(map(has_matrix, matrices.values())):
+        return
+    for name, matrix in matrices.items():
+        if not bool(torch.isfinite(matrix.weight).all()):
+            raise InputError(f"{ffn.name}: the {name} matrix contains NaN or infinity")
+    check_formula(ffn)
 
 
 def _with_name(key: str, adapter_name: str) -> str:

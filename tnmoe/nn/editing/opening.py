@@ -23,8 +23,8 @@ def open_experts(moe: MPOMoE, experts: int | Iterable[int] | None = None) -> Non
     Raises
     ------
     InputError
-        If an expert does not exist or is given twice, or the router cannot choose among so many:
-        groups of experts must be of one size. Nothing has changed then.
+        If an expert does not exist or is given twice, or the open experts make no groups of one
+        size, which the router needs. Nothing has changed then.
 
     Notes
     -----

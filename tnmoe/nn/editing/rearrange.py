@@ -52,8 +52,8 @@ def rearrange(
     Raises
     ------
     InputError
-        If the router cannot choose among so many experts, or the layer or the optimiser cannot be
-        changed.
+        If the router cannot choose among the new number of experts, or the layer or the optimiser
+        cannot be changed.
     """
     numbers, new = list(experts), frozenset(fresh)
     owned = owned_rows(moe)
