@@ -118,14 +118,15 @@ def test_every_token_gets_its_experts_matrices(top_k):
         torch.testing.assert_close(network(states[None])[0], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["bart", "bert", "phi3", "gpt2", "whisper"])
-def test_dropouts_of_the_network_stay(name, layout):
-    """A disabled adapter draws what the model itself draws."""
+def test_a_disabled_adapter_draws_the_dropout_that_the_model_draws(name):
     model = make(name).train()
+    for module in model.modules():
+        if hasattr(module, "activation_dropout"):
+            module.activation_dropout = 0.25
     torch.manual_seed(5)
     before = outputs(model, name)
-    adapter = peft.get_peft_model(model, config(layout))
+    adapter = peft.get_peft_model(model, config())
     torch.manual_seed(5)
     with adapter.disable_adapter():
         assert torch.equal(outputs(adapter.base_model.model, name), before)
@@ -178,6 +179,21 @@ def test_a_copy_uses_its_own_base():
             layer.mlp.base_layer.up_proj.weight.zero_()
     assert torch.equal(logits(model), before)
     assert not torch.allclose(logits(other), before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_matrix_that_is_replaced_later_counts(layout):
+    """As a quantisation replaces it, or LoRA."""
+    model = disturb(adapted(layout))
+    network = model.base_model.model.model.layers[1].mlp.base_layer
+    other = torch.nn.Linear(24, 40, bias=False)
+    network.up_proj, old = other, network.up_proj
+    replaced = logits(model)
+    network.up_proj = old
+    assert not torch.allclose(logits(model), replaced)
+    with torch.no_grad():
+        old.weight.copy_(other.weight)
+    assert torch.equal(logits(model), replaced)
 
 
 def test_layers_and_every_choose_networks():
@@ -420,6 +436,8 @@ def test_routers_losses_are_those_of_the_active_adapter():
     assert loss_of(model) == pytest.approx(plain + sum(losses) / len(losses), rel=1e-5)
     assert loss_of(model.eval()) == pytest.approx(plain, rel=1e-5)
     unloaded = model.train().unload()
+    assert not unloaded._forward_hooks
+    assert not unloaded._forward_pre_hooks
     assert loss_of(unloaded) == pytest.approx(loss_of(make("llama").train()), rel=1e-5)
 
 

@@ -74,6 +74,13 @@ def test_one_lora_is_one_expert_whatever_the_router(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_networks_that_no_lora_adapts_get_no_experts(tmp_path):
+    lora("llama", tmp_path, layers_to_transform=[1, 2])
+    model = hf.from_loras(make("llama"), [tmp_path])
+    parts = [name.split(".")[4] for name, _ in model.named_parameters() if "mpoe_" in name]
+    assert set(parts) == {"1", "2"}
+
+
 def test_patterns_of_ranks_and_matrices_left_alone(tmp_path):
     settings = {"target_modules": ["up_proj"], "layers_to_transform": [1, 2]}
     expected = lora(
