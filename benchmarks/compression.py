@@ -31,14 +31,14 @@ from compression_forms import Experts
 from compression_measures import errors, heal, held_out, probe, with_experts
 from compression_methods import METHODS, QUANTISED, Method, unchanged
 from compression_models import SIZES, Budget, Data, Size, prepare, trained
-from compression_smollm2 import SMOLLM2
+from compression_smollm2 import REDRAWN, SMOLLM2
 from machine import environment, hardware_slug, set_threads
 from stored import kept, matches, slug
 from transformers import MixtralForCausalLM
 
 from tnmoe.system.tables import format_table
 
-MODELS: dict[str, Size] = {**SIZES, "smollm2": SMOLLM2}
+MODELS: dict[str, Size] = {**SIZES, "smollm2": SMOLLM2, "smollm2-redrawn": REDRAWN}
 SHARES = (0.8, 0.75, 0.6, 0.5, 0.25)
 
 

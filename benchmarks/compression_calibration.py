@@ -136,6 +136,12 @@ def _apply(inputs: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> tuple[Tens
     return hidden, hidden @ down.mT
 
 
+def mixtures(model: MixtralForCausalLM) -> list[Any]:
+    """Return the blocks of a model that have experts; other layers may have one network."""
+    blocks: list[Any] = [layer.mlp for layer in model.model.layers]
+    return [block for block in blocks if hasattr(block, "experts")]
+
+
 def calibrated(file: Path, model: MixtralForCausalLM, windows: Tensor, batch: int) -> list[Layer]:
     """Return layers from a file, or calibrate them and store them there.
 
@@ -146,7 +152,7 @@ def calibrated(file: Path, model: MixtralForCausalLM, windows: Tensor, batch: in
         save({"layers": [vars(each) | {"seen": vars(each.seen)} for each in found]}, file)
     stored = torch.load(file, weights_only=True, mmap=True)["layers"]
     layers = [Layer(**each | {"seen": LayerMoments(**each["seen"])}) for each in stored]
-    last, block = layers[-1], model.model.layers[-1].mlp
+    last, block = layers[-1], mixtures(model)[-1]
     slots = windows.numel() * model.config.num_experts_per_tok
     if not torch.equal(last.down, block.experts.down_proj) or last.slots.sum() != slots:
         raise SystemExit(f"{file} holds a calibration of another model or other windows: delete it")
@@ -155,7 +161,7 @@ def calibrated(file: Path, model: MixtralForCausalLM, windows: Tensor, batch: in
 
 def calibrate(model: MixtralForCausalLM, windows: Tensor, batch: int = 8) -> list[Layer]:
     """Send windows through a model, and return what its experts saw. The model stays as it is."""
-    blocks = [layer.mlp for layer in model.model.layers]
+    blocks = mixtures(model)
     before = [block.experts for block in blocks]
     seen = _seen(model, windows, batch)
     observed = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compression_calibration import Layer, summed_loss
+from compression_calibration import Layer, mixtures, summed_loss
 from compression_forms import Experts, Whole
 from compression_models import Data, Size, make_step, set_rate
 from torch import Tensor, nn
@@ -34,12 +34,11 @@ def held_out(model: MixtralForCausalLM, windows: Tensor) -> float:
 
 def with_experts(model: MixtralForCausalLM, compressed: Sequence[Experts]) -> MixtralForCausalLM:
     """Return a copy of a model with other experts; a router keeps the experts that are left."""
-    pairs = list(zip(model.model.layers, compressed, strict=True))
+    pairs = list(zip(mixtures(model), compressed, strict=True))
     # Entries of this dictionary stand for copies: the model's own experts are not copied first.
-    copies = {id(layer.mlp.experts): copy.deepcopy(experts) for layer, experts in pairs}
+    copies = {id(block.experts): copy.deepcopy(experts) for block, experts in pairs}
     changed = copy.deepcopy(model, copies)
-    for layer, experts in zip(changed.model.layers, compressed, strict=True):
-        block: Any = layer.mlp
+    for block, experts in zip(mixtures(changed), compressed, strict=True):
         if experts.kept is not None:
             block.gate.weight = nn.Parameter(block.gate.weight.detach()[list(experts.kept)])
     return changed
@@ -141,7 +140,7 @@ def spread_pairs(layers: int, experts: int, most: int | None) -> list[tuple[int,
 def _without(model: MixtralForCausalLM, layer: Layer, number: int, expert: int):  # type: ignore[no-untyped-def]
     """Let a model lack one expert of a layer."""
     kept = [each for each in range(len(layer.up)) if each != expert]
-    block: Any = model.model.layers[number].mlp
+    block = mixtures(model)[number]
     before = block.experts, block.gate.weight
     block.experts = Experts(*(Whole(getattr(layer, name)[kept]) for name in NAMES))
     block.gate.weight = nn.Parameter(block.gate.weight.detach()[kept])
@@ -161,7 +160,7 @@ def random_routing(model: MixtralForCausalLM):  # type: ignore[no-untyped-def]
         scores = torch.rand(len(index), module.weight.shape[0], generator=draw)
         return logits, weights, scores.topk(index.shape[1], dim=1).indices
 
-    hooks = [layer.mlp.gate.register_forward_hook(shuffle) for layer in model.model.layers]
+    hooks = [block.gate.register_forward_hook(shuffle) for block in mixtures(model)]
     try:
         yield
     finally:

@@ -298,8 +298,8 @@ def dense():
 def upcycled(script, dense):
     smollm2 = script("compression_smollm2")
 
-    def build(noise=0.0):
-        size = replace(smollm2.SMOLLM2, experts=4, noise=noise)
+    def build(noise=0.0, **settings):
+        size = replace(smollm2.SMOLLM2, experts=4, noise=noise, **settings)
         return smollm2.upcycled(copy.deepcopy(dense), size)
 
     return build
@@ -338,6 +338,49 @@ def test_only_experts_and_routers_train(script, upcycled):
         for number in range(2)
         for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
     }
+
+
+def test_a_share_of_every_experts_hidden_units_is_drawn_anew(dense, upcycled):
+    mixture = upcycled(redrawn=0.25)
+    drawn = []
+    for layer, source in zip(mixture.model.layers, dense.model.layers, strict=True):
+        experts = layer.mlp.experts
+        gate, up = experts.gate_up_proj.chunk(2, dim=1)
+        for number in range(4):
+            pairs = (
+                (gate[number], source.mlp.gate_proj.weight),
+                (up[number], source.mlp.up_proj.weight),
+                (experts.down_proj[number].mT, source.mlp.down_proj.weight.mT),
+            )
+            same = [(own == old).all(1) for own, old in pairs]
+            assert same[0].equal(same[1])
+            assert same[0].equal(same[2])
+            assert int((~same[0]).sum()) == 6
+            drawn.append(tuple(same[0].tolist()))
+            for own, old in pairs:
+                new = own[~same[0]]
+                assert 0.5 < float((new.std() / old.std()).detach()) < 1.5
+    assert len(set(drawn)) > 6
+
+
+def test_layers_before_the_mixed_ones_keep_their_network(script, dense, upcycled):
+    mixture = upcycled(mixed=1)
+    first, last = mixture.model.layers
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        kept, given = (getattr(each, name).weight for each in (first.mlp, dense.model.layers[0].mlp))
+        assert kept.equal(given)
+        assert not kept.requires_grad
+    assert last.mlp.experts.down_proj.requires_grad
+    ids = torch.randint(0, 64, (4, 20))
+    with torch.no_grad():
+        expected = dense(ids).logits
+        torch.testing.assert_close(mixture(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    calibration, measures = script("compression_calibration"), script("compression_measures")
+    layers = calibration.calibrate(mixture, ids, batch=2)
+    assert len(layers) == 1
+    changed = measures.with_experts(mixture, script("compression_methods").unchanged(layers, 1.0))
+    with torch.no_grad():
+        torch.testing.assert_close(changed(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
