@@ -367,7 +367,9 @@ def test_layers_before_the_mixed_ones_keep_their_network(script, dense, upcycled
     mixture = upcycled(mixed=1)
     first, last = mixture.model.layers
     for name in ("gate_proj", "up_proj", "down_proj"):
-        kept, given = (getattr(each, name).weight for each in (first.mlp, dense.model.layers[0].mlp))
+        kept, given = (
+            getattr(each, name).weight for each in (first.mlp, dense.model.layers[0].mlp)
+        )
         assert kept.equal(given)
         assert not kept.requires_grad
     assert last.mlp.experts.down_proj.requires_grad

@@ -79,6 +79,9 @@ class Experts(nn.Module):
     torch.Size([3, 8])
     """
 
+    # Computes a call where experts are spread over ranks (shard_experts).
+    exchange: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
     def __init__(
         self,
         up: Projection | None = None,
@@ -202,6 +205,8 @@ class Experts(nn.Module):
             not in 0, …, E. On an accelerator, indices are not checked: it would synchronise.
         """
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
+        if self.exchange is not None:
+            return self.exchange(hidden_states, top_k_index, top_k_weights)
         if is_transformed():
             return self._run_densely(hidden_states, top_k_index, top_k_weights)
         states = cast(hidden_states, autocast_dtype(hidden_states) or hidden_states.dtype)

@@ -119,7 +119,7 @@ def _rows_of(path: str, module: nn.Module, count: int) -> Iterator[OwnedRows]:
         _check_tensors_of_router(module, of_experts[0])
     for attribute in of_experts[0]:
         name, rows = f"{path}.{attribute}", tuple(each[attribute] for each in of_experts)
-        _check_plain(name, module, attribute)
+        check_plain(name, module, attribute)
         yield OwnedRows(name, module, attribute, rows)
 
 
@@ -135,8 +135,17 @@ def _check_tensors_of_router(router: Router, known: dict[str, slice]) -> None:
             )
 
 
-def _check_plain(name: str, module: nn.Module, attribute: str) -> None:
-    """Raise an InputError unless a tensor of a module can get new rows."""
+def check_plain(name: str, module: nn.Module, attribute: str) -> None:
+    """Raise an InputError unless a tensor of a module can get new rows.
+
+    Parameters
+    ----------
+    name : str
+        Of the tensor, in the error.
+    module : Module
+    attribute : str
+        Its name in the module.
+    """
     if isinstance(module, StoredCores) and not isinstance(
         module._parameters.get(attribute), nn.Parameter
     ):

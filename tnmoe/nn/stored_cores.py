@@ -151,8 +151,21 @@ class StoredCores(nn.Module):
 
 
 def is_gathered(module: nn.Module) -> bool:
-    """Return whether FSDP gathers a module's parameters, or accelerate loads them, before a use."""
-    return is_offloaded(module) or vars(module).get("_is_fsdp_managed_module", False)
+    """Return whether a module gets other tensors before every use.
+
+    FSDP gathers them, accelerate loads them, or :func:`mark_gathered` says so.
+    """
+    values = vars(module)
+    return (
+        is_offloaded(module)
+        or values.get("_is_fsdp_managed_module", False)
+        or values.get("_gets_tensors", False)
+    )
+
+
+def mark_gathered(module: nn.Module) -> None:
+    """Say that a module gets other tensors before every use."""
+    vars(module)["_gets_tensors"] = True
 
 
 def part_of_larger(what: str) -> InputError:

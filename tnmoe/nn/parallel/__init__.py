@@ -1,0 +1,9 @@
+"""Mixtures over several ranks, on torch's own meshes, tensors and collectives."""
+
+from tnmoe.nn.parallel.sharding import shard_experts
+
+__all__ = ["shard_experts"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

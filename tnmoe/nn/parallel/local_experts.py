@@ -1,0 +1,90 @@
+"""The experts of one rank: a layer's modules on this rank's rows of what experts own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from tnmoe.nn.experts import Experts
+from tnmoe.nn.projection import Projection
+from tnmoe.nn.stored_cores import mark_gathered
+
+
+class LocalExperts:
+    """Experts on one rank, which read the parameters of a layer that is spread over ranks.
+
+    The layer's modules keep the parameters. Copies of them, with fewer experts, compute: before
+    every call they take over the layer's tensors as they are now, and of owned ones this rank's
+    rows. What wraps the layer's parameters, such as FSDP, needs to know nothing of that.
+
+    Parameters
+    ----------
+    experts : Experts
+        Whose owned tensors are DTensors.
+    num_experts : int
+        Experts of one rank.
+    ranks : int
+        Ranks over which losses are averaged. Gradients of owned tensors are divided by it, since
+        they are sums over the ranks that have their tokens.
+    """
+
+    def __init__(self, experts: Experts, num_experts: int, ranks: int) -> None:
+        self._ranks = ranks
+        kept = {id(each): each for each in experts.parameters()}
+        owners = [module for module in experts.modules() if isinstance(module, Projection)]
+        parts = {id(part) for owner in (experts, *owners) for part in owner.children()}
+        # Shared modules compute for all ranks alike, and what wraps them must see their calls.
+        kept |= {
+            id(module): module
+            for module in experts.modules()
+            if id(module) in parts and not isinstance(module, Projection)
+        }
+        self._experts = copy.deepcopy(experts, kept)
+        self._experts._keep_experts(range(num_experts))
+        self._pairs = [
+            (module, twin)
+            for module, twin in zip(experts.modules(), self._experts.modules(), strict=True)
+            if module is not twin
+        ]
+        for _, twin in self._pairs:
+            mark_gathered(twin)
+
+    def __call__(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Compute as :meth:`Experts.forward`, with numbers of this rank's experts in ``index``."""
+        for module, twin in self._pairs:
+            twin.training = module.training
+            stored: Mapping[str, Tensor | None] = module._parameters
+            twin._parameters.update({name: self._local(each) for name, each in stored.items()})
+        # Hooks on the layer run around its own call.
+        return self._experts.forward(states, index, weights)
+
+    def _local(self, tensor: Tensor | None) -> nn.Parameter | None:
+        """Return this rank's rows of an owned tensor, and any other tensor as it is."""
+        if isinstance(tensor, DTensor) and any(map(is_rows, tensor.placements)):
+            gradients = [each if is_rows(each) else Partial() for each in tensor.placements]
+            return _scale_gradient(tensor.to_local(grad_placements=gradients), 1 / self._ranks)  # type: ignore[return-value]
+        return tensor  # type: ignore[return-value]
+
+
+def is_rows(placement: object) -> bool:
+    """Return whether a placement spreads rows over ranks."""
+    return isinstance(placement, Shard) and placement.dim == 0
+
+
+def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    return _ScaledGradient.apply(tensor, factor) if factor != 1 else tensor
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, factor):  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient * ctx.factor, None
