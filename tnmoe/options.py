@@ -43,6 +43,9 @@ SecondExpert = Literal["all", "none", "threshold", "random"]
 SECOND_EXPERT = get_args(SecondExpert)
 BatchScope = Literal["batch", "sequence"]
 BATCH_SCOPES = get_args(BatchScope)
+# Tokens that a router's loss takes together.
+LossScope = Literal["batch", "sequence", "ranks"]
+LOSS_SCOPES = get_args(LossScope)
 BalanceForm = Literal["switch", "gshard"]
 BALANCE_FORMS = get_args(BalanceForm)
 

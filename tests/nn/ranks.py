@@ -1,4 +1,4 @@
-"""Distributed runs of two processes on this machine."""
+"""Distributed runs of a few processes on this machine."""
 
 import datetime
 import tempfile
@@ -9,22 +9,27 @@ from torch import distributed
 
 
 def on_two_ranks(function):
-    """Run a function of the rank in two processes of a distributed run; return both results.
+    """Run a function of the rank in two processes of a distributed run; return both results."""
+    return on_ranks(2, function)
+
+
+def on_ranks(count, function):
+    """Run a function of the rank in processes of a distributed run; return all results.
 
     The ranks meet in a file: another process could take a free port before they listen. A rank
-    that fails stops the other one, and its own traceback is raised here.
+    that fails stops the others, and its own traceback is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_rank, (function, Path(folder)), nprocs=2)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
+        torch.multiprocessing.spawn(_run_rank, (count, function, Path(folder)), nprocs=count)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
 
 
-def _run_rank(rank, function, folder):
+def _run_rank(rank, count, function, folder):
     distributed.init_process_group(
         "gloo",
         init_method=(folder / "meeting").as_uri(),
         rank=rank,
-        world_size=2,
+        world_size=count,
         timeout=datetime.timedelta(minutes=5),
     )
     torch.save(function(rank), folder / f"{rank}.pt")

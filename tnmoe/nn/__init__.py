@@ -38,6 +38,7 @@ from tnmoe.nn.routing.statistics import (
 from tnmoe.nn.routing.top_k import TopKRouter
 from tnmoe.nn.training.autograd_mask import AutogradMask
 from tnmoe.nn.training.bias_balancer import BiasBalancer
+from tnmoe.nn.training.clipping import clip_grad_norm_
 from tnmoe.nn.training.freezing import freeze_shared, train_auxiliary
 from tnmoe.nn.training.frozen_experts import FrozenExperts
 from tnmoe.nn.training.gradient_mask import GradientMask
@@ -82,6 +83,7 @@ __all__ = [
     "WeightCache",
     "add_experts",
     "calibrate",
+    "clip_grad_norm_",
     "close_experts",
     "freeze_shared",
     "ignore_padding",

@@ -81,7 +81,9 @@ def test_losses_of_a_recording_can_be_taken_per_sequence():
         parts.append(torch.stack([alone.balance_loss(), alone.z_loss()]))
     both = routing.balance_loss(scope="sequence"), routing.z_loss(scope="sequence")
     torch.testing.assert_close(torch.stack(both), torch.stack(parts).mean(0))
-    with pytest.raises(tn.InputError, match="scope must be one of batch, sequence, got 'token'"):
+    with pytest.raises(
+        tn.InputError, match="scope must be one of batch, sequence, ranks, got 'token'"
+    ):
         routing.balance_loss(scope="token")
 
 

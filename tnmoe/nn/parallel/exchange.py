@@ -51,7 +51,7 @@ class Exchange:
         goes = (index[..., None].div(per_rank, rounding_mode="floor") == ranks).any(1)
         rank, tokens = goes.mT.nonzero(as_tuple=True)
         choices = index[tokens] - rank[:, None] * per_rank
-        choices = choices.where((0 <= choices) & (choices < per_rank), per_rank)
+        choices = choices.where((choices >= 0) & (choices < per_rank), per_rank)
         sent = goes.sum(0)
         received = torch.empty_like(sent)
         distributed.all_to_all_single(received, sent, group=group)

@@ -163,7 +163,7 @@ def _spread(tensor: nn.Parameter, mesh: DeviceMesh, placements: list[Placement])
 
 
 def _hide_from_ddp(model: nn.Module, spread: set[int]) -> None:
-    """Let ``DistributedDataParallel`` leave tensors out: it knows parameters that all ranks have."""
+    """Let ``DistributedDataParallel`` leave tensors out; it averages what all ranks have."""
     names = [name for name, each in model.named_parameters() if id(each) in spread]
     hide: Callable = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     hide(model, [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names])

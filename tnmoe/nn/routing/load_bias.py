@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.nn.routing.counts import count_slots_per_expert
+from tnmoe.nn.routing.ranks import sum_over_ranks
 from tnmoe.nn.transforms import in_backward
 
 
@@ -117,9 +118,7 @@ class LoadBias(nn.Module):
         open_experts : Tensor of int64, shape (O,), optional
             The experts whose biases move, and whose load is averaged; by default all.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)
-        counts = self.counts.to(self.value.device, torch.float32)
+        counts = sum_over_ranks(self.counts).to(self.value.device, torch.float32)
         if open_experts is None:
             self.value += rate * (counts.mean() - counts).sign()
         else:

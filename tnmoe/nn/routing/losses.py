@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tnmoe.errors import InputError, check_one_of
 from tnmoe.nn.routing.counts import count_slots_per_token
+from tnmoe.nn.routing.ranks import number_of_ranks, sum_over_ranks
 from tnmoe.nn.routing.token_mask import (
     check_token_mask,
     mean_over_tokens,
@@ -25,6 +26,7 @@ def load_balancing_loss(
     form: BalanceForm = "switch",
     score_function: ScoreFunction = "softmax",
     sequences: int = 1,
+    all_ranks: bool = False,
 ) -> Tensor:
     """Return the sum over experts of load times mean score, scaled to 1 at balance.
 
@@ -50,6 +52,10 @@ def load_balancing_loss(
     sequences : int
         Number of sequences, all of the same length, that the tokens form one after the other. The
         result is the mean of the sequences' losses, which rewards balance within every sequence.
+    all_ranks : bool
+        Measure the load of the tokens of all ranks of a distributed run together, not for every
+        rank (Qiu et al., arXiv:2501.11873). The mean of the ranks' losses, and of their gradients,
+        is then what one process computes of all tokens. For ``sequences=1``.
 
     Returns
     -------
@@ -59,7 +65,8 @@ def load_balancing_loss(
     Raises
     ------
     InputError
-        If the mask or ``sequences`` does not fit the tokens, or a name is unknown.
+        If the mask or ``sequences`` does not fit the tokens, a name is unknown, or ``all_ranks`` is
+        given with several sequences.
 
     Examples
     --------
@@ -76,14 +83,21 @@ def load_balancing_loss(
     experts = router_logits.shape[-1]
     index = top_k_index[:, :1] if form == "gshard" else top_k_index
     load = mean_over_tokens(count_slots_per_token(index, experts), weights)
+    share = _share_of_rank(weights) if all_ranks else 1.0
+    if all_ranks:
+        load = sum_over_ranks(share * load)
     load = load / load.sum(-1, keepdim=True).clamp(min=1e-9)
     scores = normalized_scores(zero_masked(router_logits, mask), score_function)
     losses = experts * (load * mean_over_tokens(scores, weights)).sum(-1)
-    return _mean_over_sequences(losses, weights)
+    return share * _mean_over_sequences(losses, weights)
 
 
 def router_z_loss(
-    router_logits: Tensor, attention_mask: Tensor | None = None, *, sequences: int = 1
+    router_logits: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    sequences: int = 1,
+    all_ranks: bool = False,
 ) -> Tensor:
     """Return the mean squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906, equation 5).
 
@@ -95,6 +109,9 @@ def router_z_loss(
     sequences : int
         Number of sequences, all of the same length, that the tokens form one after the other. The
         result is the mean of the sequences' means.
+    all_ranks : bool
+        Weigh the tokens of all ranks of a distributed run alike, also where ranks have different
+        numbers of them. For ``sequences=1``.
 
     Returns
     -------
@@ -104,7 +121,8 @@ def router_z_loss(
     Raises
     ------
     InputError
-        If the logits do not have two axes, or the mask or ``sequences`` does not fit the tokens.
+        If the logits do not have two axes, the mask or ``sequences`` does not fit the tokens, or
+        ``all_ranks`` is given with several sequences.
 
     Examples
     --------
@@ -117,7 +135,8 @@ def router_z_loss(
     mask = check_token_mask(attention_mask, len(router_logits))
     weights = token_weights(router_logits, mask, sequences)
     squares = zero_masked(router_logits, mask).float().logsumexp(-1).square()
-    return _mean_over_sequences(mean_over_tokens(squares, weights), weights)
+    share = _share_of_rank(weights) if all_ranks else 1.0
+    return share * _mean_over_sequences(mean_over_tokens(squares, weights), weights)
 
 
 def normalized_scores(router_logits: Tensor, score_function: ScoreFunction) -> Tensor:
@@ -150,3 +169,11 @@ def _mean_over_sequences(losses: Tensor, weights: Tensor) -> Tensor:
     """Return the mean of the losses of the sequences in which any token counts."""
     has_tokens = weights.sum(-1).round()
     return (losses * has_tokens).sum() / has_tokens.sum().clamp(min=1)
+
+
+def _share_of_rank(weights: Tensor) -> Tensor:
+    """Return how many tokens of this rank count, over the mean of all ranks."""
+    if len(weights) != 1:
+        raise InputError(f"all_ranks=True balances one batch, not {len(weights)} sequences")
+    tokens = weights.count_nonzero().float()
+    return tokens * number_of_ranks() / sum_over_ranks(tokens).clamp(min=1)

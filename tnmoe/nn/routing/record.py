@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from tnmoe.nn.routing.losses import load_balancing_loss, router_z_loss
 from tnmoe.nn.routing.router import CallObserver, Router, RouterResult, call_observers
 from tnmoe.nn.routing.token_mask import check_token_mask
 from tnmoe.nn.transforms import in_backward
-from tnmoe.options import BATCH_SCOPES, BalanceForm, BatchScope, ScoreFunction
+from tnmoe.options import LOSS_SCOPES, BalanceForm, LossScope, ScoreFunction
 from tnmoe.system.tables import shortened
 
 
@@ -154,7 +155,7 @@ class Routing:
         attention_mask: Tensor | None = None,
         *,
         form: BalanceForm = "switch",
-        scope: BatchScope = "batch",
+        scope: LossScope = "batch",
     ) -> Tensor:
         """Return the mean load-balancing loss of the recorded calls.
 
@@ -164,8 +165,10 @@ class Routing:
             Tokens where it is 0 do not count; by default the tokens that the routers ignored.
         form : {"switch", "gshard"}
             As for :func:`load_balancing_loss`.
-        scope : {"batch", "sequence"}
-            Balance all tokens of a call together, or the tokens of every sequence.
+        scope : {"batch", "sequence", "ranks"}
+            Balance all tokens of a call together, or the tokens of every sequence, or those of the
+            calls of all ranks of a distributed run: see ``all_ranks`` of
+            :func:`load_balancing_loss`.
 
         Raises
         ------
@@ -173,20 +176,18 @@ class Routing:
             If nothing was recorded, the mask has another size, or a name is unknown.
         """
 
-        def loss_of(call: RoutingCall, sequences: int) -> Tensor:
+        def loss_of(call: RoutingCall, **tokens: Any) -> Tensor:
             return load_balancing_loss(
                 *call.among_open(),
                 call.effective_mask(attention_mask),
                 form=form,
                 score_function=call.score_function,
-                sequences=sequences,
+                **tokens,
             )
 
         return self._mean_loss(loss_of, scope)
 
-    def z_loss(
-        self, attention_mask: Tensor | None = None, *, scope: BatchScope = "batch"
-    ) -> Tensor:
+    def z_loss(self, attention_mask: Tensor | None = None, *, scope: LossScope = "batch") -> Tensor:
         """Return the mean router z-loss of the recorded calls.
 
         Parameters
@@ -200,9 +201,9 @@ class Routing:
             If nothing was recorded, the mask has another size, or the scope is unknown.
         """
 
-        def loss_of(call: RoutingCall, sequences: int) -> Tensor:
+        def loss_of(call: RoutingCall, **tokens: Any) -> Tensor:
             mask = call.effective_mask(attention_mask)
-            return router_z_loss(call.among_open()[0], mask, sequences=sequences)
+            return router_z_loss(call.among_open()[0], mask, **tokens)
 
         return self._mean_loss(loss_of, scope)
 
@@ -227,12 +228,15 @@ class Routing:
             )
         return torch.stack([call.slots_per_expert(attention_mask) for call in self.calls])
 
-    def _mean_loss(
-        self, loss_of: Callable[[RoutingCall, int], Tensor], scope: BatchScope
-    ) -> Tensor:
-        check_one_of("scope", scope, BATCH_SCOPES)
+    def _mean_loss(self, loss_of: Callable[..., Tensor], scope: LossScope) -> Tensor:
+        check_one_of("scope", scope, LOSS_SCOPES)
         losses = [
-            loss_of(call, call.sequences if scope == "sequence" else 1) for call in self.calls
+            loss_of(
+                call,
+                sequences=call.sequences if scope == "sequence" else 1,
+                all_ranks=scope == "ranks",
+            )
+            for call in self.calls
         ]
         if not losses:
             raise InputError("no routing was recorded: no forward pass reached a Router")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnmoe.nn.training.base_mask import BaseMask, Probability
+from tnmoe.nn.training.clipping import clip_grad_norm_
 from tnmoe.nn.training.hooks import AttachedHooks, Removable, hook_accumulated_gradient
 from tnmoe.nn.training.step_hook import Arguments, StepHook, unwrap_optimizer
 
@@ -123,12 +124,12 @@ class GradientMask(BaseMask, AttachedHooks):
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor], max_norm: float, **options: Any
     ) -> Tensor:
-        """Clip as ``torch.nn.utils.clip_grad_norm_`` does, without the masked gradients.
+        """Clip as :func:`tnmoe.nn.clip_grad_norm_` does, without the masked gradients.
 
         Parameters
         ----------
         parameters, max_norm, **options
-            As for torch's function.
+            As for that function.
 
         Returns
         -------
@@ -136,7 +137,7 @@ class GradientMask(BaseMask, AttachedHooks):
             Norm of the remaining gradients.
         """
         self.zero_masked_gradients()
-        return nn.utils.clip_grad_norm_(parameters, max_norm, **options)
+        return clip_grad_norm_(parameters, max_norm, **options)
 
     def _check_optimizer_holds_tensors(self) -> None:
         groups = self._optimizer.param_groups
