@@ -5,7 +5,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-MODULES = ("tnmoe", "tnmoe.backends", "tnmoe.hf", "tnmoe.interop", "tnmoe.nn", "tnmoe.plot")
+MODULES = (
+    "tnmoe", "tnmoe.backends", "tnmoe.hf", "tnmoe.interop", "tnmoe.nn", "tnmoe.nn.parallel",
+    "tnmoe.plot",
+)  # fmt: skip
 FROZEN = Path(__file__).with_name("public_api.txt")
 
 

@@ -1,8 +1,9 @@
 """Mixtures over several ranks, on torch's own meshes, tensors and collectives."""
 
+from tnmoe.nn.parallel.placement import Placement, PlacementPlan, expert_placement
 from tnmoe.nn.parallel.sharding import shard_experts
 
-__all__ = ["shard_experts"]
+__all__ = ["Placement", "PlacementPlan", "expert_placement", "shard_experts"]
 
 
 def __dir__() -> list[str]:
