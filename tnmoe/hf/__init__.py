@@ -21,6 +21,7 @@ from tnmoe.hf.folders.compress import CompressingConversion, prepare_compress
 from tnmoe.hf.folders.conversion import Conversion
 from tnmoe.hf.folders.inspection import Inspection, MatrixInspection, inspect_checkpoint
 from tnmoe.hf.folders.prepare import prepare_export, prepare_upcycle
+from tnmoe.hf.folders.ranks import Loading, prepare_load, save_spread
 from tnmoe.hf.hooks import wrap_transformers
 from tnmoe.hf.pretrained import from_pretrained
 from tnmoe.hf.record import compression_of, config_of
@@ -41,6 +42,7 @@ __all__ = [
     "Conversion",
     "GradientMaskCallback",
     "Inspection",
+    "Loading",
     "MPOEConfig",
     "MatrixInspection",
     "MatrixReport",
@@ -62,8 +64,10 @@ __all__ = [
     "parameter_report",
     "prepare_compress",
     "prepare_export",
+    "prepare_load",
     "prepare_upcycle",
     "register_family",
+    "save_spread",
     "tensorize",
     "to_moe",
     "untensorize",

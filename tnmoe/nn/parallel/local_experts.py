@@ -34,7 +34,7 @@ class LocalExperts:
 
     def __init__(self, experts: Experts, num_experts: int, ranks: int) -> None:
         self._ranks = ranks
-        kept = {id(each): each for each in experts.parameters()}
+        kept: dict[int, object] = {id(each): each for each in experts.parameters()}
         owners = [module for module in experts.modules() if isinstance(module, Projection)]
         parts = {id(part) for owner in (experts, *owners) for part in owner.children()}
         # Shared modules compute for all ranks alike, and what wraps them must see their calls.
@@ -64,10 +64,12 @@ class LocalExperts:
 
     def _local(self, tensor: Tensor | None) -> nn.Parameter | None:
         """Return this rank's rows of an owned tensor, and any other tensor as it is."""
-        if isinstance(tensor, DTensor) and any(map(is_rows, tensor.placements)):
-            gradients = [each if is_rows(each) else Partial() for each in tensor.placements]
-            return _scale_gradient(tensor.to_local(grad_placements=gradients), 1 / self._ranks)  # type: ignore[return-value]
-        return tensor  # type: ignore[return-value]
+        if not isinstance(tensor, DTensor) or not any(map(is_rows, tensor.placements)):
+            return tensor  # type: ignore[return-value]
+        # Every rank of the other dimensions has a part of the gradient, of its own tokens.
+        partial = [each if is_rows(each) else Partial() for each in tensor.placements]
+        rows = _SummedGradient.apply(tensor, 1 / self._ranks).to_local(grad_placements=partial)
+        return rows
 
 
 def is_rows(placement: object) -> bool:
@@ -75,16 +77,14 @@ def is_rows(placement: object) -> bool:
     return isinstance(placement, Shard) and placement.dim == 0
 
 
-def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
-    return _ScaledGradient.apply(tensor, factor) if factor != 1 else tensor
+class _SummedGradient(torch.autograd.Function):
+    """A tensor as it is; its gradient is summed over ranks that have parts, and multiplied."""
 
-
-class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, factor):  # type: ignore[no-untyped-def]
-        ctx.factor = factor
+        ctx.factor, ctx.placements = factor, tensor.placements
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return gradient * ctx.factor, None
+        return (ctx.factor * gradient).redistribute(placements=ctx.placements), None

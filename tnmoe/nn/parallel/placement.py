@@ -19,6 +19,8 @@ from tnmoe.nn.projection import Projection
 from tnmoe.system.tables import format_table
 
 PlacementKind = Literal["replicated", "gathered", "spread"]
+# Bytes sent, rounds, bytes held, operations.
+_Costs = tuple[float, int, float, float]
 
 # A parameter, its gradient, and the two moments of Adam.
 _TRAINING_COPIES = 4
@@ -209,13 +211,13 @@ def expert_placement(
     bandwidth = check_number_in("bandwidth", bandwidth, "(0, inf]")
     latency = check_number_in("latency", latency, "[0, inf)")
     rate = check_number_in("rate", rate, "(0, inf]")
+    costs: dict[PlacementKind, _Costs] = {
+        "replicated": numbers.replicated,
+        "gathered": numbers.gathered,
+        "spread": numbers.spread,
+    }
     placements = []
-    for kind, costs in (
-        ("replicated", numbers.replicated),
-        ("gathered", numbers.gathered),
-        ("spread", numbers.spread),
-    ):
-        sent, rounds, held, flops = costs
+    for kind, (sent, rounds, held, flops) in costs.items():
         seconds = sent / bandwidth + rounds * latency + flops / rate
         placements.append(Placement(kind, sent, rounds, held, flops, seconds))
     return PlacementPlan(tuple(placements), check_number_in("memory", memory, "[0, inf]"))
@@ -223,7 +225,7 @@ def expert_placement(
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What placements are computed from. A property has bytes sent, rounds, bytes held, flops."""
+    """What placements are computed from, and the costs of each."""
 
     experts: Experts
     ranks: int
@@ -244,7 +246,7 @@ class _Numbers:
         return sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
 
     @property
-    def replicated(self) -> tuple[float, int, float, float]:
+    def replicated(self) -> _Costs:
         everywhere = self.ranks * self.replicas
         if not self.training:
             return 0.0, 0, self.owned_bytes, self._flops(1.0)
@@ -252,7 +254,7 @@ class _Numbers:
         return self._all_reduce(self.owned_bytes, everywhere), 1, held, self._flops(1.0)
 
     @property
-    def gathered(self) -> tuple[float, int, float, float]:
+    def gathered(self) -> _Costs:
         part, others = self.owned_bytes / self.ranks, 1 - 1 / self.ranks
         if not self.training:
             return others * self.owned_bytes, 1, part + self.owned_bytes, self._flops(1.0)
@@ -262,7 +264,7 @@ class _Numbers:
         return sent, 3 + (self.replicas > 1), held, self._flops(1.0)
 
     @property
-    def spread(self) -> tuple[float, int, float, float]:
+    def spread(self) -> _Costs:
         part, size = self.owned_bytes / self.ranks, next(self.experts.parameters()).element_size()
         visits = self.visits
         pairs = self.tokens * visits * (1 - 1 / self.ranks)

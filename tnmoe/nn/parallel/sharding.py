@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from tnmoe.errors import InputError
 from tnmoe.nn.experts import Experts
@@ -80,7 +79,9 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, dim: str = "ep") -> list[n
     """
     layers = _layers_to_spread(model, mesh, dim)
     check_agreement(model, mesh)
-    placements = [Shard(0) if name == dim else Replicate() for name in mesh.mesh_dim_names or ()]
+    placements: list[Placement] = [
+        Shard(0) if name == dim else Replicate() for name in mesh.mesh_dim_names or ()
+    ]
     spread: dict[int, nn.Parameter] = {}
     for layer in layers.values():
         for module, attribute in _owned(layer):
@@ -155,11 +156,7 @@ def _owned(layer: Experts) -> list[tuple[Projection, str]]:
 
 def _spread(tensor: nn.Parameter, mesh: DeviceMesh, placements: list[Placement]) -> nn.Parameter:
     rows = distribute_tensor(tensor.detach(), mesh, placements)
-    parameter = nn.Parameter(rows, requires_grad=tensor.requires_grad)
-    if parameter.requires_grad:
-        # Every rank of the other dimensions has a part of the sum, of its own tokens.
-        parameter.register_hook(partial(DTensor.redistribute, placements=placements))
-    return parameter
+    return nn.Parameter(rows, requires_grad=tensor.requires_grad)
 
 
 def _hide_from_ddp(model: nn.Module, spread: set[int]) -> None:
