@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+import tnmoe as tn
 from tests.nn.parallel.training import LAYOUTS, model_of, spread, train
 from tests.nn.ranks import on_ranks
+from tnmoe.nn import parallel
 
 # Settings of a model, and the rows of each of two ranks.
 CASES = {f"{layout}": ({"layout": layout}, (6, 6)) for layout in LAYOUTS}
@@ -33,6 +36,35 @@ BALANCED = {
     "different numbers of tokens": ({"layout": "residual"}, (2, 9)),
     "a rank without tokens": ({}, (6, 0)),
 }
+# What is spread, over which dimension, and what the error says.
+REFUSED = {
+    "an unknown dimension": (lambda rank: model_of(), "tp"),
+    "no experts": (lambda rank: torch.nn.Linear(2, 2), "ep"),
+    "a number of experts that is no multiple": (lambda rank: model_of(experts=3), "ep"),
+    "experts that are spread": (lambda rank: spread_twice(rank), "ep"),
+    "a parametrized core": (lambda rank: parametrized(rank), "ep"),
+    "other settings": (lambda rank: model_of(top_k=1 + rank), "ep"),
+    "other sizes": (lambda rank: model_of("interleaved", max_bond=2 + rank), "ep"),
+    "other dtypes": (lambda rank: model_of().to([torch.float32, torch.float64][rank]), "ep"),
+}
+MESSAGES = {
+    "an unknown dimension": "the mesh has no dimension 'tp': it has dp, ep",
+    "no experts": "Linear has no experts to spread",
+    "a number of experts that is no multiple": "3 experts (1.experts) cannot be spread over 2 rank",
+    "experts that are spread": "the experts 1.experts are spread over ranks already",
+    "a parametrized core": "aux_0 is not a parameter of its own, but parametrized or pruned",
+    "other settings": "first one has 'top_k=1', number 1 of the mesh has 'top_k=2'",
+    "other sizes": "number 1 of the mesh has ",
+    "other dtypes": "number 1 of the mesh has '0.weight: (8, 8) torch.float64'",
+}
+# Whether FSDP2 shards over all ranks, or over the mesh's last dimension; settings and rows.
+FULLY_SHARDED = {
+    f"FSDP2 {'over all ranks' if flat else 'over one dimension'}, {layout}": (
+        flat, {"layout": layout}, (3, 5, 2, 6)
+    )
+    for flat in (True, False)
+    for layout in LAYOUTS
+}  # fmt: skip
 # Sizes of a mesh with the dimensions dp and ep, settings, and rows of each of four ranks.
 LARGER = {
     f"{shape[0]} × {shape[1]}, {layout}": (shape, {"layout": layout, "experts": 8}, (3, 5, 0, 6))
@@ -45,7 +77,8 @@ def run_of_two(rank):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
     found = {name: on_mesh(rank, mesh, *case) for name, case in CASES.items()}
     balanced = {name: on_mesh(rank, mesh, *case, balance=0.1) for name, case in BALANCED.items()}
-    return found | {"balanced": balanced}
+    messages = {name: message(rank, mesh, *case) for name, case in REFUSED.items()}
+    return found | {"balanced": balanced, "messages": messages}
 
 
 def run_of_four(rank):
@@ -53,7 +86,43 @@ def run_of_four(rank):
         shape: init_device_mesh("cpu", shape, mesh_dim_names=("dp", "ep"))
         for shape, *_ in LARGER.values()
     }
-    return {name: on_mesh(rank, meshes[shape], *case) for name, (shape, *case) in LARGER.items()}
+    found = {name: on_mesh(rank, meshes[shape], *case) for name, (shape, *case) in LARGER.items()}
+    return found | {
+        name: fully_sharded(rank, meshes[2, 2], flat, *case)
+        for name, (flat, *case) in FULLY_SHARDED.items()
+    }
+
+
+def fully_sharded(rank, mesh, flat, settings, rows):
+    """Train on a mesh, with everything but what experts own under FSDP2."""
+    model = model_of(**settings)
+    owned = set(parallel.shard_experts(model, mesh))
+    over = init_device_mesh("cpu", (4,)) if flat else mesh
+    for part in [*model, model]:
+        fully_shard(part, mesh=over, ignored_params=owned)
+    found = train(model, model, [rank], rows)
+    del found["optimizer"]
+    return found
+
+
+def message(rank, mesh, make, dim):
+    try:
+        parallel.shard_experts(make(rank), mesh, dim)
+    except tn.InputError as error:
+        return str(error)
+    return None
+
+
+def parametrized(rank):
+    model = model_of()
+    torch.nn.utils.parametrizations.orthogonal(model[1].experts.up, "aux_0")
+    return model
+
+
+def spread_twice(rank):
+    model = model_of()
+    parallel.shard_experts(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep")))
+    return model
 
 
 def on_mesh(rank, mesh, settings, rows, **options):
@@ -87,6 +156,18 @@ def test_four_ranks_compute_what_one_process_does(four, case):
 @pytest.mark.parametrize("case", BALANCED)
 def test_a_balance_loss_of_all_ranks_is_that_of_one_process(two, case):
     compare([found["balanced"][case] for found in two], *BALANCED[case], 1e-6, balance=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULLY_SHARDED)
+def test_fully_sharded_parts_beside_spread_experts_train_as_one_process(four, case):
+    compare([found[case] for found in four], *FULLY_SHARDED[case][1:])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_every_rank_refuses_what_cannot_be_spread(two, case):
+    for found in two:
+        assert MESSAGES[case] in found["messages"][case]
 
 
 def compare(ranks, settings, rows, tolerance=1e-10, **options):

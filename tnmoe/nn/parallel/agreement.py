@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from itertools import zip_longest
 from typing import Any
 
@@ -32,11 +33,18 @@ def check_agreement(model: nn.Module, mesh: DeviceMesh) -> None:
     first = others[0]
     rank = next(number for number, each in enumerate(others) if each != first)
     pairs = zip_longest(first, others[rank], fillvalue="nothing")
-    one, other = next(pair for pair in pairs if pair[0] != pair[1])
+    lines = next(pair for pair in pairs if pair[0] != pair[1])
+    settings = zip_longest(*map(_settings_in, lines), fillvalue="nothing")
+    one, other = next(pair for pair in settings if pair[0] != pair[1])
     raise InputError(
         f"ranks differ in their models: the first one has {short_repr(one)}, number {rank} of the "
         f"mesh has {short_repr(other)}"
     )
+
+
+def _settings_in(line: str) -> list[str]:
+    """Split a line of a module's representation before every ``name=value``."""
+    return re.split(r", (?=\w+=)", line.strip())
 
 
 def description(model: nn.Module, mesh: DeviceMesh) -> list[str]:
