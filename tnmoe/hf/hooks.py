@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from tnmoe.hf.record import (
 )
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trust import allowed_entries
+from tnmoe.nn.experts import Experts
 from tnmoe.system.durable import write_json
 from tnmoe.system.files import read_json
 from tnmoe.system.tables import listed
@@ -205,9 +207,23 @@ def _saving(save: Callable) -> Callable:
 
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         _check_recorded(self)
+        given = signature(save).bind(self, *args, **kwargs).arguments
+        _check_whole(self, given.get("state_dict"))
         return save(self, *args, **kwargs)
 
     return save_pretrained
+
+
+def _check_whole(model: PreTrainedModel, state: Mapping[str, Any] | None) -> None:
+    """Refuse to save a model whose experts are spread over ranks: this one has only a part."""
+    layers = [each for each in model.modules() if isinstance(each, Experts)]
+    if all(layer.exchange is None for layer in layers):
+        return
+    tensors = dict(model.named_parameters()) if state is None else state
+    if spread := [name for name, each in tensors.items() if hasattr(each, "full_tensor")]:
+        raise InputError(
+            f"{listed(spread)} are spread over ranks: call tnmoe.hf.save_spread on every rank"
+        )
 
 
 def _check_recorded(model: PreTrainedModel) -> None:

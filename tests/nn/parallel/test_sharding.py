@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 import tnmoe as tn
 from tests.nn.parallel.training import LAYOUTS, model_of, spread, train
 from tests.nn.ranks import on_ranks
+from tnmoe import nn
 from tnmoe.nn import parallel
 
 # Settings of a model, and the rows of each of two ranks.
@@ -43,6 +44,7 @@ REFUSED = {
     "a number of experts that is no multiple": (lambda rank: model_of(experts=3), "ep"),
     "experts that are spread": (lambda rank: spread_twice(rank), "ep"),
     "a parametrized core": (lambda rank: parametrized(rank), "ep"),
+    "experts of different sizes": (lambda rank: low_rank([2, 2, 3, 2]), "ep"),
     "other settings": (lambda rank: model_of(top_k=1 + rank), "ep"),
     "other sizes": (lambda rank: model_of("interleaved", max_bond=2 + rank), "ep"),
     "other dtypes": (lambda rank: model_of().to([torch.float32, torch.float64][rank]), "ep"),
@@ -53,6 +55,7 @@ MESSAGES = {
     "a number of experts that is no multiple": "3 experts (1.experts) cannot be spread over 2 rank",
     "experts that are spread": "the experts 1.experts are spread over ranks already",
     "a parametrized core": "aux_0 is not a parameter of its own, but parametrized or pruned",
+    "experts of different sizes": "would give ranks 4 to 5 rows of 'outer'",
     "other settings": "first one has 'top_k=1', number 1 of the mesh has 'top_k=2'",
     "other sizes": "number 1 of the mesh has ",
     "other dtypes": "number 1 of the mesh has '0.weight: (8, 8) torch.float64'",
@@ -77,6 +80,7 @@ def run_of_two(rank):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
     found = {name: on_mesh(rank, mesh, *case) for name, case in CASES.items()}
     balanced = {name: on_mesh(rank, mesh, *case, balance=0.1) for name, case in BALANCED.items()}
+    found["low rank"] = trained(rank, mesh, low_rank([2, 3, 3, 2]), (6, 6))
     messages = {name: message(rank, mesh, *case) for name, case in REFUSED.items()}
     return found | {"balanced": balanced, "messages": messages}
 
@@ -119,6 +123,16 @@ def parametrized(rank):
     return model
 
 
+def low_rank(ranks):
+    """Make a model whose experts are products of factors, with buffers that say of which inputs."""
+    torch.manual_seed(0)
+    up, down = (nn.LowRankProjection(4, *size, ranks) for size in ((16, 8), (8, 16)))
+    for each in (up, down):
+        each.columns.copy_(torch.stack([torch.randperm(each.in_features) for _ in range(4)]))
+    layer = nn.MPOMoE(nn.TopKRouter(8, 4, top_k=2, load_bias=True), nn.Experts(up, down))
+    return torch.nn.Sequential(layer).double()
+
+
 def spread_twice(rank):
     model = model_of()
     parallel.shard_experts(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep")))
@@ -126,7 +140,10 @@ def spread_twice(rank):
 
 
 def on_mesh(rank, mesh, settings, rows, **options):
-    model = model_of(**settings)
+    return trained(rank, mesh, model_of(**settings), rows, **options)
+
+
+def trained(rank, mesh, model, rows, **options):
     found = train(model, spread(model, mesh), [rank], rows, **options)
     del found["optimizer"]
     return found
@@ -170,8 +187,15 @@ def test_every_rank_refuses_what_cannot_be_spread(two, case):
         assert MESSAGES[case] in found["messages"][case]
 
 
+def test_experts_of_low_rank_are_spread_if_ranks_own_as_much(two):
+    compare_with(low_rank([2, 3, 3, 2]), [found["low rank"] for found in two], (6, 6))
+
+
 def compare(ranks, settings, rows, tolerance=1e-10, **options):
-    model = model_of(**settings)
+    compare_with(model_of(**settings), ranks, rows, tolerance, **options)
+
+
+def compare_with(model, ranks, rows, tolerance=1e-10, **options):
     alone = train(model, model, range(len(rows)), rows, **options)
 
     def close(found, expected):

@@ -50,6 +50,7 @@ class Loading:
         self._names = [name for name, _ in self.model.named_parameters()]
         self._skeleton.match(self._names)
         used = {stored for name in self._names for stored in self._skeleton.stored(name)}
+        used |= {self._skeleton.rename(name) for name, _ in self.model.named_buffers()}
         check_all_described(set(source.specs) - used, mixtures_in(self.model), folder)
         self._skeleton.load_buffers()
 

@@ -25,14 +25,14 @@ class LocalExperts:
     ----------
     experts : Experts
         Whose owned tensors are DTensors.
-    num_experts : int
-        Experts of one rank.
+    numbers : range
+        Numbers of this rank's experts.
     ranks : int
         Ranks over which losses are averaged. Gradients of owned tensors are divided by it, since
         they are sums over the ranks that have their tokens.
     """
 
-    def __init__(self, experts: Experts, num_experts: int, ranks: int) -> None:
+    def __init__(self, experts: Experts, numbers: range, ranks: int) -> None:
         self._ranks = ranks
         kept: dict[int, object] = {id(each): each for each in experts.parameters()}
         owners = [module for module in experts.modules() if isinstance(module, Projection)]
@@ -44,12 +44,15 @@ class LocalExperts:
             if id(module) in parts and not isinstance(module, Projection)
         }
         self._experts = copy.deepcopy(experts, kept)
-        self._experts._keep_experts(range(num_experts))
+        self._experts._keep_experts(numbers)
         self._pairs = [
             (module, twin)
             for module, twin in zip(experts.modules(), self._experts.modules(), strict=True)
             if module is not twin
         ]
+        self._buffers: dict[nn.Module, dict[str, slice]] = {
+            module: _owned_buffers(module, numbers) for module in owners
+        }
         for _, twin in self._pairs:
             mark_gathered(twin)
 
@@ -59,6 +62,8 @@ class LocalExperts:
             twin.training = module.training
             stored: Mapping[str, Tensor | None] = module._parameters
             twin._parameters.update({name: self._local(each) for name, each in stored.items()})
+            for name, rows in self._buffers.get(module, {}).items():
+                twin._buffers[name] = getattr(module, name)[rows]
         # Hooks on the layer run around its own call.
         return self._experts.forward(states, index, weights)
 
@@ -70,6 +75,16 @@ class LocalExperts:
         partial = [each if is_rows(each) else Partial() for each in tensor.placements]
         rows = _SummedGradient.apply(tensor, 1 / self._ranks).to_local(grad_placements=partial)
         return rows
+
+
+def _owned_buffers(module: Projection, numbers: range) -> dict[str, slice]:
+    """Return the rows of some experts in the buffers of a projection."""
+    first, last = module.expert_rows(numbers[0]), module.expert_rows(numbers[-1])
+    return {
+        name: slice(rows.start, last[name].stop)
+        for name, rows in first.items()
+        if name in module._buffers
+    }
 
 
 def is_rows(placement: object) -> bool:

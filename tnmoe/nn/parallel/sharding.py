@@ -51,8 +51,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, dim: str = "ep") -> list[n
     ------
     InputError
         If the mesh has no such dimension, the model has no experts or spread ones, a number of
-        experts is not a multiple of the dimension's size, ranks differ in their models, or a tensor
-        is not a plain parameter.
+        experts is not a multiple of the dimension's size, ranks differ in their models, ranks would
+        own different numbers of rows, or a tensor is not a plain parameter.
 
     Notes
     -----
@@ -109,7 +109,8 @@ class ExpertExchange:
     def __init__(self, experts: Experts, mesh: DeviceMesh, dim: str) -> None:
         self.group = mesh.get_group(dim)
         self.per_rank = experts.num_experts // self.group.size()
-        self._local = LocalExperts(experts, self.per_rank, mesh.size())
+        first = self.per_rank * self.group.rank()
+        self._local = LocalExperts(experts, range(first, first + self.per_rank), mesh.size())
 
     def __call__(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as :meth:`Experts.forward`, with the experts of all ranks."""
@@ -141,7 +142,24 @@ def _layers_to_spread(model: nn.Module, mesh: DeviceMesh, dim: str) -> dict[str,
             )
         for module, attribute in _owned(layer):
             check_plain(f"{name}.{attribute}", module, attribute)
+            _check_even(module, attribute, ranks)
     return layers
+
+
+def _check_even(module: Projection, attribute: str, ranks: int) -> None:
+    """Raise an InputError unless the experts of all ranks own the same number of rows."""
+    per_rank = module.num_experts // ranks
+    rows = [module.expert_rows(expert)[attribute] for expert in range(module.num_experts)]
+    sizes = [
+        sum(each.stop - each.start for each in rows[first : first + per_rank])
+        for first in range(0, module.num_experts, per_rank)
+    ]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"the experts of a {type(module).__name__} differ in size and would give ranks "
+            f"{min(sizes)} to {max(sizes)} rows of {attribute!r}: replicate or fully_shard them, "
+            "or compress to the layout hidden or residual"
+        )
 
 
 def _owned(layer: Experts) -> list[tuple[Projection, str]]:
@@ -151,6 +169,7 @@ def _owned(layer: Experts) -> list[tuple[Projection, str]]:
         for module in layer.modules()
         if isinstance(module, Projection)
         for attribute in module.expert_rows(0)
+        if attribute not in module._buffers  # every rank keeps them whole
     ]
 
 

@@ -1,0 +1,162 @@
+"""Folders of models that are spread over ranks."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import tnmoe as tn
+from tests.nn.ranks import on_ranks
+from tnmoe.nn.parallel import shard_experts
+
+transformers = pytest.importorskip("transformers")
+hf = pytest.importorskip("tnmoe.hf")
+
+IDS = torch.arange(12).view(2, 6)
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=32, n_layer=2, n_embd=16, n_head=2)
+    settings = {"num_experts": 4, "num_experts_per_tok": 2, "layout": "hidden"}
+    return hf.upcycle(
+        transformers.GPT2LMHeadModel(config), hf.MPOEConfig(expert_noise=0.1, **settings)
+    )
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        **SIZES, intermediate_size=32, num_key_value_heads=2, tie_word_embeddings=True
+    )
+    settings = hf.MPOEConfig(num_experts=4, layout="residual", expert_noise=0.1, every=2)
+    return hf.upcycle(transformers.LlamaForCausalLM(config), settings)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        **SIZES, intermediate_size=32, num_key_value_heads=2, num_local_experts=4
+    )
+    batches = [{"input_ids": torch.arange(16).view(2, 8)}] * 2
+    return hf.compress(
+        transformers.MixtralForCausalLM(config),
+        hf.CompressionConfig(keep=0.7, layout="hidden"),
+        batches,
+    )
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "mixtral": mixtral}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        make().save_pretrained(folder / name)
+    return folder
+
+
+def load_and_save(rank, folder):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
+    found = {}
+    for name in MODELS:
+        for sharded in (False, True):
+            loading = hf.prepare_load(folder / name)
+            owned = set(shard_experts(loading.model, mesh))
+            if sharded:
+                fully_shard(loading.model, ignored_params=owned)
+            model = loading.run()
+            kept = sum(
+                (each.to_local() if isinstance(each, DTensor) else each).numel()
+                for each in model.parameters()
+            )
+            with torch.no_grad():
+                logits = model(IDS).logits
+            hf.save_spread(model, folder / f"{name}-{sharded}")
+            try:
+                model.save_pretrained(folder / f"{name}-{sharded}-by-one")
+            except tn.InputError as error:
+                found[name, sharded] = logits, kept, str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return on_ranks(2, partial(load_and_save, folder=folder))
+
+
+CASES = [(name, sharded) for name in MODELS for sharded in (False, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sharded"), CASES)
+def test_every_rank_reads_its_parts_and_computes_the_same(ranks, folder, name, sharded):
+    model = hf.from_pretrained(folder / name).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+    whole = sum(each.numel() for each in model.parameters())
+    for found in ranks:
+        logits, kept, _ = found[name, sharded]
+        torch.testing.assert_close(logits, expected)
+        assert kept < (0.6 if sharded else 0.95) * whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sharded"), CASES)
+def test_a_saved_folder_is_that_of_one_process(ranks, folder, name, sharded):
+    saved = load_file(folder / f"{name}-{sharded}" / "model.safetensors")
+    original = load_file(folder / name / "model.safetensors")
+    assert saved.keys() >= original.keys()
+    assert all(torch.equal(saved[key], original[key]) for key in original)
+    model, expected = (hf.from_pretrained(folder / n) for n in (f"{name}-{sharded}", name))
+    assert model.state_dict().keys() == expected.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sharded"), CASES)
+def test_one_rank_alone_cannot_save_and_writes_nothing(ranks, folder, name, sharded):
+    for found in ranks:
+        assert "call tnmoe.hf.save_spread on every rank" in found[name, sharded][2]
+    assert not (folder / f"{name}-{sharded}-by-one").exists()
+
+
+def test_a_loading_gives_its_numbers_once(folder):
+    loading = hf.prepare_load(folder / "gpt2")
+    assert all(each.is_meta for each in loading.model.parameters())
+    model = loading.run()
+    expected = hf.from_pretrained(folder / "gpt2").state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in model.state_dict().items())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    with pytest.raises(tn.InputError, match="has run already"):
+        loading.run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.h.0.mlp.experts.up.aux_0"), "lacks 1 of the"),
+        (lambda t: t.update({"transformer.h.0.mlp.experts.up.aux_9": torch.ones(1)}), "describe"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.ones(3, 3)}), "is of shape"),
+    ],
+    ids=["a missing tensor", "another core", "another size"],
+)
+def test_a_folder_that_does_not_fit_is_refused_before_anything_is_made(
+    folder, tmp_path, change, message
+):
+    for file in Path(folder / "gpt2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(tn.InputError, match=message):
+        hf.prepare_load(tmp_path)
+
+
+def test_what_is_no_model_of_transformers_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="model must be a model of transformers"):
+        hf.save_spread(torch.nn.Linear(2, 2), tmp_path)
