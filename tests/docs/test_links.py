@@ -12,6 +12,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "experiments/README.md",
     ROOT / "benchmarks/README.md",
+    ROOT / "examples/distributed/README.md",
     *(path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts),
 ]
 

@@ -86,4 +86,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # Every rank takes part, also one whose rows had no influence: torch gives zeros for them.
-        return None, None, None, *_AllToAll.apply(*ctx.route, *gradients)
+        # It gives zeros for integers as well, which nobody needs.
+        back = iter(_AllToAll.apply(*ctx.route, *filter(Tensor.is_floating_point, gradients)))
+        of_rows = (next(back) if each.is_floating_point() else None for each in gradients)
+        return None, None, None, *of_rows

@@ -7,6 +7,8 @@ from functools import cached_property
 from math import comb, inf
 from typing import Literal
 
+from torch import Tensor
+
 from tnmoe.errors import (
     InputError,
     check_bool,
@@ -235,15 +237,20 @@ class _Numbers:
     training: bool
 
     @cached_property
-    def owned_bytes(self) -> int:
-        """Bytes of all that experts own in the layer."""
-        owned = {
+    def owned(self) -> list[Tensor]:
+        """All tensors that experts own in the layer."""
+        found = {
             id(tensor): tensor
             for module in self.experts.modules()
             if isinstance(module, Projection)
             for tensor in (getattr(module, name) for name in module.expert_rows(0))
         }
-        return sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
+        return list(found.values())
+
+    @property
+    def owned_bytes(self) -> int:
+        """Bytes of these tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.owned)
 
     @property
     def replicated(self) -> _Costs:
@@ -275,8 +282,9 @@ class _Numbers:
         if not self.training:
             return sent, 5, part, self._flops(visits)
         sent += pairs * numbers * size + self._all_reduce(part, self.replicas)
-        # Counts, rows, weights, indices and outputs; back come three gradients.
-        rounds = 8 + (self.replicas > 1)
+        # Counts, rows, weights, indices and outputs; back come three gradients. Then the replicas
+        # sum the gradient of every owned tensor.
+        rounds = 8 + (self.replicas > 1) * len(self.owned)
         return sent, rounds, _TRAINING_COPIES * part, self._flops(visits)
 
     @property
