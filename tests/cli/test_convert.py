@@ -60,7 +60,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(dense, tmp_path):
     written = json.loads(
         tnmoe("upcycle", dense, target, "--experts", 4, "--sites", 3, "--json").stdout
     )
-    assert written == planned | {"files": ["model.safetensors"]}
+    assert written == planned | {"files": ["model.safetensors"], "left": []}
     model = AutoModelForCausalLM.from_pretrained(target)
     assert written["parameters"]["target"] == sum(p.numel() for p in model.parameters())
     assert written["bytes"]["target"] == 4 * written["parameters"]["target"]

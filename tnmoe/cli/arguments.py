@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tnmoe.errors import short_repr
 from tnmoe.options import ANY_LAYOUTS, GAUGES, SEEDS
+from tnmoe.system.parts import Part, check_part
 
 if TYPE_CHECKING:
     from tnmoe.hf import MPOEConfig
@@ -75,6 +76,16 @@ def size(text: str) -> int:
             f"expected a size like 5GB or 500MB, got {short_repr(text)}"
         )
     return num_bytes
+
+
+def part(text: str) -> Part:
+    """Parse the number of a part and the number of parts, such as ``2/4``."""
+    try:
+        return check_part(tuple(map(int, text.split("/"))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a part such as 2/4, the second of four, got {short_repr(text)}"
+        ) from error
 
 
 # Meanings of options that the demo has as well.

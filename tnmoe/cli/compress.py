@@ -140,6 +140,7 @@ def _compress(options: argparse.Namespace) -> None:
             config,
             _tokens(options),
             survey=survey,
+            survey_needed=options.part is not None,
             jobs=options.jobs,
             on_step=on_step,
         )
@@ -151,9 +152,10 @@ def _compress(options: argparse.Namespace) -> None:
         summary = report_of(options, conversion, files) | report.to_dict()
         print(json.dumps(summary, indent=2))
         return
-    print(report)
-    print(as_text(report_of(options, conversion, files)))
-    if not files:
+    if options.part is None:
+        print(report)
+    print(as_text(report_of(options, conversion, files), options.dry_run))
+    if options.dry_run:
         print(f"{survey} keeps what was found, and the same command without --dry-run uses it")
 
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnmoe.cli.arguments import add_config, config_from_options, int_from_one, seed, size
+from tnmoe.cli.arguments import (
+    add_config,
+    config_from_options,
+    int_from_one,
+    part,
+    seed,
+    size,
+)
 from tnmoe.options import EXPORT_FORMATS
 
 if TYPE_CHECKING:
@@ -86,6 +94,13 @@ def add_common(parser: argparse.ArgumentParser, source: str, jobs: int | None = 
         metavar="SIZE",
         help="largest size of a file of weights (default: 5GB)",
     )
+    parser.add_argument(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="make only the I-th of N parts; when all are made, by processes at the same time or "
+        "one after the other, the command without --part finishes the target",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(interrupted="the same command goes on from there")
 
@@ -106,7 +121,7 @@ def _export(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace, conversion: Conversion) -> None:
     """Run a prepared conversion unless it is a dry run, and print a report."""
     report = report_of(options, conversion, run(options, conversion, "converting"))
-    print(json.dumps(report, indent=2) if options.json else as_text(report))
+    print(json.dumps(report, indent=2) if options.json else as_text(report, options.dry_run))
 
 
 def run(options: argparse.Namespace, conversion: Conversion, what: str) -> list[Path]:
@@ -132,6 +147,7 @@ def run(options: argparse.Namespace, conversion: Conversion, what: str) -> list[
             jobs=options.jobs,
             shard_bytes=options.shard_size,
             on_progress=show,
+            part=options.part,
         )
 
 
@@ -139,26 +155,54 @@ def report_of(
     options: argparse.Namespace, conversion: Conversion, files: list[Path]
 ) -> dict[str, Any]:
     """Describe a conversion as plain data."""
+    part, pieces = options.part, conversion.pieces
+    own = pieces if part is None else part.share(pieces)
+    left = [] if files else conversion.pieces_left(options.target, shard_bytes=options.shard_size)
     return {
         "source": str(options.source),
         "target": str(options.target),
-        "layers": [piece.name for piece in conversion.pieces if piece.make],
+        "part": None if part is None else str(part),
+        "layers": [piece.name for piece in own if piece.make],
         "parameters": {"source": conversion.source.num_params, "target": conversion.num_params},
         "bytes": {"source": conversion.source.num_bytes, "target": conversion.num_bytes},
+        "pieces": {"total": len(pieces), "own": len(own)},
+        "left": [piece.name for piece in left],
         "files": [path.name for path in files],
     }
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: dict[str, Any], dry_run: bool) -> str:
     """Write a report for people."""
     layers, parameters, sizes = report["layers"], report["parameters"], report["bytes"]
+    ends = " … ".join(dict.fromkeys((*layers[:1], *layers[-1:])))
     lines = [
-        f"layers      {len(layers)}: {' … '.join(dict.fromkeys((layers[0], layers[-1])))}",
+        f"layers      {len(layers)}{f': {ends}' if layers else ''}",
         *(
             f"{name:<11} {parameters[name]:,} parameters, {sizes[name] / 1e6:,.1f} MB"
             for name in ("source", "target")
         ),
     ]
+    return "\n".join([*lines, *_state_lines(report, dry_run)])
+
+
+def _state_lines(report: dict[str, Any], dry_run: bool) -> Iterator[str]:
+    """Yield what is written, and what is left."""
+    from tnmoe.system.tables import listed
+
+    target, part, left = report["target"], report["part"], report["left"]
+    own, total = report["pieces"]["own"], report["pieces"]["total"]
+    if part is not None:
+        yield f"part        {part}: {own} of {total} pieces"
     if report["files"]:
-        return "\n".join([*lines, f"written     {report['target']}: {', '.join(report['files'])}"])
-    return "\n".join([*lines, f"nothing written yet: {report['target']} would be created"])
+        yield f"written     {target}: {', '.join(report['files'])}"
+        return
+    is_begun = len(left) < total
+    if is_begun:
+        yield f"left        {len(left)} of {total} pieces{f': {listed(left)}' if left else ''}"
+    if dry_run:
+        what = target if part is None else f"part {part} of {target}"
+        yield f"{'not finished' if is_begun else 'nothing written'} yet: {what} would be created"
+    else:
+        yield f"written     part {part}, into {target}.partial"
+        when = "once all parts are made, " if left else ""
+        yield f"next        {when}the same command without --part finishes {target}"

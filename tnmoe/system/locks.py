@@ -21,8 +21,8 @@ _NAME_LENGTH = 200
 
 
 @contextmanager
-def locked(path: Path, resource: str) -> Iterator[None]:
-    """Hold a lock while the block runs; raise at once if another process holds it.
+def locked(path: Path, resource: str, wait: float = 0) -> Iterator[None]:
+    """Hold a lock while the block runs; raise if another process holds it.
 
     The operating system frees the lock of a process that ends, however it ends. On a file system
     without locks, the existence of the file is the lock; a lock that a dead process of this
@@ -34,6 +34,8 @@ def locked(path: Path, resource: str) -> Iterator[None]:
         File that stands for the lock; it is removed in the end. Its folder is made if needed.
     resource : str
         Name of what the lock protects, for messages.
+    wait : float
+        Seconds to wait for the other process.
 
     Raises
     ------
@@ -43,7 +45,7 @@ def locked(path: Path, resource: str) -> Iterator[None]:
     """
     lock = FileLock(path)
     owner = path.with_name(f"{path.name}-owner")
-    _acquire(lock, path, owner, resource)
+    _acquire(lock, path, owner, resource, wait)
     try:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
@@ -59,11 +61,11 @@ def locked(path: Path, resource: str) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(lock: FileLock, path: Path, owner: Path, resource: str) -> None:
+def _acquire(lock: FileLock, path: Path, owner: Path, resource: str, wait: float) -> None:
     for attempts_left in reversed(range(_ATTEMPTS)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait)
             return
         except Timeout as error:
             name = "another process"

@@ -1,11 +1,13 @@
-"""A folder that one process at a time makes beside its target, and moves there once it is whole."""
+"""A folder that is made beside its target, by one process or in parts, and moves there whole."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 from tnmoe.errors import InputError
@@ -17,12 +19,19 @@ from tnmoe.system.folders import (
     write_manifest,
 )
 from tnmoe.system.locks import locked
+from tnmoe.system.parts import Part
+
+# Names of the files that an unfinished folder has, and each part of it.
+_LOCK, _JOURNAL = ".tnmoe-lock", ".tnmoe-journal"
 
 # Largest journal in bytes. A journal has one line per step; a larger file is not a journal.
 _MAX_JOURNAL_BYTES = 100_000_000
 
 # Last line of the journal: the new folder is whole. It may have moved to the target already.
 _WHOLE = "whole"
+
+# Seconds for which a part waits while other parts begin.
+_WAIT = 120.0
 
 
 class UnfinishedFolder:
@@ -35,6 +44,11 @@ class UnfinishedFolder:
       steps that are done;
     - the new folder, until it moves to the target;
     - the old folder, while the new one replaces it.
+
+    Several processes may fill the new folder at the same time, each a part of it. A part has a lock
+    of its own, and a journal that lists its steps. It holds the folder's lock only while it begins.
+    Once no part is at work, a process that holds the folder's lock takes the steps that are left
+    and moves the folder.
 
     A killed process loses the lock and nothing else: the next process reads from the rest where
     to resume. The same holds after a power cut. The files that a line of the journal declares done
@@ -62,11 +76,17 @@ class UnfinishedFolder:
         self.partial = self.target.with_name(f"{self.target.name}.partial")
         self.new = self.partial / "new"
         self._old = self.partial / "old"
-        self._journal = self.partial / ".tnmoe-journal"
+        self._journal = self._file_of(None, _JOURNAL)
 
     @contextmanager
-    def lock(self) -> Iterator[str | None]:
+    def lock(self, part: Part | None = None) -> Iterator[str | None]:
         """Keep other processes out while the block runs, and complete a move that broke off.
+
+        Parameters
+        ----------
+        part : Part, optional
+            The part that begins in the block. The lock waits while other parts begin, and admits
+            those of the same total that are at work.
 
         Yields
         ------
@@ -84,11 +104,13 @@ class UnfinishedFolder:
         subfolders = (self.new, self._old)
         self._check_partial(*subfolders)
         try:
-            with locked(self.partial / ".tnmoe-lock", str(self.target)):
+            wait = 0 if part is None else _WAIT
+            with locked(self._file_of(None, _LOCK), str(self.target), wait):
                 # The subfolders are made after the journal and removed before it.
                 self._check_partial(*(subfolders if self._journal.is_file() else ()))
                 for folder in missing:
                     sync(folder.parent)
+                self._check_no_part_at_work(part)
                 yield self._complete_move()
         finally:
             # Remove the folders that were made for the lock; rmdir spares folders with contents.
@@ -114,9 +136,55 @@ class UnfinishedFolder:
         if self.partial.is_symlink() or not all(_is_own_name(name) for name in names):
             raise InputError(f"{self.partial} is in the way")
 
+    @contextmanager
+    def lock_part(self, part: Part) -> Iterator[None]:
+        """Keep other processes from working on a part while the block runs.
+
+        The block may outlast that of :meth:`lock`, in which it has to begin.
+        """
+        with locked(self._file_of(part, _LOCK), f"part {part} of {self.target}"):
+            yield
+
+    def _check_no_part_at_work(self, beginning: Part | None = None) -> None:
+        """Raise an InputError if another process works on a part that must not be at work now.
+
+        Parameters
+        ----------
+        beginning : Part, optional
+            The other parts of its total may be at work.
+        """
+        for part in self._parts_with(_LOCK):
+            is_sibling = beginning and part != beginning and part.total == beginning.total
+            if not is_sibling:
+                # This also removes the lock of a killed process.
+                with self.lock_part(part):
+                    pass
+
+    def _file_of(self, part: Part | None, kind: str) -> Path:
+        """Return the lock or the journal of a part; of the folder itself without one."""
+        return self.partial / (f"{kind}-{part.number}-of-{part.total}" if part else kind)
+
+    def _parts_with(self, kind: str) -> list[Part]:
+        """List the parts that have a lock or a journal."""
+        # A power cut may leave the name of a lock's owner without the lock.
+        pattern = rf"{re.escape(kind)}-(\d+)-of-(\d+)(-owner)?"
+        found = [re.fullmatch(pattern, name) for name in os.listdir(self.partial)]
+        return sorted({Part(int(each[1]), int(each[2])) for each in found if each})
+
     def journal(self) -> list[str]:
-        """Return the lines of the journal: the purpose, then the steps that are done."""
+        """Return the lines of the journal: the purpose, then the steps that are done.
+
+        The steps of parts are in journals of their own.
+        """
         return _read_lines(self._journal)
+
+    def steps(self, purpose: str) -> set[str]:
+        """Return the steps that are done, in parts or not; none if the purpose is another."""
+        lines = self.journal()
+        if lines[:1] != [purpose] or not self.new.is_dir():
+            return set()
+        journals = [self._file_of(part, _JOURNAL) for part in self._parts_with(_JOURNAL)]
+        return set(chain(lines[1:], *map(_read_lines, journals)))
 
     @property
     def is_whole(self) -> bool:
@@ -134,18 +202,33 @@ class UnfinishedFolder:
         except OSError as error:
             raise InputError(f"cannot write to {self.partial}: {error.strerror}") from error
 
-    def resume(self) -> None:
-        """Prepare the journal for more lines: drop a line that broke off while it was written."""
-        write_atomically(self._journal, _as_text(self.journal()))
+    def resume(self, part: Part | None = None) -> None:
+        """Prepare a journal for more lines: drop a line that broke off while it was written."""
+        journal = self._file_of(part, _JOURNAL)
+        write_atomically(journal, _as_text(_read_lines(journal)))
 
-    def mark_done(self, step: str) -> None:
-        """Add a step to the journal; what the step wrote has to be on the disk already."""
-        with open(self._journal, "a", encoding="utf-8") as file:
+    def mark_done(self, step: str, part: Part | None = None) -> None:
+        """Add a step to a journal; what the step wrote has to be on the disk already.
+
+        Parameters
+        ----------
+        step : str
+        part : Part, optional
+            The part to whose journal the step goes; by default to that of the folder.
+        """
+        journal = self._file_of(part, _JOURNAL)
+        with open(journal, "a", encoding="utf-8") as file:
             file.write(f"{step}\n")
-        sync(self._journal)
+        sync(journal)
 
     def discard(self) -> None:
-        """Remove the new folder and the journal."""
+        """Remove the new folder and the journals; raise if a part is at work."""
+        self._check_no_part_at_work()
+        if parts := self._parts_with(_JOURNAL):
+            # First, so that they never outlive the folder that they describe, nor its journal.
+            for part in parts:
+                self._file_of(part, _JOURNAL).unlink()
+            sync(self.partial)
         if self.new.exists() or self._old.exists():
             if self._journal.exists():
                 # With an empty journal, a process that is stopped here has nothing to resume.

@@ -1,5 +1,7 @@
 """Safetensors reads the files that tnmoe writes a tensor at a time."""
 
+import os
+
 import pytest
 import safetensors.torch
 import torch
@@ -43,3 +45,19 @@ def test_numbers_are_aligned_to_their_size(tmp_path):
     writer.create()
     (tmp_path / "config.json").write_text("{}")
     assert Checkpoint(tmp_path).locations["double"].offset % 8 == 0
+
+
+def test_files_are_never_open_for_reading_while_others_may_write_to_them(tmp_path, monkeypatch):
+    """Or a network file system's client writes back the page around what it wrote."""
+    made, used, opened = tensors(), [], os.open
+
+    def noted(path, flags, *arguments, **named):
+        used.append(flags & os.O_ACCMODE)
+        return opened(path, flags, *arguments, **named)
+
+    writer = ShardWriter(tmp_path, {name: TensorSpec.of(each) for name, each in made.items()}, 60)
+    writer.create()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", noted)
+        writer.write(made)
+    assert set(used) == {os.O_WRONLY}

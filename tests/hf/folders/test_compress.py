@@ -132,6 +132,36 @@ def test_an_interrupted_run_resumes_to_the_same_bytes_without_a_new_survey(ordin
     assert all(matrix.error is not None for matrix in again.report.matrices)
 
 
+def test_parts_make_the_bytes_of_one_process(ordinary, tmp_path):
+    hf.prepare_compress(ordinary, CONFIG, TEXT).run(tmp_path / "undisturbed")
+    survey, target = tmp_path / "survey", tmp_path / "target"
+    hf.prepare_compress(ordinary, CONFIG, TEXT, survey=survey)
+    for number in (2, 3, 1):
+        each = hf.prepare_compress(ordinary, CONFIG, TEXT, survey=survey, survey_needed=True)
+        assert each.run(target, part=(number, 3)) == []
+    last = hf.prepare_compress(ordinary, CONFIG, TEXT, survey=survey, survey_needed=True)
+    assert last.pieces_left(target) == []
+    last.run(target)
+    assert bytes_of(target) == bytes_of(tmp_path / "undisturbed")
+    assert all(matrix.error is not None for matrix in last.report.matrices)
+
+
+def test_parts_need_a_survey_that_they_have_in_common(ordinary, tmp_path):
+    with pytest.raises(InputError, match="survey=None holds no finished survey"):
+        hf.prepare_compress(ordinary, CONFIG, survey_needed=True)
+    survey = tmp_path / "survey"
+    with pytest.raises(InputError, match="survey holds no finished survey for these settings"):
+        hf.prepare_compress(ordinary, CONFIG, survey=survey, survey_needed=True)
+    with pytest.raises(InputError, match="have a survey in common: give prepare_compress a folder"):
+        hf.prepare_compress(ordinary, CONFIG).run(tmp_path / "target", part=(1, 2))
+    hf.prepare_compress(ordinary, CONFIG, survey=survey)
+    before = bytes_of(survey)
+    with pytest.raises(InputError, match="survey holds no finished survey for these settings"):
+        hf.prepare_compress(ordinary, CONFIG, TEXT, survey=survey, survey_needed=True)
+    assert bytes_of(survey) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["survey"]
+
+
 def test_another_limit_uses_the_same_survey_and_no_old_report(ordinary, tmp_path):
     survey = tmp_path / "survey"
     hf.prepare_compress(ordinary, CONFIG, TEXT, survey=survey).run(tmp_path / "one")

@@ -384,13 +384,19 @@ def test_files_that_a_killed_run_left_are_not_in_the_result(
 def test_a_run_does_not_resume_an_unfinished_folder_of_another_conversion(
     leave_killed, dense, tmp_path
 ):
+    """The message names the first setting that differs."""
     target = tmp_path / "target"
     leave_killed(target, after=4)
     other = hf.prepare_upcycle(dense, hf.MPOEConfig(num_experts=2, sites=3))
     before = contents(tmp_path)
-    for conversion, size in ((other, 20_000), (hf.prepare_upcycle(dense, CONFIG), 30_000),
-                       (hf.prepare_upcycle(dense, CONFIG, seed=1), 20_000)):  # fmt: skip
-        with pytest.raises(tn.InputError, match="unfinished work of another conversion: remove"):
+    for conversion, size, what in (
+        (other, 20_000, "config.tnmoe.config.expert_noise is 0.1 there and 0.0 here"),
+        (hf.prepare_upcycle(dense, CONFIG), 30_000, "shard_bytes is 20000 there and 30000 here"),
+        (hf.prepare_upcycle(dense, CONFIG, seed=1), 20_000, "settings.seed is 0 there and 1 here"),
+    ):
+        with pytest.raises(
+            tn.InputError, match=rf"unfinished work of another conversion \({what}\): remove"
+        ):
             conversion.run(target, shard_bytes=size)
     assert contents(tmp_path) == before
     other.run(target, overwrite=True)

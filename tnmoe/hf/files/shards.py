@@ -95,7 +95,9 @@ class ShardWriter:
             for name, tensor in tensors.items():
                 location = self._locations[name]
                 if location.path not in files:
-                    files[location.path] = opened.enter_context(open(location.path, "r+b"))
+                    files[location.path] = opened.enter_context(
+                        open(location.path, "wb", opener=_open_in_place)
+                    )
                 file = files[location.path]
                 file.seek(location.offset)
                 for chunk in self._bytes_of(name, tensor):
@@ -119,6 +121,16 @@ class ShardWriter:
         files = {name: location.path.name for name, location in sorted(self._locations.items())}
         index = {"metadata": {"total_size": self.num_bytes}, "weight_map": files}
         write_json(self._folder / INDEX, index)
+
+
+def _open_in_place(path: str, flags: int) -> int:
+    """Open a file for writing, and keep what it holds.
+
+    Other machines may write their parts of it at the same time. A client of a network file system
+    that may read the file, too, would read a whole page around a few bytes, and write it back over
+    what another machine wrote meanwhile.
+    """
+    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC))
 
 
 def _packed(specs: Mapping[str, TensorSpec], limit: int) -> Iterator[list[str]]:

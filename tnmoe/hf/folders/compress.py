@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnmoe.errors import InputError
 from tnmoe.hf.compress import budget_of, compressed_experts, plan_of
 from tnmoe.hf.compression import CompressionConfig, check_compression
 from tnmoe.hf.compression_plan import (
@@ -46,6 +47,7 @@ from tnmoe.hf.record import (
     with_records,
 )
 from tnmoe.options import ProjectionName
+from tnmoe.system.parts import Part
 
 # From the path of a mixture's experts to what its projections become.
 Plans = Mapping[str, Mapping[ProjectionName, Choice]]
@@ -60,6 +62,7 @@ def prepare_compress(
     calibration: Tensor | None = None,
     *,
     survey: str | os.PathLike | None = None,
+    survey_needed: bool = False,
     jobs: int = DEFAULT_JOBS,
     on_step: Steps | None = None,
 ) -> CompressingConversion:
@@ -80,6 +83,10 @@ def prepare_compress(
     survey : path, optional
         A folder that keeps the survey, so that an interrupted compression goes on from there. By
         default it is temporary.
+    survey_needed : bool
+        Raise an InputError unless ``survey`` holds a finished survey for these settings. Processes
+        that make parts with ``conversion.run(target, part=(i, n))`` pass it: the parts have one
+        survey in common, which one process makes before.
     jobs : int
         Number of layers that the survey reads at the same time, each on one thread.
     on_step : callable, optional
@@ -93,8 +100,9 @@ def prepare_compress(
     ------
     InputError
         If the checkpoint is incomplete or damaged, has no ordinary mixture, is compressed or
-        quantized; if the limit is too small; if the calibration does not suit the model; or if the
-        folder of the survey lies in the source or holds other files.
+        quantized; if the limit is too small; if the calibration does not suit the model; if the
+        folder of the survey lies in the source or holds other files; or if a needed survey is not
+        there.
 
     Examples
     --------
@@ -122,7 +130,9 @@ def prepare_compress(
     place = None if survey is None else Path(survey)
     if place is not None:
         check_apart(place, source.folder)
-    kept, found = run_survey(mixtures, config, tokens, folder=place, jobs=jobs, on_step=on_step)
+    kept, found = run_survey(
+        mixtures, config, tokens, folder=place, needed=survey_needed, jobs=jobs, on_step=on_step
+    )
     budget = budget_of(config, found.options, source.num_bytes, mixtures.itemsize)
     plans = plan_of(choose(found.options, config, budget))
     small = _small_model(mixtures, config, plans)
@@ -196,6 +206,14 @@ class CompressingConversion(Conversion):
             is_same = [replace(each, error=None) for each in made] == planned
             found.extend(made if is_same else planned)
         return CompressionReport(tuple(found), self.loss_before)
+
+    def _checked(self, part: tuple[int, int]) -> Part:
+        if self.survey.is_temporary:
+            raise InputError(
+                "parts of a compression have a survey in common: give prepare_compress a folder "
+                "for it (survey=)"
+            )
+        return super()._checked(part)
 
     @property
     def is_calibrated(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +18,19 @@ from tnmoe.hf.files.shards import ShardWriter
 from tnmoe.hf.files.tensors import TensorSpec, total_bytes, total_params
 from tnmoe.hf.folders.parallel import resolve_jobs
 from tnmoe.hf.folders.pieces import Piece
-from tnmoe.hf.folders.run import ConversionRun, Progress, disk_errors_as_input_errors
+from tnmoe.hf.folders.purpose import purpose_line
+from tnmoe.hf.folders.run import (
+    ConversionRun,
+    Progress,
+    disk_errors_as_input_errors,
+    steps_of,
+)
 from tnmoe.system.folders import check_target
+from tnmoe.system.parts import Part, check_part
 from tnmoe.system.unfinished import UnfinishedFolder
+
+# Largest size of a file of weights, unless the caller says another.
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -84,13 +93,18 @@ class Conversion:
         *,
         overwrite: bool = False,
         jobs: int | None = None,
-        shard_bytes: int = 5 * 10**9,
+        shard_bytes: int = SHARD_BYTES,
         on_progress: Progress | None = None,
+        part: tuple[int, int] | None = None,
     ) -> list[Path]:
         """Make the target folder, or resume making it.
 
         The new folder grows in ``TARGET.partial`` and moves to the target once it is whole. After
         a crash or a power cut, the same call resumes, and makes the same files.
+
+        Several processes, on machines that share the folders, can make a part each, at the same
+        time or in any order. Then a call without ``part`` makes the pieces that are left, if any,
+        and finishes the target, with the bytes that one process writes.
 
         Parameters
         ----------
@@ -108,24 +122,29 @@ class Conversion:
             ``save_pretrained``.
         on_progress : callable, optional
             Called with the bytes of the source that are done, and with all of them.
+        part : (int, int), optional
+            ``(i, n)`` makes the i-th of n parts of the pieces, counted from 1, and leaves them in
+            ``TARGET.partial``. Which these are depends only on the conversion. The settings of all
+            calls must be the same; ``jobs`` may differ.
 
         Returns
         -------
         list of Path
-            The files of weights.
+            The files of weights; none after a part.
 
         Raises
         ------
         InputError
             If the target cannot be made or holds files that must be kept; if another process is
-            making it; if an unfinished conversion with other settings is there; if the source
-            changes during the run.
+            making it, the same part of it or a part of another number of parts; if an unfinished
+            conversion with other settings is there; if the source changes during the run.
         MemoryError, RuntimeError
             If memory runs out, as NumPy and torch raise them. Notes on the error name what the
             memory was for. The same call resumes.
         """
         shard_bytes = check_positive_int("shard_bytes", shard_bytes)
         purpose = self._purpose(shard_bytes)
+        own = None if part is None else self._checked(part)
         jobs = resolve_jobs(jobs)
         unfinished = self._unfinished_folder(target)
         self.source.check_unchanged()
@@ -138,12 +157,13 @@ class Conversion:
             writer=writer,
             jobs=jobs,
             on_progress=on_progress,
+            part=own,
         )
-        with disk_errors_as_input_errors(unfinished.partial), unfinished.lock() as moved:
-            if moved != purpose:
-                check_target(unfinished.target, overwrite)
-                run.fill(purpose, overwrite)
-                unfinished.move_to_target(overwrite)
+        with disk_errors_as_input_errors(unfinished.partial):
+            if own is not None:
+                run.make_part(own, purpose, overwrite)
+                return []
+            run.make_target(purpose, overwrite)
         return [Path(target).absolute() / file.name for file in writer.files]
 
     def check_target(self, target: str | os.PathLike, overwrite: bool = False) -> None:
@@ -157,6 +177,29 @@ class Conversion:
         """
         check_target(self._unfinished_folder(target).target, overwrite)
 
+    def pieces_left(
+        self, target: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES
+    ) -> list[Piece]:
+        """Return the pieces that :meth:`run` has not made yet for a target that is not there.
+
+        Parameters
+        ----------
+        target : path
+        shard_bytes : int
+            That of the run.
+
+        Returns
+        -------
+        list of Piece
+            In order. All of them, unless an unfinished run with the same settings is there.
+        """
+        done = self._unfinished_folder(target).steps(self._purpose(shard_bytes))
+        return [piece for step, piece in steps_of(self.pieces).items() if step not in done]
+
+    def _checked(self, part: tuple[int, int]) -> Part:
+        """Return a part that a process may make alone; raise an InputError for any other."""
+        return check_part(part)
+
     def _unfinished_folder(self, target: str | os.PathLike) -> UnfinishedFolder:
         """Return the unfinished folder of a target; raise if the source overlaps with it."""
         unfinished = UnfinishedFolder(target)
@@ -165,17 +208,17 @@ class Conversion:
         return unfinished
 
     def _purpose(self, shard_bytes: int) -> str:
-        """Return a hash of everything that the target's bytes depend on."""
+        """Return everything that the target's bytes depend on."""
+        specs = {name: [spec.dtype, spec.shape] for name, spec in self.specs.items()}
         content = {
-            "versions": [__version__, torch.__version__],
+            "versions": {"tnmoe": __version__, "torch": torch.__version__},
             "source": self.source.fingerprint,
             "settings": self.settings,
             "config": self.config,
             "shard_bytes": shard_bytes,
-            "specs": {name: [spec.dtype, spec.shape] for name, spec in self.specs.items()},
+            "specs": hashlib.sha256(purpose_line(specs).encode()).hexdigest(),
         }
-        text = json.dumps(content, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return purpose_line(content)
 
 
 def check_apart(folder: Path, source: Path) -> None:

@@ -2,7 +2,7 @@
 
 The files of the target have their full size from the start, and the journal lists the pieces that
 are done. After a crash or a power cut, the next run resumes where the journal ends. It makes the
-same files.
+same files. For the same reason several processes can make parts of the pieces at the same time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,11 @@ from tnmoe.hf.files.folder import CONFIG, INDEX, companion_files
 from tnmoe.hf.files.shards import ShardWriter
 from tnmoe.hf.folders.parallel import ordered_results
 from tnmoe.hf.folders.pieces import Piece
+from tnmoe.hf.folders.purpose import difference
 from tnmoe.system.changes import FileState, file_states, first_changed
 from tnmoe.system.durable import write_json
-from tnmoe.system.folders import files_in, remove_files
+from tnmoe.system.folders import check_target, files_in, remove_files
+from tnmoe.system.parts import Part
 from tnmoe.system.unfinished import UnfinishedFolder
 
 # The journal's step once the files have their full size.
@@ -53,6 +55,8 @@ class ConversionRun:
     jobs : int
         Number of pieces that are computed at the same time.
     on_progress : callable, optional
+    part : Part, optional
+        Which of the pieces the run makes; all by default.
     """
 
     source: Checkpoint
@@ -62,39 +66,77 @@ class ConversionRun:
     writer: ShardWriter
     jobs: int
     on_progress: Progress | None
+    part: Part | None = None
 
-    def fill(self, purpose: str, overwrite: bool) -> None:
-        """Fill the new folder, or resume filling it.
+    def make_target(self, purpose: str, overwrite: bool) -> None:
+        """Fill the new folder, or resume filling it, and move it to the target.
 
         Parameters
         ----------
         purpose : str
             First line of the journal: an unfinished folder is resumed only if it has the same.
         overwrite : bool
-            Discard an unfinished folder of another purpose.
+            Replace files that tnmoe wrote at the target, and discard an unfinished folder of
+            another purpose.
         """
-        companions = file_states(companion_files(self.source.folder))
-        done = self._begin_or_resume(purpose, overwrite)
-        if not self.unfinished.is_whole:
+        with self.unfinished.lock() as moved:
+            if moved == purpose:
+                return
+            check_target(self.unfinished.target, overwrite)
+            companions = file_states(companion_files(self.source.folder))
+            done = self._begin_or_resume(purpose, overwrite)
+            if not self.unfinished.is_whole:
+                self._write_pieces(done)
+                self._write_other_files(companions)
+            self.unfinished.move_to_target(overwrite)
+
+    def make_part(self, part: Part, purpose: str, overwrite: bool) -> None:
+        """Fill a part of the new folder, or resume filling it.
+
+        Parameters
+        ----------
+        part : Part
+            That of the run.
+        purpose, overwrite
+            As for :meth:`make_target`.
+        """
+        with ExitStack() as at_work:
+            with self.unfinished.lock(part) as moved:
+                if moved == purpose:
+                    return
+                check_target(self.unfinished.target, overwrite)
+                done = self._begin_or_resume(purpose, overwrite)
+                if self.unfinished.is_whole:
+                    return
+                at_work.enter_context(self.unfinished.lock_part(part))
+                self.unfinished.resume(part)
             self._write_pieces(done)
-            self._write_other_files(companions)
+            self.source.check_unchanged()
 
     def _begin_or_resume(self, purpose: str, overwrite: bool) -> set[str]:
-        """Prepare the unfinished folder, and return the steps that its journal lists."""
-        journal = self.unfinished.journal()
-        is_same = journal[:1] == [purpose]
+        """Prepare the unfinished folder, and return the steps that its journals list."""
+        there = self.unfinished.journal()[:1]
+        is_same = there == [purpose]
         if is_same and self.unfinished.new.is_dir():
             self.unfinished.resume()
-            return set(journal[1:])
-        if journal and not is_same and not overwrite:
-            raise InputError(
-                f"{self.unfinished.partial} is unfinished work of another conversion: remove it, "
-                "or pass overwrite=True (--overwrite)"
-            )
-        self.unfinished.discard()
-        self._check_disk_space()
-        self.unfinished.begin(purpose)
-        return set()
+        else:
+            if there and not is_same and not overwrite:
+                raise self._is_of_another(there[0], purpose)
+            self.unfinished.discard()
+            self._check_disk_space()
+            self.unfinished.begin(purpose)
+        done = self.unfinished.steps(purpose)
+        if not done:
+            self.writer.create()
+            self.unfinished.mark_done(_LAID_OUT)
+        return done
+
+    def _is_of_another(self, there: str, purpose: str) -> InputError:
+        what = difference(there, purpose)
+        return InputError(
+            f"{self.unfinished.partial} is unfinished work of another conversion"
+            f"{f' ({what})' if what else ''}: remove it, or pass overwrite=True (--overwrite)"
+        )
 
     def _check_disk_space(self) -> None:
         folder, needed = self.unfinished.partial, self.writer.num_bytes
@@ -107,10 +149,7 @@ class ConversionRun:
 
     def _write_pieces(self, done: set[str]) -> None:
         """Compute and write the pieces that are not done yet."""
-        if not done:
-            self.writer.create()
-            self.unfinished.mark_done(_LAID_OUT)
-        steps = {_step(number, piece): piece for number, piece in enumerate(self.pieces)}
+        steps = steps_of(self.pieces, self.part)
         remaining = {step: piece for step, piece in steps.items() if step not in done}
         sizes = {step: piece.bytes_read(self.source) for step, piece in steps.items()}
         total = sum(sizes.values())
@@ -122,7 +161,7 @@ class ConversionRun:
         ):
             with self._discarding_if_source_is_bad():
                 self.writer.write(piece.copy_from(self.source) if tensors is None else tensors)
-            self.unfinished.mark_done(step)
+            self.unfinished.mark_done(step, self.part)
             bytes_done += sizes[step]
             self._report_progress(bytes_done, total)
 
@@ -164,7 +203,10 @@ class ConversionRun:
 
     @contextmanager
     def _discarding_if_source_is_bad(self) -> Iterator[None]:
-        """Discard the unfinished folder if the source is at fault: once mended, it differs."""
+        """Discard the unfinished folder if the source is at fault: once mended, it differs.
+
+        A part leaves the folder to the other parts. No run goes on from it with another source.
+        """
         try:
             try:
                 yield
@@ -172,7 +214,8 @@ class ConversionRun:
                 self.source.check_unchanged()
                 raise
         except InputError:
-            self.unfinished.discard()
+            if self.part is None:
+                self.unfinished.discard()
             raise
 
 
@@ -193,6 +236,8 @@ def disk_errors_as_input_errors(partial_folder: Path) -> Iterator[None]:
         raise InputError(f"{path}: {reason_of(error)}; the same call goes on from there") from error
 
 
-def _step(number: int, piece: Piece) -> str:
-    """Return the journal's line for a piece; JSON escapes line breaks in the piece's name."""
-    return f"{number} {json.dumps(piece.name)}"
+def steps_of(pieces: Sequence[Piece], part: Part | None = None) -> dict[str, Piece]:
+    """Return the pieces of a conversion, or of a part of it, by their lines in the journal."""
+    # JSON escapes line breaks in a piece's name.
+    steps = [(f"{number} {json.dumps(piece.name)}", piece) for number, piece in enumerate(pieces)]
+    return dict(steps if part is None else part.share(steps))

@@ -105,14 +105,34 @@ class Survey:
         What the survey is of. The files of another one are removed.
     calibrated : bool
         Whether there are moments of every mixture.
+    needed : bool
+        Whether the survey must be there already.
+
+    Attributes
+    ----------
+    is_temporary : bool
+        Whether the files vanish with this process.
 
     Raises
     ------
     InputError
-        If the folder holds files of something else.
+        If the folder holds files of something else, or lacks a survey that must be there.
     """
 
-    def __init__(self, folder: Path | None, purpose: str, calibrated: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        purpose: str,
+        calibrated: bool = False,
+        needed: bool = False,
+    ) -> None:
+        if needed and not _is_whole(folder, purpose):
+            raise InputError(
+                f"{folder or 'survey=None'} holds no finished survey for these settings, which "
+                "parts of a compression have in common: first make it in one process, with the "
+                "same call without survey_needed (the same command with --dry-run, without --part)"
+            )
+        self.is_temporary = folder is None
         if folder is None:
             self._temporary = TemporaryDirectory()
             folder = Path(self._temporary.name)
@@ -202,12 +222,21 @@ class Survey:
         return self.folder / f"{name}.safetensors"
 
 
+def _is_whole(folder: Path | None, purpose: str) -> bool:
+    """Check that a folder holds what :meth:`Survey.write` wrote, for this purpose."""
+    if folder is None or not (folder / _RESULT).is_file():
+        return False
+    found = read_json(folder / _RESULT)
+    return found.get("purpose") == purpose and "options" in found
+
+
 def run_survey(
     mixtures: Mixtures,
     config: CompressionConfig,
     calibration: Tensor | None,
     *,
     folder: Path | None,
+    needed: bool,
     jobs: int,
     on_step: Steps | None,
 ) -> tuple[Survey, Surveyed]:
@@ -221,6 +250,8 @@ def run_survey(
         Sequences of tokens.
     folder : Path, optional
         Where the files of the survey are kept.
+    needed : bool
+        Raise an InputError unless an earlier process has finished.
     jobs : int
         Number of layers that are read at the same time.
     on_step : callable, optional
@@ -229,7 +260,7 @@ def run_survey(
     if calibration is not None:
         check_known(mixtures.skeleton.model, [calibration])
     purpose = _purpose(mixtures.skeleton.source, config, calibration)
-    kept = Survey(folder, purpose, calibrated=calibration is not None)
+    kept = Survey(folder, purpose, calibrated=calibration is not None, needed=needed)
     found = kept.read()
     if found is not None:
         return kept, found
