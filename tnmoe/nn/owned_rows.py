@@ -85,6 +85,8 @@ def check_layer(moe: MPOMoE) -> None:
                 f"the layer's {name} must be a {kind.__name__}, got {type(module).__name__}: "
                 "remove what wraps it first"
             )
+    if moe.experts.exchange is not None:
+        raise InputError("the layer's experts are spread over ranks: edit it before that")
     if moe.router.weight.is_meta:
         raise InputError("the layer is on the meta device: load its numbers first")
     for name, module in moe.named_modules():

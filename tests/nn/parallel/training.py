@@ -58,7 +58,9 @@ def train(model, wrapped, ranks, rows, *, steps=STEPS, first=0, state=None, bala
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            found["gradients"] = {name: whole(p.grad) for name, p in model.named_parameters()}
+            found["gradients"] = {
+                name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad
+            }
         clip = nn.clip_grad_norm_ if mask is None else mask.clip_grad_norm_
         found["norms"].append(clip(model.parameters(), 0.2).item())
         optimizer.step()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.projection import Projection
@@ -71,10 +71,7 @@ class LocalExperts:
         """Return this rank's rows of an owned tensor, and any other tensor as it is."""
         if not isinstance(tensor, DTensor) or not any(map(is_rows, tensor.placements)):
             return tensor  # type: ignore[return-value]
-        # Every rank of the other dimensions has a part of the gradient, of its own tokens.
-        partial = [each if is_rows(each) else Partial() for each in tensor.placements]
-        rows = _SummedGradient.apply(tensor, 1 / self._ranks).to_local(grad_placements=partial)
-        return rows
+        return local_part(tensor, is_rows, 1 / self._ranks)  # type: ignore[return-value]
 
 
 def _owned_buffers(module: Projection, numbers: range) -> dict[str, slice]:
@@ -90,6 +87,21 @@ def _owned_buffers(module: Projection, numbers: range) -> dict[str, slice]:
 def is_rows(placement: object) -> bool:
     """Return whether a placement spreads rows over ranks."""
     return isinstance(placement, Shard) and placement.dim == 0
+
+
+def local_part(tensor: DTensor, is_divided: Callable[[Placement], bool], factor: float) -> Tensor:
+    """Return this rank's part of a tensor; its gradient is multiplied by a factor.
+
+    Parameters
+    ----------
+    tensor : DTensor
+    is_divided : callable
+        Whether a placement divides the tensor. Every rank of the other dimensions of the mesh has
+        a part of the gradient, of its own tokens. These are summed.
+    factor : float
+    """
+    gradients = [each if is_divided(each) else Partial() for each in tensor.placements]
+    return _SummedGradient.apply(tensor, factor).to_local(grad_placements=gradients)
 
 
 class _SummedGradient(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,10 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, dim: str = "ep") -> list[n
         for module, attribute in _owned(layer):
             tensor = getattr(module, attribute)
             if id(tensor) not in spread:
-                spread[id(tensor)] = _spread(tensor, mesh, placements)
+                spread[id(tensor)] = spread_tensor(tensor, mesh, placements)
             module._parameters[attribute] = spread[id(tensor)]
         layer.exchange = ExpertExchange(layer, mesh, dim)
-    _hide_from_ddp(model, set(map(id, spread.values())))
+    hide_from_ddp(model, set(map(id, spread.values())))
     return list(spread.values())
 
 
@@ -123,10 +123,7 @@ class ExpertExchange:
 
 def _layers_to_spread(model: nn.Module, mesh: DeviceMesh, dim: str) -> dict[str, Experts]:
     """Return the experts of a model; raise an InputError unless they can be spread."""
-    names = mesh.mesh_dim_names or ()
-    if dim not in names:
-        given = ", ".join(names) or "dimensions without names"
-        raise InputError(f"the mesh has no dimension {dim!r}: it has {given}")
+    check_dimension(mesh, dim)
     layers = {name: each for name, each in model.named_modules() if isinstance(each, Experts)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no experts to spread")
@@ -162,6 +159,14 @@ def _check_even(module: Projection, attribute: str, ranks: int) -> None:
         )
 
 
+def check_dimension(mesh: DeviceMesh, dim: str) -> None:
+    """Raise an InputError unless a mesh has a dimension of this name."""
+    names = mesh.mesh_dim_names or ()
+    if dim not in names:
+        given = ", ".join(names) or "dimensions without names"
+        raise InputError(f"the mesh has no dimension {dim!r}: it has {given}")
+
+
 def _owned(layer: Experts) -> list[tuple[Projection, str]]:
     """Return the projections of a layer with the names of the tensors that experts own."""
     return [
@@ -173,12 +178,15 @@ def _owned(layer: Experts) -> list[tuple[Projection, str]]:
     ]
 
 
-def _spread(tensor: nn.Parameter, mesh: DeviceMesh, placements: list[Placement]) -> nn.Parameter:
+def spread_tensor(
+    tensor: nn.Parameter, mesh: DeviceMesh, placements: Sequence[Placement]
+) -> nn.Parameter:
+    """Return a DTensor parameter with the numbers of the first rank of a mesh."""
     rows = distribute_tensor(tensor.detach(), mesh, placements)
     return nn.Parameter(rows, requires_grad=tensor.requires_grad)
 
 
-def _hide_from_ddp(model: nn.Module, spread: set[int]) -> None:
+def hide_from_ddp(model: nn.Module, spread: set[int]) -> None:
     """Let ``DistributedDataParallel`` leave tensors out; it averages what all ranks have."""
     names = [name for name, each in model.named_parameters() if id(each) in spread]
     hide: Callable = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
