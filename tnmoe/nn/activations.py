@@ -163,7 +163,10 @@ def is_repeatable(activation: Callable[..., Tensor], sides: int, width: int) -> 
     sides, width : int
         Number of its tensors, and their width.
     """
-    before, numbers = torch.get_rng_state(), torch.linspace(-1, 1, width)[None]
+    own = activation.parameters() if isinstance(activation, nn.Module) else iter(())
+    like = next(own, torch.empty(0))
+    before = torch.get_rng_state()
+    numbers = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)[None]
     with torch.enable_grad():
         result = activation(*[numbers] * sides)
     draws = not torch.equal(torch.get_rng_state(), before)

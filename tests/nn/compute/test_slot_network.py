@@ -211,6 +211,15 @@ def test_an_activation_with_parameters_trains_them(kind, how, chunks):
         )
 
 
+@pytest.mark.parametrize("kind", FEW)
+def test_an_activation_with_parameters_is_tried_in_their_dtype(kind, chunks):
+    experts, (states, index, weights) = make(kind, activation=torch.nn.PReLU()).double(), routed()
+    states, weights = states.double(), weights.double()
+    torch.testing.assert_close(
+        experts(states, index, weights), loop(experts, states, index, weights)
+    )
+
+
 @pytest.mark.parametrize(
     "activation",
     [
