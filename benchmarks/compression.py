@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def default_output(options: argparse.Namespace) -> Path:
     """Return the result file of this machine."""
-    name = f"quality-{hardware_slug('cpu')}{'-quick' * options.tiny}.json"
+    name = f"{'-'.join(options.models)}-{hardware_slug('cpu')}.json"
     return Path(__file__).parent / "results" / "compression" / name
 
 

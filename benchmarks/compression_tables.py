@@ -1,6 +1,6 @@
 """Tables of the benchmark of compression: what methods lose at equal numbers, and at equal bytes.
 
-python benchmarks/compression_tables.py benchmarks/results/compression/quality-….json
+python benchmarks/compression_tables.py benchmarks/results/compression/small-….json
 """
 
 from __future__ import annotations
