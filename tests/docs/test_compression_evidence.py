@@ -81,11 +81,10 @@ def test_the_distances_are_those_of_the_summary(loss):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25])
-def test_the_medium_model_loses_less_unless_experts_are_removed(loss, share):
+def test_the_medium_model_loses_less(loss, share):
     names = ["tnmoe", "tnmoe hidden", "tnmoe residual", "unit pruning", "SVD, whitened", "D²-MoE"]
     for method in names:
         assert loss(method, share, runs=MEDIUM) < loss(method, share)
-    assert loss("HC-SMoE", share, runs=MEDIUM) > loss("HC-SMoE", share)
 
 
 def test_after_healing_low_ranks_and_pruned_units_are_close(loss):

@@ -1,5 +1,6 @@
 """Folders of models that are spread over ranks."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -85,9 +86,63 @@ def load_and_save(rank, folder):
     return found
 
 
+def load_by_transformers(rank, folder):
+    """Load models as transformers divides them between ranks; return logits or a message."""
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    found = {}
+    for name in ("llama", "mixtral"):
+        for what, sizes in DIVIDED.items():
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder / name, distributed_config=DistributedConfig(**sizes)
+                )
+            except ValueError as error:
+                found[name, what] = str(error)
+                continue
+            with torch.no_grad():
+                logits = model(IDS).logits
+            found[name, what] = logits.full_tensor() if isinstance(logits, DTensor) else logits
+    return found
+
+
+DIVIDED = {
+    "tensor": {"tp_size": 2},
+    "data": {"fsdp_size": 2},
+    "expert": {"tp_size": 2, "ep_size": 2},
+}
+
+
+def load_in_both_ways(rank, folder):
+    return load_and_save(rank, folder), load_by_transformers(rank, folder)
+
+
 @pytest.fixture(scope="module")
-def ranks(folder):
-    return on_ranks(2, partial(load_and_save, folder=folder))
+def both(folder):
+    return on_ranks(2, partial(load_in_both_ways, folder=folder))
+
+
+@pytest.fixture(scope="module")
+def ranks(both):
+    return [found for found, _ in both]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["tensor", "data"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_transformers_divides_what_is_not_an_expert(both, folder, name, how):
+    with torch.no_grad():
+        expected = hf.from_pretrained(folder / name).eval()(IDS).logits
+    for _, found in both:
+        torch.testing.assert_close(found[name, how], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_transformers_has_no_plan_to_spread_converted_experts(both, name):
+    for _, found in both:
+        assert "no `ep_plan`" in found[name, "expert"]
 
 
 CASES = [(name, sharded) for name in MODELS for sharded in (False, True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
@@ -44,6 +45,7 @@ from tnmoe.hf.record import (
 from tnmoe.hf.router_losses import attach_router_losses
 from tnmoe.hf.trust import allowed_entries
 from tnmoe.nn.experts import Experts
+from tnmoe.nn.moe import MPOMoE
 from tnmoe.system.durable import write_json
 from tnmoe.system.files import read_json
 from tnmoe.system.tables import listed
@@ -104,6 +106,7 @@ def _building(post_init: Callable) -> Callable:
         record = record_of(self.config)
         if record is not None:
             install_recorded(self, record)
+            _leave_experts_whole(self)
         # A model around converted ones adds the losses of their routers to its own.
         records = [found for part in configs_in(self.config) if (found := record_of(part))]
         if records and mixtures_in(self):
@@ -113,6 +116,25 @@ def _building(post_init: Callable) -> Callable:
                 attach_router_losses(self, settings)
 
     return build
+
+
+def _leave_experts_whole(model: PreTrainedModel) -> None:
+    """Take converted experts out of the plans by which transformers divides models between ranks.
+
+    The rules are made for the experts that were there before. Those that sum outputs over ranks
+    would sum those of whole experts.
+    """
+    paths = [path for path, module in model.named_modules() if isinstance(module, MPOMoE | Experts)]
+    patterns = {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths}
+    for name in ("_tp_plan", "_ep_plan"):
+        plan = getattr(model, name, None) or {}
+        kept = {
+            rule: style
+            for rule, style in plan.items()
+            if not any(rule == each or rule.startswith(f"{each}.") for each in patterns)
+        }
+        if len(kept) < len(plan):
+            setattr(model, name, kept)
 
 
 def _loading(load: Callable) -> Callable:
