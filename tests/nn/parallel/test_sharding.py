@@ -1,12 +1,16 @@
 """Experts that are spread over ranks train as in one process."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import tnmoe as tn
-from tests.nn.parallel.training import LAYOUTS, model_of, spread, train
+from tests.nn.parallel.training import LAYOUTS, model_of, rows_of, spread, train, whole
 from tests.nn.ranks import on_ranks
 from tnmoe import nn
 from tnmoe.nn import parallel
@@ -81,6 +85,7 @@ def run_of_two(rank):
     found = {name: on_mesh(rank, mesh, *case) for name, case in CASES.items()}
     balanced = {name: on_mesh(rank, mesh, *case, balance=0.1) for name, case in BALANCED.items()}
     found["low rank"] = trained(rank, mesh, low_rank([2, 3, 3, 2]), (6, 6))
+    found["settings"] = {name: variant(rank, mesh) for name, variant in VARIANTS.items()}
     messages = {name: message(rank, mesh, *case) for name, case in REFUSED.items()}
     return found | {"balanced": balanced, "messages": messages}
 
@@ -121,6 +126,60 @@ def parametrized(rank):
     model = model_of()
     torch.nn.utils.parametrizations.orthogonal(model[1].experts.up, "aux_0")
     return model
+
+
+def checkpointed(rank, mesh):
+    """Return parameters after training with activation checkpointing, and without."""
+    plain, model = model_of("residual"), model_of("residual")
+    expected = train(plain, spread(plain, mesh), [rank], (6, 5))["parameters"]
+    wrapped = spread(model, mesh)
+    model[1].forward = partial(checkpoint, model[1].forward, use_reentrant=False)
+    return train(model, wrapped, [rank], (6, 5))["parameters"], expected
+
+
+def copied(rank, mesh):
+    """Return outputs and gradients of a copy that is made between the passes, and expected ones."""
+    found = []
+    for make in (copy.deepcopy, lambda model: model):
+        model = model_of("residual")
+        parallel.shard_experts(model, mesh)
+        model(rows_of(rank, 0, (4, 4))).square().mean().backward()
+        model.zero_grad()
+        model = make(model)
+        outputs = model(rows_of(rank, 1, (4, 4)))
+        outputs.square().mean().backward()
+        gradients = {name: whole(each.grad) for name, each in model.named_parameters()}
+        found.append({"outputs": outputs.detach(), **gradients})
+    return found
+
+
+def compiled(rank, mesh):
+    model = model_of("residual").eval()
+    parallel.shard_experts(model, mesh)
+    rows = rows_of(rank, 0, (4, 6))
+    with torch.no_grad():
+        return {"outputs": torch.compile(model, backend="eager")(rows)}, {"outputs": model(rows)}
+
+
+def autocast(rank, mesh):
+    model, expected = (model_of("residual").float() for _ in range(2))
+    parallel.shard_experts(model, mesh)
+    rows = rows_of(rank, 0, (4, 6)).float()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        outputs, alone = model(rows), expected(rows)
+    # Outputs of two ranks are rounded before their sum.
+    is_close = (outputs - alone).norm() < 0.01 * alone.norm()
+    return {"dtype": outputs.dtype, "is close": is_close}, {
+        "dtype": torch.bfloat16, "is close": torch.tensor(True),
+    }  # fmt: skip
+
+
+VARIANTS = {
+    "activation checkpointing": checkpointed,
+    "a copy": copied,
+    "torch.compile": compiled,
+    "autocast": autocast,
+}
 
 
 def low_rank(ranks):
@@ -185,6 +244,18 @@ def test_fully_sharded_parts_beside_spread_experts_train_as_one_process(four, ca
 def test_every_rank_refuses_what_cannot_be_spread(two, case):
     for found in two:
         assert MESSAGES[case] in found["messages"][case]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_spread_experts_work_as_others_do(two, variant):
+    for ranks in two:
+        found, expected = ranks["settings"][variant]
+        assert found.keys() == expected.keys()
+        for name, each in expected.items():
+            if isinstance(each, torch.Tensor):
+                torch.testing.assert_close(found[name], each)
+            else:
+                assert found[name] == each
 
 
 def test_experts_of_low_rank_are_spread_if_ranks_own_as_much(two):

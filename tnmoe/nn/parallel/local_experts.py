@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
 from tnmoe.nn.experts import Experts
+from tnmoe.nn.parallel.copies import copied, forget_tensors
 from tnmoe.nn.projection import Projection
 from tnmoe.nn.stored_cores import mark_gathered
 
@@ -66,6 +68,10 @@ class LocalExperts:
                 twin._buffers[name] = getattr(module, name)[rows]
         # Hooks on the layer run around its own call.
         return self._experts.forward(states, index, weights)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalExperts:
+        forget_tensors(twin for _, twin in self._pairs)
+        return copied(self, memo)
 
     def _local(self, tensor: Tensor | None) -> nn.Parameter | None:
         """Return this rank's rows of an owned tensor, and any other tensor as it is."""

@@ -17,6 +17,7 @@ from tnmoe.nn.experts import Experts
 from tnmoe.nn.hidden_projection import HiddenProjection
 from tnmoe.nn.linear import has_matrix, is_transposed, size_of_linear
 from tnmoe.nn.mpo_projection import MPOProjection
+from tnmoe.nn.parallel.copies import copied, forget_tensors
 from tnmoe.nn.parallel.divisions import Division, hidden_legs
 from tnmoe.nn.parallel.local_experts import local_part
 from tnmoe.nn.parallel.sums import GatheredLinear, sum_gradients, sum_outputs
@@ -68,8 +69,7 @@ class LocalUnits:
         twins = self._experts.projections()
         for name, projection in experts.projections().items():
             self._narrow(name, projection, twins[name], divisions[name])
-        for _, twin, _ in self._pairs:
-            twin._parameters.update(dict.fromkeys(twin._parameters))
+        forget_tensors(twin for _, twin, _ in self._pairs)
 
     def __call__(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as :meth:`Experts.forward`, with the hidden units of all ranks."""
@@ -82,6 +82,10 @@ class LocalUnits:
             taken[name] = part(mine)
         # Hooks on the layer run around its own call.
         return sum_outputs(self._experts.forward(states, index, weights), self._group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalUnits:
+        forget_tensors(twin for _, twin, _ in self._pairs)
+        return copied(self, memo, self._group)
 
     def modules(self) -> list[nn.Module]:
         """Return the modules of the layer whose parameters the copies take over."""

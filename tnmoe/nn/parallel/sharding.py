@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from tnmoe.errors import InputError
 from tnmoe.nn.experts import Experts
 from tnmoe.nn.owned_rows import check_plain
 from tnmoe.nn.parallel.agreement import check_agreement
+from tnmoe.nn.parallel.copies import copied
 from tnmoe.nn.parallel.exchange import Exchange
 from tnmoe.nn.parallel.local_experts import LocalExperts
 from tnmoe.nn.projection import Projection
@@ -119,6 +121,9 @@ class ExpertExchange:
         rows, of_rows, choices = arrived
         outputs = exchange.send_back(self._local(rows, choices, of_rows))
         return torch.zeros_like(states).index_add(0, exchange.tokens, outputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertExchange:
+        return copied(self, memo, self.group)
 
 
 def _layers_to_spread(model: nn.Module, mesh: DeviceMesh, dim: str) -> dict[str, Experts]:
