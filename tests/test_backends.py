@@ -140,6 +140,7 @@ def test_toy_arrays_refuse_what_only_numpy_has(use):
 TRACEABLE = {
     "apply": lambda a, x: (a.apply(x), a.apply(x[0])),
     "to_matrix": lambda a, x: a.to_matrix(),
+    "entries, rows and columns": lambda a, x: (a[0, 1], a[1], a[:, 0], a[[0, 1], [1, 2]], a[:2]),
     "sums and multiples": lambda a, x: (a + a - 2.0 * a).to_matrix(),
     "products": lambda a, x: (a @ a.T @ a.H.conj()).to_matrix(),
     "trace and inner": lambda a, x: (a.trace(), a.inner(a)),
@@ -194,7 +195,9 @@ def test_what_decides_by_numbers_asks_for_them(without_numbers, operation):
         EAGER[operation](*without_numbers)
 
 
-@pytest.mark.parametrize("operation", ["apply", "to_matrix", "products", "trace and inner"])
+@pytest.mark.parametrize(
+    "operation", ["apply", "to_matrix", "entries, rows and columns", "products", "trace and inner"]
+)
 def test_torch_vectorises_what_only_computes(operation):
     shape, like = tn.MPOShape((2, 2), (2, 2)), torch.zeros((), dtype=torch.float64)
     mpos = [tn.MPO.random(shape, 3, rng=seed, like=like) for seed in range(3)]

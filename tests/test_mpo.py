@@ -1,6 +1,8 @@
 """MPO: applying, norms, gauges and spectra, against dense algebra."""
 
 import pickle
+from decimal import Decimal
+from fractions import Fraction
 from math import log
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnmoe as tn
+from tests.backend_toy_array import ToyArray
 from tests.matrices import (
     LIBRARIES,
     dense_norm,
@@ -311,3 +314,74 @@ def test_sum_adds_operators(library):
     for wrong in (1, 0.5, "0", None):
         with pytest.raises(TypeError):
             wrong + a
+
+
+# Numbers that are 3, of every kind.
+THREES = {
+    "int": 3,
+    "Fraction": Fraction(3),
+    "Decimal": Decimal(3),
+    "np.int64": np.int64(3),
+    "np.float32": np.float32(3),
+    "np.float64": np.float64(3),
+    "np.array": np.array(3.0),
+    "torch int": torch.tensor(3),
+    "torch float": torch.tensor(3.0),
+    "torch double": torch.tensor(3.0, dtype=torch.float64),
+    "toy float": ToyArray(np.array(3.0, np.float32)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", THREES)
+def test_numbers_of_every_library_multiply_and_divide_on_both_sides(library, name, dtype):
+    three, eps = THREES[name], np.finfo(dtype).eps
+    like = to_library(np.zeros((), dtype), library)
+    mpo = tn.MPO.random(tn.MPOShape((2, 3), (3, 2)), 2, rng=0, like=like)
+    expected = to_numpy(mpo.to_matrix()).astype("float64")
+    for result, factor in ((three * mpo, 3), (mpo * three, 3), (mpo / three, 1 / 3)):
+        assert isinstance(result, tn.MPO)
+        assert result.dtype == mpo.dtype
+        assert {core.dtype for core in result.cores} == {mpo.dtype}
+        matrix = to_numpy(result.to_matrix())
+        np.testing.assert_allclose(matrix, factor * expected, rtol=4 * eps, atol=4 * eps)
+
+
+def test_gradients_reach_a_number_of_the_same_library_and_are_never_lost_silently():
+    mpo = tn.MPO.random(tn.MPOShape((2, 3), (3, 2)), 2, rng=0, like=torch.zeros(()))
+    number = torch.tensor(3.0, requires_grad=True)
+    for result in (number * mpo, mpo / number):
+        (gradient,) = torch.autograd.grad(result.to_matrix().sum(), number)
+        assert gradient != 0
+    with pytest.raises(tn.InputError, match=r"a torch number with gradients .* numpy cores"):
+        number * tn.MPO.random(mpo.shape, 2, rng=0)
+
+
+@pytest.mark.parametrize("wrong", [np.ones(3), np.ones((1, 1)), torch.ones(3), "3", None, [3]])
+def test_what_is_no_number_does_not_multiply(wrong):
+    for mpo in (simple(), tn.MPO.random(tn.MPOShape((2,), (2,)), like=torch.zeros(()))):
+        for operation in (
+            lambda mpo=mpo: wrong * mpo,
+            lambda mpo=mpo: mpo * wrong,
+            lambda mpo=mpo: mpo / wrong,
+            lambda mpo=mpo: 2 / mpo,
+        ):
+            with pytest.raises(TypeError):
+                operation()
+
+
+def test_division_by_zero_and_complex_factors_of_real_cores_are_refused():
+    for zero in (0, 0.0, np.float32(0)):
+        with pytest.raises(ZeroDivisionError):
+            simple() / zero
+    for factor in (1j, np.complex64(1j), torch.tensor(1j)):
+        with pytest.raises(tn.InputError, match=r"real cores \(float64\) by a complex"):
+            factor * simple()
+
+
+def test_numpy_numbers_do_not_make_experts_dense():
+    shared = tn.SharedMPO.replicate(tn.MPO.random(tn.MPOShape((2, 3), (3, 2)), 2, rng=0), 2)
+    for number in (2, np.float64(2), np.ones((6, 6))):
+        with pytest.raises(TypeError):
+            number * shared

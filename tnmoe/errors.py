@@ -39,6 +39,10 @@ class InputError(ValueError):
         super().__init__(to_one_line(message))
 
 
+class InputIndexError(InputError, IndexError):
+    """An index that does not fit. As from a NumPy array, it is an ``IndexError``."""
+
+
 class MissingExtraError(ImportError):
     """Optional dependencies that are missing or too old, and the extra that installs them.
 

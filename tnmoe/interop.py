@@ -1,4 +1,7 @@
-"""Conversion to and from tensorly's ``TTMatrix`` and quimb's ``MatrixProductOperator``."""
+"""Conversion to and from tensorly's ``TTMatrix`` and quimb's ``MatrixProductOperator``.
+
+An MPO also becomes SciPy's ``LinearOperator``.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ from math import prod
 from typing import Any
 
 from tnmoe.backends import Array, get_backend
-from tnmoe.chains.precision import in_one_dtype
+from tnmoe.chains.precision import computable, in_one_dtype
 from tnmoe.errors import InputError
 from tnmoe.mpo import MPO
 from tnmoe.shapes import is_padded
 from tnmoe.system.extras import require_extra
 
-__all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_tensorly"]
+__all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_scipy", "to_tensorly"]
 
 
 def __dir__() -> list[str]:
@@ -187,6 +190,54 @@ def from_quimb(operator: Any) -> MPO:
     return MPO(_in_common_dtype(cores))
 
 
+def to_scipy(mpo: MPO) -> Any:
+    """Turn an MPO into a ``scipy.sparse.linalg.LinearOperator``, for SciPy's iterative methods.
+
+    It multiplies by the operator and by its adjoint, vectors or several columns at once, and never
+    keeps the dense matrix. ``scipy.sparse.linalg.aslinearoperator`` does not take an MPO itself: it
+    expects a ``shape`` of two numbers, and that of an MPO also has its legs.
+
+    Parameters
+    ----------
+    mpo : MPO
+        An operator, padded or not. If its cores are not NumPy's, the result has copies without
+        gradients, which are. Half precision becomes single.
+
+    Returns
+    -------
+    LinearOperator
+        Of shape (out_features, in_features) and the dtype of the cores.
+
+    Raises
+    ------
+    TypeError
+        If ``mpo`` is not an MPO.
+
+    Examples
+    --------
+    >>> from scipy.sparse.linalg import svds
+    >>> from tnmoe import MPOShape
+    >>> mpo = 3 * MPO.identity(MPOShape((2, 3), (2, 3)))
+    >>> svds(to_scipy(mpo), k=2, return_singular_vectors=False).round(6).tolist()
+    [3.0, 3.0]
+    """
+    from scipy.sparse.linalg import LinearOperator
+
+    _check_mpo(mpo)
+    xp = get_backend(mpo.cores[0])
+    cores = [xp.to_numpy(computable(xp, core)) for core in mpo.cores]
+    forward = MPO(cores, mpo.shape, mpo.center_site)
+    adjoint = forward.H
+    return LinearOperator(
+        shape=(mpo.shape.out_features, mpo.shape.in_features),
+        dtype=forward.dtype,
+        matvec=lambda x: forward @ x.reshape(-1),
+        rmatvec=lambda x: adjoint @ x.reshape(-1),
+        matmat=lambda columns: forward @ columns,
+        rmatmat=lambda columns: adjoint @ columns,
+    )
+
+
 # Names of a site's upper and lower index; None where the operator lacks the index.
 _LegNames = tuple[str | None, str | None]
 
@@ -277,7 +328,11 @@ def _in_common_dtype(cores: list[Array]) -> list[Array]:
 
 def _check_unpadded(mpo: MPO) -> None:
     """Raise unless the argument is an MPO without padding, which all libraries can express."""
-    if not isinstance(mpo, MPO):
-        raise TypeError(f"expected an MPO, got {type(mpo).__qualname__}")
+    _check_mpo(mpo)
     if is_padded(mpo.shape):
         raise InputError(f"only tnmoe supports padded shapes: {mpo.shape}")
+
+
+def _check_mpo(mpo: MPO) -> None:
+    if not isinstance(mpo, MPO):
+        raise TypeError(f"expected an MPO, got {type(mpo).__qualname__}")

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from math import prod
 from numbers import Number
+from operator import mul, truediv
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES
-from tnmoe.chains import algebra
+from tnmoe.chains import algebra, indexing
 from tnmoe.chains.canonical import canonicalize, schmidt_values, vidal
 from tnmoe.chains.checks import check_cores
 from tnmoe.chains.precision import computable, narrowed, widened
 from tnmoe.chains.rounding import round_chain
 from tnmoe.contraction.build import as_numpy, to_padded_matrix
+from tnmoe.drawing.chain import Chain
+from tnmoe.drawing.notebook import draw_html, draw_svg
+from tnmoe.drawing.text import draw_text
 from tnmoe.errors import InputError, check_generator, check_index, short_repr
 from tnmoe.shapes import MPOShape, resolve_center_site
 from tnmoe.truncation.info import TruncationInfo
@@ -26,10 +29,15 @@ from tnmoe.truncation.spectra import entanglement_entropy
 
 # A squared norm between these lost nothing to over- or underflow.
 _SQUARABLE = (1e-200, 1e200)
+# A notebook shows the entropies of operators up to this size. They take some 20 ms.
+_MAX_PARAMS_WITH_ENTROPIES = 2**16
 
 
 class MPO:
     """A matrix as a chain of cores: W[o₁…oₙ, i₁…iₙ] = A₁[o₁,i₁]·A₂[o₂,i₂]·…·Aₙ[oₙ,iₙ].
+
+    Numbers multiply and divide it. ``mpo[rows, columns]`` takes entries from it as from a NumPy
+    array, without the dense matrix. ``print`` and notebooks draw it.
 
     Parameters
     ----------
@@ -195,6 +203,38 @@ class MPO:
             matrix = to_padded_matrix(self._backend, self._computable_cores())
             return self._in_own_dtype(matrix)[: self.shape.out_features, : self.shape.in_features]
 
+    # The rows of an operator may be very many: only an index asks for them.
+    __iter__ = None
+
+    def __getitem__(self, index: Any) -> Array:
+        """Return entries, rows or columns of the dense matrix, without the matrix.
+
+        The cost grows with what is asked for. Where the whole matrix costs less, it is built.
+
+        Parameters
+        ----------
+        index : int, slice, integers, mask, or a tuple of two of them
+            Rows, and columns if there are two: as for a NumPy array. Listed rows and listed columns
+            are pairs, of an entry each; ``numpy.ix_`` makes a block of them.
+
+        Raises
+        ------
+        InputError
+            If a row or column is out of range, or an index is of another kind: an ellipsis,
+            ``None``, or a mask of both axes. The error is also an ``IndexError``.
+
+        Examples
+        --------
+        >>> mpo = MPO.identity(MPOShape((2, 2), (2, 2)))
+        >>> mpo[1]
+        array([0., 1., 0., 0.])
+        >>> mpo[-1, -1].item(), mpo[1:, [0, 3]].shape
+        (1.0, (3, 2))
+        """
+        with self._full_precision():
+            taken = indexing.take(self._backend, self.shape, self._computable_cores(), index)
+            return self._in_own_dtype(taken)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the dense matrix as NumPy's, from any library and device, without gradients."""
         return as_numpy(self._backend, self.to_matrix(), dtype, copy)
@@ -250,22 +290,23 @@ class MPO:
 
     def __mul__(self, factor: Any) -> MPO:
         """Multiply by a number, or by an array without axes that holds one."""
-        if isinstance(factor, np.ndarray | np.generic) and factor.ndim == 0:
-            factor = factor.item()
-        is_array = getattr(factor, "ndim", None) == 0
-        if not is_array and not isinstance(factor, Number):
-            return NotImplemented
-        is_complex = _is_complex(factor) if is_array else isinstance(factor, complex)
-        if is_complex and not _is_complex(self.cores[0]):
-            raise InputError(f"cannot multiply real cores ({self.dtype}) by a complex {factor!r}")
-        site = resolve_center_site(self.shape, self.center_site)
-        cores = [core * factor if k == site else core for k, core in enumerate(self.cores)]
-        return MPO(cores, self.shape, self.center_site)
+        return self._scaled(mul, factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> MPO:
-        return self * (1 / divisor)
+        if isinstance(divisor, Number) and divisor == 0:  # NumPy would warn, and return infinity
+            raise ZeroDivisionError("cannot divide an operator by zero")
+        return self._scaled(truediv, divisor)
+
+    def _scaled(self, operation: Callable[[Array, Any], Array], value: Any) -> MPO:
+        site = resolve_center_site(self.shape, self.center_site)
+        factor = algebra.as_factor(self._backend, value, self.cores[site])
+        if factor is None:
+            return NotImplemented
+        cores = list(self.cores)
+        cores[site] = operation(cores[site], factor)
+        return MPO(cores, self.shape, self.center_site)
 
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector (in,) or to columns (in, m).
@@ -577,14 +618,32 @@ class MPO:
             f"dtype={self._backend.dtype_name(self.cores[0])}, center_site={self.center_site})"
         )
 
+    def __str__(self) -> str:
+        return f"{self!r}\n{draw_text(self._chain())}"
+
+    def _repr_svg_(self) -> str:
+        return draw_svg(self._chain(), self._entropies_to_show())
+
+    def _repr_html_(self) -> str:
+        return draw_html(repr(self), self._chain(), self._entropies_to_show())
+
+    def _chain(self) -> Chain:
+        return Chain(self.shape, self.bond_dims, self.center_site)
+
+    def _entropies_to_show(self) -> list[float] | None:
+        """Return the entropies of all bonds; None if they take long, or cannot be computed."""
+        if self.num_params > _MAX_PARAMS_WITH_ENTROPIES:
+            return None
+        try:
+            _, spectra = self.vidal()
+            return [entanglement_entropy(self._backend.to_numpy(values)) for values in spectra]
+        except Exception:  # NaN, arrays without numbers: a notebook shows the rest
+            return None
+
 
 def _check_square(shape: MPOShape, what: str) -> None:
     if shape.out_dims != shape.in_dims or shape.out_features != shape.in_features:
         raise InputError(f"{what} needs equal output and input legs at every site, got {shape}")
-
-
-def _is_complex(array: Array) -> bool:
-    return get_backend(array).dtype_name(array) in COMPLEX_DTYPES
 
 
 def check_operands(a: MPO, b: MPO) -> None:

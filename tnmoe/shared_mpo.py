@@ -12,6 +12,9 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.chains.precision import computable
 from tnmoe.contraction.build import as_numpy, to_padded_matrix
 from tnmoe.decompose import decompose
+from tnmoe.drawing.chain import Chain
+from tnmoe.drawing.notebook import draw_html, draw_svg
+from tnmoe.drawing.text import draw_text
 from tnmoe.errors import (
     InputError,
     check_generator,
@@ -73,6 +76,9 @@ class SharedMPO:
     >>> bool(np.allclose(shared.to_matrices()[3], matrix))
     True
     """
+
+    # NumPy's functions would take the dense matrices, and return dense results.
+    __array_ufunc__ = None
 
     __slots__ = ("base", "center_site", "cores", "shape")
 
@@ -299,7 +305,7 @@ class SharedMPO:
         return as_numpy(get_backend(self.center), self.to_matrices(), dtype, copy)
 
     def __repr__(self) -> str:
-        base = "" if self.base is None else f", base={self.base}"
+        base = "" if self.base is None else f", base={self.base!r}"
         return (
             f"SharedMPO({self.num_experts} × "
             f"{short_repr(self.shape.out_features)}×{short_repr(self.shape.in_features)}, "
@@ -307,6 +313,19 @@ class SharedMPO:
             f"num_params={self.num_params}, center_site={self.center_site}, "
             f"shared_sites={sorted(self.shared_sites)}{base})"
         )
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{draw_text(self._chain())}"
+
+    def _repr_svg_(self) -> str:
+        return draw_svg(self._chain())
+
+    def _repr_html_(self) -> str:
+        return draw_html(repr(self), self._chain())
+
+    def _chain(self) -> Chain:
+        owned = frozenset(range(self.shape.sites)) - self.shared_sites
+        return Chain(self.shape, self.bond_dims, self.center_site, owned)
 
 
 def _check_owners(cores: Sequence[Array]) -> None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from math import prod
+from numbers import Number
 from operator import add as add_arrays
+from typing import Any
 
 import numpy as np
 
-from tnmoe.backends import Array, Backend
+from tnmoe.backends import Array, Backend, get_backend
+from tnmoe.backends.protocol import COMPLEX_DTYPES
 from tnmoe.chains.precision import computable, in_one_dtype
 from tnmoe.contraction.apply import apply_cores
 from tnmoe.contraction.einsum import contract
-from tnmoe.errors import InputError
+from tnmoe.errors import InputError, short_repr
 from tnmoe.shapes import MPOShape
 
 Cores = Sequence[Array]
@@ -49,6 +52,59 @@ def _block_diagonal(xp: Backend, blocks: Sequence[Array]) -> Array:
         after = xp.zeros((left, out, in_, columns - start), like=block)
         rows.append(xp.concatenate([before, block, after], 3))
     return xp.concatenate(rows, 0)
+
+
+def as_factor(xp: Backend, value: Any, like: Array) -> Any:
+    """Return a number as a factor or divisor of an array that keeps its dtype.
+
+    Parameters
+    ----------
+    xp : Backend
+        Library of ``like``.
+    value : object
+        A number of Python or NumPy, or an array without axes. Gradients flow through one of the
+        same library.
+    like : array
+        What is multiplied or divided.
+
+    Returns
+    -------
+    number, array or None
+        A Python number, or an array without axes in the dtype of ``like``; None if ``value`` is no
+        number.
+
+    Raises
+    ------
+    InputError
+        If ``value`` is complex and ``like`` is not, or has gradients in another library.
+    """
+    if getattr(value, "shape", None) != ():
+        if not isinstance(value, Number):
+            return None
+        # Fractions and decimals would make arrays of objects.
+        is_plain = isinstance(value, int | float | complex)
+        factor = value if is_plain else float(value)  # type: ignore[arg-type]
+        _check_complex(xp, isinstance(factor, complex), value, like)
+        return factor
+    theirs = get_backend(value)
+    _check_complex(xp, theirs.dtype_name(value) in COMPLEX_DTYPES, value, like)
+    if theirs is xp:
+        return xp.astype(value, xp.dtype_name(like))
+    if theirs.tracked(value):
+        raise InputError(
+            f"a {theirs.name} number with gradients cannot multiply or divide {xp.name} cores, "
+            "which would lose them"
+        )
+    return theirs.to_numpy(value).item()
+
+
+def _check_complex(xp: Backend, is_complex: bool, value: Any, like: Array) -> None:
+    """Raise if a number is complex, and an array that it multiplies or divides is not."""
+    name = xp.dtype_name(like)
+    if is_complex and name not in COMPLEX_DTYPES:
+        raise InputError(
+            f"cannot multiply or divide real cores ({name}) by a complex {short_repr(value)}"
+        )
 
 
 def compose(xp: Backend, left: Cores, right: Cores) -> tuple[Array, ...]:

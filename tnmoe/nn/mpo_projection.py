@@ -185,7 +185,7 @@ class MPOProjection(StoredCores, Projection):
         """
         _check_torch(shared.cores)
         if shared.base is not None:
-            raise InputError(f"an MPOProjection has no base: got {shared}")
+            raise InputError(f"an MPOProjection has no base: got {shared!r}")
         projection = cls(
             shared.num_experts,
             shared.shape,

@@ -125,7 +125,7 @@ def _bonds(what: str, operator: MPO | TruncationInfo) -> dict[str, np.ndarray]:
     else:
         spectra = list(operator.spectra)
     if not spectra:
-        raise InputError(f"{what} must have a bond, got {operator}")
+        raise InputError(f"{what} must have a bond, got {operator!r}")
     return {
         f"bond {bond}": check_numbers(f"{what}, bond {bond}", values, lowest=0)
         for bond, values in enumerate(spectra)

@@ -1,0 +1,1 @@
+"""Operators drawn as text and for notebooks, with nothing but strings."""
