@@ -173,12 +173,12 @@ def minilm(folder: Path, text: Path | None) -> Setting:
     imdb = folder / "imdb.csv"
     if not imdb.exists():
         write_imdb(imdb)
-    common: Any = {"batch_size": 8, "length": 128, "held_out": 400}
+    common: Any = {"batch_size": 8, "length": 64, "held_out": 200}
     domains = {"sentences": MiniLM(**common), "imdb": MiniLM(sentences=imdb, **common)}
     return Setting(
         folder, domains, ffn=r".*\.layer\.\d+\.(intermediate|output)\.dense",
-        linear=r".*\.layer\.\d+\..*(query|key|value|dense)", rank=18, steps=150,
-        rates=_RATES, head="classifier",
+        linear=r".*\.layer\.\d+\..*(query|key|value|dense)", rank=18, steps=60,
+        rates=(5e-4, 2e-3, 8e-3), head="classifier",
     )  # fmt: skip
 
 

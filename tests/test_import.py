@@ -145,7 +145,7 @@ metadata.version = lambda name: {versions}.get(name) or true(name)
     [
         (set(), {"transformers": "4.57.1"}, "tnmoe.hf needs transformers>=5.0, but 4.57.1 is "
          "installed: pip install 'tnmoe[hf]'"),
-        (set(), {"transformers": "4.57.1", "torch": "2.3.1+cpu"}, "tnmoe.hf needs torch>=2.4, but "
+        (set(), {"transformers": "4.57.1", "torch": "2.3.1+cpu"}, "tnmoe.hf needs torch>=2.6, but "
          "2.3.1+cpu is installed, and transformers>=5.0, but 4.57.1 is installed: "
          "pip install 'tnmoe[hf]'"),
         ({"torch"}, {"transformers": "4.57.1"}, "tnmoe.hf needs torch, which is not installed, and "

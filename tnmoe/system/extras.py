@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from tnmoe.errors import MissingExtraError
 
 # Packages that each extra brings, and their oldest supported versions, as in pyproject.toml.
-_HF = {"torch": "2.4", "transformers": "5.0"}
+_HF = {"torch": "2.6", "transformers": "5.0"}
 _PLOT = {"matplotlib": "3.8"}
 EXTRAS: dict[str, dict[str, str]] = {
-    "torch": {"torch": "2.4"},
+    "torch": {"torch": "2.6"},
     "hf": _HF,
     "plot": _PLOT,
     "peft": _HF | {"peft": "0.21"},

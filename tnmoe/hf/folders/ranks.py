@@ -40,6 +40,20 @@ class Loading:
     InputError
         If there is no such folder, its files are damaged, transformers has no such model, or the
         files lack tensors of the model or hold others.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> folder = tempfile.mkdtemp()
+    >>> config = GPT2Config(vocab_size=32, n_layer=1, n_embd=16, n_head=2)
+    >>> GPT2LMHeadModel(config).save_pretrained(folder)
+    >>> loading = prepare_load(folder)
+    >>> loading.model.transformer.wte.weight.is_meta
+    True
+    >>> model = loading.run()
+    >>> model.transformer.wte.weight.is_meta
+    False
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
