@@ -9,12 +9,12 @@ import tnmoe as tn
 from tests.matrices import LIBRARIES, dense_norm, libraries, to_library, to_numpy
 from tests.operators import SHAPE, SQUARE, a_mpo, dense, dtypes, random_mpo, scaled, seeds
 from tnmoe.chains import zip_up
-from tnmoe.options import ADD_METHODS, MATMUL_METHODS
+from tnmoe.options import ADD_METHODS, PRODUCT_METHODS
 
 PADDED = tn.MPOShape((3, 2, 2, 3), (3, 2, 2, 3), 31, 29)
 
 
-METHODS = {"add": ADD_METHODS, "matmul": MATMUL_METHODS}
+METHODS = {"add": ADD_METHODS, "matmul": PRODUCT_METHODS, "hadamard": PRODUCT_METHODS}
 
 
 def similar(shape, dtype, library, seed, count=4):
@@ -79,6 +79,35 @@ def test_products_with_room_are_exact_and_without_it_near_the_best(method, dtype
     assert dense_norm(dense(small) - expected) <= 3 * best.error_bound + 1e-4 * dense_norm(expected)
 
 
+@settings(max_examples=30)
+@given(
+    dtypes, libraries, seeds, st.sampled_from((0.3, 1e-2, 1e-5)), st.sampled_from((SHAPE, PADDED))
+)
+@pytest.mark.parametrize("method", ["direct", "randomized"])
+def test_entrywise_products_stay_within_the_tolerance(method, dtype, library, seed, rtol, shape):
+    a, b = (random_mpo(shape, dtype, library, seed + k, 3) for k in range(2))
+    product = tn.hadamard(a, b, method=method, rtol=rtol)
+    whole = dense_norm(dense(tn.MPO(a.hadamard(b).cores)))
+    assert dense_norm(dense(product) - dense(a) * dense(b)) <= (rtol + 1e-5) * whole
+    assert product.dtype == a.dtype
+
+
+@settings(max_examples=30)
+@given(dtypes, libraries, seeds)
+@pytest.mark.parametrize("method", ["direct", "zipup", "randomized"])
+def test_entrywise_products_with_room_are_exact_and_without_it_near_the_best(
+    method, dtype, library, seed
+):
+    a, b = (random_mpo(SHAPE, dtype, library, seed + k, 3) for k in range(2))
+    expected = dense(a) * dense(b)
+    exact = tn.hadamard(a, b, method=method, max_bond=9)
+    assert dense_norm(dense(exact) - expected) <= 1e-5 * dense_norm(expected)
+    small = tn.hadamard(a, b, method=method, max_bond=4)
+    _, best = exact.compress(max_bond=4, return_info=True)
+    assert max(small.bond_dims) <= 4
+    assert dense_norm(dense(small) - expected) <= 3 * best.error_bound + 1e-4 * dense_norm(expected)
+
+
 @pytest.mark.parametrize("method", ["direct", "zipup", "randomized"])
 @pytest.mark.parametrize("max_bond", [4, 16, (4, 4), (100, 4)])
 def test_a_limit_that_cuts_nothing_leaves_a_product_exact(max_bond, method):
@@ -137,6 +166,8 @@ def test_short_chains_work_in_every_scheme(sites, library):
     for method in ("direct", "zipup", "randomized"):
         product = tn.matmul(a, b, method=method, max_bond=4)
         np.testing.assert_allclose(dense(product), dense(a) @ dense(b), atol=1e-12)
+        product = tn.hadamard(a, b, method=method, max_bond=4)
+        np.testing.assert_allclose(dense(product), dense(a) * dense(b), atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +186,17 @@ def test_short_chains_work_in_every_scheme(sites, library):
             lambda: tn.matmul(tn.MPO.zeros(SHAPE), a_mpo()),
             tn.InputError,
             "compose",
+        ),
+        (
+            lambda: tn.hadamard(tn.MPO.zeros(SHAPE), a_mpo()),
+            tn.InputError,
+            "an entrywise product needs operators of one shape",
+        ),
+        (lambda: tn.hadamard(a_mpo(), np.eye(36)), TypeError, "expected an MPO, got ndarray"),
+        (
+            lambda: tn.hadamard(a_mpo(), a_mpo(), method="randomized"),
+            tn.InputError,
+            "needs max_bond, bonds or",
         ),
         (
             lambda: tn.matmul(a_mpo(), a_mpo(), method="x"),
@@ -196,6 +238,15 @@ def test_products_of_any_size_stay_within_the_tolerance(method, scale):
     assert float(error) <= 1.001e-3 * float((a @ b).norm())
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("method", ["direct", "zipup", "randomized"])
+def test_entrywise_products_of_any_size_stay_within_the_tolerance(method, scale):
+    a, b = (tn.MPO.random(tn.MPOShape((2,) * 8, (2,) * 8), 6, rng=k) for k in range(2))
+    product = tn.hadamard(scaled(a, scale), scaled(b, 1e20), method=method, rtol=1e-3)
+    error = (scaled(product, 1e-20 / scale) - a.hadamard(b)).norm()
+    assert float(error) <= 1.001e-3 * float(a.hadamard(b).norm())
+
+
 @pytest.mark.parametrize("method", ["direct", "successive", "randomized"])
 def test_exact_bonds_are_exact_in_every_scheme(method):
     shape = tn.MPOShape((3, 3), (3, 3))
@@ -220,10 +271,12 @@ def test_the_bound_that_is_reported_holds(operation, method, limits, library, sc
     if operation == "add":
         given, exact = ([a, b, a],), 2 * x + y
     else:
-        given, exact = (a, b), x @ y
+        given, exact = (a, b), x @ y if operation == "matmul" else x * y
     function = getattr(tn, operation)
     mpo, info = function(*given, method=method, **limits, return_info=True)
-    error, norm = dense_norm(to_numpy(mpo.to_matrix()) - exact), dense_norm(exact)
+    size = np.abs(exact).max()  # its square may overflow
+    error = size * dense_norm((to_numpy(mpo.to_matrix()) - exact) / size)
+    norm = size * dense_norm(exact / size)
     assert error <= info.error_bound + 1e-7 * norm
     # As a bound it is of use: not many times what happened.
     assert info.error_bound <= 5 * error + 1e-7 * norm

@@ -23,7 +23,7 @@ from tests.matrices import (
 from tnmoe.backends import backend_named
 from tnmoe.chains import unfolding as unfolding_module
 from tnmoe.chains.unfolding import GramMatrix, TriangularFactor
-from tnmoe.options import ADD_METHODS, MATMUL_METHODS
+from tnmoe.options import ADD_METHODS, PRODUCT_METHODS
 
 max_bonds = st.one_of(st.none(), st.integers(1, 20))
 rtols = st.one_of(st.none(), st.sampled_from((0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 2.0)))
@@ -461,7 +461,7 @@ def test_a_tolerance_may_be_of_any_size(method):
     assert mpo.compress(rtol=1e300).bond_dims == (1, 1)
     for sum_method in ADD_METHODS:
         assert tn.add([mpo, mpo], rtol=1e300, method=sum_method).bond_dims == (1, 1)
-    for product_method in MATMUL_METHODS:
+    for product_method in PRODUCT_METHODS:
         assert tn.matmul(mpo, mpo, rtol=1e300, method=product_method).bond_dims == (1, 1)
 
 

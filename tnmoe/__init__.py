@@ -1,8 +1,10 @@
 """tnmoe: tensor-network mixtures of experts."""
 
-from tnmoe.combine import add, kron, matmul
+from tnmoe.combine import add, hadamard, kron, matmul
 from tnmoe.contraction.plan import ContractionPlan, contraction_plan
+from tnmoe.cross import CrossInfo, cross
 from tnmoe.decompose import decompose, decompose_batch
+from tnmoe.entanglement import SchmidtDecomposition, mutual_information, operator_schmidt
 from tnmoe.errors import InputError, MissingExtraError
 from tnmoe.factors import factorize
 from tnmoe.fit import FitInfo, fit
@@ -24,11 +26,13 @@ __all__ = [
     "MPO",
     "AlignedDecomposition",
     "ContractionPlan",
+    "CrossInfo",
     "FitInfo",
     "InputError",
     "MPOShape",
     "MissingExtraError",
     "OrderedDecomposition",
+    "SchmidtDecomposition",
     "SharedInfo",
     "SharedMPO",
     "SqueezeResult",
@@ -39,6 +43,7 @@ __all__ = [
     "align_hidden_units",
     "bonds_by_entropy",
     "contraction_plan",
+    "cross",
     "decompose",
     "decompose_aligned",
     "decompose_batch",
@@ -47,9 +52,12 @@ __all__ = [
     "distribute_budget",
     "factorize",
     "fit",
+    "hadamard",
     "kron",
     "load",
     "matmul",
+    "mutual_information",
+    "operator_schmidt",
     "save",
     "select_bonds",
     "squeeze",

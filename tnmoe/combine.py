@@ -10,14 +10,14 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains import algebra
-from tnmoe.chains.precision import narrowed, widened
+from tnmoe.chains.precision import computable, narrowed, widened
 from tnmoe.chains.scaling import normalized_chains, times_power
 from tnmoe.chains.sketch import project_terms
-from tnmoe.chains.terms import Term, distance, squared_norm
+from tnmoe.chains.terms import EntrywiseTerm, Term, distance, squared_norm
 from tnmoe.chains.zip_up import zip_up
 from tnmoe.errors import InputError, check_generator, check_one_of
 from tnmoe.mpo import MPO, check_alike, check_operands, round_mpo
-from tnmoe.options import ADD_METHODS, MATMUL_METHODS, AddMethod, MatmulMethod
+from tnmoe.options import ADD_METHODS, PRODUCT_METHODS, AddMethod, ProductMethod
 from tnmoe.shapes import MPOShape, is_padded
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
@@ -131,7 +131,7 @@ def matmul(
     a: MPO,
     b: MPO,
     *,
-    method: MatmulMethod = ...,
+    method: ProductMethod = ...,
     max_bond: int | Sequence[int] | None = ...,
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
@@ -146,7 +146,7 @@ def matmul(
     a: MPO,
     b: MPO,
     *,
-    method: MatmulMethod = ...,
+    method: ProductMethod = ...,
     max_bond: int | Sequence[int] | None = ...,
     bonds: Sequence[int] | None = ...,
     rtol: float | None = ...,
@@ -160,7 +160,7 @@ def matmul(
     a: MPO,
     b: MPO,
     *,
-    method: MatmulMethod = "direct",
+    method: ProductMethod = "direct",
     max_bond: int | Sequence[int] | None = None,
     bonds: Sequence[int] | None = None,
     rtol: float | None = None,
@@ -210,17 +210,105 @@ def matmul(
     >>> bool(np.allclose(product.to_matrix(), a.to_matrix() @ a.to_matrix()))
     True
     """
-    check_one_of("method", method, MATMUL_METHODS)
+    check_one_of("method", method, PRODUCT_METHODS)
     check_operands(a, b)
     shape, xp = algebra.product_shape(a.shape, b.shape), get_backend(a.cores[0])
     limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
     with xp.full_precision(a.cores[0]):
-        factors = algebra.product_factors(xp, a.shape, a.cores, b.cores)
-        if method == "direct":
-            mpo, info = round_mpo(MPO(algebra.compose(xp, *factors), shape), limits)
-        else:
-            rng = check_generator(rng)
-            mpo, info = _approximate_product(factors, limits, method, rng, return_info)
+        term = Term(algebra.product_factors(xp, a.shape, a.cores, b.cores))
+        mpo, info = _rounded_product(term, limits, method, check_generator(rng), return_info)
+        mpo = _narrowed_like(a, mpo)
+    return (mpo, info) if return_info else mpo
+
+
+@overload
+def hadamard(
+    a: MPO,
+    b: MPO,
+    *,
+    method: ProductMethod = ...,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[False] = ...,
+) -> MPO: ...
+
+
+@overload
+def hadamard(
+    a: MPO,
+    b: MPO,
+    *,
+    method: ProductMethod = ...,
+    max_bond: int | Sequence[int] | None = ...,
+    bonds: Sequence[int] | None = ...,
+    rtol: float | None = ...,
+    max_params: int | None = ...,
+    rng: np.random.Generator | int = ...,
+    return_info: Literal[True],
+) -> tuple[MPO, TruncationInfo]: ...
+
+
+def hadamard(
+    a: MPO,
+    b: MPO,
+    *,
+    method: ProductMethod = "direct",
+    max_bond: int | Sequence[int] | None = None,
+    bonds: Sequence[int] | None = None,
+    rtol: float | None = None,
+    max_params: int | None = None,
+    rng: np.random.Generator | int = 0,
+    return_info: bool = False,
+) -> MPO | tuple[MPO, TruncationInfo]:
+    """Multiply operators entry by entry and round the Hadamard product.
+
+    Parameters
+    ----------
+    a, b : MPO
+        Of one shape, library and dtype.
+    method : {"direct", "zipup", "randomized"}
+        As for :func:`matmul`. The bonds of ``direct``, which forms the product, multiply.
+    max_bond, bonds, rtol, max_params
+        As for :meth:`MPO.compress`; ``randomized`` needs one of the first three.
+    rng : numpy Generator or int
+        Source of random numbers.
+    return_info : bool
+        Also return what was cut, as for :func:`matmul`.
+
+    Returns
+    -------
+    MPO
+        In canonical form around its ``shape.center_site``.
+    TruncationInfo
+        Only with ``return_info``. It describes the last rounding; its ``error_bound`` holds for
+        the whole product.
+
+    Raises
+    ------
+    InputError
+        If the operators do not fit together, the method is unknown, or it needs a limit.
+
+    See Also
+    --------
+    MPO.hadamard : The product as it is, without rounding.
+
+    Examples
+    --------
+    >>> a = MPO.random(MPOShape((2, 2, 2), (2, 2, 2)), max_bond=2, rng=0)
+    >>> square = hadamard(a, a, rtol=1e-10)
+    >>> bool(np.allclose(square.to_matrix(), a.to_matrix() ** 2))
+    True
+    """
+    check_one_of("method", method, PRODUCT_METHODS)
+    check_alike(a, b, "an entrywise product")
+    xp, shape = get_backend(a.cores[0]), a.shape
+    limits = Limits(shape, max_bond=max_bond, bonds=bonds, rtol=rtol, max_params=max_params)
+    with xp.full_precision(a.cores[0]):
+        term = EntrywiseTerm(tuple([computable(xp, core) for core in x.cores] for x in (a, b)))
+        mpo, info = _rounded_product(term, limits, method, check_generator(rng), return_info)
         mpo = _narrowed_like(a, mpo)
     return (mpo, info) if return_info else mpo
 
@@ -287,26 +375,27 @@ def _terms(mpos: Sequence[MPO]) -> tuple[list[Term], int]:
     return [Term((chain,)) for chain in chains], exponent
 
 
-def _approximate_product(
-    factors: tuple[Sequence[Array], Sequence[Array]],
-    limits: Limits,
-    method: MatmulMethod,
-    rng: np.random.Generator,
-    measure: bool,
+def _rounded_product(
+    term: Term, limits: Limits, method: ProductMethod, rng: np.random.Generator, measure: bool
 ) -> tuple[MPO, TruncationInfo]:
-    """Approximate a product while it is formed, then round it."""
-    xp = get_backend(factors[0][0])
-    (left,), left_exponent = normalized_chains(xp, [factors[0]])
-    (right,), right_exponent = normalized_chains(xp, [factors[1]])
-    term = Term(tuple([widened(xp, core) for core in chain] for chain in (left, right)))
+    """Form the product of two chains and round it, or approximate it while it is formed."""
+    xp = get_backend(term.chains[0][0])
+    if method == "direct":
+        return round_mpo(MPO(term.form(xp), limits.shape), limits)
+    scaled = [normalized_chains(xp, [chain]) for chain in term.chains]
+    narrow = replace(term, chains=tuple(chain for (chain,), _ in scaled))
+    exponent = sum(exponent for _, exponent in scaled)
+    wide = replace(
+        narrow, chains=tuple([widened(xp, core) for core in chain] for chain in narrow.chains)
+    )
     if method == "zipup":
-        found: list[Array] | None = zip_up(xp, (left, right), limits)
+        found: list[Array] | None = zip_up(xp, narrow, limits)
     else:
-        found = project_terms(xp, [term], limits, rng)
+        found = project_terms(xp, [wide], limits, rng)
     if found is None:
-        return round_mpo(MPO(algebra.compose(xp, *factors), limits.shape), limits)
-    missed = distance(xp, [term], found) if measure else 0.0
-    return _finish(found, left_exponent + right_exponent, limits, missed)
+        return round_mpo(MPO(term.form(xp), limits.shape), limits)
+    missed = distance(xp, [wide], found) if measure else 0.0
+    return _finish(found, exponent, limits, missed)
 
 
 def _successive_sum(mpos: Sequence[MPO], limits: Limits) -> tuple[MPO, TruncationInfo]:

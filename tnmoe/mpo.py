@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from math import prod
 from numbers import Number
@@ -22,7 +22,7 @@ from tnmoe.drawing.chain import Chain
 from tnmoe.drawing.notebook import draw_html, draw_svg
 from tnmoe.drawing.text import draw_text
 from tnmoe.errors import InputError, check_generator, check_index, short_repr
-from tnmoe.shapes import MPOShape, resolve_center_site
+from tnmoe.shapes import MPOShape, resolve_center_site, resolve_sites
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
 from tnmoe.truncation.spectra import entanglement_entropy
@@ -603,6 +603,75 @@ class MPO:
         """
         values = self._backend.to_numpy(self.schmidt_values(bond))
         return entanglement_entropy(values)
+
+    def hadamard(self, other: MPO) -> MPO:
+        """Multiply entry by entry with an operator of the same shape.
+
+        The bonds multiply; :func:`tnmoe.hadamard` keeps them small.
+
+        Parameters
+        ----------
+        other : MPO
+            Of the same shape, library and dtype.
+
+        Raises
+        ------
+        InputError
+            If shapes or dtypes differ.
+        TypeError
+            If ``other`` is not an MPO, or belongs to another library.
+
+        Examples
+        --------
+        >>> from tnmoe import MPOShape
+        >>> one = MPO.identity(MPOShape((2,), (2,)))
+        >>> one.hadamard(3 * one).to_matrix()
+        array([[3., 0.],
+               [0., 3.]])
+        """
+        check_alike(self, other, "an entrywise product")
+        return MPO(algebra.entrywise(self.cores, other.cores), self.shape)
+
+    def partial_trace(self, sites: int | Iterable[int]) -> MPO | Array:
+        """Sum the diagonals of some sites.
+
+        Parameters
+        ----------
+        sites : int or iterable of int
+            Sites to sum over, in any order. Their output legs must equal their input legs.
+
+        Returns
+        -------
+        MPO or array
+            An operator on the other sites, without padding. If there are none it is a scalar of
+            the cores' library. A padded matrix counts with zeros in its padding.
+
+        Raises
+        ------
+        InputError
+            If a site does not exist, is named twice, or has legs that differ.
+
+        Examples
+        --------
+        >>> from tnmoe import MPOShape
+        >>> one = MPO.identity(MPOShape((2, 3), (2, 3)))
+        >>> one.partial_trace(1).to_matrix()
+        array([[3., 0.],
+               [0., 3.]])
+        """
+        sites, shape = resolve_sites(self.shape, sites, "sites"), self.shape
+        if any(shape.out_dims[site] != shape.in_dims[site] for site in sites):
+            raise InputError(
+                f"a partial trace needs equal output and input legs at the sites {sites}, "
+                f"got {shape}"
+            )
+        with self._full_precision():
+            kept, rest = algebra.partial_trace(
+                self._backend, shape, self._computable_cores(), sites
+            )
+            if not kept:
+                return self._in_own_dtype(rest.reshape(()))
+            return MPO([self._in_own_dtype(core) for core in (*kept[:-1], kept[-1] @ rest)])
 
     def _full_precision(self) -> AbstractContextManager[None]:
         return self._backend.full_precision(self.cores[0])

@@ -5,13 +5,13 @@ The command line takes its choices from here too, since it must not load torch t
 
 from typing import Literal, get_args
 
-# tnmoe.decompose, tnmoe.add, tnmoe.matmul
+# tnmoe.decompose, tnmoe.add, tnmoe.matmul and tnmoe.hadamard
 Method = Literal["auto", "svd", "qr", "eigh", "randomized"]
 METHODS = get_args(Method)
 AddMethod = Literal["direct", "successive", "randomized"]
 ADD_METHODS = get_args(AddMethod)
-MatmulMethod = Literal["direct", "zipup", "randomized"]
-MATMUL_METHODS = get_args(MatmulMethod)
+ProductMethod = Literal["direct", "zipup", "randomized"]
+PRODUCT_METHODS = get_args(ProductMethod)
 
 # tnmoe.decompose_shared
 ChainForm = Literal["free", "canonical"]

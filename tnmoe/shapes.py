@@ -378,6 +378,21 @@ def resolve_center_site(shape: MPOShape, center_site: int | None) -> int:
     return check_index("center_site", center_site, shape.sites)
 
 
+def resolve_sites(shape: MPOShape, sites: int | Iterable[int], name: str) -> tuple[int, ...]:
+    """Return the numbers of one or several sites in ascending order.
+
+    Raises
+    ------
+    InputError
+        If there are none, one is named twice, or one does not exist.
+    """
+    chosen = tuple(sites) if isinstance(sites, Iterable) else (sites,)
+    checked = sorted(check_index(f"every site of {name}", site, shape.sites) for site in chosen)
+    if not checked or len(set(checked)) < len(checked):
+        raise InputError(f"{name} must name at least one site, and none twice, got {checked}")
+    return tuple(checked)
+
+
 def resolve_shared_sites(
     shared_sites: str | Iterable[int], sites: int, center_site: int
 ) -> frozenset[int]:

@@ -72,6 +72,15 @@ def test_composition_is_the_matrix_product_padded_or_not(
     assert_close((b.H @ a.H).to_matrix(), expected.conj().T, scale)
 
 
+@given(shapes(), dtypes, libraries, seeds, max_bonds)
+def test_hadamard_is_the_product_of_the_entries(shape, dtype, library, seed, max_bond):
+    a = random_mpo(shape, dtype, library, seed, max_bond)
+    b = random_mpo(shape, dtype, library, seed + 1, 2)
+    scale = dense_norm(dense(a)) * dense_norm(dense(b)) + 1
+    assert_close(a.hadamard(b).to_matrix(), dense(a) * dense(b), scale)
+    assert a.hadamard(b).bond_dims == tuple(np.multiply(a.bond_dims, b.bond_dims))
+
+
 @given(shapes(), dtypes, libraries, seeds)
 def test_transpose_adjoint_and_conjugate_are_those_of_the_matrix(shape, dtype, library, seed):
     a = random_mpo(shape, dtype, library, seed)
@@ -92,6 +101,38 @@ def test_trace_and_identity_of_square_legs_padded_or_not(shape, dtype, library, 
     np.testing.assert_array_equal(dense(one), np.eye(size, dtype=dtype))
     assert float(one.norm()) == pytest.approx(size**0.5)
     assert_close((one @ a).to_matrix(), dense(a), dense_norm(dense(a)) + 1)
+
+
+@given(shapes(max_sites=4, max_size=900), dtypes, libraries, seeds, st.data())
+def test_a_partial_trace_sums_the_diagonals_of_its_sites(shape, dtype, library, seed, data):
+    every = st.sets(st.integers(0, shape.sites - 1), min_size=1)
+    traced = sorted(data.draw(every))
+    in_dims = [
+        out if site in traced else in_
+        for site, (out, in_) in enumerate(zip(shape.out_dims, shape.in_dims, strict=True))
+    ]
+    in_features = data.draw(st.one_of(st.none(), st.integers(1, np.prod(in_dims).item())))
+    square = tn.MPOShape(shape.out_dims, in_dims, shape.out_features, in_features)
+    a = random_mpo(square, dtype, library, seed, 3)
+    # The padding may hold anything; it counts as zeros.
+    padded = np.zeros((square.padded_out, square.padded_in), dtype)
+    padded[: square.out_features, : square.in_features] = dense(a)
+    tensor = padded.reshape(*square.out_dims, *square.in_dims)
+    for site in reversed(traced):
+        tensor = tensor.trace(axis1=site, axis2=tensor.ndim // 2 + site)
+    scale = dense_norm(padded) * square.padded_out + 1
+    found = a.partial_trace(data.draw(st.permutations(traced)))
+    if len(traced) == shape.sites:
+        assert found.shape == ()
+        assert_close(found, np.asarray(tensor), scale)
+        return
+    rows = np.prod(tensor.shape[: tensor.ndim // 2]).item()
+    assert_close(found.to_matrix(), tensor.reshape(rows, -1), scale)
+
+
+def test_the_partial_trace_of_one_site_takes_its_number():
+    a = random_mpo(tn.MPOShape((2, 3), (2, 3)), "float64", "numpy", 0)
+    np.testing.assert_array_equal(dense(a.partial_trace(1)), dense(a.partial_trace([1])))
 
 
 @given(shapes(), dtypes, libraries, seeds, max_bonds)
@@ -184,6 +225,8 @@ def test_gradients_of_every_operation_agree_with_finite_differences():
                 a.H,
                 a.conj(),
                 a.compress(max_bond=1),
+                a.hadamard(b),
+                a.partial_trace(0),
             )
             return (*(one.to_matrix() for one in operators), a.inner(b), a.trace(), a.norm())
 
@@ -220,6 +263,11 @@ def two(dtype="float64", library="numpy"):
             tn.InputError,
             "an inner product needs operators of one shape",
         ),
+        (lambda: two().hadamard(two().T), tn.InputError, "an entrywise product needs operators"),
+        (lambda: two().partial_trace(1), tn.InputError, r"equal output .* at the sites \(1,\)"),
+        (lambda: two().partial_trace([0, 0]), tn.InputError, r"none twice, got \[0, 0\]"),
+        (lambda: two().partial_trace(()), tn.InputError, r"at least one site, .* got \[\]"),
+        (lambda: two().partial_trace(2), tn.InputError, "every site of sites must be"),
         (lambda: two().trace(), tn.InputError, "a trace needs equal output and input legs"),
         (lambda: tn.MPO.identity(two().shape), tn.InputError, "the identity needs equal"),
         (

@@ -7,7 +7,7 @@ Cores have shapes (D, out, in, D'), with outermost bonds of 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import reduce
 from math import prod
 from numbers import Number
@@ -116,6 +116,16 @@ def compose(xp: Backend, left: Cores, right: Cores) -> tuple[Array, ...]:
     return tuple(cores)
 
 
+def entrywise(left: Cores, right: Cores) -> list[Array]:
+    """Multiply two operators with the same legs entry by entry; their bonds multiply."""
+    return [
+        (a[:, None, :, :, :, None] * b[None, :, :, :, None, :]).reshape(
+            a.shape[0] * b.shape[0], *a.shape[1:3], -1
+        )
+        for a, b in zip(left, right, strict=True)
+    ]
+
+
 def product_shape(left: MPOShape, right: MPOShape) -> MPOShape:
     """Return the shape of a product; raise an InputError unless the inner legs agree."""
     if left.in_dims != right.out_dims or left.in_features != right.out_features:
@@ -178,6 +188,41 @@ def trace(xp: Backend, shape: MPOShape, cores: Cores) -> Array:
     for core in cores:
         product = product @ xp.trace(core, 1, 2)
     return product.reshape(())
+
+
+def partial_trace(
+    xp: Backend, shape: MPOShape, cores: Cores, sites: Collection[int]
+) -> tuple[list[Array], Array]:
+    """Sum the diagonals of some sites.
+
+    Returns
+    -------
+    list of array
+        Cores of the other sites.
+    array, shape (D, D')
+        What stands right of them: a factor of the last core, or the trace of the whole (1, 1).
+    """
+    kept: list[Array] = []
+    carry = xp.eye(1, like=cores[0])
+    for site, core in enumerate(_without_padding(xp, shape, cores)):
+        if site in sites:
+            carry = carry @ xp.trace(core, 1, 2)
+            continue
+        merged = carry @ core.reshape(core.shape[0], -1)
+        kept.append(merged.reshape(-1, *core.shape[1:]))
+        carry = xp.eye(core.shape[3], like=core)
+    return kept, carry
+
+
+def _without_padding(xp: Backend, shape: MPOShape, cores: Cores) -> Cores:
+    """Set what truncations may have left in the padding to zero."""
+    if shape.padded_out != shape.out_features:
+        rows = leading_projector(xp, shape.out_dims, shape.out_features, cores[0])
+        cores = compose(xp, rows, cores)
+    if shape.padded_in != shape.in_features:
+        columns = leading_projector(xp, shape.in_dims, shape.in_features, cores[0])
+        cores = compose(xp, cores, columns)
+    return cores
 
 
 def identity(xp: Backend, shape: MPOShape, like: Array) -> list[Array]:

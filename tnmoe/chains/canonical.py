@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from tnmoe.backends import Array, Backend
 from tnmoe.chains.scaling import finite_max_abs
 
@@ -114,3 +116,38 @@ def schmidt_values(xp: Backend, cores: Sequence[Array], current: int | None, bon
     centered = canonicalize(xp, cores, current, bond)[bond]
     finite_max_abs(xp, centered)
     return xp.left_svd(centered.reshape(-1, centered.shape[-1]))[1]
+
+
+def schmidt_split(xp: Backend, cores: Sequence[Array], bond: int) -> tuple[Array, Array, Array]:
+    """Split a chain, canonical around the site left of a bond, into its Schmidt bases there.
+
+    Returns
+    -------
+    array, shape (D, out, in, r)
+        The core left of the bond, a left isometry.
+    array, shape (r,)
+        Schmidt values, descending.
+    array, shape (r, out, in, D')
+        The core right of the bond, a right isometry.
+    """
+    core, following = cores[bond], cores[bond + 1]
+    unfolding = core.reshape(-1, core.shape[-1])
+    finite_max_abs(xp, unfolding)
+    isometry, values = xp.left_svd(unfolding)
+    # The rows of UᴴM = diag(values) Vᴴ are orthogonal up to rounding of the largest one. QR gives
+    # orthonormal vectors for the smallest ones, too; R is diagonal up to rounding.
+    basis, rest = xp.qr(xp.adjoint(xp.adjoint(isometry) @ unfolding))
+    right = xp.adjoint(basis * _phases(xp, rest)) @ following.reshape(following.shape[0], -1)
+    return (
+        isometry.reshape(*core.shape[:-1], -1),
+        values,
+        right.reshape(-1, *following.shape[1:]),
+    )
+
+
+def _phases(xp: Backend, matrix: Array) -> Array:
+    """Return the phases of the diagonal of a square matrix, 1 for zeros."""
+    diagonal = xp.to_numpy(matrix).diagonal()
+    sizes = np.abs(diagonal)
+    phases = np.where(sizes > 0, diagonal / np.where(sizes > 0, sizes, 1), 1)
+    return xp.from_numpy(phases, like=matrix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 
 from tnmoe.backends import Array, Backend
@@ -17,9 +18,7 @@ _TOLERANCE_DIVISOR = 10
 _INTERIM_FACTOR = 2
 
 
-def zip_up(
-    xp: Backend, factors: tuple[Sequence[Array], Sequence[Array]], limits: Limits
-) -> list[Array]:
+def zip_up(xp: Backend, term: Term, limits: Limits) -> list[Array]:
     """Return left-canonical cores of a product, with bonds a little larger than the limits.
 
     Stoudenmire, White, New J. Phys. 12, 055026 (2010), section 2.3.
@@ -28,18 +27,18 @@ def zip_up(
     ----------
     xp : Backend
         Library of the factors.
-    factors : two sequences of array, shapes (D, out, in, D')
-        Left and right factor.
+    term : Term
+        The product of two chains.
     limits : Limits
         For the rounding afterwards.
     """
     # With the centres on the left, the part right of a bond is an isometry in each factor.
-    term = Term(tuple(canonicalize(xp, cores, None, 0) for cores in factors))
+    term = replace(term, chains=tuple(canonicalize(xp, chain, None, 0) for chain in term.chains))
     sites = limits.shape.sites
     cap = _interim_cap(limits)
     share = (limits.rtol or 0.0) / _TOLERANCE_DIVISOR / max(1, sites - 1) ** 0.5
     cores: list[Array] = []
-    carry = xp.eye(1, like=factors[0][0])
+    carry = xp.eye(1, like=term.chains[0][0])
     for site in range(sites):
         merged = term.absorb(xp, carry, site)
         if site == sites - 1:
