@@ -137,6 +137,30 @@ def test_experts_of_the_upcycled_model_hardly_differ_and_merge_without_a_loss():
     assert run["size"]["windows"] * run["size"]["window"] == 1024
 
 
+def test_where_experts_can_be_spared_removing_them_loses_least(loss):
+    runs = stored("smollm2-redrawn")
+    (run,) = runs
+    assert (run["size"]["redrawn"], run["size"]["mixed"], run["size"]["steps"]) == (0.5, 6, 300)
+    assert all(round(each, 2) == 0.81 for each in run["probe"]["distance"].values())
+    assert round(run["probe"]["random routing"], 2) == 0.42
+    removed = [each for layer in run["probe"]["without one"] for each in layer if each is not None]
+    assert max(map(abs, removed)) < 0.01
+    order = {
+        0.75: ("REAP", "unit pruning", "tnmoe", "D²-MoE", "SVD, whitened"),
+        0.5: ("REAP", "unit pruning", "D²-MoE", "tnmoe", "SVD, whitened"),
+    }
+    for share, names in order.items():
+        found = [loss(name, share, runs=runs) for name in names]
+        assert found == sorted(found)
+        own = found[names.index("tnmoe")]
+        assert 0.2 < found[0] / own < 0.5
+        assert 0.5 < found[1] / own < 0.62
+    errors = {(case["method"], case["share"]): case["activations"] for case in run["cases"]}
+    assert 0.6 < errors["tnmoe", 0.5] / errors["D²-MoE", 0.5] < 0.7
+    before = {case["method"]: case["loss"] for case in run["cases"]}["original"]
+    assert round(before, 2) == 3.49
+
+
 def test_tensor_trains_of_three_sites_lose_a_hundred_times_as_much(loss):
     assert "rises a hundred times as much" in PAGE
     assert 95 < loss("MPO", 0.5) / loss("tnmoe", 0.5) < 105
