@@ -56,7 +56,8 @@ def operator_schmidt(mpo: MPO, bond: int, count: int | None = None) -> SchmidtDe
     """Decompose an operator across a bond into products of orthonormal operators.
 
     The sites left of the bond stand against those right of it. Other divisions of the sites, such
-    as odd against even ones, are not available: they have no bond.
+    as odd against even ones, are not available: they have no bond. :meth:`MPO.schmidt_values` returns
+    the values alone, and :meth:`MPO.entropy` their entropy.
 
     Parameters
     ----------
@@ -77,10 +78,6 @@ def operator_schmidt(mpo: MPO, bond: int, count: int | None = None) -> SchmidtDe
     ------
     InputError
         If there is no such bond, or ``count`` is not a positive integer.
-
-    See Also
-    --------
-    MPO.schmidt_values, MPO.entropy : Only the values, and their entropy.
 
     Examples
     --------

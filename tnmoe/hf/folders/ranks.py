@@ -85,7 +85,7 @@ class Loading:
         Returns
         -------
         PreTrainedModel
-            :attr:`model`, in evaluation. Make the optimiser after this call, which replaces
+            The same model, in evaluation. Make the optimiser after this call, which replaces
             parameters.
 
         Raises
