@@ -56,8 +56,8 @@ def operator_schmidt(mpo: MPO, bond: int, count: int | None = None) -> SchmidtDe
     """Decompose an operator across a bond into products of orthonormal operators.
 
     The sites left of the bond stand against those right of it. Other divisions of the sites, such
-    as odd against even ones, are not available: they have no bond. :meth:`MPO.schmidt_values` returns
-    the values alone, and :meth:`MPO.entropy` their entropy.
+    as odd against even ones, are not available: they have no bond. :meth:`MPO.schmidt_values`
+    returns the values alone, and :meth:`MPO.entropy` their entropy.
 
     Parameters
     ----------

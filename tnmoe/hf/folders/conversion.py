@@ -29,9 +29,6 @@ from tnmoe.system.folders import check_target
 from tnmoe.system.parts import Part, check_part
 from tnmoe.system.unfinished import UnfinishedFolder
 
-# Largest size of a file of weights, unless the caller says another.
-SHARD_BYTES = 5 * 10**9
-
 
 @dataclass(frozen=True)
 class Conversion:
@@ -93,7 +90,7 @@ class Conversion:
         *,
         overwrite: bool = False,
         jobs: int | None = None,
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int = 5 * 10**9,
         on_progress: Progress | None = None,
         part: tuple[int, int] | None = None,
     ) -> list[Path]:
@@ -178,7 +175,7 @@ class Conversion:
         check_target(self._unfinished_folder(target).target, overwrite)
 
     def pieces_left(
-        self, target: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES
+        self, target: str | os.PathLike, *, shard_bytes: int = 5 * 10**9
     ) -> list[Piece]:
         """Return the pieces that :meth:`run` has not made yet for a target that is not there.
 

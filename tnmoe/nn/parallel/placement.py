@@ -131,8 +131,8 @@ def expert_placement(
     bandwidth: float,
     replicas: int = 1,
     latency: float = 0.0,
-    rate: float = inf,
-    memory: float = inf,
+    rate: float | None = None,
+    memory: float | None = None,
     training: bool = True,
 ) -> PlacementPlan:
     """Compare placements of what experts own over ranks, by bytes, memory and arithmetic.
@@ -157,10 +157,10 @@ def expert_placement(
         Groups of this number of ranks. All of them train the same experts, on other tokens.
     latency : float
         Seconds of a collective that sends nothing.
-    rate : float
+    rate : float, optional
         Operations per second of a rank; by default arithmetic takes no time.
-    memory : float
-        Bytes that the owned tensors of the layer may take on a rank.
+    memory : float, optional
+        Bytes that the owned tensors of the layer may take on a rank; by default any number.
     training : bool
         Whether a step has a backward pass and an update.
 
@@ -212,7 +212,8 @@ def expert_placement(
         raise InputError(f"top_k={top_k} exceeds the number of experts, {experts.num_experts}")
     bandwidth = check_number_in("bandwidth", bandwidth, "(0, inf]")
     latency = check_number_in("latency", latency, "[0, inf)")
-    rate = check_number_in("rate", rate, "(0, inf]")
+    rate = inf if rate is None else check_number_in("rate", rate, "(0, inf]")
+    memory = inf if memory is None else check_number_in("memory", memory, "[0, inf]")
     costs: dict[PlacementKind, _Costs] = {
         "replicated": numbers.replicated,
         "gathered": numbers.gathered,
@@ -222,7 +223,7 @@ def expert_placement(
     for kind, (sent, rounds, held, flops) in costs.items():
         seconds = sent / bandwidth + rounds * latency + flops / rate
         placements.append(Placement(kind, sent, rounds, held, flops, seconds))
-    return PlacementPlan(tuple(placements), check_number_in("memory", memory, "[0, inf]"))
+    return PlacementPlan(tuple(placements), memory)
 
 
 @dataclass(frozen=True)
