@@ -114,8 +114,23 @@ DIVIDED = {
 }
 
 
+def save_where_nothing_can_be(rank, folder):
+    """Return what every rank says of a target that is a file."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
+    loading = hf.prepare_load(folder / "gpt2")
+    shard_experts(loading.model, mesh)
+    model = loading.run()
+    target = folder / "gpt2" / "config.json" / "below"
+    try:
+        hf.save_spread(model, target)
+    except tn.InputError as error:
+        return str(error)
+    return None
+
+
 def load_in_both_ways(rank, folder):
-    return load_and_save(rank, folder), load_by_transformers(rank, folder)
+    refused = save_where_nothing_can_be(rank, folder)
+    return load_and_save(rank, folder), load_by_transformers(rank, folder), refused
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +140,7 @@ def both(folder):
 
 @pytest.fixture(scope="module")
 def ranks(both):
-    return [found for found, _ in both]
+    return [found for found, *_ in both]
 
 
 @pytest.mark.slow
@@ -134,14 +149,14 @@ def ranks(both):
 def test_transformers_divides_what_is_not_an_expert(both, folder, name, how):
     with torch.no_grad():
         expected = hf.from_pretrained(folder / name).eval()(IDS).logits
-    for _, found in both:
+    for _, found, _ in both:
         torch.testing.assert_close(found[name, how], expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_transformers_has_no_plan_to_spread_converted_experts(both, name):
-    for _, found in both:
+    for _, found, _ in both:
         assert "no `ep_plan`" in found[name, "expert"]
 
 
@@ -180,6 +195,14 @@ def test_one_rank_alone_cannot_save_and_writes_nothing(ranks, folder, name, shar
     assert not (folder / f"{name}-{sharded}-by-one").exists()
 
 
+@pytest.mark.slow
+def test_every_rank_hears_that_the_first_one_could_not_save(both):
+    messages = [message for *_, message in both]
+    assert messages[0] == messages[1]
+    assert "the first rank could not save the model" in messages[0]
+    assert "below" in messages[0]
+
+
 def test_a_loading_gives_its_numbers_once(folder):
     loading = hf.prepare_load(folder / "gpt2")
     assert all(each.is_meta for each in loading.model.parameters())
@@ -210,6 +233,14 @@ def test_a_folder_that_does_not_fit_is_refused_before_anything_is_made(
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(tn.InputError, match=message):
         hf.prepare_load(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_stays(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("kept")
+    with pytest.raises(tn.InputError, match="file is a file, not a folder"):
+        hf.save_spread(gpt2(), target)
+    assert target.read_text() == "kept"
 
 
 def test_what_is_no_model_of_transformers_is_not_saved(tmp_path):

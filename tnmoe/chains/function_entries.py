@@ -64,7 +64,7 @@ class FunctionEntries:
         return get_backend(self.like).dtype_name(self.like)
 
     def require(self, evaluations: int, what: str) -> None:
-        """Raise an InputError unless so many more entries may be evaluated."""
+        """Raise an InputError unless this number of further entries may be evaluated."""
         if evaluations > self.left:
             raise InputError(
                 f"max_evaluations={self._most} is too few: {what} takes {evaluations}"

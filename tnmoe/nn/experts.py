@@ -202,16 +202,19 @@ class Experts(nn.Module):
         ------
         InputError
             If the shapes do not fit, the states are not floating-point numbers, or an index is
-            not in 0, …, E. On an accelerator, indices are not checked: it would synchronise.
+            not in 0, …, E. On an accelerator, indices are not checked: it would synchronise. Also
+            under ``torch.func`` if experts are spread over ranks.
         """
         self._check_shapes(hidden_states, top_k_index, top_k_weights)
-        if self.exchange is not None:
-            return self.exchange(hidden_states, top_k_index, top_k_weights)
         if is_transformed():
+            if self.exchange is not None:
+                raise InputError("torch.func does not support experts that are spread over ranks")
             return self._run_densely(hidden_states, top_k_index, top_k_weights)
         states = cast(hidden_states, autocast_dtype(hidden_states) or hidden_states.dtype)
         readable = values_are_readable(states)
         choices = Choices.of(top_k_index, top_k_weights, self.num_experts, readable)
+        if self.exchange is not None:
+            return self.exchange(hidden_states, top_k_index, top_k_weights)
         states = choices.zero_unrouted(states)
         products = self._products(self._load(states, choices.slots))
         network = self._slot_network(products, states)

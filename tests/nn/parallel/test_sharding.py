@@ -50,6 +50,8 @@ REFUSED = {
     "a parametrized core": (lambda rank: parametrized(rank), "ep"),
     "experts of different sizes": (lambda rank: low_rank([2, 2, 3, 2]), "ep"),
     "other settings": (lambda rank: model_of(top_k=1 + rank), "ep"),
+    "other numbers of experts": (lambda rank: model_of(experts=3 + rank), "ep"),
+    "experts on one rank only": (lambda rank: model_of() if rank else torch.nn.Linear(2, 2), "ep"),
     "other sizes": (lambda rank: model_of("interleaved", max_bond=2 + rank), "ep"),
     "other dtypes": (lambda rank: model_of().to([torch.float32, torch.float64][rank]), "ep"),
 }
@@ -61,6 +63,8 @@ MESSAGES = {
     "a parametrized core": "aux_0 is not a parameter of its own, but parametrized or pruned",
     "experts of different sizes": "would give ranks 4 to 5 rows of 'outer'",
     "other settings": "first one has 'top_k=1', number 1 of the mesh has 'top_k=2'",
+    "other numbers of experts": "has 'num_experts=3', number 1 of the mesh has 'num_experts=4'",
+    "experts on one rank only": "the first one has 'Linear(in_features=2', number 1",
     "other sizes": "number 1 of the mesh has ",
     "other dtypes": "number 1 of the mesh has '0.weight: (8, 8) torch.float64'",
 }
@@ -153,6 +157,41 @@ def copied(rank, mesh):
     return found
 
 
+class Described(torch.nn.SiLU):
+    """An activation that shows where it lies in memory, which differs from rank to rank."""
+
+    def extra_repr(self):
+        return f"at {hex(id(self))}"
+
+
+def described(rank, mesh):
+    model = model_of("residual", activation=Described())
+    parallel.shard_experts(model, mesh)
+    return {"spread": model[1].experts.exchange is not None}, {"spread": True}
+
+
+def refused_calls(rank, mesh):
+    """Return what a layer says of inputs that no layer takes."""
+    model = model_of("residual")
+    parallel.shard_experts(model, mesh)
+    experts, rows, weights = model[1].experts, rows_of(rank, 0, (4, 6)), torch.ones(4 + 2 * rank, 1)
+    calls = {
+        "too high": lambda: experts(rows, torch.full((len(rows), 1), 5), weights),
+        "negative": lambda: experts(rows, torch.full((len(rows), 1), -1), weights),
+        "other rows": lambda: experts(rows[:2], torch.zeros(3, 1, dtype=torch.int64), weights),
+        "torch.func": lambda: torch.func.vmap(model[1])(rows),
+    }
+    found = {}
+    for name, call in calls.items():
+        with pytest.raises(tn.InputError) as error:
+            call()
+        found[name] = str(error.value)[:23]
+    return found, {
+        "too high": "top_k_index must hold e", "negative": "top_k_index must hold e",
+        "other rows": "expected hidden_states ", "torch.func": "torch.func does not sup",
+    }  # fmt: skip
+
+
 def compiled(rank, mesh):
     model = model_of("residual").eval()
     parallel.shard_experts(model, mesh)
@@ -179,6 +218,8 @@ VARIANTS = {
     "a copy": copied,
     "torch.compile": compiled,
     "autocast": autocast,
+    "an address in a representation": described,
+    "refused calls": refused_calls,
 }
 
 

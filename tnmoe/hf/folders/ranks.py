@@ -160,7 +160,8 @@ def save_spread(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     Raises
     ------
     InputError
-        If the configuration does not describe the model.
+        If the configuration does not describe the model, or ``folder`` is a file; in a distributed
+        run also if the first rank cannot write the folder. All ranks raise it.
     TypeError
         If ``model`` is not a model of transformers.
 
@@ -178,11 +179,26 @@ def save_spread(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     check_model(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    is_run = distributed.is_available() and distributed.is_initialized()
-    if not is_run or distributed.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
-    if is_run:
-        distributed.barrier()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        _save(model, folder, state)
+        return
+    problem: list[str | None] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            _save(model, folder, state)
+        except Exception as error:
+            # The others would wait for the first rank, which must not leave alone.
+            problem = [f"the first rank could not save the model in {folder}: {error}"]
+    distributed.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise InputError(problem[0])
+
+
+def _save(model: PreTrainedModel, folder: str | os.PathLike, state: dict[str, Any]) -> None:
+    if Path(folder).is_file():
+        # transformers only logs that, and writes nothing.
+        raise InputError(f"{folder} is a file, not a folder")
+    model.save_pretrained(folder, state_dict=state)
 
 
 def _off_meta(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -53,7 +53,9 @@ def description(model: nn.Module, mesh: DeviceMesh) -> list[str]:
     tensors = [
         f"{name}: {tuple(each.shape)} {each.dtype}" for name, each in model.named_parameters()
     ]
-    return [f"mesh {sizes}", *repr(model).splitlines(), *tensors]
+    # Objects lie elsewhere in the memory of every rank.
+    modules = re.sub(r"0x[0-9a-f]+", "0x…", repr(model)).splitlines()
+    return [f"mesh {sizes}", *modules, *tensors]
 
 
 def gather_objects(own: Any, mesh: DeviceMesh) -> list[Any]:

@@ -101,6 +101,8 @@ def shard_hidden_units(model: nn.Module, mesh: DeviceMesh, dim: str = "tp") -> l
     >>> torch.distributed.destroy_process_group()
     """
     check_dimension(mesh, dim)
+    # Whatever else is wrong is wrong on all ranks then, and none waits for another.
+    check_agreement(model, mesh)
     group = mesh.get_group(dim)
     layers = _layers_to_divide(model)
     divisions = {
@@ -110,7 +112,6 @@ def shard_hidden_units(model: nn.Module, mesh: DeviceMesh, dim: str = "tp") -> l
     calls = {name: LocalUnits(each, divisions[name], mesh, dim) for name, each in layers.items()}
     for name, layer in layers.items():
         _check_all_taken_over(_described(name), layer, calls[name])
-    check_agreement(model, mesh)
     divided: dict[int, nn.Parameter] = {}
     for (module, attribute), axis in axes.items():
         tensor = getattr(module, attribute)

@@ -79,8 +79,10 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, dim: str = "ep") -> list[n
     (True, 'DTensor')
     >>> torch.distributed.destroy_process_group()
     """
-    layers = _layers_to_spread(model, mesh, dim)
+    check_dimension(mesh, dim)
+    # Whatever else is wrong is wrong on all ranks then, and none waits for another.
     check_agreement(model, mesh)
+    layers = _layers_to_spread(model, mesh, dim)
     placements: list[Placement] = [
         Shard(0) if name == dim else Replicate() for name in mesh.mesh_dim_names or ()
     ]
@@ -128,7 +130,6 @@ class ExpertExchange:
 
 def _layers_to_spread(model: nn.Module, mesh: DeviceMesh, dim: str) -> dict[str, Experts]:
     """Return the experts of a model; raise an InputError unless they can be spread."""
-    check_dimension(mesh, dim)
     layers = {name: each for name, each in model.named_modules() if isinstance(each, Experts)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no experts to spread")
