@@ -235,6 +235,18 @@ def test_a_folder_that_does_not_fit_is_refused_before_anything_is_made(
         hf.prepare_load(tmp_path)
 
 
+def test_a_folder_that_changes_before_it_is_read_is_refused(folder, tmp_path):
+    for file in Path(folder / "gpt2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    loading = hf.prepare_load(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: each + 1 for name, each in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(tn.InputError, match="has changed since it was first read"):
+        loading.run()
+    assert all(each.is_meta for each in loading.model.parameters())
+
+
 def test_a_file_in_the_place_of_the_folder_stays(tmp_path):
     target = tmp_path / "file"
     target.write_text("kept")

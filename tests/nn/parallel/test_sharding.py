@@ -157,6 +157,18 @@ def copied(rank, mesh):
     return found
 
 
+def dropping(rank, mesh):
+    """Return outputs in evaluation, and whether training drops values."""
+    model, expected = (model_of("residual", dropout=0.5) for _ in range(2))
+    parallel.shard_experts(model, mesh)
+    rows = rows_of(rank, 0, (4, 6))
+    drops = not torch.equal(model(rows), model(rows))
+    outputs = model.eval()(rows).detach()
+    return {"drops": drops, "outputs": outputs}, {
+        "drops": True, "outputs": expected.eval()(rows).detach(),
+    }  # fmt: skip
+
+
 class Described(torch.nn.SiLU):
     """An activation that shows where it lies in memory, which differs from rank to rank."""
 
@@ -218,6 +230,7 @@ VARIANTS = {
     "a copy": copied,
     "torch.compile": compiled,
     "autocast": autocast,
+    "dropout": dropping,
     "an address in a representation": described,
     "refused calls": refused_calls,
 }
