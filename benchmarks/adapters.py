@@ -24,7 +24,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from adapters_measures import held_out, step_seconds, train
+from adapters_measures import held_out, step_bytes, step_seconds, train
 from adapters_methods import METHODS, REFERENCE, attach, matched
 from adapters_settings import SETTINGS, Setting
 from adapters_tables import notes, table, title
@@ -168,10 +168,15 @@ class Run:
         if "note" in found:
             return found
         sizes = {REFERENCE: setting.rank, name: found["size"]}
-        return found | kept(
+        seconds = kept(
             self._file(name, "seconds"),
             lambda: step_seconds(name, self.base(seed), setting, sizes, self.options.turns),
         )
+        memory = kept(
+            self._file(name, "memory"),
+            lambda: {"step bytes": step_bytes(name, setting, found["size"])},
+        )
+        return found | seconds | memory
 
     def trained(self, name: str, size: int, seed: int, rate: float, split: str) -> dict[str, Any]:
         """Return held-out results of a trained adapter."""

@@ -1,4 +1,4 @@
-"""Training of an adapter, its held-out results, how it routes, and the time of a step."""
+"""Training of an adapter, its held-out results, how it routes, time and memory of a step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import fmean, median
 from typing import Any
 
@@ -14,7 +16,7 @@ from adapters_methods import REFERENCE, attach, fresh, trained_parameters
 from adapters_settings import Setting
 from compression_models import set_rate
 from library import OnTorch
-from machine import take_turns
+from machine import PeakMemory, set_threads, take_turns
 from torch import Tensor
 
 from experiments.task import Batch
@@ -109,6 +111,27 @@ def step_seconds(
         calls[key] = call, time.perf_counter() - start
     times = take_turns(calls, OnTorch("cpu"), turns)
     return {key: median(each) for key, each in times.items()}
+
+
+def step_bytes(name: str, setting: Setting, size: int) -> int:
+    """Return the peak memory of training, above that of the base model, in a new process.
+
+    It holds the adapter, its gradients, AdamW's averages, and what a step keeps of the batch.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak_of_steps, name, setting, size).result()
+
+
+def _peak_of_steps(name: str, setting: Setting, size: int) -> int:
+    set_threads()
+    base, batch = setting.base(0), setting.batch(0, 0)
+    with torch.no_grad():
+        base(**batch)  # the first products load libraries, whose memory belongs to no adapter
+    with PeakMemory("cpu") as memory:
+        step = _Step(attach(name, base, setting, size, 0).train(), batch)
+        step()
+        step()
+    return memory.peak
 
 
 class _Step:

@@ -152,7 +152,7 @@ _LLAMA = {"ffn": r".*\.mlp\.\w+_proj", "linear": r".*\.(mlp|self_attn)\.\w+_proj
 def smollm2(folder: Path, text: Path | None) -> Setting:
     """Return the setting of SmolLM2-135M-Instruct on a text and Python's source."""
     domains = {
-        name: SmolLM2(each, windows=2, held_out_tokens=4096)
+        name: SmolLM2(each, windows=1, held_out_tokens=2048)
         for name, each in texts(folder, text).items()
     }
     return Setting(folder, domains, **_LLAMA, rank=17, steps=60, rates=_RATES)
@@ -169,16 +169,16 @@ def tiny(folder: Path, text: Path | None) -> Setting:
 
 
 def minilm(folder: Path, text: Path | None) -> Setting:
-    """Return the setting of MiniLM on reviews from two sources: of a sentence, and of many."""
+    """Return the setting of MiniLM on reviews from two sources: sentences, and beginnings."""
     imdb = folder / "imdb.csv"
     if not imdb.exists():
         write_imdb(imdb)
-    common: Any = {"batch_size": 8, "length": 64, "held_out": 200}
+    common: Any = {"batch_size": 8, "length": 32, "held_out": 200}
     domains = {"sentences": MiniLM(**common), "imdb": MiniLM(sentences=imdb, **common)}
     return Setting(
         folder, domains, ffn=r".*\.layer\.\d+\.(intermediate|output)\.dense",
-        linear=r".*\.layer\.\d+\..*(query|key|value|dense)", rank=18, steps=60,
-        rates=(5e-4, 2e-3, 8e-3), head="classifier",
+        linear=r".*\.layer\.\d+\..*(query|key|value|dense)", rank=18, steps=120,
+        rates=(1e-3, 2e-3, 4e-3), head="classifier",
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     metrics = [key for key in report["before"] if key != "loss"]
     headers = [
         "method", "size", "parameters", "bytes", "rate", *metrics, "mean loss", "− LoRA",
-        "step / LoRA", "routing distance",
+        "step / LoRA", "MiB", "routing distance",
     ]  # fmt: skip
     rows = [
         _row(name, about, report, metrics)
@@ -73,6 +73,7 @@ def _row(name: str, about: dict[str, Any], report: dict[str, Any], metrics: list
         *(_number(_mean(results, name, metric)) for metric in [*metrics, "loss"]),
         "" if name == REFERENCE else str(difference(results, name, REFERENCE, "loss")),
         f"{about['seconds'] / about['LoRA seconds']:.2f}",
+        f"{about['step bytes'] / 2**20:.0f}",
         "" if None in distances else f"{fmean(distances):.2f}",
     ]
 

@@ -237,7 +237,8 @@ LOSSES = {
 
 
 def report():
-    about = {"unit": "bond", "size": 2, "trained": 100, "bytes": None, "seconds": 3.0}
+    about = {"unit": "bond", "size": 2, "trained": 100, "bytes": None}
+    about |= {"seconds": 3.0, "LoRA seconds": 2.0, "step bytes": 7 * 2**20}
     results = [
         {"method": name, "seed": seed, "learning_rate": 0.1, "validation": {"loss": 1.0},
          "test": {"a loss": loss, "loss": loss}, "routing distance": None}
@@ -248,7 +249,7 @@ def report():
         "model": "m", "steps": 5, "seeds": [0, 1, 2, 3], "budget": 100, "rates": [0.01, 0.1],
         "before": {"a loss": 3.0, "loss": 3.0}, "results": results,
         "methods": {
-            **{name: about | {"LoRA seconds": 2.0} for name in LOSSES},
+            **dict.fromkeys(LOSSES, about),
             "X-LoRA": {"note": "why not"},
         },
     }  # fmt: skip
@@ -262,7 +263,7 @@ def test_a_table_has_the_interval_of_a_paired_t_test():
     mean, half = (float(each) for each in found["− LoRA"].split(" ± "))
     assert (mean - half, mean + half) == pytest.approx(expected, abs=1e-4)
     assert float(found["mean loss"]) == pytest.approx(np.mean(ours), abs=1e-4)
-    assert found["step / LoRA"] == "1.50"
+    assert (found["step / LoRA"], found["MiB"]) == ("1.50", "7")
 
 
 def test_a_table_says_if_a_better_rate_may_lie_beyond():
@@ -275,6 +276,22 @@ def test_notes_say_what_learned_routing_changes_and_why_methods_have_no_figures(
     # -0.1, -0.05, -0.2, -0.1: mean -0.1125, standard deviation 0.0629, times 3.182 / 2.
     assert learned == "residual top-2 − residual top-2, random routing: -0.1125 ± 0.1001."
     assert missing == "X-LoRA: why not."
+
+
+@pytest.mark.slow
+def test_the_memory_of_training_has_room_for_what_a_step_keeps(setting, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)  # for the new processes
+    small, wide = (
+        measures.step_bytes("LoRA", replace(setting, domains=domains), 20)
+        for domains in (setting.domains, wider(setting.domains))
+    )
+    # The logits of 3 × 2 × 2 windows more, of 4 bytes each.
+    assert wide - small > 3 * 2 * 2 * 16 * 300 * 4
+
+
+def wider(domains):
+    """Return the same domains, with four times the windows in a batch."""
+    return {name: replace(each, windows=4 * each.windows) for name, each in domains.items()}
 
 
 @pytest.mark.slow
