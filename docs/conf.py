@@ -8,6 +8,7 @@ from shutil import copyfile
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from jupyter_cache import get_cache
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyObject
@@ -76,6 +77,9 @@ _results = "benchmarks/results/compression/*.json"
 _sources = [path for each in (*_patterns, _results) for path in sorted(HERE.parent.glob(each))]
 _state = sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
 nb_execution_cache_path = str(HERE / "_build" / "runs" / _state)
+# The first page makes the folder and its database. Pages run in several processes, of which all but
+# one would fail.
+get_cache(nb_execution_cache_path).db  # noqa: B018
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
