@@ -1,11 +1,15 @@
 """Distributed runs of a few processes on this machine."""
 
 import datetime
+import multiprocessing
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import distributed
+
+# Ranks are copies of a process that has imported these already, which takes seconds.
+multiprocessing.set_forkserver_preload(["pytest", "tnmoe.hf", "tnmoe.nn.parallel"])
 
 
 def on_two_ranks(function):
@@ -20,7 +24,8 @@ def on_ranks(count, function):
     that fails stops the others, and its own traceback is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_rank, (count, function, Path(folder)), nprocs=count)
+        given = count, function, Path(folder)
+        torch.multiprocessing.start_processes(_run_rank, given, count, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
 
 
