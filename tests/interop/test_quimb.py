@@ -1,40 +1,18 @@
-"""Independent oracles: the same operator in tensorly and quimb is the same matrix."""
+"""Independent oracle: the same operator in quimb is the same matrix."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import quimb.tensor as qtn
-import scipy.sparse.linalg
-import tensorly as tl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorly.decomposition import tensor_train_matrix
 
 import tnmoe as tn
-from tests.matrices import dense_norm, libraries, make_matrix, matrices, rounding, to_library
+from tests.interop.cases import max_bonds, operators, unpadded
+from tests.matrices import dense_norm, rounding
 from tnmoe import interop
-
-unpadded = matrices.filter(
-    lambda case: (
-        case[1].shape == (case[0].padded_out, case[0].padded_in)
-        # tensorly's own reconstruction knows real numbers and more than one site only
-        and case[0].sites > 1
-    )
-)
-max_bonds = st.one_of(st.none(), st.integers(1, 8))
-
-
-@settings(max_examples=60)
-@given(unpadded, max_bonds)
-def test_tensorly_reconstructs_the_same_matrix_and_round_trips(case, max_bond):
-    shape, matrix = case
-    mpo = tn.decompose(matrix, shape, max_bond=max_bond)
-    theirs = interop.to_tensorly(mpo)
-    assert dense_norm(theirs.to_matrix() - mpo.to_matrix()) <= rounding(matrix)
-    back = interop.from_tensorly(theirs)
-    assert back.shape == shape
-    for old, new in zip(mpo.cores, back.cores, strict=True):
-        np.testing.assert_array_equal(old, new)
 
 
 @settings(max_examples=60)
@@ -49,15 +27,6 @@ def test_quimb_gives_the_same_matrix_and_round_trips(case, max_bond):
     assert back.shape == shape
     for old, new in zip(mpo.cores, back.cores, strict=True):
         np.testing.assert_array_equal(old, new)
-
-
-@pytest.mark.parametrize("bond", [2, 4, 8])
-def test_truncation_is_no_worse_than_tensorlys(bond):
-    matrix = make_matrix("gaussian", 64, 64, "float64", 5) @ np.diag(0.9 ** np.arange(64))
-    ours = tn.decompose(matrix, tn.MPOShape((4, 4, 4), (4, 4, 4)), max_bond=bond)
-    theirs = tensor_train_matrix(tl.tensor(matrix.reshape((4,) * 6)), rank=[1, bond, bond, 1])
-    error = dense_norm(theirs.to_matrix() - matrix)
-    assert dense_norm(ours.to_matrix() - matrix) <= error * (1 + 1e-9)
 
 
 def test_an_operator_built_by_quimb_comes_over():
@@ -81,12 +50,12 @@ def without_a_bond():
     )
 
 
-def of_dims(*dims, dtype=float):
+def of_dims(*dims):
     rng = np.random.default_rng(3)
     bonds = [1, *[3] * (len(dims) - 1), 1]
     arrays = [
-        (rng.standard_normal((left, right, out, in_)) * (1 + (dtype is complex) * 1j)).astype(dtype)
-        for (out, in_), left, right in zip(dims, bonds, bonds[1:], strict=False)
+        rng.standard_normal((left, right, out, in_))
+        for (out, in_), (left, right) in zip(dims, pairwise(bonds), strict=True)
     ]
     arrays[0], arrays[-1] = arrays[0][0], arrays[-1][:, 0]
     return qtn.MatrixProductOperator(arrays, shape="lrud")
@@ -175,6 +144,7 @@ NETWORKS = {
     "a product of matrices": lambda: qtn.MPO_product_operator([np.eye(2), np.ones((3, 3))]),
     "a Hamiltonian": lambda: qtn.MPO_ham_heis(5),
     "one site": lambda: qtn.MPO_rand(1, 3, seed=1),
+    "one site, cyclic": lambda: qtn.MPO_rand(1, 3, cyclic=True, seed=1),
     "two sites, cyclic": lambda: qtn.MPO_rand(2, 3, cyclic=True, seed=1),
     "a bond is missing": without_a_bond,
     "legs of several sizes": lambda: of_dims((2, 3), (4, 2), (1, 5)),
@@ -277,53 +247,6 @@ def test_what_is_no_chain_with_open_ends_is_refused_with_the_reason(operator, me
         interop.from_quimb(operator())
 
 
-@pytest.mark.parametrize(
-    ("operator", "message"),
-    [
-        (lambda: tl.random.random_tt((3, 4, 3), [1, 2, 2, 1]), "got a TTTensor"),
-        (lambda: tl.random.random_cp((3, 4), 2), "got a CPTensor"),
-        (
-            lambda: list(tl.random.random_tt((3, 4), [1, 2, 1])),
-            r"a list of arrays with \[3, 3\] ax",
-        ),
-        (lambda: tl.tensor(np.ones((3, 4))), "got a ndarray"),
-        (lambda: [np.ones((2, 2, 2, 2))], "outermost bonds must be 1"),
-        (list, "at least one core"),
-    ],
-)
-def test_what_is_no_operator_of_tensorly_is_refused(operator, message):
-    with pytest.raises(tn.InputError, match=message):
-        interop.from_tensorly(operator())
-
-
-def test_cores_of_tensorly_come_over_as_a_list_and_in_one_dtype():
-    theirs = tensor_train_matrix(tl.tensor(np.random.default_rng(0).random((4,) * 4)), rank=3)
-    expected = theirs.to_matrix()
-    cores = [theirs[0].astype(np.float32), theirs[1].astype(np.complex64)]
-    for operator in (theirs, list(theirs), cores):
-        np.testing.assert_allclose(interop.from_tensorly(operator).to_matrix(), expected, atol=1e-6)
-
-
-def test_padded_shapes_are_refused():
-    padded = tn.decompose(np.ones((3, 4)), tn.MPOShape((2, 2), (2, 2), out_features=3))
-    for convert in (interop.to_tensorly, interop.to_quimb):
-        with pytest.raises(tn.InputError, match="padded shapes"):
-            convert(padded)
-
-
-def pairs_of_operators(max_sites):
-    return st.builds(
-        lambda dims, seed: tuple(
-            tn.MPO.random(tn.MPOShape(dims, dims), 4, rng=seed + k) for k in range(2)
-        ),
-        st.lists(st.integers(2, 3), min_size=2, max_size=max_sites),
-        st.integers(0, 2**32 - 1),
-    )
-
-
-operators = pairs_of_operators(max_sites=5)
-
-
 @settings(max_examples=40, deadline=None)
 @given(operators, st.integers(1, 5))
 def test_quimb_rounds_sums_and_products_to_the_same_error(pair, max_bond):
@@ -352,96 +275,3 @@ def test_quimb_finds_the_same_schmidt_values_and_norm(pair):
         theirs = state.schmidt_values(bond + 1) ** 0.5
         ours = operator.compress().schmidt_values(bond)
         np.testing.assert_allclose(ours, theirs[: len(ours)], atol=1e-9 * theirs[0])
-
-
-@settings(max_examples=40, deadline=None)
-@given(operators)
-def test_tensorly_reconstructs_sums_products_and_transposes(pair):
-    a, b = pair
-    x, y = (interop.to_tensorly(each).to_matrix() for each in pair)
-    for ours, expected in (
-        (a + b, x + y),
-        (a @ b, x @ y),
-        (a.T, x.T),
-        (2 * a - b, 2 * x - y),
-    ):
-        theirs = interop.to_tensorly(ours).to_matrix()
-        np.testing.assert_allclose(theirs, expected, atol=1e-10 * dense_norm(expected))
-
-
-# At three sites the Kronecker product has up to 729 rows, at five 59049: 28 GB.
-@settings(max_examples=40, deadline=None)
-@given(pairs_of_operators(max_sites=3))
-def test_tensorly_reconstructs_kronecker_products(pair):
-    x, y = (interop.to_tensorly(each).to_matrix() for each in pair)
-    theirs = interop.to_tensorly(tn.kron(*pair)).to_matrix()
-    np.testing.assert_allclose(
-        theirs, np.kron(x, y), atol=1e-10 * np.linalg.norm(x) * np.linalg.norm(y)
-    )
-
-
-@pytest.mark.parametrize("export", [interop.to_quimb, interop.to_tensorly])
-def test_only_an_operator_is_handed_over(export):
-    mpo = tn.MPO.random(tn.MPOShape((2, 2), (2, 2)), rng=0)
-    for other in (np.eye(4), mpo.cores, tn.SharedMPO.replicate(mpo, num_experts=2)):
-        with pytest.raises(TypeError, match=f"expected an MPO, got {type(other).__name__}"):
-            export(other)
-
-
-@settings(max_examples=60)
-@given(matrices, libraries, st.integers(0, 2**32 - 1))
-def test_scipy_multiplies_by_the_matrix_and_its_adjoint(case, library, seed):
-    shape, matrix = case
-    operator = interop.to_scipy(tn.decompose(to_library(matrix, library), shape))
-    assert operator.shape == matrix.shape
-    assert operator.dtype == matrix.dtype
-    rows, columns = (
-        make_matrix("gaussian", size, 3, matrix.dtype.name, seed) for size in matrix.shape
-    )
-    tolerance = rounding(matrix) * max(dense_norm(rows), dense_norm(columns))
-    for found, expected in (
-        (operator @ columns, matrix @ columns),
-        (operator.H @ rows, matrix.conj().T @ rows),
-        (operator.T @ rows, matrix.T @ rows),
-        (operator.matvec(columns[:, 0]), matrix @ columns[:, 0]),
-        (operator.matvec(columns[:, :1]), matrix @ columns[:, :1]),
-        (operator.rmatvec(rows[:, 0]), matrix.conj().T @ rows[:, 0]),
-    ):
-        assert found.shape == expected.shape
-        np.testing.assert_allclose(found, expected, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
-def test_scipy_finds_singular_values_and_solutions_as_of_the_dense_matrix(dtype):
-    shape = tn.MPOShape((4, 3, 4), (4, 3, 3), out_features=45, in_features=34)
-    matrix = make_matrix("gaussian", 45, 34, dtype, 0)
-    operator = interop.to_scipy(tn.decompose(matrix, shape))
-    b = make_matrix("gaussian", 45, 1, dtype, 1)[:, 0]
-    rtol = 1e-3 if dtype == "float32" else 1e-8
-    values = scipy.sparse.linalg.svds(
-        operator, k=4, v0=np.ones(34, dtype), return_singular_vectors=False
-    )
-    np.testing.assert_allclose(
-        np.sort(values)[::-1], np.linalg.svd(matrix, compute_uv=False)[:4], rtol=rtol
-    )
-    exact = np.linalg.lstsq(matrix, b)[0]
-    found = scipy.sparse.linalg.lsqr(operator, b, atol=1e-12, btol=1e-12)[0]
-    np.testing.assert_allclose(found, exact, atol=rtol)
-    # A definite and well-conditioned operator, composed by SciPy.
-    definite = operator.H @ operator + 100 * scipy.sparse.linalg.aslinearoperator(np.eye(34))
-    found, missed = scipy.sparse.linalg.cg(definite, exact)
-    assert missed == 0
-    dense = matrix.conj().T @ matrix + 100 * np.eye(34)
-    np.testing.assert_allclose(found, np.linalg.solve(dense, exact), atol=1e-4)
-
-
-def test_scipy_gets_half_precision_as_single():
-    mpo = tn.decompose(torch.eye(4, dtype=torch.bfloat16), tn.MPOShape((2, 2), (2, 2)))
-    operator = interop.to_scipy(mpo)
-    assert operator.dtype == np.float32
-    np.testing.assert_array_equal(operator @ np.eye(4, dtype=np.float32), np.eye(4))
-
-
-def test_scipy_takes_operators_only():
-    with pytest.raises(TypeError, match="expected an MPO, got ndarray"):
-        interop.to_scipy(np.eye(3))

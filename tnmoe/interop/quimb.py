@@ -1,7 +1,4 @@
-"""Conversion to and from tensorly's ``TTMatrix`` and quimb's ``MatrixProductOperator``.
-
-An MPO also becomes SciPy's ``LinearOperator``.
-"""
+"""An MPO as quimb's ``MatrixProductOperator``, and chains of quimb as an MPO."""
 
 from __future__ import annotations
 
@@ -9,85 +6,11 @@ from math import prod
 from typing import Any
 
 from tnmoe.backends import Array, get_backend
-from tnmoe.chains.precision import computable, in_one_dtype
 from tnmoe.errors import InputError
+from tnmoe.interop.checks import in_common_dtype
+from tnmoe.interop.cores import to_cores
 from tnmoe.mpo import MPO
-from tnmoe.shapes import is_padded
 from tnmoe.system.extras import require_extra
-
-__all__ = ["from_quimb", "from_tensorly", "to_quimb", "to_scipy", "to_tensorly"]
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
-
-
-def to_tensorly(mpo: MPO) -> Any:
-    """Turn an MPO into a ``tensorly.tt_matrix.TTMatrix``, whose cores have the same layout.
-
-    Parameters
-    ----------
-    mpo : MPO
-        An operator without padding. tensorly's backend must be the library of its cores.
-
-    Returns
-    -------
-    TTMatrix
-
-    Raises
-    ------
-    InputError
-        If the shape is padded, which tensorly cannot express.
-    TypeError
-        If ``mpo`` is not an MPO.
-    MissingExtraError
-        If tensorly is not installed.
-
-    Examples
-    --------
-    >>> from tnmoe import MPOShape
-    >>> mpo = MPO.random(MPOShape((2, 3), (3, 2)), max_bond=2, rng=0)
-    >>> [core.shape for core in to_tensorly(mpo)]
-    [(1, 2, 3, 2), (2, 3, 2, 1)]
-    """
-    require_extra("to_tensorly", "interop", "tensorly")
-    from tensorly.tt_matrix import TTMatrix
-
-    _check_unpadded(mpo)
-    return TTMatrix(list(mpo.cores))
-
-
-def from_tensorly(operator: Any) -> MPO:
-    """Turn an operator of tensorly into an MPO; no gauge is assumed.
-
-    Parameters
-    ----------
-    operator : tensorly.tt_matrix.TTMatrix, or list or tuple of array
-        Cores of shapes (D, out, in, D'), arrays of any supported library. Cores of different dtypes
-        are converted to one dtype that holds all of their numbers.
-
-    Raises
-    ------
-    InputError
-        If ``operator`` is something else, such as a ``TTTensor``, whose cores have one leg each.
-        Also if the outermost bonds are not 1, or the numbers are integers.
-    TypeError
-        If the arrays belong to no supported library.
-
-    Examples
-    --------
-    >>> from tnmoe import MPOShape
-    >>> mpo = MPO.random(MPOShape((2, 3), (3, 2)), max_bond=2, rng=0)
-    >>> from_tensorly(to_tensorly(mpo)).bond_dims
-    (2,)
-    """
-    is_operator = isinstance(operator, list | tuple) or type(operator).__name__ == "TTMatrix"
-    cores = list(operator) if is_operator else []
-    axes = [len(getattr(core, "shape", ())) for core in cores]
-    if not is_operator or set(axes) - {4}:
-        what = type(operator).__name__ + (f" of arrays with {axes} axes" if is_operator else "")
-        raise InputError(f"expected a TTMatrix, or its cores (D, out, in, D'), got a {what}")
-    return MPO(_in_common_dtype(cores) if cores else cores)
 
 
 def to_quimb(mpo: MPO) -> Any:
@@ -123,13 +46,8 @@ def to_quimb(mpo: MPO) -> Any:
     require_extra("to_quimb", "interop", "quimb")
     from quimb.tensor import MatrixProductOperator
 
-    _check_unpadded(mpo)
-    xp = get_backend(mpo.cores[0])
-    arrays = [xp.permute(core, (0, 3, 1, 2)) for core in mpo.cores]
     # quimb's first and last tensors lack the outermost bonds, which have dimension 1.
-    arrays[0] = arrays[0][0]
-    arrays[-1] = arrays[-1][0] if mpo.shape.sites == 1 else arrays[-1][:, 0]
-    return MatrixProductOperator(arrays, shape="lrud")
+    return MatrixProductOperator(to_cores(mpo, "lroi", outermost_bonds=False), shape="lrud")
 
 
 def from_quimb(operator: Any) -> MPO:
@@ -187,55 +105,7 @@ def from_quimb(operator: Any) -> MPO:
     if exponent:
         # Every core gets a share: the whole scale may be more than one number can hold.
         cores = [core * 10.0 ** (exponent / len(cores)) for core in cores]
-    return MPO(_in_common_dtype(cores))
-
-
-def to_scipy(mpo: MPO) -> Any:
-    """Turn an MPO into a ``scipy.sparse.linalg.LinearOperator``, for SciPy's iterative methods.
-
-    It multiplies by the operator and by its adjoint, vectors or several columns at once, and never
-    keeps the dense matrix. ``scipy.sparse.linalg.aslinearoperator`` does not take an MPO itself: it
-    expects a ``shape`` of two numbers, and that of an MPO also has its legs.
-
-    Parameters
-    ----------
-    mpo : MPO
-        An operator, padded or not. If its cores are not NumPy's, the result has copies without
-        gradients, which are. Half precision becomes single.
-
-    Returns
-    -------
-    LinearOperator
-        Of shape (out_features, in_features) and the dtype of the cores.
-
-    Raises
-    ------
-    TypeError
-        If ``mpo`` is not an MPO.
-
-    Examples
-    --------
-    >>> from scipy.sparse.linalg import svds
-    >>> from tnmoe import MPOShape
-    >>> mpo = 3 * MPO.identity(MPOShape((2, 3), (2, 3)))
-    >>> svds(to_scipy(mpo), k=2, return_singular_vectors=False).round(6).tolist()
-    [3.0, 3.0]
-    """
-    from scipy.sparse.linalg import LinearOperator
-
-    _check_mpo(mpo)
-    xp = get_backend(mpo.cores[0])
-    cores = [xp.to_numpy(computable(xp, core)) for core in mpo.cores]
-    forward = MPO(cores, mpo.shape, mpo.center_site)
-    adjoint = forward.H
-    return LinearOperator(
-        shape=(mpo.shape.out_features, mpo.shape.in_features),
-        dtype=forward.dtype,
-        matvec=lambda x: forward @ x.reshape(-1),
-        rmatvec=lambda x: adjoint @ x.reshape(-1),
-        matmat=lambda columns: forward @ columns,
-        rmatmat=lambda columns: adjoint @ columns,
-    )
+    return MPO(in_common_dtype(cores))
 
 
 # Names of a site's upper and lower index; None where the operator lacks the index.
@@ -284,11 +154,12 @@ def _bond_names(operator: Any, legs: list[_LegNames], sites: dict[Any, int]) -> 
     physical = {ind for pair in legs for ind in pair}
     for ind, tids in operator.ind_map.items():
         first, *further = sorted({sites[tid] for tid in tids})
+        ends = sum(operator.tensor_map[tid].inds.count(ind) for tid in tids)
         if ind in physical:
             if len(tids) > 1:
                 raise InputError(f"the index {ind} of a site belongs to several tensors")
-        elif operator.ind_size(ind) == 1 or (not further and len(tids) > 1):
-            continue  # it carries nothing, or joins tensors of one site
+        elif operator.ind_size(ind) == 1 or (not further and ends > 1):
+            continue  # it carries nothing, or both of its ends are at one site
         elif not further:
             raise InputError(
                 f"the index {ind} of the operator is left open, and is not a site's leg"
@@ -315,24 +186,3 @@ def _contract_site(tensors: list[Any], left: list[str], legs: _LegNames, right: 
     out, in_ = (1 if leg is None else sizes[leg] for leg in legs)
     before, after = (prod(sizes[ind] for ind in inds) for inds in (left, right))
     return tensor.transpose(*order).data.reshape(before, out, in_, after)
-
-
-def _in_common_dtype(cores: list[Array]) -> list[Array]:
-    """Convert cores to one dtype that holds the numbers of all."""
-    xp = get_backend(cores[0])
-    one_library = all(get_backend(core) is xp for core in cores)
-    if not one_library or len({xp.dtype_name(core) for core in cores}) == 1:
-        return cores  # MPO refuses cores of several libraries
-    return in_one_dtype(xp, cores)
-
-
-def _check_unpadded(mpo: MPO) -> None:
-    """Raise unless the argument is an MPO without padding, which all libraries can express."""
-    _check_mpo(mpo)
-    if is_padded(mpo.shape):
-        raise InputError(f"only tnmoe supports padded shapes: {mpo.shape}")
-
-
-def _check_mpo(mpo: MPO) -> None:
-    if not isinstance(mpo, MPO):
-        raise TypeError(f"expected an MPO, got {type(mpo).__qualname__}")
