@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -32,6 +32,9 @@ class ToyBackend:
 
     def from_numpy(self, array: np.ndarray, like: ToyArray | None = None) -> ToyArray:
         return ToyArray(_NUMPY.from_numpy(array, None if like is None else like.numbers))
+
+    def on_device(self, like: ToyArray) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def full_precision(self, like: ToyArray) -> AbstractContextManager[None]:
         return _NUMPY.full_precision(like.numbers)

@@ -69,6 +69,24 @@ def test_every_part_leaves_its_rows_and_says_how_it_ended(records, benchmarks):
     assert good == ["whole", "goes_on", "lacks"]
 
 
+def test_tests_that_fail_over_cupy_are_named(benchmarks, tmp_path):
+    part = benchmarks("gpu_cupy")
+    path = tmp_path / "test_two.py"
+    path.write_text("def test_right(): pass\ndef test_wrong(): assert False\n")
+    row = {"file": str(path), "library": "CuPy", **part.outcome(str(path))}
+    assert row["status"] == "failed"
+    assert "1 failed, 1 passed" in row["message"]
+    assert "test_two.py::test_wrong" in part.summary([row])
+    assert part.outcome(f"{path}::test_right")["status"] == "passed"
+    assert part.outcome(str(tmp_path / "test_missing.py"))["status"] == "failed"
+
+
+def test_cupy_is_named_where_it_is_missing(benchmarks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ModuleNotFoundError, match="cupy"):
+        next(benchmarks("gpu_cupy").rows("cuda", tiny=True))
+
+
 def test_a_row_that_failed_fails_the_part(benchmarks):
     rows = [{"status": "passed"}, {"status": "failed"}]
     record = {"part": "checks", "seconds": 1.0, "status": "complete", "rows": rows}
@@ -97,7 +115,8 @@ def test_all_parts_run_by_default(benchmarks):
     for name in gpu.PARTS:
         assert (BENCHMARKS / f"gpu_{name}.py").is_file()
     # On a card, with the time that it takes to start them.
-    assert sum(limits.kill for limits in gpu.PARTS.values()) < 8 * 60
+    assert sum(limits.kill for name, limits in gpu.PARTS.items() if name != "cupy") < 8 * 60
+    assert gpu.PARTS["cupy"].kill <= 3 * 60
     assert all(limits.budget < limits.kill for limits in gpu.PARTS.values())
 
 
@@ -155,7 +174,8 @@ def test_the_script_runs_on_a_cpu_from_a_checkout(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    assert [record["part"] for record in records] == ["algebra", "checks", "experts", "training"]
+    parts = ["algebra", "checks", "cupy", "experts", "training"]
+    assert [record["part"] for record in records] == parts
     for record in records:
         assert record["status"] == "complete"
         assert record["rows"]

@@ -49,7 +49,17 @@ print(round(float(tn.decompose(np.eye(4), tn.MPOShape((2, 2), (2, 2))).norm()), 
     assert run(BLOCK.format(blocked=blocked) + code).strip() == "2.0"
 
 
-ALL = {"torch", "transformers", "matplotlib", "tensorly", "quimb", "accelerate", "peft", "tqdm"}
+ALL = {
+    "cupy",
+    "torch",
+    "transformers",
+    "matplotlib",
+    "tensorly",
+    "quimb",
+    "accelerate",
+    "peft",
+    "tqdm",
+}
 TORCH = "{} needs torch, which is not installed: pip install 'tnmoe[torch]'"
 BOTH = "{} needs torch and transformers, which are not installed: pip install 'tnmoe[hf]'"
 PLOT = "tnmoe.plot needs matplotlib, which is not installed: pip install 'tnmoe[plot]'"
@@ -86,6 +96,9 @@ except ImportError as error:
         ("tnmoe.interop.to_tensorly(mpo)", "to_tensorly needs tensorly, which is not installed: "
          "pip install 'tnmoe[interop]'"),
         ("tnmoe.load('x.safetensors', library='torch')", TORCH.format("the torch backend")),
+        ("tnmoe.load('x.safetensors', library='cupy')", "the cupy backend needs cupy, which is not "
+         "installed: pip install cupy-cuda13x, cupy-cuda12x or another package that fits your CUDA "
+         "(https://docs.cupy.dev/en/stable/install.html)"),
     ],
 )  # fmt: skip
 def test_a_function_names_the_extra_that_it_lacks(call, message, tmp_path):

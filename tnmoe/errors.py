@@ -57,6 +57,8 @@ class MissingExtraError(ImportError):
     old : mapping of str to str, optional
         For each package that is too old, the requirement (``transformers>=5.0``) and the version
         that is installed.
+    install : str, optional
+        How to install the packages, where no extra does.
 
     Examples
     --------
@@ -71,6 +73,7 @@ class MissingExtraError(ImportError):
         extra: str,
         missing: Iterable[str],
         old: Mapping[str, str] | None = None,
+        install: str | None = None,
     ) -> None:
         missing = list(missing)
         lacks = [f"{needed}, but {found} is installed" for needed, found in (old or {}).items()]
@@ -78,7 +81,11 @@ class MissingExtraError(ImportError):
             *first, last = missing
             names = f"{', '.join(first)} and {last}" if first else last
             lacks.insert(0, f"{names}, which {'are' if first else 'is'} not installed")
-        super().__init__(f"{feature} needs {', and '.join(lacks)}: pip install 'tnmoe[{extra}]'")
+        needed = ", and ".join(lacks)
+        if install is None:
+            super().__init__(f"{feature} needs {needed}: pip install 'tnmoe[{extra}]'")
+        else:
+            super().__init__(f"{feature} needs {needed}: {install}")
 
 
 def to_one_line(message: object) -> str:

@@ -143,10 +143,10 @@ def fit(
     tol = check_number_in("tol", tol, "[0, inf)")
     start = _start(targets[0], initial, max_bond, bonds, rng)
     xp = get_backend(start.cores[0])
-    # In double precision, since an error is measured as a difference of norms.
-    chains, exponent = normalized_chains(xp, [_widened(xp, mpo) for mpo in targets])
-    (first,), _ = normalized_chains(xp, [_widened(xp, start)])
     with xp.full_precision(start.cores[0]):
+        # In double precision, since an error is measured as a difference of norms.
+        chains, exponent = normalized_chains(xp, [_widened(xp, mpo) for mpo in targets])
+        (first,), _ = normalized_chains(xp, [_widened(xp, start)])
         cores, info = _alternate(xp, chains, first, max_sweeps, tol)
         cores[0] = times_power(cores[0], exponent)
         dtype = xp.dtype_name(start.cores[0])

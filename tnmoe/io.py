@@ -97,8 +97,9 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     path : path
         File to read.
     library : str, optional
-        Array library of the result: "numpy", "torch" or the name of a registered backend. By
-        default the library of the saved operator. Arrays are on the CPU.
+        Array library of the result: "numpy", "torch", "cupy" or the name of a registered backend.
+        By default the library of the saved operator. Arrays are on the CPU, those of CuPy on the
+        current device.
 
     Returns
     -------

@@ -179,8 +179,9 @@ class MPO:
         """
         like = np.zeros(()) if like is None else like
         shapes = shape.core_shapes(max_bond)
-        cores = algebra.random(get_backend(like), shapes, check_generator(rng), like)
-        return cls(cores, shape)
+        xp, rng = get_backend(like), check_generator(rng)
+        with xp.on_device(like):
+            return cls(algebra.random(xp, shapes, rng, like), shape)
 
     @property
     def bond_dims(self) -> tuple[int, ...]:
@@ -269,7 +270,8 @@ class MPO:
                 f"x must have {shape.in_features} entries along its last axis, "
                 f"got shape {tuple(x.shape)}"
             )
-        return algebra.apply(xp, shape, self.cores, x)
+        with xp.on_device(x):
+            return algebra.apply(xp, shape, self.cores, x)
 
     def __add__(self, other: MPO) -> MPO:
         if not isinstance(other, MPO):
@@ -305,7 +307,8 @@ class MPO:
         if factor is None:
             return NotImplemented
         cores = list(self.cores)
-        cores[site] = operation(cores[site], factor)
+        with self._backend.on_device(cores[site]):
+            cores[site] = operation(cores[site], factor)
         return MPO(cores, self.shape, self.center_site)
 
     def __matmul__(self, other: Any) -> Any:
@@ -411,8 +414,8 @@ class MPO:
         # This may overflow; a gauge move then finds the norm below.
         with self._full_precision(), np.errstate(over="ignore", invalid="ignore"):
             squared = algebra.inner(xp, cores, cores).real
-        if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
-            return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
+            if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
+                return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
         # The squares over- or underflow. A gauge move works with the numbers themselves.
         center_site = self.shape.center_site
         return xp.norm(self.canonicalize(center_site).cores[center_site])
@@ -630,7 +633,8 @@ class MPO:
                [0., 3.]])
         """
         check_alike(self, other, "an entrywise product")
-        return MPO(algebra.entrywise(self.cores, other.cores), self.shape)
+        with self._backend.on_device(self.cores[0]):
+            return MPO(algebra.entrywise(self.cores, other.cores), self.shape)
 
     def partial_trace(self, sites: int | Iterable[int]) -> MPO | Array:
         """Sum the diagonals of some sites.

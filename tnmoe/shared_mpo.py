@@ -395,4 +395,4 @@ def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Gener
         if not noise:
             return stacked
         rms = float(xp.norm(array)) / sqrt(prod(array.shape))
-    return stacked + (noise * rms) * xp.normal(stacked.shape, rng, like=array)
+        return stacked + (noise * rms) * xp.normal(stacked.shape, rng, like=array)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tnmoe as tn
-from tests.matrices import to_library, to_numpy
+from tests.matrices import LIBRARIES, to_library, to_numpy
 
 SHAPE = tn.MPOShape((4, 6), (3, 4))
 
@@ -22,7 +22,7 @@ def with_blocks(seed=0):
     return matrix[rng.permutation(24)]
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
 def test_the_error_is_that_of_the_ordered_matrix_and_falls(dtype, library):
     matrix = (gaussian(24, 12) * np.exp(gaussian(24, 1, seed=1))).astype(dtype)

@@ -23,8 +23,10 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
+# Modules that backends share; every other one beside them is a backend.
+_SHARED = ("numpy_like", "process_setting", "protocol")
 _BUILT_IN = tuple(
-    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "protocol")
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 )
 _METHODS = tuple(name for name in vars(Backend) if not name.startswith("_"))
 
@@ -56,8 +58,8 @@ def backend_named(name: str) -> Backend:
             f"unknown array library {name!r}; tnmoe has backends for "
             f"{', '.join(available_backends())}"
         )
-    if name == "torch":
-        require_extra("the torch backend", "torch")
+    if name != "numpy":
+        require_extra(f"the {name} backend", name, name)
     return import_module(f"tnmoe.backends.{name}").backend
 
 

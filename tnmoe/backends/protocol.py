@@ -76,12 +76,20 @@ class Backend(Protocol):
     def from_numpy(self, array: np.ndarray, like: Array | None = None) -> Array:
         """Turn a NumPy array into one of this library.
 
-        Without ``like``, the result keeps the dtype and is on the CPU.
+        Without ``like``, the result keeps the dtype and is on the CPU, or on the current device if
+        the library has no arrays on the CPU.
+        """
+
+    def on_device(self, like: Array) -> AbstractContextManager[Any]:
+        """Make operators, such as ``@``, compute on the device of ``like`` in a block.
+
+        Where operators follow their operands, as in most libraries, the block changes nothing.
         """
 
     def full_precision(self, like: Array) -> AbstractContextManager[None]:
         """Give products on the device of ``like`` the full precision of their dtype in a block.
 
+        In the block, operators compute on that device, as in one of :meth:`on_device`.
         Settings that lower the precision of products, such as ``torch.autocast`` or TF32, have no
         effect in the block. Blocks may be nested, and may run in several threads at once.
         """

@@ -171,12 +171,12 @@ def _block(
         return _chosen_product(xp, shape, cores, *pairs).reshape(counts)
     if way == (True, False):
         matrix = _chosen_product(xp, shape, cores, rows, None)[:, 0]
-        return xp.transpose(_rows_of(xp, xp.transpose(matrix), columns))
+        return xp.transpose(rows_of(xp, xp.transpose(matrix), columns))
     if way == (False, True):
         matrix = _chosen_product(xp, shape, cores, None, columns)[:, :, 0]
-        return _rows_of(xp, xp.transpose(matrix), rows)
-    matrix = _rows_of(xp, to_padded_matrix(xp, cores), rows)
-    return xp.transpose(_rows_of(xp, xp.transpose(matrix), columns))
+        return rows_of(xp, xp.transpose(matrix), rows)
+    matrix = rows_of(xp, to_padded_matrix(xp, cores), rows)
+    return xp.transpose(rows_of(xp, xp.transpose(matrix), columns))
 
 
 def _held(cores: Cores, batch: int, way: tuple[bool, bool]) -> int:
@@ -221,7 +221,7 @@ def _digits(numbers: Sequence[int] | None, legs: Sequence[int], batch: int) -> l
     return digits[::-1]
 
 
-def _rows_of(xp: Backend, matrix: Array, rows: Sequence[int]) -> Array:
+def rows_of(xp: Backend, matrix: Array, rows: Sequence[int]) -> Array:
     """Return rows of a matrix that exists."""
     if isinstance(rows, range) and rows.step > 0:  # torch has no other steps
         return matrix[rows.start : rows.stop : rows.step]

@@ -11,6 +11,7 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.backends.protocol import EPSILON
+from tnmoe.chains.indexing import rows_of
 from tnmoe.chains.moments import number_of
 from tnmoe.chains.precision import widened
 from tnmoe.decompose import check_matrix, decompose
@@ -171,9 +172,12 @@ class _Trial:
         limits: dict[str, Any],
     ) -> _Trial:
         """Decompose a matrix in an order; the error is measured in double precision."""
-        xp, ordered = get_backend(matrix), matrix[orders[0]][:, orders[1]]
+        xp, (rows, columns) = get_backend(matrix), (order.tolist() for order in orders)
+        turned = xp.transpose(rows_of(xp, matrix, rows))
+        ordered = xp.transpose(rows_of(xp, turned, columns))
         mpo, wide = decompose(ordered, shape, **limits), widened(xp, ordered)
-        missed = wide - widened(xp, mpo.to_matrix())
+        with xp.full_precision(wide):
+            missed = wide - widened(xp, mpo.to_matrix())
         error, norm = (number_of(xp, xp.norm(each)) for each in (missed, wide))
         return cls(orders, mpo, error / norm if norm else 0.0)
 

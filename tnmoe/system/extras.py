@@ -17,6 +17,11 @@ EXTRAS: dict[str, dict[str, str]] = {
     "peft": _HF | {"peft": "0.21"},
     "demo": _HF | _PLOT,
 }
+# How to install what no extra can bring. A wheel of CuPy fits one version of CUDA only.
+_BY_HAND = {
+    "cupy": "pip install cupy-cuda13x, cupy-cuda12x or another package that fits your CUDA "
+    "(https://docs.cupy.dev/en/stable/install.html)"
+}
 
 
 def require_extra(feature: str, extra: str, *packages: str) -> None:
@@ -30,7 +35,7 @@ def require_extra(feature: str, extra: str, *packages: str) -> None:
     feature : str
         What needs the packages, for the message.
     extra : str
-        The extra that brings them.
+        The extra that brings them, or a package that users install themselves.
     packages : str
         The packages, for an extra that is not in ``EXTRAS``.
     """
@@ -42,7 +47,7 @@ def require_extra(feature: str, extra: str, *packages: str) -> None:
         if package not in missing and (found := _older(package, least))
     }
     if missing or old:
-        raise MissingExtraError(feature, extra, missing, old)
+        raise MissingExtraError(feature, extra, missing, old, _BY_HAND.get(extra))
 
 
 def has_extra(extra: str) -> bool:

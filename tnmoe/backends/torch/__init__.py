@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -93,6 +93,9 @@ class TorchBackend:
         if like.is_complex():
             numbers = (numbers + 1j * rng.standard_normal(shape)) / np.sqrt(2)
         return self.from_numpy(numbers, like)
+
+    def on_device(self, like: Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def full_precision(self, like: Tensor) -> AbstractContextManager[None]:
         device_type = like.device.type

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
+
+from tnmoe.backends.process_setting import ProcessSetting
 
 # Settings that can lower the precision of float32 products: TF32 on a GPU, bfloat16 in oneDNN.
 # Before torch 2.9 there is only one setting for all devices.
@@ -22,7 +23,7 @@ _SETTINGS: tuple[Any, ...] = tuple(
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Turn off autocast on a type of device, and float32 products of lower precision."""
-    with without_autocast(device_type), _reduced_precision.disabled(), np.errstate(under="ignore"):
+    with without_autocast(device_type), _full_float32.changed(), np.errstate(under="ignore"):
         yield
 
 
@@ -33,57 +34,26 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-class _ReducedPrecision:
-    """The settings that let torch compute float32 products in a lower precision.
+def _use_full_float32() -> Callable[[], None] | None:
+    """Turn off what lowers the precision of float32 products, and return how to restore it."""
+    common, per_device = _common_precision(), [owner.fp32_precision for owner in _SETTINGS]
+    if common in (None, "highest") and {*per_device} <= {"none", "ieee"}:
+        return None
+    if common is not None:
+        torch.set_float32_matmul_precision("highest")
+    for owner in _SETTINGS:
+        owner.fp32_precision = "ieee"
 
-    They belong to the process and not to a thread. The first block that needs full precision turns
-    them off, and the last block to end restores them.
-    """
+    def restore() -> None:
+        if common is not None:
+            torch.set_float32_matmul_precision(common)
+        for owner, before in zip(_SETTINGS, per_device, strict=True):
+            # "none" means: as the setting above this one says, which may already be ``before``.
+            for precision in ("none", before):
+                if owner.fp32_precision != before:
+                    owner.fp32_precision = precision
 
-    def __init__(self) -> None:
-        self._lock, self._blocks = Lock(), 0
-        self._common: str | None = None
-        self._per_device: list[str] = []
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Give float32 products the precision of float32 in a block."""
-        if not self._disable():
-            yield
-            return
-        try:
-            yield
-        finally:
-            self._restore()
-
-    def _disable(self) -> bool:
-        """Count a block in; return False, and count nothing, if no setting needs changing."""
-        with self._lock:
-            if not self._blocks:
-                self._common = _common_precision()
-                self._per_device = [owner.fp32_precision for owner in _SETTINGS]
-                if self._common in (None, "highest") and {*self._per_device} <= {"none", "ieee"}:
-                    return False
-                if self._common is not None:
-                    torch.set_float32_matmul_precision("highest")
-                for owner in _SETTINGS:
-                    owner.fp32_precision = "ieee"
-            self._blocks += 1
-            return True
-
-    def _restore(self) -> None:
-        """Count a block out; after the last block, restore what the first one found."""
-        with self._lock:
-            self._blocks -= 1
-            if self._blocks:
-                return
-            if self._common is not None:
-                torch.set_float32_matmul_precision(self._common)
-            for owner, before in zip(_SETTINGS, self._per_device, strict=True):
-                # "none" means: as the setting above this one says, which may already be ``before``.
-                for precision in ("none", before):
-                    if owner.fp32_precision != before:
-                        owner.fp32_precision = precision
+    return restore
 
 
 def _common_precision() -> str | None:
@@ -94,4 +64,4 @@ def _common_precision() -> str | None:
         return None
 
 
-_reduced_precision = _ReducedPrecision()
+_full_float32 = ProcessSetting(_use_full_float32)
