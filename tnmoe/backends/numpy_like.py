@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class NumpyLike(ABC):
         return f"<backend of {self.name}>"
 
     def dtype_name(self, array: Array) -> str:
-        return array.dtype.name
+        return _name_of(array.dtype)
 
     def astype(self, array: Array, dtype: str) -> Array:
         if dtype == "bfloat16":  # np.dtype knows it only after another library registered it
@@ -114,3 +115,9 @@ class NumpyLike(ABC):
 
 def _is_complex(array: Array) -> bool:
     return array.dtype.kind == "c"
+
+
+@cache
+def _name_of(dtype: np.dtype) -> str:
+    """Return the name of a dtype, which NumPy composes anew at every call."""
+    return dtype.name

@@ -19,6 +19,10 @@ def computable(xp: Backend, array: Array) -> Array:
 
 def in_one_dtype(xp: Backend, arrays: Iterable[Array]) -> list[Array]:
     """Return arrays in NumPy's common dtype for them, or in single precision at least."""
+    arrays = list(arrays)
+    names = {xp.dtype_name(array) for array in arrays}
+    if len(names) == 1 and names.isdisjoint(COMPUTE_DTYPE):
+        return arrays
     arrays = [computable(xp, array) for array in arrays]
     common = np.result_type(*{xp.dtype_name(array) for array in arrays}).name
     return [xp.astype(array, common) for array in arrays]

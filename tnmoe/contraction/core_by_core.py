@@ -71,18 +71,18 @@ def apply_core_by_core(xp: Backend, cores: Sequence[Array], vectors: Array) -> A
     """Apply a chain to vectors (batch, padded in) → (batch, padded out).
 
     A core is read as the matrix (left bond · output, input · right bond), as it lies in memory.
-    The state has axes (bond, last output, inputs to come, earlier outputs) with the batch among
-    the inputs. Every step is then one large product and one copy of the state.
+    The state has rows (earlier outputs, batch, inputs to come) and columns (input, bond). Every
+    step is then one large product, and one copy of the state that puts the new output in front.
     """
-    batch, rest = vectors.shape
-    rest *= batch
-    state, last, outs = vectors.reshape(1, 1, rest, 1), 1, 1
+    batch, rows = vectors.shape
+    state, rows = vectors, rows * batch
     for core in reversed(cores):
         left, out, in_, right = core.shape
-        rest //= in_
-        # (bond, last, rest, in, outs) -> (in · bond, rest · last · outs)
-        columns = xp.permute(state.reshape(right, last, rest, in_, outs), (3, 0, 2, 1, 4))
-        columns = columns.reshape(in_ * right, rest * last * outs)
-        outs *= last
-        state, last = core.reshape(left * out, in_ * right) @ columns, out
-    return xp.permute(state.reshape(last, batch, outs), (1, 0, 2)).reshape(batch, last * outs)
+        rows //= in_
+        columns = state.reshape(rows, in_ * right)
+        product = columns @ xp.transpose(core.reshape(left * out, in_ * right))
+        state = xp.permute(product.reshape(rows, left, out), (2, 0, 1))
+        rows *= out
+    outs = prod([core.shape[1] for core in cores[1:]])
+    last = product.reshape(outs, batch, cores[0].shape[1])
+    return xp.permute(last, (1, 2, 0)).reshape(batch, cores[0].shape[1] * outs)
