@@ -366,6 +366,24 @@ def test_a_truncation_takes_little_more_memory_than_a_copy_of_the_matrix(
     assert peak <= most * matrix.nbytes
 
 
+@pytest.mark.parametrize("limit", [{"max_bond": 16}, {"rtol": 0.01}], ids=str)
+def test_single_precision_fits_into_three_times_the_matrix(limit, monkeypatch):
+    monkeypatch.setattr(unfolding_module, "_BLOCK", 2**16)
+    shape = tn.MPOShape.for_matrix(1024, 1024)
+    rng = np.random.default_rng(0)
+    cores = [rng.standard_normal(size) for size in shape.core_shapes(shape.bond_dims(8))]
+    matrix = tn.MPO(cores, shape).to_matrix()
+    matrix += 0.003 * matrix.std() * rng.standard_normal(matrix.shape)
+    matrix = matrix.astype(np.float32)
+    tracemalloc.start()
+    try:
+        tn.decompose(matrix, shape, **limit)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert matrix.nbytes + peak <= 3 * matrix.nbytes
+
+
 def matrix_of_decay(shape, decay, dtype, seed):
     """A matrix whose Schmidt values at every bond fall to 16 digits below the largest, or to 0."""
     rng = np.random.default_rng(seed)

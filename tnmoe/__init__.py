@@ -18,6 +18,7 @@ from tnmoe.mpo import MPO
 from tnmoe.shapes import MPOShape
 from tnmoe.shared_mpo import SharedMPO
 from tnmoe.squeeze import SqueezeResult, SqueezeStep, squeeze
+from tnmoe.streamed import decompose_streamed
 from tnmoe.truncation.distribute import distribute_budget
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.select import bonds_by_entropy, select_bonds
@@ -49,6 +50,7 @@ __all__ = [
     "decompose_batch",
     "decompose_ordered",
     "decompose_shared",
+    "decompose_streamed",
     "distribute_budget",
     "factorize",
     "fit",

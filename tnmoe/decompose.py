@@ -334,20 +334,31 @@ def check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
     """Return the shape, by default a balanced one; raise unless it fits a matrix or a batch."""
     xp, size = get_backend(matrix), tuple(matrix.shape)
     name, known = xp.dtype_name(matrix), (*REAL_DTYPES, *COMPLEX_DTYPES)
-    if shape is not None and not isinstance(shape, MPOShape):
-        raise TypeError(f"shape must be an MPOShape, got {type(shape).__qualname__}: {shape!r}")
+    check_is_shape(shape)
     if len(size) != axes or 0 in size:
         expected = {
             2: "a matrix (decompose_batch takes many)",
             3: "a batch of matrices (decompose takes one)",
         }[axes]
         raise InputError(f"expected {expected}, got an array of shape {size}")
-    shape = MPOShape.for_matrix(*size[-2:]) if shape is None else shape
-    expected_size = (shape.out_features, shape.in_features)
-    if size[-2:] != expected_size:
-        raise InputError(f"{shape} is for a {expected_size} matrix, got one of shape {size[-2:]}")
+    shape = check_fits(shape, size[-2:])
     if name not in known:
         raise InputError(f"the matrix must be of {', '.join(known)}, got dtype {name}")
+    return shape
+
+
+def check_is_shape(shape: MPOShape | None) -> None:
+    """Raise a TypeError if a shape is given that is none."""
+    if shape is not None and not isinstance(shape, MPOShape):
+        raise TypeError(f"shape must be an MPOShape, got {type(shape).__qualname__}: {shape!r}")
+
+
+def check_fits(shape: MPOShape | None, size: tuple[int, ...]) -> MPOShape:
+    """Return the shape, by default a balanced one; raise unless it is for a matrix of a size."""
+    shape = MPOShape.for_matrix(*size) if shape is None else shape
+    expected_size = (shape.out_features, shape.in_features)
+    if size != expected_size:
+        raise InputError(f"{shape} is for a {expected_size} matrix, got one of shape {size}")
     return shape
 
 
