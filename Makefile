@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help env demo test coverage lint docs reproduce bench gpu clean
+.PHONY: help env demo test test-jax coverage lint docs reproduce bench gpu clean
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare it (about 7 minutes)"
 	@echo "make test   run all tests except the slow ones (about 7 minutes; ARGS='-m \"\"': all tests)"
+	@echo "make test-jax  run the property tests of the algebra with JAX's arrays (half an hour)"
 	@echo "make coverage  run all tests, and measure the lines that they run (an hour)"
 	@echo "make lint   run ruff and mypy"
 	@echo "make docs   build the site: tutorials, how-tos, explanations, reference (about 4 minutes)"
@@ -40,6 +41,13 @@ demo: env
 test: env
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder -m "not slow" $(ARGS)
+
+# With few examples: JAX compiles for every new shape.
+test-jax: env
+	HYPOTHESIS_PROFILE=compiled TNMOE_TEST_BACKEND=tnmoe.backends.jax $(MAKE) test \
+		ARGS='-m "" -k "not numpy and not torch" tests/test_decompose.py tests/test_mpo.py \
+		tests/test_combine.py tests/test_shared_mpo.py tests/test_entanglement.py \
+		tests/test_weighted.py tests/test_streamed.py tests/chains tests/contraction tests/joint $(ARGS)'
 
 # Tracing every line makes tests nearly twice as slow, so .ci/run does without.
 coverage:

@@ -42,6 +42,9 @@ class ToyBackend:
     def tracked(self, array: ToyArray) -> bool:
         return False
 
+    def has_numbers(self, array: ToyArray) -> bool:
+        return True
+
     # Numbers from arrays.
 
     def max_abs(self, array: ToyArray) -> float:

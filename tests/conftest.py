@@ -11,12 +11,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
+import pytest
 
 # The suite runs on shared, noisy machines, so no example has a deadline.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=150)
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
+# JAX compiles for every new shape.
+hypothesis.settings.register_profile("compiled", deadline=None, max_examples=3)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# As in all other libraries, float64 stays what it is. Tests of JAX's default turn it off.
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+# Tests compile more than they compute.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # No test may use a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,3 +32,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # No test may depend on earlier measurements of this machine.
 os.environ["TNMOE_CACHE"] = tempfile.mkdtemp(prefix="tnmoe-tests-")
 atexit.register(shutil.rmtree, os.environ["TNMOE_CACHE"], ignore_errors=True)
+
+# On JAX, the first operation of every shape is compiled. Tests of these files are quick there.
+_QUICK_ON_JAX = {"test_backends.py", "test_cholesky.py"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark tests of all libraries as slow on JAX, in all files but a few."""
+    for item in items:
+        library = item.callspec.params.get("library") if hasattr(item, "callspec") else None
+        if library == "jax" and item.path.name not in _QUICK_ON_JAX:
+            item.add_marker(pytest.mark.slow)

@@ -17,10 +17,11 @@ from tnmoe.backends.protocol import EPSILON
 KINDS = ("gaussian", "low rank", "zero", "identity", "badly scaled", "zero rows")
 DTYPES = ("float32", "float64", "complex64", "complex128")
 
-# The third library beside NumPy and torch: the toy, or a library whose backend registers itself in
-# the module that the environment variable names.
+# The library of which property tests have examples beside those of NumPy and torch: the toy, or a
+# library whose backend is in the module that the environment variable names.
 OTHER = import_module(os.environ.get("TNMOE_TEST_BACKEND", "tests.backend_toy")).backend.name
-LIBRARIES = ("numpy", "torch", OTHER)
+# JAX compiles for every new shape: tests/conftest.py marks most of its tests as slow.
+LIBRARIES = tuple(dict.fromkeys(("numpy", "torch", "jax", OTHER)))
 
 
 @st.composite

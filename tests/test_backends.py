@@ -195,6 +195,54 @@ def test_what_decides_by_numbers_asks_for_them(without_numbers, operation):
         EAGER[operation](*without_numbers)
 
 
+BOUNDED = {
+    "decompose": lambda a, x: tn.decompose(x, tn.MPOShape((2, 2), (2, 2)), max_bond=1),
+    "decompose_batch": lambda a, x: tn.decompose_batch(
+        x[None], tn.MPOShape((2, 2), (2, 2)), bonds=(2,), return_info=True
+    ),
+    "compress": lambda a, x: a.compress(max_bond=1),
+    "successive sum": lambda a, x: tn.add([a, a], method="successive", max_bond=1),
+    "randomized sum": lambda a, x: tn.add([a, a], method="randomized", bonds=(1,)),
+    "zip-up": lambda a, x: tn.matmul(a, a, method="zipup", max_bond=1),
+    "norm": lambda a, x: (a.norm(), a.canonicalize(1).norm()),
+    "schmidt_values": lambda a, x: a.schmidt_values(0),
+    "experts": lambda a, x: tn.SharedMPO.replicate(a, 2).apply(x[None]),
+}
+UNBOUNDED = {
+    "decompose": lambda a, x: tn.decompose(x, tn.MPOShape((2, 2), (2, 2)), rtol=0.1),
+    "compress": lambda a, x: a.compress(max_bond=2, rtol=0.1),
+    "fit": lambda a, x: tn.fit(a, max_bond=1),
+    "entropy": lambda a, x: a.entropy(0),
+    "noise": lambda a, x: tn.SharedMPO.replicate(a, 2, noise=0.1),
+}
+
+
+@pytest.fixture
+def traced(without_numbers, monkeypatch):
+    """The same, in a library that says so."""
+    monkeypatch.setattr(ToyBackend, "has_numbers", lambda *_: False)
+    return without_numbers
+
+
+@pytest.mark.parametrize("operation", BOUNDED)
+def test_fixed_bonds_need_no_numbers_in_a_library_that_traces(traced, operation):
+    BOUNDED[operation](*traced)
+
+
+@pytest.mark.parametrize("operation", UNBOUNDED)
+def test_bonds_and_stops_that_follow_from_numbers_ask_for_them(traced, operation):
+    with pytest.raises(RuntimeError, match="a tracer has no numbers"):
+        UNBOUNDED[operation](*traced)
+
+
+def test_exact_ranks_are_refused_where_numbers_are_hidden(traced):
+    mpo, _ = traced
+    with pytest.raises(
+        InputError, match="exact rank of a bond depends on numbers, which toy hides"
+    ):
+        mpo.compress()
+
+
 @pytest.mark.parametrize(
     "operation", ["apply", "to_matrix", "entries, rows and columns", "products", "trace and inner"]
 )

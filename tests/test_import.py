@@ -50,16 +50,9 @@ print(round(float(tn.decompose(np.eye(4), tn.MPOShape((2, 2), (2, 2))).norm()), 
 
 
 ALL = {
-    "cupy",
-    "torch",
-    "transformers",
-    "matplotlib",
-    "tensorly",
-    "quimb",
-    "accelerate",
-    "peft",
+    "torch", "jax", "cupy", "transformers", "matplotlib", "tensorly", "quimb", "accelerate", "peft",
     "tqdm",
-}
+}  # fmt: skip
 TORCH = "{} needs torch, which is not installed: pip install 'tnmoe[torch]'"
 BOTH = "{} needs torch and transformers, which are not installed: pip install 'tnmoe[hf]'"
 PLOT = "tnmoe.plot needs matplotlib, which is not installed: pip install 'tnmoe[plot]'"
@@ -96,6 +89,8 @@ except ImportError as error:
         ("tnmoe.interop.to_tensorly(mpo)", "to_tensorly needs tensorly, which is not installed: "
          "pip install 'tnmoe[interop]'"),
         ("tnmoe.load('x.safetensors', library='torch')", TORCH.format("the torch backend")),
+        ("tnmoe.load('x.safetensors', library='jax')", "the jax backend needs jax, which is not "
+         "installed: pip install 'tnmoe[jax]'"),
         ("tnmoe.load('x.safetensors', library='cupy')", "the cupy backend needs cupy, which is not "
          "installed: pip install cupy-cuda13x, cupy-cuda12x or another package that fits your CUDA "
          "(https://docs.cupy.dev/en/stable/install.html)"),

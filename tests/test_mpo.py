@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tests.backend_toy  # noqa: F401  # registers the toy
 import tnmoe as tn
 from tests.backend_toy_array import ToyArray
 from tests.matrices import (

@@ -25,6 +25,7 @@ from tests.matrices import (
     to_numpy,
 )
 from tnmoe.backends import get_backend
+from tnmoe.backends.protocol import EPSILON
 
 cases = matrices.filter(lambda case: case[0].sites > 1)
 
@@ -114,6 +115,34 @@ def test_matrices_are_those_of_the_definition_and_of_each_expert_alone(shared):
         expert = shared.expert(index)
         assert expert.shape == shared.shape
         check_matrices(expert.to_matrix(), expected[index], dtype)
+
+
+@given(mixtures(), st.sampled_from((1, 3, 200)), st.booleans())
+def test_experts_apply_to_vectors_of_their_own_or_to_the_same_ones(shared, count, common):
+    xp, expected = get_backend(shared.center), dense(shared)
+    dtype = xp.dtype_name(shared.center)
+    groups = 1 if common else shared.num_experts
+    x = gaussian(np.random.default_rng(0), (groups, 2, count, shared.shape.in_features), dtype)
+    found = shared.apply(xp.from_numpy(x, like=shared.center))
+    products = np.einsum(
+        "eoi,eabi->eabo", expected, np.broadcast_to(x, (len(expected), *x.shape[1:]))
+    )
+    assert tuple(found.shape) == products.shape
+    assert xp.dtype_name(found) == dtype
+    error = np.linalg.norm((to_numpy(found) - products).ravel())
+    scale = np.linalg.norm(np.abs(expected).ravel()) * np.linalg.norm(x.ravel())
+    assert error <= 60 * EPSILON[dtype] * scale
+
+
+def test_experts_take_a_vector_each_or_none_and_refuse_other_sizes():
+    shared = tn.SharedMPO.replicate(tn.MPO.random(tn.MPOShape((2, 2), (3, 2)), rng=0), 4)
+    assert shared.apply(np.ones((4, 6))).shape == (4, 4)
+    assert shared.apply(np.ones((4, 0, 6))).shape == (4, 0, 4)
+    for size in ((6,), (3, 5, 6), (4, 5, 7)):
+        with pytest.raises(tn.InputError, match=r"shape \(4, ..., 6\) or \(1, ..., 6\), got"):
+            shared.apply(np.ones(size))
+    with pytest.raises(TypeError, match="numpy arrays, x is a Tensor"):
+        shared.apply(torch.ones(4, 6))
 
 
 @given(mixtures())

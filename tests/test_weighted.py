@@ -11,6 +11,7 @@ from tests.matrices import (
     KINDS,
     LIBRARIES,
     dense_norm,
+    libraries,
     make_matrix,
     shapes,
     to_library,
@@ -132,7 +133,7 @@ def test_weights_lower_the_weighted_error(library, dtype):
     st.sampled_from(KINDS),
     st.sampled_from(("float32", "float64", "complex128", "float16")),
     st.sampled_from(("max_bond", "rtol", "max_params", None)),
-    st.sampled_from(LIBRARIES),
+    libraries,
     st.sampled_from((0.0, 0.01, 1.0)),
 )
 def test_no_error_exceeds_its_bound_and_no_result_its_limits(

@@ -10,7 +10,7 @@ import numpy as np
 
 from tnmoe.backends import Array, get_backend
 from tnmoe.chains import algebra
-from tnmoe.chains.precision import computable, narrowed, widened
+from tnmoe.chains.precision import all_widened, computable, narrowed
 from tnmoe.chains.scaling import normalized_chains, times_power
 from tnmoe.chains.sketch import project_terms
 from tnmoe.chains.terms import EntrywiseTerm, Term, distance, squared_norm
@@ -369,8 +369,10 @@ def _terms(mpos: Sequence[MPO]) -> tuple[list[Term], int]:
     """Return the operators as terms in double precision, divided by a power of two."""
     xp = get_backend(mpos[0].cores[0])
     # In double precision an error can be measured as a difference of norms.
+    wide = all_widened(xp, [core for mpo in mpos for core in mpo.cores])
+    sites = mpos[0].shape.sites
     chains, exponent = normalized_chains(
-        xp, [[widened(xp, core) for core in mpo.cores] for mpo in mpos]
+        xp, [wide[start : start + sites] for start in range(0, len(wide), sites)]
     )
     return [Term((chain,)) for chain in chains], exponent
 
@@ -385,9 +387,9 @@ def _rounded_product(
     scaled = [normalized_chains(xp, [chain]) for chain in term.chains]
     narrow = replace(term, chains=tuple(chain for (chain,), _ in scaled))
     exponent = sum(exponent for _, exponent in scaled)
-    wide = replace(
-        narrow, chains=tuple([widened(xp, core) for core in chain] for chain in narrow.chains)
-    )
+    left, right = narrow.chains
+    wide_cores = all_widened(xp, [*left, *right])
+    wide = replace(narrow, chains=(wide_cores[: len(left)], wide_cores[len(left) :]))
     if method == "zipup":
         found: list[Array] | None = zip_up(xp, narrow, limits)
     else:
@@ -412,8 +414,8 @@ def _successive_sum(mpos: Sequence[MPO], limits: Limits) -> tuple[MPO, Truncatio
     total, earlier_error = mpos[0], 0.0
     for position, mpo in enumerate(mpos[1:], start=2):
         total = total + mpo
-        norm = float(xp.to_numpy(total.norm()))
-        rtol = None if allowed is None or not norm else min(1.0, allowed / norm)
+        norm = 0.0 if allowed is None else float(xp.to_numpy(total.norm()))
+        rtol = min(1.0, allowed / norm) if allowed is not None and norm else None
         step = replace(limits if position == len(mpos) else interim, rtol=rtol)
         total, info = round_mpo(total, step)
         info = replace(info, earlier_error=earlier_error)

@@ -15,7 +15,7 @@ from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
 from tnmoe.chains.canonical import canonicalize
 from tnmoe.chains.interleave import interleave
 from tnmoe.chains.moments import damped_moments
-from tnmoe.chains.precision import check_range, computable, narrowed
+from tnmoe.chains.precision import check_range, computable, narrowed, widened
 from tnmoe.chains.scaling import exponent_of
 from tnmoe.chains.sweep import Sweep, SweepResult
 from tnmoe.errors import InputError, check_generator, check_one_of
@@ -95,7 +95,7 @@ def decompose(
     Parameters
     ----------
     matrix : array, shape (out_features, in_features)
-        NumPy array or torch tensor, floating-point or complex. Half precision is computed in
+        Of any supported library, floating-point or complex. Half precision is computed in
         float32.
     shape : MPOShape, optional
         Legs of the MPO; by default ``MPOShape.for_matrix(out_features, in_features)``.
@@ -133,7 +133,7 @@ def decompose(
           and measures what it missed. It repeats that until the error is within the tolerance or
           no longer shrinks. It does not work with ``max_params``.
         - ``auto`` decides bond by bond: ``qr`` where nothing can be cut, otherwise ``eigh`` for
-          single and half precision, and ``svd`` for double.
+          single and half precision, and ``svd`` for double and while JAX traces a function.
     rng : numpy Generator or int
         Source of the randomized method's numbers.
     return_info : bool
@@ -414,7 +414,7 @@ def _info_of(result: SweepResult, index: int, scale: float) -> TruncationInfo:
     spectra = [_pick(cut.spectrum, index, 1) for cut in result.cuts if cut.spectrum is not None]
     return TruncationInfo(
         discarded=tuple(float(cut.discarded[index]) * scale for cut in result.cuts),
-        spectra=tuple(xp.astype(values, "float64") * scale for values in spectra),
+        spectra=tuple(widened(xp, values) * scale for values in spectra),
         methods=tuple(cut.method for cut in result.cuts),
     )
 

@@ -97,9 +97,9 @@ def load(path: str | os.PathLike, library: str | None = None) -> MPO | SharedMPO
     path : path
         File to read.
     library : str, optional
-        Array library of the result: "numpy", "torch", "cupy" or the name of a registered backend.
-        By default the library of the saved operator. Arrays are on the CPU, those of CuPy on the
-        current device.
+        Array library of the result: "numpy", "torch", "jax", "cupy" or the name of a registered
+        backend. By default the library of the saved operator. Arrays are on the CPU, those of CuPy
+        on the current device.
 
     Returns
     -------
@@ -156,7 +156,7 @@ def _read(path: str | os.PathLike, library: str | None) -> tuple[dict, dict[str,
         return description, {name: xp.astype(array, dtype) for name, array in arrays.items()}
     except TypeError as error:
         raise InputError(
-            f"{path} holds {dtype}, which {library} lacks: load it with another library"
+            f"{path} holds {dtype}, which {library} lacks: load it with another library ({error})"
         ) from error
 
 

@@ -22,6 +22,7 @@ from tnmoe.drawing.chain import Chain
 from tnmoe.drawing.notebook import draw_html, draw_svg
 from tnmoe.drawing.text import draw_text
 from tnmoe.errors import InputError, check_generator, check_index, short_repr
+from tnmoe.pytrees import pytree
 from tnmoe.shapes import MPOShape, resolve_center_site, resolve_sites
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
@@ -33,6 +34,8 @@ _SQUARABLE = (1e-200, 1e200)
 _MAX_PARAMS_WITH_ENTROPIES = 2**16
 
 
+# A transformation may change the cores, and with them the gauge: then no centre is known.
+@pytree(arrays=("cores",), static=("shape",), forgotten=("center_site",))
 class MPO:
     """A matrix as a chain of cores: W[o₁…oₙ, i₁…iₙ] = A₁[o₁,i₁]·A₂[o₂,i₂]·…·Aₙ[oₙ,iₙ].
 
@@ -63,12 +66,11 @@ class MPO:
     array([9., 9., 9., 9.])
     """
 
-    __slots__ = ("_backend", "center_site", "cores", "shape")
+    __slots__ = ("center_site", "cores", "shape")
 
     cores: tuple[Array, ...]
     shape: MPOShape
     center_site: int | None
-    _backend: Backend
 
     # NumPy scalars and arrays leave ``2.0 * mpo`` to the MPO.
     __array_ufunc__ = None
@@ -80,7 +82,7 @@ class MPO:
         center_site: int | None = None,
     ) -> None:
         cores = tuple(cores)
-        xp = check_cores(cores)
+        check_cores(cores)
         dims = tuple((int(core.shape[1]), int(core.shape[2])) for core in cores)
         if shape is None:
             shape = MPOShape([out for out, _ in dims], [in_ for _, in_ in dims])
@@ -93,7 +95,6 @@ class MPO:
             ("cores", cores),
             ("shape", shape),
             ("center_site", center_site),
-            ("_backend", xp),
         ):
             object.__setattr__(self, name, value)
 
@@ -186,7 +187,7 @@ class MPO:
     @property
     def bond_dims(self) -> tuple[int, ...]:
         """Inner bond dimensions, left to right."""
-        return tuple(int(core.shape[0]) for core in self.cores[1:])
+        return tuple(int(core.shape[-4]) for core in self.cores[1:])
 
     @property
     def num_params(self) -> int:
@@ -410,13 +411,14 @@ class MPO:
         xp = self._backend
         if self.center_site is not None:
             return xp.norm(self.cores[self.center_site])
-        cores = [widened(xp, core) for core in self.cores]
-        # This may overflow; a gauge move then finds the norm below.
-        with self._full_precision(), np.errstate(over="ignore", invalid="ignore"):
-            squared = algebra.inner(xp, cores, cores).real
-            if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
-                return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
-        # The squares over- or underflow. A gauge move works with the numbers themselves.
+        if all(map(xp.has_numbers, self.cores)):
+            # This may overflow; a gauge move then finds the norm below.
+            with self._full_precision(), np.errstate(over="ignore", invalid="ignore"):
+                cores = [widened(xp, core) for core in self.cores]
+                squared = algebra.inner(xp, cores, cores).real
+                if _SQUARABLE[0] < float(xp.to_numpy(squared)) < _SQUARABLE[1]:
+                    return xp.astype(squared**0.5, xp.dtype_name(self.cores[0].real))
+        # The squares may over- or underflow. A gauge move works with the numbers themselves.
         center_site = self.shape.center_site
         return xp.norm(self.canonicalize(center_site).cores[center_site])
 
@@ -538,8 +540,8 @@ class MPO:
         Raises
         ------
         InputError
-            If an argument is out of range or contradicts another, or if ``bonds`` exceed the
-            present bonds.
+            If an argument is out of range or contradicts another, if ``bonds`` exceed the present
+            bonds, or if ``bonds`` and ``max_bond`` are missing while JAX traces a function.
 
         Notes
         -----
@@ -677,6 +679,17 @@ class MPO:
                 return self._in_own_dtype(rest.reshape(()))
             return MPO([self._in_own_dtype(core) for core in (*kept[:-1], kept[-1] @ rest)])
 
+    @property
+    def _backend(self) -> Backend:
+        """Library of the cores; raise an InputError for those of many operators."""
+        if self.cores[0].ndim != 4:
+            raise InputError(
+                "every core needs axes (left bond, out, in, right bond), got "
+                f"{[tuple(core.shape) for core in self.cores]}: call methods inside jax.vmap, or "
+                "take one operator of many with jax.tree.map"
+            )
+        return get_backend(self.cores[0])
+
     def _full_precision(self) -> AbstractContextManager[None]:
         return self._backend.full_precision(self.cores[0])
 
@@ -684,14 +697,19 @@ class MPO:
         return tuple(computable(self._backend, core) for core in self.cores)
 
     def __repr__(self) -> str:
+        if not hasattr(self.cores[0], "dtype"):  # JAX puts anything in the place of arrays
+            return f"MPO(cores={self.cores}, shape={self.shape})"
         return (
             f"MPO({short_repr(self.shape.out_features)}×{short_repr(self.shape.in_features)}, "
             f"sites={self.shape.sites}, "
             f"bond_dims={self.bond_dims}, num_params={self.num_params}, "
-            f"dtype={self._backend.dtype_name(self.cores[0])}, center_site={self.center_site})"
+            f"dtype={get_backend(self.cores[0]).dtype_name(self.cores[0])}, "
+            f"center_site={self.center_site})"
         )
 
     def __str__(self) -> str:
+        if not hasattr(self.cores[0], "dtype"):
+            return repr(self)
         return f"{self!r}\n{draw_text(self._chain())}"
 
     def _repr_svg_(self) -> str:
@@ -723,7 +741,7 @@ def check_operands(a: MPO, b: MPO) -> None:
     """Raise unless two operators are of one library and one dtype."""
     if not isinstance(b, MPO):
         raise TypeError(f"expected an MPO, got {type(b).__qualname__}")
-    left, right = get_backend(a.cores[0]), get_backend(b.cores[0])
+    left, right = a._backend, b._backend
     if left is not right:
         raise TypeError(f"both operands need one library, got {left.name} and {right.name}")
     if a.dtype != b.dtype:
@@ -742,7 +760,7 @@ def round_mpo(
 ) -> tuple[MPO, TruncationInfo]:
     """Round an operator to limits that are checked; see :meth:`MPO.compress`."""
     center_site = resolve_center_site(mpo.shape, center_site)
-    xp = get_backend(mpo.cores[0])
+    xp = mpo._backend
     dtype = xp.dtype_name(mpo.cores[0])
     with xp.full_precision(mpo.cores[0]):
         rounded, info = round_chain(xp, [computable(xp, core) for core in mpo.cores], limits)

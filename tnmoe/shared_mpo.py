@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
+from tnmoe.chains import algebra
 from tnmoe.chains.precision import computable
 from tnmoe.contraction.build import as_numpy, to_padded_matrix
 from tnmoe.decompose import decompose
@@ -24,9 +25,11 @@ from tnmoe.errors import (
     short_repr,
 )
 from tnmoe.mpo import MPO, check_operands
+from tnmoe.pytrees import pytree
 from tnmoe.shapes import MPOShape, SharedSites, resolve_center_site, resolve_shared_sites
 
 
+@pytree(arrays=("cores", "base"), static=("shape", "center_site"))
 class SharedMPO:
     """E matrices of one shape, each a chain of cores, some of which all experts share.
 
@@ -289,7 +292,58 @@ class SharedMPO:
 
     def to_matrices(self) -> Array:
         """Return all dense matrices, shape (E, out_features, in_features)."""
+        self._check_axes()
         return self._build(self.cores)
+
+    def apply(self, x: Array) -> Array:
+        """Apply every expert to vectors of its own: (E, ..., in_features) → (E, ..., out_features).
+
+        The vectors of all experts meet a shared core in one product. Where
+        :func:`tnmoe.contraction_plan` finds that cheaper for so many vectors of one expert, the
+        matrices are built instead. The result has the dtype that NumPy gives a product of both.
+
+        Parameters
+        ----------
+        x : array, shape (E, ..., in_features) or (1, ..., in_features)
+            Of the cores' library. With a first axis of 1, every expert gets the same vectors.
+
+        Raises
+        ------
+        InputError
+            If the first axis is neither E nor 1 long, or the last not ``in_features``.
+        TypeError
+            If ``x`` belongs to another library than the cores.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from tnmoe import MPO, MPOShape
+        >>> shared = SharedMPO.replicate(MPO.identity(MPOShape((2, 3), (2, 3))), 4)
+        >>> shared.apply(np.ones((4, 5, 6))).shape, shared.apply(np.ones((1, 5, 6))).shape
+        ((4, 5, 6), (4, 5, 6))
+        """
+        self._check_axes()
+        xp, experts, size = get_backend(self.center), self.num_experts, self.shape.in_features
+        if get_backend(x) is not xp:
+            raise TypeError(f"the cores are {xp.name} arrays, x is a {type(x).__qualname__}")
+        if x.ndim < 2 or x.shape[0] not in (1, experts) or x.shape[-1] != size:
+            raise InputError(
+                f"x must have shape ({experts}, ..., {size}) or (1, ..., {size}), "
+                f"got {tuple(x.shape)}"
+            )
+        result = algebra.apply_shared(xp, self.shape, self.cores, x)
+        if self.base is None:
+            return result
+        return result + algebra.apply(xp, self.base.shape, self.base.cores, x)
+
+    def _check_axes(self) -> None:
+        """Raise an InputError for the cores of many operators, as ``jax.vmap`` returns them."""
+        if any(core.ndim > 5 for core in self.cores):
+            raise InputError(
+                "every core needs axes ([experts,] left bond, out, in, right bond), got "
+                f"{[tuple(core.shape) for core in self.cores]}: call methods inside jax.vmap, or "
+                "take one operator of many with jax.tree.map"
+            )
 
     def _build(self, cores: Sequence[Array]) -> Array:
         """Build the matrices of cores, of all experts or of one, and add the base."""
@@ -394,5 +448,5 @@ def replicate(array: Array, num_experts: int, noise: float, rng: np.random.Gener
         stacked = xp.stack([array] * num_experts)
         if not noise:
             return stacked
-        rms = float(xp.norm(array)) / sqrt(prod(array.shape))
+        rms = float(xp.to_numpy(xp.norm(array))) / sqrt(prod(array.shape))
         return stacked + (noise * rms) * xp.normal(stacked.shape, rng, like=array)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 import tnmoe as tn
 from tests.joint.test_decompose_shared import chains_of, damped, errors_of, gaussian, moments_of
-from tests.matrices import KINDS, LIBRARIES, dense_norm, make_matrix, shapes, to_library, to_numpy
+from tests.matrices import (
+    KINDS,
+    LIBRARIES,
+    dense_norm,
+    libraries,
+    make_matrix,
+    shapes,
+    to_library,
+    to_numpy,
+)
 from tnmoe.backends.protocol import EPSILON
 
 SHAPE = tn.MPOShape((4, 4, 4), (3, 4, 3))
@@ -73,7 +82,7 @@ def tasks(draw):
     return matrices, shape, shared, center_site
 
 
-@given(tasks(), st.sampled_from(LIBRARIES), st.sampled_from((None, 1, 3)), st.booleans())
+@given(tasks(), libraries, st.sampled_from((None, 1, 3)), st.booleans())
 def test_every_chain_is_canonical_and_no_error_exceeds_its_bound(task, library, bond, residual):
     matrices, shape, shared_sites, center_site = task
     shared, info = tn.decompose_shared(

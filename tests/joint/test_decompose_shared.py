@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnmoe as tn
-from tests.matrices import KINDS, LIBRARIES, dense_norm, make_matrix, shapes, to_library, to_numpy
+from tests.matrices import (
+    KINDS,
+    LIBRARIES,
+    dense_norm,
+    libraries,
+    make_matrix,
+    shapes,
+    to_library,
+    to_numpy,
+)
 from tnmoe.backends.protocol import EPSILON
 from tnmoe.shapes import shared_bond_dims
 
@@ -66,7 +75,7 @@ def tasks(draw):
     return matrices, shape, shared, limits
 
 
-@given(tasks(), st.sampled_from(LIBRARIES))
+@given(tasks(), libraries)
 def test_no_error_exceeds_its_bound_and_no_result_its_limits(task, library):
     matrices, shape, shared_sites, limits = task
     given_ = to_library(matrices, library)

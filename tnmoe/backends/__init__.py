@@ -30,6 +30,9 @@ _BUILT_IN = tuple(
 )
 _METHODS = tuple(name for name in vars(Backend) if not name.startswith("_"))
 
+# Packages that hold a library's arrays under another name than its own.
+_LIBRARY_OF = {"jaxlib": "jax"}
+
 # Backends from elsewhere, by the types of their arrays.
 _registered: dict[type, Backend] = {}
 _registering = RLock()
@@ -149,9 +152,10 @@ def _owner(kind: type) -> str | None:
     """Return the name of the backend for a class, without a look at its base classes."""
     if kind in _registered:
         return _registered[kind].name
-    library = kind.__module__.partition(".")[0]
-    # Not every class of a library is an array: torch also has layers.
-    return library if library in _BUILT_IN and hasattr(kind, "shape") else None
+    package = kind.__module__.partition(".")[0]
+    library = _LIBRARY_OF.get(package, package)
+    # Not every class of a library is an array: torch also has layers, JAX also has shapes.
+    return library if library in _BUILT_IN and hasattr(kind, "reshape") else None
 
 
 def _name_of(kind: type) -> str:

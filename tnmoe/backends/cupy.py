@@ -20,7 +20,9 @@ from tnmoe.backends.protocol import Backend
 B = TypeVar("B")
 
 # What launches no kernel, or sees to the device itself.
-_ON_ANY_DEVICE = {"dtype_name", "permute", "transpose", "tracked", "on_device", "full_precision"}
+_ON_ANY_DEVICE = {
+    "dtype_name", "permute", "transpose", "tracked", "has_numbers", "on_device", "full_precision"
+}  # fmt: skip
 
 
 def _on_the_device_of_operands(backend: type[B]) -> type[B]:

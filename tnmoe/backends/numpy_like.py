@@ -45,6 +45,9 @@ class NumpyLike(ABC):
     def tracked(self, array: Array) -> bool:
         return False
 
+    def has_numbers(self, array: Array) -> bool:
+        return True
+
     def max_abs(self, array: Array) -> float:
         if _is_complex(array):
             return float(np.maximum(self.max_abs(array.real), self.max_abs(array.imag)))

@@ -97,6 +97,14 @@ class Backend(Protocol):
     def tracked(self, array: Array) -> bool:
         """Check whether gradients flow through results that are computed from the array."""
 
+    def has_numbers(self, array: Array) -> bool:
+        """Check whether the array holds numbers, and not only stands for them.
+
+        The result is False while the library traces a function, as JAX does in its transformations.
+        tnmoe then computes in the dtype of the array, without a look at its numbers: it checks for
+        neither NaN nor overflow, scales nothing, and keeps as many Schmidt values as bonds allow.
+        """
+
     def max_abs(self, array: Array) -> float:
         """Return the largest absolute real or imaginary part.
 

@@ -20,6 +20,7 @@ from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES
 from tnmoe.chains.precision import computable, in_one_dtype
 from tnmoe.contraction.apply import apply_cores
+from tnmoe.contraction.apply_experts import apply_experts
 from tnmoe.contraction.einsum import contract
 from tnmoe.errors import InputError, short_repr
 from tnmoe.shapes import MPOShape
@@ -161,6 +162,19 @@ def apply(xp: Backend, shape: MPOShape, cores: Cores, x: Array) -> Array:
     dtype = xp.dtype_name(cores[0] if same else vectors)
     result = xp.astype(apply_cores(xp, shape, computed, vectors), dtype)
     return result[:, : shape.out_features].reshape(*x.shape[:-1], shape.out_features)
+
+
+def apply_shared(xp: Backend, shape: MPOShape, cores: Cores, x: Array) -> Array:
+    """Apply experts that share some cores: (E or 1, ..., in) → (E, ..., out)."""
+    groups, *batch, _ = x.shape
+    vectors = x.reshape(groups, prod(batch), shape.in_features)
+    if shape.padded_in != shape.in_features:
+        vectors = xp.pad(vectors, vectors.shape[1], shape.padded_in)
+    vectors, *computed = in_one_dtype(xp, [vectors, *cores])
+    same = xp.dtype_name(x) == xp.dtype_name(cores[0])
+    dtype = xp.dtype_name(cores[0] if same else vectors)
+    result = xp.astype(apply_experts(xp, shape, computed, vectors), dtype)
+    return result[..., : shape.out_features].reshape(result.shape[0], *batch, shape.out_features)
 
 
 def transpose(xp: Backend, cores: Cores) -> list[Array]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnmoe.backends import Array, Backend
-from tnmoe.chains.scaling import finite_max_abs
+from tnmoe.chains.scaling import check_finite
 
 
 def canonicalize(
@@ -114,7 +114,7 @@ def schmidt_values(xp: Backend, cores: Sequence[Array], current: int | None, bon
     legs right of it as columns.
     """
     centered = canonicalize(xp, cores, current, bond)[bond]
-    finite_max_abs(xp, centered)
+    check_finite(xp, centered)
     return xp.left_svd(centered.reshape(-1, centered.shape[-1]))[1]
 
 
@@ -132,7 +132,7 @@ def schmidt_split(xp: Backend, cores: Sequence[Array], bond: int) -> tuple[Array
     """
     core, following = cores[bond], cores[bond + 1]
     unfolding = core.reshape(-1, core.shape[-1])
-    finite_max_abs(xp, unfolding)
+    check_finite(xp, unfolding)
     isometry, values = xp.left_svd(unfolding)
     # The rows of UᴴM = diag(values) Vᴴ are orthogonal up to rounding of the largest one. QR gives
     # orthonormal vectors for the smallest ones, too; R is diagonal up to rounding.

@@ -29,10 +29,24 @@ def in_one_dtype(xp: Backend, arrays: Iterable[Array]) -> list[Array]:
 
 
 def widened(xp: Backend, array: Array) -> Array:
-    """Return the array in double precision."""
+    """Return the array in double precision; an array without numbers only as ``computable``."""
+    array = computable(xp, array)
     name = xp.dtype_name(array)
-    name = COMPUTE_DTYPE.get(name, name)
-    return xp.astype(array, WIDE_DTYPE.get(name, name))
+    return xp.astype(array, WIDE_DTYPE.get(name, name)) if xp.has_numbers(array) else array
+
+
+def all_widened(xp: Backend, cores: Iterable[Array]) -> list[Array]:
+    """Return the cores of a computation in double precision, if all have numbers."""
+    cores = list(cores)
+    convert = widened if all(map(xp.has_numbers, cores)) else computable
+    return [convert(xp, core) for core in cores]
+
+
+def as_spectrum(xp: Backend, values: Array) -> np.ndarray:
+    """Return Schmidt values in NumPy's double precision: NaN for values without numbers."""
+    if xp.has_numbers(values):
+        return xp.to_numpy(values).astype(np.float64)
+    return np.full(tuple(values.shape), np.nan)
 
 
 def precise(xp: Backend, array: Array) -> Array:
@@ -61,6 +75,8 @@ def narrowed(xp: Backend, cores: Iterable[Array], dtype: str) -> list[Array]:
 
 def check_range(xp: Backend, core: Array, dtype: str, factor: float = 1.0) -> None:
     """Raise an InputError if an entry, times a factor, is too large for a dtype."""
+    if not xp.has_numbers(core):
+        return
     largest = xp.max_abs(core) * factor
     if largest > LARGEST[dtype]:
         raise InputError(

@@ -17,8 +17,10 @@ import numpy as np
 
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import EPSILON
+from tnmoe.chains.precision import as_spectrum, widened
 from tnmoe.chains.scaling import normalized, times_power
 from tnmoe.chains.unfolding import GramMatrix, reduce_unfolding, reduction_method
+from tnmoe.errors import InputError
 from tnmoe.truncation.budget import ErrorBudget
 from tnmoe.truncation.info import TruncationInfo
 from tnmoe.truncation.limits import Limits
@@ -41,7 +43,7 @@ def round_chain(
         In a dtype with linear algebra.
     limits : Limits
         Bond dimensions and errors to keep to. A bond never grows. Schmidt values that are rounding
-        noise are always dropped, unless ``limits.bonds`` demands them.
+        noise are dropped, unless ``limits.bonds`` demands them or the cores have no numbers.
 
     Returns
     -------
@@ -49,6 +51,12 @@ def round_chain(
         Cores of the rounded chain, canonical around the last site.
     TruncationInfo
         What was cut.
+
+    Raises
+    ------
+    InputError
+        If a core holds NaN or infinity, the bonds do not fit, or cores without numbers have neither
+        ``bonds`` nor ``max_bond``.
     """
     pairs = [normalized(xp, core) for core in cores]
     scaled, exponent = [core for core, _ in pairs], sum(shift for _, shift in pairs)
@@ -57,12 +65,17 @@ def round_chain(
     if limits.needs_spectra:
         spectra = [values[None] for values in _all_spectra(xp, scaled, factors)]
     budget = limits.budget(spectra, present_bonds=[core.shape[0] for core in cores[1:]])
-    keeps_noise = limits.bonds is not None
+    keeps_noise = limits.bonds is not None or not all(map(xp.has_numbers, scaled))
+    if keeps_noise and limits.bonds is None and limits.max_bond is None:
+        raise InputError(
+            f"the exact rank of a bond depends on numbers, which {xp.name} hides while it traces "
+            "a function: give bonds or max_bond"
+        )
     rounded, discarded, values = _truncate_bonds(xp, scaled, factors, budget, keeps_noise)
     rounded[-1] = times_power(rounded[-1], exponent)
     info = TruncationInfo(
         tuple(float(np.ldexp(lost, exponent)) for lost in discarded),
-        tuple(times_power(xp.astype(spectrum, "float64"), exponent) for spectrum in values),
+        tuple(times_power(widened(xp, spectrum), exponent) for spectrum in values),
         (reduction_method(xp, cores[0]),) * len(discarded),
     )
     return rounded, info
@@ -133,7 +146,7 @@ def _truncate_bonds(
         whole = merged @ factor
         vectors, values = _singular_vectors(xp, whole)
         values = times_power(values, exponent + shift)
-        spectrum = xp.to_numpy(values).astype(np.float64)
+        spectrum = as_spectrum(xp, values)
         if not keeps_noise:
             noise = np.ldexp(_noise(xp, merged, factor), exponent + shift)
             limit = max(1, min(limit, int((spectrum > noise).sum())))
@@ -153,9 +166,11 @@ def _truncate_bonds(
 def truncated_isometry(xp: Backend, matrix: Array, cap: float, rtol: float) -> Array:
     """Return the leading left singular vectors: at most ``cap``, with an error within ``rtol``."""
     vectors, values = _singular_vectors(xp, matrix)
-    tails = squared_tails(xp.to_numpy(values))
-    rank = int(np.argmax(tails <= rtol**2 * tails[0]))
-    rank = max(1, int(min(rank, cap, min(matrix.shape))))
+    rank = min(matrix.shape)
+    if rtol or xp.has_numbers(values):
+        tails = squared_tails(xp.to_numpy(values))
+        rank = min(rank, int(np.argmax(tails <= rtol**2 * tails[0])))
+    rank = max(1, int(min(rank, cap)))
     kept = vectors[:, :rank]
     return xp.qr(matrix @ kept)[0] if matrix.shape[0] > matrix.shape[1] else kept
 

@@ -15,6 +15,8 @@ _NEAR_ONE = 8
 def exponent_of(xp: Backend, array: Array, near: int, subject: str) -> int:
     """Find the power of two to divide an array by, so that its largest entry is from 1 to 2.
 
+    The exponent is 0 for an array without numbers.
+
     Parameters
     ----------
     xp : Backend
@@ -31,6 +33,8 @@ def exponent_of(xp: Backend, array: Array, near: int, subject: str) -> int:
     InputError
         If an entry is NaN or infinite.
     """
+    if not xp.has_numbers(array):
+        return 0
     largest = finite_max_abs(xp, array, subject)
     exponent = frexp(largest)[1] - 1 if largest else 0
     return 0 if abs(exponent) <= near else exponent
@@ -44,6 +48,12 @@ def finite_max_abs(
     if not isfinite(largest):
         raise InputError(f"{subject} NaN or infinity")
     return largest
+
+
+def check_finite(xp: Backend, array: Array) -> None:
+    """Raise an InputError if an entry of a core is NaN or infinite, as far as numbers are known."""
+    if xp.has_numbers(array):
+        finite_max_abs(xp, array)
 
 
 def normalized(xp: Backend, core: Array) -> tuple[Array, int]:
@@ -76,7 +86,9 @@ def normalized_chains(
     pairs = [[normalized(xp, core) for core in chain] for chain in chains]
     exponents = [sum(exponent for _, exponent in chain) for chain in pairs]
     # The exponents of a chain that is zero mean nothing.
-    nonzero = [all(xp.max_abs(core) for core, _ in chain) for chain in pairs]
+    nonzero = [
+        all(not xp.has_numbers(core) or xp.max_abs(core) for core, _ in chain) for chain in pairs
+    ]
     largest = max((e for e, counts in zip(exponents, nonzero, strict=True) if counts), default=0)
     scaled = [[core for core, _ in chain] for chain in pairs]
     for cores, exponent, counts in zip(scaled, exponents, nonzero, strict=True):

@@ -15,6 +15,7 @@ import numpy as np
 
 from tnmoe.backends import Array, Backend
 from tnmoe.backends.protocol import WIDE_DTYPE
+from tnmoe.chains.precision import as_spectrum
 from tnmoe.chains.range_finder import find_range, squared_distance
 from tnmoe.chains.unfolding import (
     GramMatrix,
@@ -211,7 +212,7 @@ class Sweep:
     ) -> Array:
         """Return the isometry (..., rows, rank) of the Schmidt vectors within the budget."""
         vectors, values = reduction.singular_vectors(rows)
-        spectra = self._as_batch(values)
+        spectra = as_spectrum(self.xp, values).reshape(-1, values.shape[-1])
         if isinstance(reduction, RangeBasis):
             # The norm of the part outside its span stands for the values that are missing.
             spectra = np.concatenate([spectra, reduction.missed[:, None]], axis=-1)
@@ -301,9 +302,8 @@ class Sweep:
         bonds = [self._bond(site) for site in sites]
         cuts = [self._cuts[bond] for bond in bonds]
         in_double = self.xp.dtype_name(unfolding) not in WIDE_DTYPE
-        if not (
-            self.with_spectra and in_double and any(cut.method == GramMatrix.method for cut in cuts)
-        ):
+        has_squares = in_double and any(cut.method == GramMatrix.method for cut in cuts)
+        if not (self.with_spectra and has_squares and self.xp.has_numbers(unfolding)):
             return
         estimated = np.sqrt(sum(cut.discarded**2 for cut in cuts))
         measured = np.sqrt(squared_distance(self.xp, unfolding, environment, projected))

@@ -185,10 +185,11 @@ def reduction_method(xp: Backend, array: Array) -> str:
     """Choose the method for an array's dtype: "eigh" or "svd".
 
     A Gram matrix is the faster reduction. It is accurate enough where its dtype has a wider one to
-    accumulate it in.
+    accumulate it in. An array without numbers keeps its dtype: JAX has no float64 by default, and
+    takes derivatives where no setting of tnmoe reaches.
     """
-    name = xp.dtype_name(array)
-    return GramMatrix.method if name in WIDE_DTYPE else TriangularFactor.method
+    widens = xp.dtype_name(array) in WIDE_DTYPE and xp.has_numbers(array)
+    return GramMatrix.method if widens else TriangularFactor.method
 
 
 def reduce_unfolding(

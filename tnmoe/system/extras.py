@@ -12,6 +12,7 @@ _HF = {"torch": "2.6", "transformers": "5.0"}
 _PLOT = {"matplotlib": "3.8"}
 EXTRAS: dict[str, dict[str, str]] = {
     "torch": {"torch": "2.6"},
+    "jax": {"jax": "0.8"},
     "hf": _HF,
     "plot": _PLOT,
     "peft": _HF | {"peft": "0.21"},

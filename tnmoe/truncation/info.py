@@ -17,12 +17,12 @@ class TruncationInfo:
     discarded : tuple of float
         Per bond: 2-norm of the Schmidt values that were cut there. Where ``"eigh"`` cut a matrix
         in double precision the norm is measured instead; bonds that were cut together then share
-        one measurement.
+        one measurement. NaN while JAX traces a function.
     spectra : tuple of array
         Per bond: the Schmidt values just before the cut, descending. They are arrays of the cores'
-        library in double precision, whatever the dtype of the cores. ``"eigh"`` computes their
-        squares: in double precision all its values are at least 3e-8 of the norm, which is the
-        rounding of these squares.
+        library in double precision, whatever the dtype of the cores. While JAX traces a function,
+        they have the precision of the cores. ``"eigh"`` computes their squares: in double precision
+        all its values are at least 3e-8 of the norm, which is the rounding of these squares.
     methods : tuple of str
         Per bond: the algorithm, ``"qr"``, ``"eigh"``, ``"svd"`` or ``"randomized"``.
     earlier_error : float

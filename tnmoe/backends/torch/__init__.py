@@ -106,6 +106,10 @@ class TorchBackend:
     def tracked(self, array: Tensor) -> bool:
         return gradients.needs_backward(array) or gradients.in_forward_mode()
 
+    def has_numbers(self, array: Tensor) -> bool:
+        # torch.func.vmap alone hides numbers, and is refused: see gradients.unwrapped.
+        return True
+
     def qr(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not gradients.needs_backward(matrix):
             return linear_algebra.qr(matrix)
