@@ -30,7 +30,7 @@ from tnmoe.demo.data import packaged_reviews, read_sentences
 # Characters of Python's source; about as many as Moby-Dick has.
 _PYTHON = 1_200_000
 # Rates that suit LoRA of many ranks and experts of few: a matrix of few ranks moves less in a step.
-_RATES = (1e-3, 4e-3, 1.6e-2)
+_RATES = (1e-3, 3e-3)
 # Reviews of IMDb; as many as Rotten Tomatoes has.
 _IMDB = 8530
 
@@ -155,7 +155,7 @@ def smollm2(folder: Path, text: Path | None) -> Setting:
         name: SmolLM2(each, windows=1, held_out_tokens=2048)
         for name, each in texts(folder, text).items()
     }
-    return Setting(folder, domains, **_LLAMA, rank=17, steps=60, rates=_RATES)
+    return Setting(folder, domains, **_LLAMA, rank=17, steps=40, rates=_RATES)
 
 
 def tiny(folder: Path, text: Path | None) -> Setting:

@@ -71,9 +71,9 @@ nb_merge_streams = True
 # Tables that cells print as Markdown.
 nb_render_markdown_format = "myst"
 # A notebook's outputs depend on these files besides its own code.
-_scripts = ("benchmarks/compression_[pt]*.py", "benchmarks/scaling.py")
+_scripts = ("benchmarks/*_tables.py", "benchmarks/compression_p*.py", "benchmarks/scaling.py")
 _patterns = ("tnmoe/**/*.py", "docs/ipython_*.py", *_scripts)
-_results = "benchmarks/results/compression/*.json"
+_results = "benchmarks/results/*/*.json"
 _sources = [path for each in (*_patterns, _results) for path in sorted(HERE.parent.glob(each))]
 _state = sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
 nb_execution_cache_path = str(HERE / "_build" / "runs" / _state)

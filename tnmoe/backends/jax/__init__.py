@@ -33,7 +33,7 @@ class JaxBackend(NumpyLike):
     def astype(self, array: jax.Array, dtype: str) -> jax.Array:
         if array.dtype.name == dtype:
             return array
-        if dtype in _DOUBLE and not jax.config.jax_enable_x64:
+        if dtype in _DOUBLE and not _has_double():
             raise TypeError(f"JAX has {dtype} only with jax.config.update('jax_enable_x64', True)")
         return array.astype(dtype)
 
@@ -125,6 +125,11 @@ def _device(like: jax.Array) -> Any:
     return like.device if isinstance(like.device, jax.Device) else None
 
 
+def _has_double() -> bool:
+    """Return whether JAX leaves float64 as it is, here and now."""
+    return jax.dtypes.canonicalize_dtype("float64") == np.float64
+
+
 @contextmanager
 def _full_precision(has_numbers: bool) -> Iterator[None]:
     """Give products the precision of their dtype, and let float32 become float64.
@@ -134,7 +139,7 @@ def _full_precision(has_numbers: bool) -> Iterator[None]:
     block, where float64 may not exist.
     """
     with (
-        jax.enable_x64(has_numbers or jax.config.jax_enable_x64),
+        jax.enable_x64(has_numbers or _has_double()),
         jax.ensure_compile_time_eval() if has_numbers else nullcontext(),
         jax.default_matmul_precision("highest"),
         np.errstate(under="ignore"),

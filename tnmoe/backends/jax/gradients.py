@@ -86,7 +86,8 @@ def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 @jax.custom_jvp
 def tall_qr(matrix: jax.Array) -> Pair:
     """Return the reduced QR decomposition of a matrix with more rows than columns."""
-    return tuple(jnp.linalg.qr(matrix))
+    q, r = jnp.linalg.qr(matrix)
+    return q, r
 
 
 @tall_qr.defjvp
