@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo   turn a real model into an MPOE model, fine-tune and compare it (about 7 minutes)"
-	@echo "make test   run all tests except the slow ones (about 7 minutes; ARGS='-m \"\"': all tests)"
+	@echo "make test   run all tests except the slow ones (about 7 minutes; ARGS='-m \"not jax\"': those too)"
 	@echo "make test-jax  run the property tests of the algebra with JAX's arrays (half an hour)"
 	@echo "make coverage  run all tests, and measure the lines that they run (an hour)"
 	@echo "make lint   run ruff and mypy"
@@ -35,12 +35,12 @@ $(READY): pyproject.toml requirements/constraints.txt requirements/data.txt
 demo: env
 	$(BIN)/tnmoe demo --output demo-output --overwrite $(ARGS)
 
-# ARGS='-m ""' adds the slow tests.
+# ARGS='-m "not jax"' adds the slow tests, and ARGS='-m ""' those on JAX as well.
 # Files keep their order. By default those with the fewest tests come last, and the longest are
 # among them: one process then works alone for minutes.
 test: env
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
-		--no-loadscope-reorder -m "not slow" $(ARGS)
+		--no-loadscope-reorder -m "not slow and not jax" $(ARGS)
 
 # With few examples: JAX compiles for every new shape.
 test-jax: env
@@ -51,7 +51,7 @@ test-jax: env
 
 # Tracing every line makes tests nearly twice as slow, so .ci/run does without.
 coverage:
-	$(MAKE) test ARGS='-m "" --cov $(ARGS)'
+	$(MAKE) test ARGS='-m "not jax" --cov $(ARGS)'
 
 # ARGS=--quick or nothing; for other options, call the scripts (benchmarks/README.md).
 bench: $(VENV)/.bench

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 # Several processes run the suite side by side, and each would take all cores. The setting comes
@@ -35,12 +36,23 @@ atexit.register(shutil.rmtree, os.environ["TNMOE_CACHE"], ignore_errors=True)
 
 # On JAX, the first operation of every shape is compiled. Tests of these files are quick there.
 _QUICK_ON_JAX = {"test_backends.py", "test_cholesky.py"}
+# The tests that run on JAX before a change lands; all others leave it to ``make test-jax``.
+_SLOW_ON_JAX = {"test_decompose.py", "test_mpo.py"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark tests of all libraries as slow on JAX, in all files but a few."""
+    """Mark tests of all libraries on JAX, by the time that their file takes there."""
     for item in items:
         library = item.callspec.params.get("library") if hasattr(item, "callspec") else None
         if library == "jax" and item.path.name not in _QUICK_ON_JAX:
-            item.add_marker(pytest.mark.slow)
+            slow = item.path.name in _SLOW_ON_JAX
+            item.add_marker(pytest.mark.slow if slow else pytest.mark.jax)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_functions():
+    """JAX keeps what it compiled, which takes gigabytes after some thousand shapes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

@@ -41,7 +41,9 @@ def test_the_backend_passes_its_own_tests():
 
 @pytest.mark.slow
 def test_the_backend_passes_the_tests_of_every_backend():
-    assert re.search(r"^\d{3,} passed", run(*PROPERTY_TESTS), re.M)
+    # Other libraries have their turn where this file runs.
+    others = "not numpy and not torch and not jax"
+    assert re.search(r"^\d{3,} passed", run("-k", others, *PROPERTY_TESTS), re.M)
 
 
 def test_the_guide_to_backends_recommends_these_tests():
