@@ -12,6 +12,7 @@ import tnmoe as tn
 from tests.matrices import (
     DTYPES,
     LIBRARIES,
+    OTHER,
     dense_norm,
     libraries,
     matrices,
@@ -167,7 +168,7 @@ def test_all_libraries_choose_the_same_bonds(case):
     shape, matrix = case
     bonds = [
         tn.decompose(to_library(matrix, library), shape, rtol=1e-2).bond_dims
-        for library in LIBRARIES
+        for library in ("numpy", "torch", OTHER)
     ]
     # A Schmidt value may sit on the threshold within rounding, so a bond may differ by one.
     assert np.ptp(bonds, axis=0).max(initial=0) <= 1

@@ -123,6 +123,8 @@ def test_a_tolerance_makes_the_sketch_as_large_as_it_takes():
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e36])
 def test_extreme_scales_lose_no_digit(library, scale):
+    if library == "jax" and scale == 1e-38:
+        pytest.skip("JAX takes subnormal numbers for zero")
     matrix = matrix_of_rank(3)
     mpo, info = tn.decompose_streamed(
         to_library(matrix * np.float32(scale), library), SHAPE, max_bond=2, return_info=True

@@ -9,6 +9,8 @@ from tnmoe.backends import Array, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.errors import InputError
 
+_NO_BFLOAT16 = "NumPy has no bfloat16: open the safetensors file with framework='pt'"
+
 
 class RowBlocks:
     """The rows of a source, such as a memory map or a tensor in a safetensors file.
@@ -46,6 +48,8 @@ class RowBlocks:
         self.xp = get_backend(first)
         _check_size(first, (1, self.size[1]), "the first row of the source")
         self.dtype = self.xp.dtype_name(first)
+        if (self.xp.name, self.dtype) == ("numpy", "bfloat16"):  # another library registered it
+            raise InputError(_NO_BFLOAT16)
         if self.dtype not in (known := (*REAL_DTYPES, *COMPLEX_DTYPES)):
             raise InputError(f"the source must be of {', '.join(known)}, got dtype {self.dtype}")
         self.like = first[:1, :1]
@@ -70,9 +74,7 @@ class RowBlocks:
             return self._source[:1]
         except TypeError as error:
             if "bfloat16" in str(error):
-                raise InputError(
-                    "NumPy has no bfloat16: open the safetensors file with framework='pt'"
-                ) from error
+                raise InputError(_NO_BFLOAT16) from error
             raise
 
     def _read(self, start: int, stop: int) -> Array:
