@@ -11,8 +11,9 @@ from typing import Literal, overload
 import numpy as np
 
 from tnmoe.backends import Array, Backend, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, COMPUTE_DTYPE, REAL_DTYPES
+from tnmoe.backends.protocol import COMPUTE_DTYPE
 from tnmoe.chains.canonical import canonicalize
+from tnmoe.chains.checks import KNOWN_DTYPES, check_dtype
 from tnmoe.chains.interleave import interleave
 from tnmoe.chains.moments import damped_moments
 from tnmoe.chains.precision import check_range, computable, narrowed, widened
@@ -333,7 +334,6 @@ def _memory_in_words(xp: Backend, matrices: Array) -> str:
 def check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
     """Return the shape, by default a balanced one; raise unless it fits a matrix or a batch."""
     xp, size = get_backend(matrix), tuple(matrix.shape)
-    name, known = xp.dtype_name(matrix), (*REAL_DTYPES, *COMPLEX_DTYPES)
     check_is_shape(shape)
     if len(size) != axes or 0 in size:
         expected = {
@@ -342,8 +342,7 @@ def check_matrix(matrix: Array, shape: MPOShape | None, axes: int) -> MPOShape:
         }[axes]
         raise InputError(f"expected {expected}, got an array of shape {size}")
     shape = check_fits(shape, size[-2:])
-    if name not in known:
-        raise InputError(f"the matrix must be of {', '.join(known)}, got dtype {name}")
+    check_dtype(xp, matrix, f"the matrix must be of {KNOWN_DTYPES}")
     return shape
 
 

@@ -298,9 +298,9 @@ class SharedMPO:
     def apply(self, x: Array) -> Array:
         """Apply every expert to vectors of its own: (E, ..., in_features) → (E, ..., out_features).
 
-        The vectors of all experts meet a shared core in one product. Where
-        :func:`tnmoe.contraction_plan` finds that cheaper for so many vectors of one expert, the
-        matrices are built instead. The result has the dtype that NumPy gives a product of both.
+        The vectors of all experts meet a shared core in one product. For many vectors per expert
+        it can be cheaper to build the matrices; :func:`tnmoe.contraction_plan` decides. The result
+        has the dtype that NumPy gives a product of both.
 
         Parameters
         ----------

@@ -1,10 +1,30 @@
-"""Checks of cores that come from a caller."""
+"""Checks of arrays that come from a caller."""
 
 from __future__ import annotations
 
 from tnmoe.backends import Array, Backend, get_backend
 from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
 from tnmoe.errors import InputError
+
+_KNOWN = (*REAL_DTYPES, *COMPLEX_DTYPES)
+# Their names, for messages.
+KNOWN_DTYPES = ", ".join(_KNOWN)
+
+
+def check_dtype(xp: Backend, array: Array, demand: str) -> str:
+    """Return the name of an array's dtype; raise an InputError if tnmoe cannot compute with it.
+
+    The message begins with ``demand``, such as "cores must be floating-point or complex".
+    """
+    name = xp.dtype_name(array)
+    if name not in _KNOWN:
+        raise InputError(f"{demand}, got dtype {name}")
+    if name == "bfloat16":  # other libraries register it with NumPy, which cannot convert to it
+        try:
+            xp.astype(array, name)
+        except TypeError as error:
+            raise InputError(f"{demand}, got dtype {name}: {error}") from error
+    return name
 
 
 def check_cores(cores: tuple[Array, ...]) -> Backend:
@@ -27,6 +47,5 @@ def check_cores(cores: tuple[Array, ...]) -> Backend:
         )
     if 0 in lefts:
         raise InputError(f"bonds must be at least 1, got {shapes}")
-    if not names <= {*REAL_DTYPES, *COMPLEX_DTYPES}:
-        raise InputError(f"cores must be floating-point or complex, got dtype {names.pop()}")
+    check_dtype(xp, cores[0], "cores must be floating-point or complex")
     return xp

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from tnmoe.backends import Array, backend_named, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
+from tnmoe.backends.protocol import COMPLEX_DTYPES
+from tnmoe.chains.checks import KNOWN_DTYPES, check_dtype
 from tnmoe.chains.cross import Indices
 from tnmoe.chains.scaling import exponent_of, times_power
 from tnmoe.errors import InputError
@@ -116,9 +117,7 @@ class FunctionEntries:
                 "function must return one number per entry, an array of shape "
                 f"{(count,)}, got shape {tuple(values.shape)}"
             )
-        name, known = xp.dtype_name(values), (*REAL_DTYPES, *COMPLEX_DTYPES)
-        if name not in known:
-            raise InputError(f"function must return {', '.join(known)}, got dtype {name}")
+        name = check_dtype(xp, values, f"function must return {KNOWN_DTYPES}")
         if self.like is None:
             self.like = values
         elif (get_backend(self.like), self.dtype_name) != (xp, name):

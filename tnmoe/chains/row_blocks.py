@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tnmoe.backends import Array, get_backend
-from tnmoe.backends.protocol import COMPLEX_DTYPES, REAL_DTYPES
+from tnmoe.chains.checks import KNOWN_DTYPES, check_dtype
 from tnmoe.errors import InputError
 
 _NO_BFLOAT16 = "NumPy has no bfloat16: open the safetensors file with framework='pt'"
@@ -47,11 +47,9 @@ class RowBlocks:
         first = self._first_row()
         self.xp = get_backend(first)
         _check_size(first, (1, self.size[1]), "the first row of the source")
-        self.dtype = self.xp.dtype_name(first)
-        if (self.xp.name, self.dtype) == ("numpy", "bfloat16"):  # another library registered it
-            raise InputError(_NO_BFLOAT16)
-        if self.dtype not in (known := (*REAL_DTYPES, *COMPLEX_DTYPES)):
-            raise InputError(f"the source must be of {', '.join(known)}, got dtype {self.dtype}")
+        if (self.xp.name, self.xp.dtype_name(first)) == ("numpy", "bfloat16"):
+            raise InputError(_NO_BFLOAT16)  # another library registered it with NumPy
+        self.dtype = check_dtype(self.xp, first, f"the source must be of {KNOWN_DTYPES}")
         self.like = first[:1, :1]
 
     def blocks(self, rows: int) -> Iterator[tuple[Array, str]]:
