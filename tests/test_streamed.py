@@ -1,5 +1,6 @@
 """decompose_streamed: the guarantees of decompose, in bounded memory, from blocks of rows."""
 
+import re
 import tracemalloc
 from unittest import mock
 
@@ -324,3 +325,10 @@ def test_what_has_no_blocks_of_rows_is_a_type_error(source, message):
 def test_the_usual_shape_is_the_balanced_one():
     mpo = tn.decompose_streamed(np.ones((48, 36)), max_bond=1)
     assert mpo.shape == tn.MPOShape.for_matrix(48, 36)
+
+
+def test_the_memory_that_a_message_names_suffices():
+    with pytest.raises(tn.InputError, match="allow memory=") as refusal:
+        tn.decompose_streamed(ONES, SHAPE, max_bond=2, memory=1000)
+    needed = int(re.search(r"allow memory=(\d+)", str(refusal.value))[1])
+    assert tn.decompose_streamed(ONES, SHAPE, max_bond=2, memory=needed).shape == SHAPE

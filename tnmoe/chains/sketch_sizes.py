@@ -61,11 +61,11 @@ class SketchSizes:
     def check(self, size: int) -> None:
         """Raise an InputError unless sketches of ``size`` vectors fit into the memory."""
         if not self.fits(size):
-            shape = self._limits.shape
+            shape, needed = self._limits.shape, self._bytes(self.division, size)
             raise InputError(
                 f"streaming a {(shape.out_features, shape.in_features)} matrix with a sketch of "
-                f"{size} vectors takes {in_gigabytes(self._bytes(self.division, size))}, more than "
-                f"memory={self._memory}: allow more memory, smaller bonds or a larger error"
+                f"{size} vectors takes {in_gigabytes(needed)}, more than memory={self._memory}: "
+                f"allow memory={needed}, smaller bonds or a larger error"
             )
 
     def block_rows(self, vectors: int) -> int:
